@@ -76,7 +76,7 @@ def march_planes(
             weights = march.composite(t, density, features).weights
             t_fine = march.importance(t, weights, u_fine)
         density_fine, features_fine = evaluate(t_fine)
-        t, order = torch.cat([t, t_fine], -1).sort(-1, stable=True)
+        t, order = torch.cat([t, t_fine], -1).sort(dim=-1, stable=True)
         density = torch.cat([density, density_fine], -1).gather(-1, order)
         features = torch.cat([features, features_fine], -2)
         features = features.gather(-2, order[..., None].expand_as(features))
