@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from latentscenes.metrics import PSNR_CAP, psnr, ssim
 
