@@ -12,7 +12,7 @@ from latentscenes.views import Split
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which `car_9` comes before `car_10`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part]
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part]
 
 
 def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
