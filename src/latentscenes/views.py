@@ -73,15 +73,18 @@ class Views:
             raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
         if meta.get("format") != FORMAT:
             raise UserError(f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the dataset again.")
-        scenes = tuple(Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"])
+        try:
+            scenes = tuple(Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"])
+            height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
+            box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{index}: incomplete ({type(error).__name__}: {error}). Make the dataset again.") from None
         count = sum(scene.count for scene in scenes)
-        height, width = meta["height"], meta["width"]
         rgb = _open_array(path / "rgb.npy", (count, height, width, 3), np.uint8)
-        alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if meta["alpha"] else None
+        alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if has_alpha else None
         packed = torch.from_numpy(np.array(_open_array(path / "cameras.npy", (count, 16), np.float32)))
         cameras = Cameras(packed[:, :12].reshape(-1, 3, 4).contiguous(), packed[:, 12:].contiguous())
-        box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
-        return cls(path, scenes, box, cameras, rgb, alpha, meta["origin"])
+        return cls(path, scenes, box, cameras, rgb, alpha, origin)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -110,7 +113,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error}); it may be truncated. Make the dataset again.") from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(f"{path}: holds {array.dtype} {array.shape}, views.json says {np.dtype(dtype)} {shape}. Make the dataset again.")
@@ -160,13 +163,15 @@ class ViewsWriter:
         """Append one scene."""
         if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
             raise UserError(f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with {len(cameras)} cameras; the dataset holds {self.size[1]}x{self.size[0]}.")
+        if self.has_alpha and (alpha is None or alpha.shape != images.shape[:3]):
+            raise UserError(f"scene {name!r}: this dataset holds silhouettes, but this scene has none of its images' number and size.")
         if any(scene.name == name for scene in self.scenes):
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
         self.scenes.append(Scene(name, first, len(images), split, tuple(held_out)))
-        self._rgb.write(np.ascontiguousarray(images).tobytes())
+        self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
         if self._alpha is not None:
-            self._alpha.write(np.ascontiguousarray(alpha).tobytes())
+            self._alpha.write(np.ascontiguousarray(alpha).data)
         self.cameras.append(torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1).float().numpy())
 
     def finish(self, box: Box) -> None:
