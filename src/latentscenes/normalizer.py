@@ -57,6 +57,11 @@ class Normalizer(nn.Module):
         """Whether this kind follows recent latents, so that `update` matters."""
         return self.kind in ("minmax", "meanstd", "meanstd_tanh")
 
+    @property
+    def untouched(self) -> bool:
+        """Whether this kind follows recent latents and has seen none yet."""
+        return self.windowed and int(self.batches) == 0
+
     @torch.no_grad()
     def update(self, latents: Float[Tensor, "n c h w"]) -> None:
         """Let a batch of latents into the window, and the oldest out once it is full."""

@@ -1,0 +1,331 @@
+"""Every setting there is, as frozen dataclasses with a docstring per field; YAML in, YAML out.
+
+A configuration is read strictly: an unknown key is refused with the nearest known one, a value of the wrong type with
+what was expected, and settings that contradict each other are refused before anything runs.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from latentscenes.errors import UserError
+from latentscenes.field import Aggregation, Axes
+from latentscenes.render import Kernel
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The image autoencoder whose latent space scenes live in."""
+
+    kind: Literal["convolutional", "identity", "diffusers", "tiny"] = "convolutional"
+    """`convolutional`: our own small one. `identity`: latents are the pixels themselves, which gives RGB tri-planes.
+    `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
+    path: str | None = None
+    """Folder (or hub name, for `diffusers`) of pretrained weights."""
+    allow_download: bool = False
+    """Let `diffusers` fetch weights from the hub; without it only local files are used."""
+    downsampling: int = 4
+    """Image pixels per latent pixel, along each side (`convolutional`: 2, 4 or 8)."""
+    channels: int = 8
+    """Latent channels (`convolutional`)."""
+    width: int = 64
+    """Feature channels of the inner layers at latent resolution (`convolutional`)."""
+    bfloat16: bool = True
+    """Convolve in bfloat16 where the processor has it in hardware (`convolutional`)."""
+
+
+@dataclass(frozen=True)
+class NormalizerConfig:
+    """How latents are brought into (−1, 1), where the renderer's features live."""
+
+    kind: Literal["none", "tanh", "minmax", "meanstd", "meanstd_tanh"] = "none"
+    scale: float = 0.02
+    """Slope of `tanh`."""
+    window: int = 100
+    """Batches that the sliding statistics of the last three kinds remember."""
+
+
+@dataclass(frozen=True)
+class PlanesConfig:
+    """Tri-planes: what each scene owns and what all share."""
+
+    resolution: int = 64
+    """Texels along a plane's side."""
+    micro: int = 10
+    """Features of a scene's own planes; 0 leaves the weights alone (ultra-light scenes)."""
+    macro: int = 22
+    """Features of the shared base planes; 0 for none."""
+    bases: int = 50
+    """Number M of base tri-planes."""
+    fusion: Literal["concat", "sum"] = "concat"
+    """How a scene's micro and macro planes meet."""
+    bias: bool = False
+    """One learned number per scene, added to its macro planes."""
+    aggregation: Aggregation = "sum"
+    """How a point's three plane features meet."""
+    axes: Axes = "xy,xz,yz"
+    """`eg3d` reads its third plane along (z, x), as the published code does; for comparison."""
+    initial_std: float = 0.1
+    """Standard deviation of fresh planes (published: 1)."""
+
+    @property
+    def features(self) -> int:
+        """Features of the fused planes."""
+        return self.micro + self.macro if self.fusion == "concat" else max(self.micro, self.macro)
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """The tiny network from plane features to density and latent."""
+
+    hidden: int = 64
+    frequencies: int = 0
+    """Octaves of positional encoding beside the plane features."""
+    view_direction: bool = False
+    """Let features depend on where the ray comes from."""
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Ray marching."""
+
+    coarse: int = 48
+    """Stratified samples per ray."""
+    fine: int = 48
+    """Further samples, placed where the first found matter."""
+    half_side: float | None = None
+    """Half the side of a cubic scene box about the dataset's centre; unset: the box fitted to the objects."""
+    near: float | None = None
+    """First distance of every ray; unset: where the ray enters the box."""
+    far: float | None = None
+    """Last distance of every ray; unset: where the ray leaves the box."""
+    preview: bool = False
+    """Render low-resolution RGB beside the latent."""
+    kernel: Kernel = "auto"
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """λ of each term; 0 leaves it out. All but `edges` are means of squared errors."""
+
+    latent: float = 0.0
+    """Rendered against encoded latents."""
+    rgb: float = 0.0
+    """Decoded renders against images."""
+    autoencoder: float = 0.0
+    """Decoded encodings against images."""
+    equivariance: float = 0.0
+    """Decoded rescaled and flipped encodings against rescaled and flipped images (cf. EQ-VAE, arXiv 2502.09509)."""
+    edges: float = 0.0
+    """Absolute error of image gradients, added to whichever of `rgb` and `autoencoder` are on."""
+    tv: float = 0.0
+    """Total variation of the fused planes."""
+    depth_tv: float = 0.0
+    """Total variation of rendered depth."""
+    preview: float = 0.0
+    """Rendered low-resolution RGB against shrunken images."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates (Adam); what has rate 0 is frozen."""
+
+    encoder: float = 0.0
+    decoder: float = 0.0
+    micro: float = 0.0
+    """Planes of the scenes themselves."""
+    weights: float = 0.0
+    """Scenes' weights over the base planes, and their bias."""
+    bases: float = 0.0
+    field: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stretch of training: what learns, from which losses, for how long."""
+
+    name: str
+    epochs: int
+    """Passes over all fitted views of all scenes of the stage."""
+    scenes: int
+    """Scenes in a batch."""
+    views: int
+    """Views of each scene in a batch."""
+    losses: LossWeights
+    rates: Rates
+    rays: int = 0
+    """Rays per view, drawn at random; 0: all (needed by losses that decode)."""
+    schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    """Course of all rates: constant; × `decay` per epoch; or half a cosine down to `decay` of themselves."""
+    decay: float = 1.0
+    field_epochs: int | None = None
+    """Freeze the field after so many epochs; unset: never."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes a run, beside its data."""
+
+    seed: int = 0
+    codec: CodecConfig = CodecConfig()
+    normalizer: NormalizerConfig = NormalizerConfig()
+    planes: PlanesConfig = PlanesConfig()
+    field: FieldConfig = FieldConfig()
+    render: RenderConfig = RenderConfig()
+    train: tuple[StageConfig, ...] = ()
+    """Stages of `latentscenes train`, in order."""
+    exploit: tuple[StageConfig, ...] = ()
+    """Stages of `latentscenes exploit`, in order."""
+    exploit_fresh_field: bool = False
+    """Start new scenes with a fresh field, as published, instead of the learned one."""
+    exploit_start: Literal["mean", "random"] = "mean"
+    """Where new scenes start: at the mean of the learned ones, or at random, as published."""
+
+    def __post_init__(self) -> None:
+        for stage in (*self.train, *self.exploit):
+            _check_stage(self, stage)
+        planes, render = self.planes, self.render
+        _require(planes.micro + planes.macro > 0, "planes: micro and macro are both 0; a scene needs features")
+        _require(planes.macro == 0 or planes.bases > 0, "planes.bases: must be at least 1 when planes.macro > 0")
+        _require(
+            planes.fusion == "concat" or planes.micro == planes.macro or 0 in (planes.micro, planes.macro),
+            f"planes.fusion: sum needs micro = macro, but they are {planes.micro} and {planes.macro}",
+        )
+        _require(render.coarse >= 2 and render.fine >= 0, "render: coarse must be at least 2 and fine at least 0")
+        _require((render.near is None) == (render.far is None), "render: set near and far together, or neither")
+        _require(render.near is None or 0 <= render.near < render.far, "render: 0 <= near < far must hold")
+        _require(
+            self.codec.kind != "convolutional" or self.codec.downsampling in (2, 4, 8),
+            f"codec.downsampling: 2, 4 or 8, not {self.codec.downsampling}",
+        )
+        _require(self.codec.kind not in ("diffusers", "tiny") or bool(self.codec.path), f"codec.path: {self.codec.kind} needs the folder of its weights")
+
+
+def _check_stage(config: Config, stage: StageConfig) -> None:
+    losses, where = stage.losses, f"stage {stage.name!r}"
+    _require(stage.epochs > 0 and stage.scenes > 0 and stage.views > 0, f"{where}: epochs, scenes and views must be at least 1")
+    _require(any(dataclasses.astuple(stage.rates)), f"{where}: all rates are 0, so nothing would be learned")
+    _require(any(dataclasses.astuple(losses)), f"{where}: all losses are 0, so nothing would be learned")
+    _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
+    _require(not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true")
+    _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(f"configuration: {message}")
+
+
+def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
+    `train.0.epochs=5` (a number picks a stage; so does its name)."""
+    path = Path(source)
+    preset = resources.files("latentscenes") / "presets" / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such configuration file. Presets: {', '.join(presets())}.")
+        text = path.read_text()
+    elif preset.is_file():
+        text = preset.read_text()
+    else:
+        raise UserError(f"{source}: neither a YAML file nor a preset. Presets: {', '.join(presets())}.")
+    return parse(text, str(source), overrides)
+
+
+def presets() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in (resources.files("latentscenes") / "presets").iterdir() if entry.name.endswith(".yaml"))
+
+
+def parse(text: str, where: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """A Config from YAML text; `where` names it in errors."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    for override in overrides:
+        _override(tree, override)
+    return _build(Config, tree, where)
+
+
+def dump(config: Config) -> str:
+    """YAML text that `parse` reads back to an equal Config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _override(tree: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: write it as key=value, for instance planes.resolution=32.")
+    *parents, last = key.split(".")
+    for name in parents:
+        if isinstance(tree, list):
+            tree = tree[_stage_index(tree, name, override)]
+        elif tree.get(name) is None:
+            tree[name] = {}
+            tree = tree[name]
+        else:
+            tree = tree[name]
+        if not isinstance(tree, dict | list):
+            raise UserError(f"--set {override}: {name} holds no further settings.")
+    if isinstance(tree, list):
+        raise UserError(f"--set {override}: {last} is a whole stage; name one of its settings.")
+    tree[last] = yaml.safe_load(value)
+
+
+def _stage_index(stages: list, name: str, override: str) -> int:
+    names = [str(stage.get("name")) for stage in stages]
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(stages):
+        return int(name)
+    raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names)}.")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (plain YAML) as `kind`, strictly."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected settings, got {value!r}.")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
+                raise UserError(f"{where}: unknown setting {key!r}; the nearest known is {near[0]!r}.")
+        required = [entry.name for entry in fields(kind) if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+        for name in required:
+            if name not in value:
+                raise UserError(f"{where}: {name!r} is missing.")
+        return kind(**{key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(next(a for a in arguments if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,109 @@
+"""Adam for what all scenes share, and Adam by rows for what each scene owns.
+
+Rows keep their own step counts and moments: a scene that is not in the batch is not read, not written, and does not
+drift on stale momentum (Kingma and Ba, arXiv 1412.6980, applied to each row as if it were alone).
+"""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from latentscenes.config import Rates, StageConfig
+from latentscenes.planes import SceneRows
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class RowAdam:
+    """Adam over the rows of scene tables. State: `first` and `second` moments like the tables, `steps` (n,) per table."""
+
+    def __init__(self, rows: SceneRows, rates: dict[str, float]):
+        self.rows = rows
+        self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
+        tables = {name: rows.tables()[name] for name in self.rates}
+        self.first = {name: torch.zeros_like(table) for name, table in tables.items()}
+        self.second = {name: torch.zeros_like(table) for name, table in tables.items()}
+        self.steps = torch.zeros(len(rows), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, index: Int[Tensor, "s"], batch: SceneRows, factor: float) -> None:
+        """Update the rows at `index` (all different) with the gradients of the leaves that `gather` gave."""
+        self.steps[index] += 1
+        gradients = {name: leaf.grad for name, leaf in batch.tables().items()}
+        for name, rate in self.rates.items():
+            table, first, second = self.rows.tables()[name], self.first[name], self.second[name]
+            for place, row in enumerate(index.tolist()):
+                gradient, count = gradients[name][place], int(self.steps[row])
+                first[row].lerp_(gradient, 1 - BETAS[0])
+                second[row].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+                denominator = (second[row] / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
+                table[row].addcdiv_(first[row], denominator, value=-rate * factor / (1 - BETAS[0] ** count))
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        state = {"rows.steps": self.steps}
+        for name in self.rates:
+            state |= {f"rows.first.{name}": self.first[name], f"rows.second.{name}": self.second[name]}
+        return state
+
+
+class SharedAdam:
+    """Adam over the shared parts that learn in a stage. State: moments and step count per parameter."""
+
+    def __init__(self, parts: dict[str, list[tuple[str, nn.Parameter]]], rates: Rates):
+        self.names, groups = [], []
+        for part, parameters in parts.items():
+            rate = getattr(rates, part)
+            for _, parameter in parameters:
+                parameter.requires_grad_(rate > 0)
+                parameter.grad = None
+            if rate and parameters:
+                self.names += [f"{part}.{name}" for name, _ in parameters]
+                groups.append({"params": [parameter for _, parameter in parameters], "lr": rate, "rate": rate, "part": part})
+        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True) if groups else None
+        for parameter in self.parameters():
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.adam.param_groups for parameter in group["params"]] if self.adam else []
+
+    def freeze(self, part: str) -> None:
+        """Stop learning one part for the rest of the stage."""
+        for group in self.adam.param_groups if self.adam else []:
+            if group["part"] == part:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+
+    def step(self, factor: float) -> None:
+        if self.adam is None:
+            return
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in zip(self.names, self.parameters(), strict=True)
+            for key, value in self.adam.state[parameter].items()
+        }
+
+
+def rate_factor(stage: StageConfig, step: int, steps_per_epoch: int) -> float:
+    """What all rates of a stage are multiplied with at `step` (0 = first)."""
+    if stage.schedule == "exponential":
+        return stage.decay ** (step // steps_per_epoch)
+    if stage.schedule == "cosine":
+        progress = step / max(1, stage.epochs * steps_per_epoch)
+        return stage.decay + (1 - stage.decay) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0

@@ -1,0 +1,80 @@
+"""What a scene is made of: its own micro planes and a weighted sum of base planes that all scenes share.
+
+T_i = concat(T_i^mic, Σ_k w_i^k B_k) on the feature axis, or their sum (3Da-AE, arXiv 2403.11678, section 3.2).
+
+Scenes are rows of plain tables, not parameters of a module: a step gathers the rows of its own scenes as leaves, and
+only those rows are ever updated, whatever the number of scenes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latentscenes.config import PlanesConfig
+
+
+@dataclass
+class SceneRows:
+    """The learned state of n scenes (or of a batch of them)."""
+
+    micro: Float[Tensor, "n 3 r r m"]
+    weights: Float[Tensor, "n k"]
+    bias: Float[Tensor, "n b"]
+    """b = 1 if scenes have a bias, else 0."""
+
+    NAMES = ("micro", "weights", "bias")
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    def tables(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    def gather(self, index: Int[Tensor, "s"]) -> "SceneRows":
+        """Copies of the rows at `index`, as leaves that take gradients."""
+        return SceneRows(**{name: table[index].requires_grad_() for name, table in self.tables().items()})
+
+    def to(self, device: torch.device | str) -> "SceneRows":
+        return SceneRows(**{name: table.to(device) for name, table in self.tables().items()})
+
+    def bytes_per_scene(self) -> int:
+        """Size of one scene as held in memory."""
+        return sum(table[0].numel() * table.element_size() for table in self.tables().values())
+
+
+def fresh_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tensor, "k 3 r r g"]:
+    """Random base planes."""
+    count = config.bases if config.macro else 0
+    shape = (count, 3, config.resolution, config.resolution, config.macro)
+    return config.initial_std * torch.randn(shape, generator=generator)
+
+
+def fresh_rows(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneRows:
+    """Random rows for `count` scenes; weights are scaled so that macro planes start like micro ones."""
+    shape = (count, 3, config.resolution, config.resolution, config.micro)
+    bases = config.bases if config.macro else 0
+    return SceneRows(
+        micro=config.initial_std * torch.randn(shape, generator=generator),
+        weights=torch.randn(count, bases, generator=generator) / math.sqrt(max(bases, 1)),
+        bias=torch.zeros(count, int(config.bias and bases > 0)),
+    )
+
+
+def mean_rows(count: int, learned: SceneRows) -> SceneRows:
+    """`count` rows that all equal the mean of learned ones."""
+    return SceneRows(**{name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone() for name, table in learned.tables().items()})
+
+
+def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+    """Fused tri-planes of a batch of scenes."""
+    if not rows.weights.shape[1]:
+        return rows.micro
+    macro = (rows.weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
+    if rows.bias.shape[1]:
+        macro = macro + rows.bias[:, :, None, None, None]
+    if not rows.micro.shape[-1]:
+        return macro
+    return torch.cat([rows.micro, macro], -1) if fusion == "concat" else rows.micro + macro

@@ -1,0 +1,179 @@
+"""The loop. Stages are data (config.py); this file turns them into steps, and reads top to bottom.
+
+One loop serves everything: warming up the codec, joint training, learning new scenes and the RGB baseline differ in
+what learns, from which losses, on which scenes.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from latentscenes.batches import BatchSource
+from latentscenes.cameras import Box
+from latentscenes.config import Config, StageConfig
+from latentscenes.errors import UserError
+from latentscenes.losses import needs_render, terms, total
+from latentscenes.model import Model
+from latentscenes.optim import RowAdam, SharedAdam, rate_factor
+from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.progress import StageProgress
+from latentscenes.run import Position, Run, RunInfo
+from latentscenes.runtime import seeded
+from latentscenes.track import Tracker, TrackerKind
+from latentscenes.views import Scene, Split, Views
+
+SAVE_SECONDS = 60.0
+"""Time between checkpoints; a crash loses at most this much work, and nothing of the result."""
+LOG_EVERY = 10
+
+
+class Interrupted(Exception):
+    """Stopped by Ctrl-C or a polite kill, after saving."""
+
+
+def train(
+    config: Config,
+    views: Views,
+    out: Path,
+    *,
+    split: Split = "train",
+    limit: int | None = None,
+    device: torch.device,
+    track: TrackerKind = "none",
+) -> Run:
+    """Learn the shared parts and the scenes of a split from scratch, into the run folder `out`; go on if it was begun."""
+    if not config.train:
+        raise UserError("configuration: `train` lists no stages, so there is nothing to learn.")
+    scenes = views.select(split, limit=limit)
+    half = config.render.half_side
+    box = views.box if half is None else Box(views.box.center, (half, half, half))
+    run = Run.create(out, config, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], box))
+    model = Model(config, box).to(device)
+    rows = fresh_rows(len(scenes), config.planes, seeded("cpu", config.seed, "rows")).to(device)
+    run.restore(model, rows)
+    tracker = Tracker(track, run.path, {"seed": config.seed})
+    learn(run, model, rows, views, scenes, config.train, device, tracker)
+    tracker.close()
+    return run
+
+
+def learn(
+    run: Run,
+    model: Model,
+    rows: SceneRows,
+    views: Views,
+    scenes: Sequence[Scene],
+    stages: Sequence[StageConfig],
+    device: torch.device,
+    tracker: Tracker,
+) -> None:
+    """Run all stages that are not done yet, from where the run's newest checkpoint left them.
+
+    Raises:
+        Interrupted: a signal asked to stop; everything is saved.
+    """
+    run.lock()
+    position = run.position
+    run.cut_metrics(position.total)
+    with _SignalFlag() as stopped:
+        while position.stage < len(stages):
+            _learn_stage(run, model, rows, views, scenes, stages, device, tracker, position, stopped)
+
+
+def _learn_stage(
+    run: Run,
+    model: Model,
+    rows: SceneRows,
+    views: Views,
+    scenes: Sequence[Scene],
+    stages: Sequence[StageConfig],
+    device: torch.device,
+    tracker: Tracker,
+    position: Position,
+    stopped: "_SignalFlag",
+) -> None:
+    stage, seed = stages[position.stage], run.config.seed
+    # What learns, and where it left off
+    shared = SharedAdam(model.parts(), stage.rates)
+    own = RowAdam(rows, {"micro": stage.rates.micro, "weights": stage.rates.weights, "bias": stage.rates.weights})
+    optimizer = shared.state() | own.state()
+    run.restore(model, rows, optimizer if position.step else None)
+    source = BatchSource(model, views, scenes, stage, seed, device)
+
+    model.train()
+    with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step) as bar:
+        begun = saved = time.monotonic()
+        spent = position.seconds.get(stage.name, 0.0)
+        while position.step < source.steps:
+            # One step: render, compare, learn
+            batch = source.batch(position.step)
+            generator = seeded(device, seed, stage.name, "step", position.step)
+            if stage.field_epochs is not None and position.step >= stage.field_epochs * source.steps_per_epoch:
+                shared.freeze("field")
+            leaves = rows.gather(batch.scenes) if needs_render(stage.losses) or stage.losses.tv else None
+            planes = model.compose(leaves) if leaves is not None else None
+            found = terms(model, planes, batch, stage.losses, generator)
+            loss = total(found, stage.losses)
+            loss.backward()
+            factor = rate_factor(stage, position.step, source.steps_per_epoch)
+            if leaves is not None:
+                own.step(batch.scenes, leaves, factor)
+            shared.step(factor)
+            position.step += 1
+            position.total += 1
+
+            # Tell, and keep
+            values = {name: value.item() for name, value in found.items()} if position.step % LOG_EVERY == 0 or stopped else {}
+            if values:
+                _refuse_nonfinite(values, stage, position)
+                bar.show(position.step, values)
+                run.log({"stage": stage.name, "step": position.step, "total": position.total, "rate": factor, **values})
+                tracker.log(position.total, {f"{stage.name}/{name}": value for name, value in values.items()})
+            now = time.monotonic()
+            position.seconds[stage.name] = spent + now - begun
+            if stopped or now - saved > SAVE_SECONDS:
+                run.save(model, rows, optimizer, position)
+                saved = now
+            if stopped:
+                raise Interrupted
+        position.seconds[stage.name] = spent + time.monotonic() - begun
+    position.stage, position.step = position.stage + 1, 0
+    run.save(model, rows, {}, position)
+
+
+def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Position) -> None:
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(
+            f"stage {stage.name!r}, step {position.step}: a loss is no longer finite ({values}). "
+            "The last checkpoint is good; lower this stage's rates with --set and start again in a new folder."
+        )
+
+
+class _SignalFlag:
+    """True once SIGINT or SIGTERM came in; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+        signal.signal(number, self._before[number])
+
+    def __enter__(self) -> "_SignalFlag":
+        try:
+            self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are someone else's business
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
