@@ -1,8 +1,10 @@
 """Our own codec: a small convolutional autoencoder without attention or normalisation layers.
 
 Notable:
-- Padding repeats the border, so a plain background has one constant latent up to the last pixel; with zero padding
-  edges and corners differ and no rendered background can match them.
+- Nothing has a bias, and the networks see 1 − image. So white is 0 in every layer, plain zero padding is exact for
+  it, its latent is 0 up to the last pixel, and 0 decodes to white: empty space needs no learning, whatever the
+  weights. (With biases, zero padding gives edges and corners other latents than the middle, which no rendered
+  background can match.)
 - The encoder ends in tanh: latents are in (−1, 1) as they come, where the renderer's features live.
 - Residual branches start at zero, so depth costs nothing at the start of training.
 """
@@ -15,7 +17,7 @@ from latentscenes.codecs import Codec
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="replicate")
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
 class Residual(nn.Module):
@@ -60,11 +62,15 @@ class ConvolutionalCodec(Codec):
 
     def encode(self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None) -> Float[Tensor, "n c h w"]:
         with self._autocast(images):
-            return self.encoder((2 * images - 1).contiguous(memory_format=torch.channels_last)).float()
+            return self.encoder((1 - images).contiguous(memory_format=torch.channels_last)).float()
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         with self._autocast(latents):
-            return self.decoder(latents.contiguous(memory_format=torch.channels_last)).float() * 0.5 + 0.5
+            return 1 - self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
+
+    def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
+        rows, columns = self.latent_size(height, width)
+        return torch.zeros(self.channels, rows, columns, device=self.encoder[1].weight.device)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         return list(self.encoder.parameters())
