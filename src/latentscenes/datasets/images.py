@@ -75,7 +75,7 @@ def white_background(rgb: UInt8[np.ndarray, "v H W 3"]) -> Bool[np.ndarray, "v H
 def border_is_white(rgb: UInt8[np.ndarray, "v H W 3"]) -> bool:
     """Whether at least nine in ten border pixels are white: objects photographed on, or rendered over, white."""
     edges = [rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]]
-    return np.concatenate([(edge >= WHITE).all(-1).ravel() for edge in edges]).mean() >= 0.9
+    return bool(np.concatenate([(edge >= WHITE).all(-1).ravel() for edge in edges]).mean() >= 0.9)
 
 
 def _opened(path: Path) -> Image.Image:
@@ -91,5 +91,8 @@ def _opened(path: Path) -> Image.Image:
         raise UserError(f"{path}: cannot be opened ({error}).") from None
 
 
-def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BOX))
+def _shrink(pixels: UInt8[np.ndarray, "*b"], size: tuple[int, int]) -> UInt8[np.ndarray, "*c"]:
+    image = Image.fromarray(pixels)
+    if image.width % size[1] == 0 and image.height % size[0] == 0:  # blocks of whole pixels: rounded once
+        return np.asarray(image.reduce((image.width // size[1], image.height // size[0])))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX))

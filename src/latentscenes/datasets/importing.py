@@ -53,7 +53,7 @@ class Options:
     """Height and width of the stored images (one number for square images), reached by averaging; None: as they are."""
     reduce: int = 1
     """Divide height and width by this whole number, instead of naming a `size`."""
-    box: Box | str | float | None = None
+    box: Box | str | int | float | None = None
     """The scene box: half side of a cube around the origin, or "cx,cy,cz,hx,hy,hz". None: fitted to the silhouettes,
     or, where the background is unknown, the cube that the cameras see."""
     background: Background = "auto"
