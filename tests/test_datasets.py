@@ -268,6 +268,7 @@ def test_angle_of_view_of_an_oblong_image(tmp_path):
         ({"aabb_scale": 1}, "no focal length"),
         ({"camera_angle_x": 60}, "must lie between 0 and pi"),
         ({"fl_x": "wide"}, "must be numbers"),
+        ({"fl_x": 40.0, "w": 96, "h": 48}, "another shape"),
         ({"fl_x": -40.0, "w": 48, "h": 48}, "focal lengths"),
         ({"fl_x": 40.0, "w": 48, "h": 48, "cx": 240.0}, "principal point"),
     ],
@@ -421,6 +422,40 @@ def test_opencv_matrices_in_transforms_are_recognised(tmp_path):
     same_cameras(Views.open(tmp_path / "set"), list(range(10)), cameras)
 
 
+def test_world_to_camera_matrices_in_transforms_are_recognised(tmp_path):
+    cameras = around(10)
+    for name, given in (
+        ("opengl", converted(converted(cameras, "opengl"), "inverse opengl")),
+        ("opencv", converted(cameras, "inverse opengl")),
+    ):
+        write_transforms(tmp_path / name, given, pictures(cameras))
+        with pytest.raises(UserError, match=rf"world-to-camera matrices \(with {name} axes\)"):
+            make_transforms(tmp_path / name, tmp_path / "set")
+
+
+def test_opaque_alpha_is_no_silhouette(tmp_path):
+    cameras = around(6)
+    images = np.full((6, SIDE, SIDE, 4), 255, np.uint8)
+    images[..., :3] = pictures(cameras)
+    write_object(tmp_path / "white", cameras, images)
+    assert make_srn(tmp_path / "white", tmp_path / "set").background == "white"
+    images[..., :3] = 90
+    write_object(tmp_path / "photo", cameras, images)
+    assert make_srn(tmp_path / "photo", tmp_path / "other").background == "unknown"
+    with pytest.raises(UserError, match="do not bound the object.*box="):
+        make_srn(tmp_path / "photo", tmp_path / "forced", options=Options(background="alpha"))
+
+
+def test_scenes_too_large_for_memory_go_through_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentscenes.datasets.importing.IN_MEMORY", 1000)
+    cameras = around(6)
+    write_object(tmp_path / "one", cameras, pictures(cameras))
+    make_srn(tmp_path / "one", tmp_path / "set", options=Options(alpha_from_white=True))
+    views = Views.open(tmp_path / "set")
+    assert np.array_equal(views.rgb, pictures(cameras)) and np.array_equal(views.alpha > 0, silhouettes(cameras))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "set"]
+
+
 def test_one_camera_that_misses_the_box_is_named():
     cameras = around(5)
     away = look_at(cameras.positions[3:4], torch.tensor([0.0, 0.0, 5.0]))
@@ -557,7 +592,7 @@ def test_a_split_file_says_what_it_leaves_out(tmp_path):
     (tmp_path / "split.json").write_text('{"train": ["c"], "new": ["a"]}')
     made = make_srn(tmp_path / "cars", tmp_path / "set", options=Options(split=tmp_path / "split.json"))
     assert [(scene.name, scene.split) for scene in Views.open(tmp_path / "set").scenes] == [("a", "new"), ("c", "train")]
-    assert any("1 scene" in note for note in made.notes)
+    assert any("1 of 3 scenes" in note for note in made.notes)
 
 
 # -- boxes -------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def fit_extent(
         if (low > center - half).all() and (high < center + half).all():
             break
         half = 1.6 * half  # the object reaches the grid's edge: look further
+    else:
+        raise UserError(
+            f"scene {name!r}: its {len(masks)} silhouettes do not bound the object (few views, or images that cut it off). "
+            "Give the box by hand (box=…)."
+        )
     voxel = (high - low).max() / GRID
     low, high = _bounds(masks, cameras, low - voxel, high + voxel, name)
     return low, high, (high - low) / GRID
@@ -135,9 +140,9 @@ def _bounds(
     left = carve(masks, cameras, grid)
     if not len(left):
         raise UserError(
-            f"scene {name!r}: no place in space lies within the object's silhouette in all of its {len(masks)} views. Either cameras "
-            "and images do not belong together (order? axes? world-to-camera matrices?), or the background is not what "
-            "it was taken for: pass background='unknown' and box=…"
+            f"scene {name!r}: no place in space lies within the object's silhouette in all of its {len(masks)} views. Either "
+            "cameras and images do not belong together (order? axes? world-to-camera matrices?), or the background is not "
+            "what it was taken for: pass background='unknown' and box=…, or leave the scene out (by a split file)."
         )
     return left.min(0) - voxel / 2, left.max(0) + voxel / 2
 

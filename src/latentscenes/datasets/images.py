@@ -42,7 +42,8 @@ def read_image(
     if size is not None and size != rgb.shape[:2]:
         if size[0] > rgb.shape[0] or size[1] > rgb.shape[1]:
             raise UserError(
-                f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), smaller than the wanted {size[1]}x{size[0]}. Ask for a smaller size."
+                f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), smaller than the wanted {size[1]}x{size[0]}. "
+                "Ask for a smaller size."
             )
         rgb = _shrink(rgb, size)
         alpha = None if alpha is None else _shrink(alpha, size)

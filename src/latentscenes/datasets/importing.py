@@ -6,7 +6,7 @@ and writes. No more than one scene's images are held at once, and those on disk 
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,12 @@ def import_scenes(
     options: Options,
     axes: Axes,
     progress: Progress | None = None,
-    notes: tuple[str, ...] = (),
+    notes: Sequence[str] = (),
 ) -> Imported:
-    """Pack the scenes `names` (each opened by `load`) from the folder `origin` into a dataset at `out`."""
+    """Pack the scenes `names` (each opened by `load`) from the folder `origin` into a dataset at `out`.
+
+    `load` may go on adding to `notes`, which are handed back in the result.
+    """
     splits, left_out = _choose(origin, names, options)
     box = None if options.box is None else parse_box(options.box)
     first = load(next(iter(splits)))
@@ -107,6 +110,7 @@ def import_scenes(
     background = _background(first, options, size)
     has_alpha = background == "alpha" or (background == "white" and options.alpha_from_white)
     fitted = box is None and background != "unknown"
+    as_stored = options.size is None and options.reduce == 1
     extents, cubes, views = [], [], 0
     with ViewsWriter(out, size, has_alpha, f"{origin}") as writer:
         for place, (name, split) in enumerate(splits.items()):
@@ -115,7 +119,7 @@ def import_scenes(
             source = first if place == 0 else load(name)
             _check_source(name, source, box, axes)
             held_out = source.held_out if source.held_out is not None else _spread(name, len(source.images), options.held_out)
-            images, alpha = _read(source, size, background, resizing=options.size is not None or options.reduce != 1)
+            images, alpha = _read(source, None if as_stored else size, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:
                 alpha = np.where(white_background(images), np.uint8(0), np.uint8(255))
             if fitted:
@@ -129,15 +133,15 @@ def import_scenes(
             box, how = union_box(extents), "fitted to the silhouettes"
         elif box is None:
             box = union_box([(np.subtract(c.center, c.half), np.add(c.center, c.half), np.zeros(3)) for c in cubes])
-            how = "what the cameras see around the point they look at (the background is unknown; a box given by hand may be tighter)"
+            how = "what the cameras see around the point they look at (unknown background; a box given by hand may be tighter)"
         else:
             how = "given"
         writer.finish(box)
     if progress:
         progress(len(splits), len(splits), "")
     if left_out:
-        notes = (*notes, f"{left_out} scenes of {origin} are not listed in {options.split} and were left out")
-    return Imported(Path(out), len(splits), views, size, box, how, background, notes)
+        notes = [*notes, f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"]
+    return Imported(Path(out), len(splits), views, size, box, how, background, tuple(notes))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -197,7 +201,7 @@ def _background(first: Source, options: Options, size: tuple[int, int]) -> Backg
         return options.background
     some = [first.images[k] for k in np.unique(np.linspace(0, len(first.images) - 1, 8).round().astype(int))]
     read = [read_image(path, _reduced(path, size)) for path in some]
-    if read[0][1] is not None:
+    if any(alpha is not None and (alpha < 128).any() for _, alpha in read):
         return "alpha"
     return "white" if all(border_is_white(rgb[None]) for rgb, _ in read) else "unknown"
 
@@ -224,20 +228,20 @@ def _reduced(path: Path, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _read(
-    source: Source, size: tuple[int, int], background: Background, resizing: bool
+    source: Source, resize: tuple[int, int] | None, size: tuple[int, int], with_alpha: bool, scratch: Path
 ) -> tuple[UInt8[np.ndarray, "v H W 3"], UInt8[np.ndarray, "v H W"] | None]:
-    """All images of a scene, and their alpha where silhouettes are taken from it."""
-    images = _space((len(source.images), *size, 3))
-    alpha = _space((len(source.images), *size)) if background == "alpha" else None
+    """All images of a scene, resized or else required to be of `size`, and their alpha if it is wanted."""
+    images = _space((len(source.images), *size, 3), scratch)
+    alpha = _space((len(source.images), *size), scratch) if with_alpha else None
 
     def read(place: int) -> None:
         path = source.images[place]
-        if not resizing and (found := image_size(path)) != size:
+        rgb, opacity = read_image(path, resize)
+        if rgb.shape[:2] != size:
             raise UserError(
-                f"{path}: is {found[1]}x{found[0]} (width x height), the images before it {size[1]}x{size[0]}. "
+                f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), the images before it {size[1]}x{size[0]}. "
                 "Give a size, to which all are reduced, or sort out which is right."
             )
-        rgb, opacity = read_image(path, size)
         if alpha is not None and opacity is None:
             raise UserError(
                 f"{path}: has no alpha channel, though silhouettes are taken from alpha. Add it, or pass background=…."
@@ -266,9 +270,9 @@ def _silhouettes(
     return small_masks(alpha[chosen] > 25)  # a tenth covered: thin parts must stay inside the box
 
 
-def _space(shape: tuple[int, ...]) -> np.ndarray:
-    """Room for uint8 pixels: memory, or an unnamed temporary file if they are many."""
+def _space(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
+    """Room for uint8 pixels: memory, or an unnamed file in the folder `scratch` if they are many."""
     if int(np.prod(shape)) <= IN_MEMORY:
         return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile() as scratch:
-        return np.memmap(scratch, np.uint8, "w+", shape=shape)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)

@@ -130,7 +130,8 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
     real = image_size(image)
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
-            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is {real[1]}x{real[0]}: another shape."
+            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is {real[1]}x{real[0]}: "
+            "another shape. Correct the last line, or pass intrinsics_size."
         )
     if not (0 <= cx <= width and 0 <= cy <= height):
         raise UserError(

@@ -65,12 +65,12 @@ def make_transforms(
     return import_scenes(
         folder,
         list(scenes),
-        lambda name: _read_scene(scenes[name], held_out_from, axes),
+        lambda name: _read_scene(scenes[name], held_out_from, axes, notes),
         out,
         options or Options(),
         axes,
         progress,
-        tuple(notes),
+        notes,
     )
 
 
@@ -93,7 +93,7 @@ def _parts(folder: Path, held_out_from: HeldOutFrom | None) -> list[tuple[Path, 
     return [(train, False), (held, True)]
 
 
-def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes) -> Source:
+def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, notes: list[str]) -> Source:
     images: list[Path] = []
     files: list[str] = []
     matrices, intrinsics, held_out = [], [], []
@@ -101,7 +101,10 @@ def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes) -> 
     for file, held in parts:
         meta = _read_json(file)
         named_test = set(map(str, meta.get("test_filenames") or []))
-        for place, frame in enumerate(_frames(meta, file)):
+        frames = _frames(meta, file)
+        if any("mask_path" in frame for frame in frames):
+            notes.append(f"{file}: its frames name masks (mask_path), which are not used")
+        for place, frame in enumerate(frames):
             label = f"{file}: frame {place} ({frame['file_path']})"
             merged = {**meta, **frame}
             _refuse_distortion(merged, label)
@@ -162,7 +165,8 @@ def _image_path(folder: Path, file_path: str) -> Path:
         if (found := path.with_name(path.name + extension)).is_file():
             return found
     raise UserError(
-        f"{path}: no such image, with .png, .jpg or .jpeg added or without, though transforms name it. Restore it, or remove the frame."
+        f"{path}: no such image, with .png, .jpg or .jpeg added or without, though transforms name it. "
+        "Restore it, or remove the frame."
     )
 
 
@@ -175,8 +179,9 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
     bent = [key for key in DISTORTION if frame.get(key)]
     if bent:
         raise UserError(
-            f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), and only pinhole cameras are rendered here. Undistort "
-            f"the images (COLMAP's image_undistorter, or OpenCV's undistort), set the new focal lengths and {', '.join(bent)} to 0."
+            f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), and only pinhole cameras are rendered here. "
+            "Undistort the images (COLMAP's image_undistorter, or OpenCV's undistort), write the new focal lengths, and set "
+            f"{', '.join(bent)} to 0."
         )
 
 
@@ -190,12 +195,14 @@ def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
         }
     except (TypeError, ValueError) as error:
         raise UserError(f"{label}: intrinsics must be numbers ({error}).") from None
+    height, width = real = image_size(image)
     if "w" in given and "h" in given:
         width, height = given["w"], given["h"]
-    else:
-        height, width = image_size(image)
-    if min(width, height) <= 0:
-        raise UserError(f"{label}: states an image of {width:g}x{height:g}; w and h must be above 0.")
+    if min(width, height) <= 0 or abs(width * real[0] / (height * real[1]) - 1) > 0.02:
+        raise UserError(
+            f"{label}: states images of {width:g}x{height:g} (w x h), but this one is {real[1]}x{real[0]}: another shape. "
+            "Correct w and h, to which fl_x, fl_y, cx and cy refer."
+        )
     for axis in ("x", "y"):
         angle = given.get(f"camera_angle_{axis}")
         if f"fl_{axis}" not in given and angle is not None:
