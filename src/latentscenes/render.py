@@ -7,12 +7,14 @@ receive rays already moved to the box [-1, 1]³, so that none knows about camera
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes import march
 from latentscenes.cameras import Box, Cameras
+from latentscenes.errors import UserError
 from latentscenes.field import Aggregation, Axes, Field, sample_planes
+from latentscenes.kernels import native
 
 Kernel = Literal["auto", "native", "torch"]
 
@@ -35,11 +37,20 @@ class Rendered(NamedTuple):
 
 
 def camera_rays(
-    cameras: Cameras, scenes: int, height: int, width: int, box: Box, bounds: tuple[float, float] | None = None
+    cameras: Cameras,
+    scenes: int,
+    height: int,
+    width: int,
+    box: Box,
+    bounds: tuple[float, float] | None = None,
+    pixels: Int[Tensor, "v k"] | None = None,
 ) -> Rays:
-    """Rays of s·k cameras, k after k for each scene, over an h x w grid. Near and far come from where each ray
-    meets the box, or are the same `bounds` for all."""
+    """Rays of s·k cameras, k after k for each scene, over an h x w grid, or through the `pixels` (row · w + column)
+    of each view alone. Near and far come from where each ray meets the box, or are the same `bounds` for all."""
     origins, directions = cameras.rays(height, width)
+    if pixels is not None:
+        picked = pixels[..., None].expand(-1, -1, 3)
+        origins, directions = origins.gather(1, picked), directions.gather(1, picked)
     origins, directions = box.normalize(origins, directions)
     if bounds is None:
         near, far = march.intersect_cube(origins, directions)
@@ -81,3 +92,40 @@ def march_planes(
         features = torch.cat([features, features_fine], -2)
         features = features.gather(-2, order[..., None].expand_as(features))
     return march.composite(t, density, features)
+
+
+def why_not_native(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> str:
+    """What keeps the native kernel from rendering this, in words; empty if nothing does."""
+    for tensor in (planes, field.hidden.weight, rays.origins, u_coarse):
+        if tensor.device.type != "cpu":
+            return f"it needs tensors on the CPU, got {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"it needs float32, got {tensor.dtype}"
+    if not field.plain:
+        return "it serves fields without positional encoding and view direction"
+    if u_coarse.shape[-1] < 2:
+        return "it needs two samples per ray at least"
+    return "" if native.available() else native.why_unavailable()
+
+
+def render_rays(
+    planes: Float[Tensor, "s 3 r r f"],
+    field: Field,
+    rays: Rays,
+    u_coarse: Float[Tensor, "s p n"],
+    u_fine: Float[Tensor, "s p m"],
+    axes: Axes = "xy,xz,yz",
+    aggregation: Aggregation = "sum",
+    kernel: Kernel = "auto",
+) -> Rendered:
+    """`march_planes` by the fastest kernel that can ("auto"), or the one demanded. A ray's light that nothing stopped
+    counts as having travelled to far."""
+    obstacle = "the torch path is asked for" if kernel == "torch" else why_not_native(planes, field, rays, u_coarse)
+    if kernel == "native" and obstacle:
+        raise UserError(f"kernel: native cannot be used: {obstacle}. Use kernel: auto, or mend that.")
+    if obstacle:
+        features, depth, opacity, _ = march_planes(planes, field, rays, u_coarse, u_fine, axes, aggregation)
+    else:
+        network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
+        features, depth, opacity = native.render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation)
+    return Rendered(features, depth + (1 - opacity) * rays.far, opacity)

@@ -1,0 +1,205 @@
+// The field at a tile of points, forward and backward: three planes read bilinearly, then a network with one hidden
+// layer (softplus). The same field as field.py.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace latentscenes {
+
+constexpr int64_t kTile = 48;  // points handled together: their activations stay in the first-level cache
+constexpr int kOut = 8;        // network outputs are padded to a multiple of this
+
+// What to render; field by field the ctypes structure in native.py. Arrays as in `render` there.
+struct Problem {
+  int64_t scenes, rays, coarse, fine, resolution, features, hidden, channels, product, threads;
+  int64_t column_axis[3], row_axis[3];
+  float density_shift, feature_margin, blur_padding, skip;
+  const float *planes, *hidden_w, *hidden_b, *out_w, *out_b;
+  const float *origins, *directions, *near, *far, *u_coarse, *u_fine;
+
+  int64_t outputs() const { return 1 + channels; }
+  int64_t samples() const { return coarse + fine; }
+  int64_t scene_size() const { return 3 * resolution * resolution * features; }
+};
+
+// Weights padded with zeros to whole registers, in both orders. Padding does not change any result.
+struct Network {
+  int64_t features, hidden, outputs;  // padded sizes
+  Array hidden_w, hidden_wt, hidden_b, out_w, out_wt, out_b;
+
+  explicit Network(const Problem& p)
+      : features(padded(p.features, kWide)),
+        hidden(padded(p.hidden, kWide)),
+        outputs(padded(p.outputs(), kOut)),
+        hidden_w(hidden * features),
+        hidden_wt(features * hidden),
+        hidden_b(hidden),
+        out_w(outputs * hidden),
+        out_wt(hidden * outputs),
+        out_b(outputs) {
+    std::copy(p.hidden_b, p.hidden_b + p.hidden, hidden_b.begin());
+    std::copy(p.out_b, p.out_b + p.outputs(), out_b.begin());
+    for (int64_t h = 0; h < p.hidden; ++h)
+      for (int64_t f = 0; f < p.features; ++f)
+        hidden_w[h * features + f] = hidden_wt[f * hidden + h] = p.hidden_w[h * p.features + f];
+    for (int64_t o = 0; o < p.outputs(); ++o)
+      for (int64_t h = 0; h < p.hidden; ++h) out_w[o * hidden + h] = out_wt[h * outputs + o] = p.out_w[o * p.hidden + h];
+  }
+};
+
+// One thread's workspace for a tile of points.
+struct Tile {
+  int64_t count = 0;
+  float point[3][kTile] = {};
+  int32_t texel[12][kTile];  // where each of the 4 corners in each of the 3 planes starts, in texels of the scene
+  float weight[12][kTile];   // its bilinear weight, 0 outside the plane
+  Array x, parts, h, slope, raw, d_x, d_pre;
+
+  Tile(const Problem& p, const Network& n, bool backward)
+      : x(kTile * n.features),
+        parts(p.product ? 3 * kTile * n.features : 0),
+        h(kTile * n.hidden),
+        slope(backward ? kTile * n.hidden : 0),
+        raw(kTile * n.outputs),
+        d_x(backward ? kTile * n.features : 0),
+        d_pre(backward ? kTile * n.hidden : 0) {}
+};
+
+// One thread's gradients of the network, in the padded layout of `Network`.
+struct NetworkGradient {
+  Array hidden_wt, hidden_b, out_w, out_b;
+
+  explicit NetworkGradient(const Network& n)
+      : hidden_wt(n.features * n.hidden), hidden_b(n.hidden), out_w(n.outputs * n.hidden), out_b(n.outputs) {}
+};
+
+// Which texels surround each point and how much they count (align_corners = False, zero outside).
+inline void locate(const Problem& p, Tile& tile) {
+  const int32_t r = static_cast<int32_t>(p.resolution);
+  const float size = static_cast<float>(r);
+  for (int k = 0; k < 3; ++k) {
+    const float* column = tile.point[p.column_axis[k]];
+    const float* row = tile.point[p.row_axis[k]];
+    int32_t(*texel)[kTile] = tile.texel + 4 * k;
+    float(*weight)[kTile] = tile.weight + 4 * k;
+    const int32_t plane = k * r * r;
+    for (int64_t i = 0; i < kTile; ++i) {
+      // Held to just outside the plane, where all weights are zero; the comparisons also catch NaN.
+      float x = ((column[i] + 1.0f) * size - 1.0f) * 0.5f, y = ((row[i] + 1.0f) * size - 1.0f) * 0.5f;
+      x = x > -2.0f ? x : -2.0f, y = y > -2.0f ? y : -2.0f;
+      x = x < size + 1.0f ? x : size + 1.0f, y = y < size + 1.0f ? y : size + 1.0f;
+      const int32_t left = static_cast<int32_t>(x + 2.0f) - 2, top = static_cast<int32_t>(y + 2.0f) - 2;
+      const float fx = x - static_cast<float>(left), fy = y - static_cast<float>(top);
+      const float wx0 = (left >= 0) & (left < r) ? 1.0f - fx : 0.0f, wx1 = (left >= -1) & (left < r - 1) ? fx : 0.0f;
+      const float wy0 = (top >= 0) & (top < r) ? 1.0f - fy : 0.0f, wy1 = (top >= -1) & (top < r - 1) ? fy : 0.0f;
+      const int32_t x0 = std::min(std::max(left, 0), r - 1), x1 = std::min(std::max(left + 1, 0), r - 1);
+      const int32_t y0 = plane + r * std::min(std::max(top, 0), r - 1);
+      const int32_t y1 = plane + r * std::min(std::max(top + 1, 0), r - 1);
+      texel[0][i] = y0 + x0, texel[1][i] = y0 + x1, texel[2][i] = y1 + x0, texel[3][i] = y1 + x1;
+      weight[0][i] = wy0 * wx0, weight[1][i] = wy0 * wx1, weight[2][i] = wy1 * wx0, weight[3][i] = wy1 * wx1;
+    }
+  }
+}
+
+// N features from feature f on, of point i, from plane k.
+template <int N>
+inline Vec<N> read_plane(const Problem& p, const Tile& tile, const float* planes, int k, int64_t i, int64_t f) {
+  Vec<N> sum{};
+  for (int c = 4 * k; c < 4 * k + 4; ++c) sum += tile.weight[c][i] * load<N>(planes + tile.texel[c][i] * p.features + f);
+  return sum;
+}
+
+template <int N>
+inline void gather_features(const Problem& p, const Network& n, const float* planes, Tile& tile, int64_t i, int64_t f) {
+  const Vec<N> a = read_plane<N>(p, tile, planes, 0, i, f), b = read_plane<N>(p, tile, planes, 1, i, f),
+               c = read_plane<N>(p, tile, planes, 2, i, f);
+  const int64_t at = i * n.features + f, step = kTile * n.features;
+  store<N>(&tile.x[at], p.product ? a * b * c : a + b + c);
+  if (p.product) store<N>(&tile.parts[at], a), store<N>(&tile.parts[at + step], b), store<N>(&tile.parts[at + 2 * step], c);
+}
+
+// tile.point → tile.x (and tile.parts, what each plane gave, if they are multiplied)
+inline void gather(const Problem& p, const Network& n, const float* planes, Tile& tile) {
+  locate(p, tile);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    int64_t f = 0;
+    for (; f + kWide <= p.features; f += kWide) gather_features<kWide>(p, n, planes, tile, i, f);
+    for (; f + 4 <= p.features; f += 4) gather_features<4>(p, n, planes, tile, i, f);
+    for (; f < p.features; ++f) gather_features<1>(p, n, planes, tile, i, f);
+  }
+}
+
+template <int N>
+inline void scatter_features(const Problem& p, const Network& n, float* gradient, const Tile& tile, int64_t i, int64_t f) {
+  const int64_t at = i * n.features + f, step = kTile * n.features;
+  const Vec<N> whole = load<N>(&tile.d_x[at]);
+  for (int k = 0; k < 3; ++k) {
+    Vec<N> d = whole;
+    if (p.product) d *= load<N>(&tile.parts[at + (k + 1) % 3 * step]) * load<N>(&tile.parts[at + (k + 2) % 3 * step]);
+    for (int c = 4 * k; c < 4 * k + 4; ++c) {
+      float* to = gradient + tile.texel[c][i] * p.features + f;
+      store<N>(to, load<N>(to) + tile.weight[c][i] * d);
+    }
+  }
+}
+
+// tile.d_x added to the gradient of one scene's planes
+inline void scatter(const Problem& p, const Network& n, float* gradient, const Tile& tile) {
+  for (int64_t i = 0; i < tile.count; ++i) {
+    int64_t f = 0;
+    for (; f + kWide <= p.features; f += kWide) scatter_features<kWide>(p, n, gradient, tile, i, f);
+    for (; f + 4 <= p.features; f += 4) scatter_features<4>(p, n, gradient, tile, i, f);
+    for (; f < p.features; ++f) scatter_features<1>(p, n, gradient, tile, i, f);
+  }
+}
+
+// tile.point → tile.raw: the network's outputs before their activations
+inline void field_forward(const Problem& p, const Network& n, const float* planes, Tile& tile) {
+  gather(p, n, planes, tile);
+  float *h = tile.h.data(), *raw = tile.raw.data();
+  product<kWide>(tile.count, n.hidden, p.features, {tile.x.data(), n.features, 1}, n.hidden_wt.data(), n.hidden,
+                 n.hidden_b.data(), 0,
+                 [=, &n](int64_t i, int64_t j, Vec<kWide> pre) { store<kWide>(h + i * n.hidden + j, softplus<kWide>(pre)); });
+  product<kOut>(tile.count, n.outputs, p.hidden, {h, n.hidden, 1}, n.out_wt.data(), n.outputs, n.out_b.data(), 0,
+                [=, &n](int64_t i, int64_t j, Vec<kOut> sum) { store<kOut>(raw + i * n.outputs + j, sum); });
+}
+
+// tile.raw holds the gradient of the raw outputs at tile.point; adds to the gradients of the network (if given) and
+// of the planes (if given).
+inline void field_backward(const Problem& p, const Network& n, const float* planes, Tile& tile, NetworkGradient* network,
+                           float* d_planes) {
+  gather(p, n, planes, tile);
+  float *h = tile.h.data(), *slope = tile.slope.data(), *d_pre = tile.d_pre.data(), *d_x = tile.d_x.data();
+  const float *x = tile.x.data(), *d_raw = tile.raw.data();
+  const int64_t hidden = n.hidden, features = n.features;
+  product<kWide>(tile.count, hidden, p.features, {x, features, 1}, n.hidden_wt.data(), hidden, n.hidden_b.data(), 0,
+                 [=](int64_t i, int64_t j, Vec<kWide> pre) {
+                   const Vec<kWide> e = exp_minus_abs<kWide>(pre);
+                   store<kWide>(h + i * hidden + j, softplus_from<kWide>(pre, e));
+                   store<kWide>(slope + i * hidden + j, sigmoid_from<kWide>(pre, e));
+                 });
+  product<kWide>(tile.count, hidden, p.outputs(), {d_raw, n.outputs, 1}, n.out_w.data(), hidden, nullptr, 0,
+                 [=](int64_t i, int64_t j, Vec<kWide> d_h) {
+                   store<kWide>(d_pre + i * hidden + j, d_h * load<kWide>(slope + i * hidden + j));
+                 });
+  if (network) {
+    float *d_out_w = network->out_w.data(), *d_hidden_wt = network->hidden_wt.data();
+    product<kWide>(p.outputs(), hidden, tile.count, {d_raw, 1, n.outputs}, h, hidden, d_out_w, hidden,
+                   [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_out_w + i * hidden + j, sum); });
+    product<kWide>(p.features, hidden, tile.count, {x, 1, features}, d_pre, hidden, d_hidden_wt, hidden,
+                   [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_hidden_wt + i * hidden + j, sum); });
+    for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t o = 0; o < p.outputs(); ++o) network->out_b[o] += d_raw[i * n.outputs + o];
+      for (int64_t j = 0; j < hidden; ++j) network->hidden_b[j] += d_pre[i * hidden + j];
+    }
+  }
+  if (d_planes) {
+    product<kWide>(tile.count, features, p.hidden, {d_pre, hidden, 1}, n.hidden_w.data(), features, nullptr, 0,
+                   [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_x + i * features + j, sum); });
+    scatter(p, n, d_planes, tile);
+  }
+}
+
+}  // namespace latentscenes

@@ -1,0 +1,329 @@
+// Rays through tri-planes to composited features, and back: `march_planes` of render.py in one pass per ray.
+//
+// Notable:
+// - Forward: a ray is marched alone, so nothing grows with the number of rays but its results and what backward needs
+//   (sorted t, densities, features).
+// - Backward: the gradient of every sample's raw outputs comes in closed form from what was saved; samples whose
+//   gradient is negligible are dropped, the others are collected in tiles across rays, read and evaluated again.
+// - No atomics: a thread owns a fixed range of rays, its private sums are added in thread order. The same inputs and
+//   thread count give the same bits.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "field.h"
+
+namespace latentscenes {
+namespace {
+
+// Where compositing happens: one ray's sorted samples. Interval k lies between samples k and k + 1.
+struct March {
+  Array t, density, features, optical, before, alpha, weight, merged_t, merged_density, merged_features;
+
+  explicit March(const Problem& p) {
+    const int64_t size = padded(p.samples(), kWide);
+    for (Array* array : {&t, &density, &optical, &before, &alpha, &weight, &merged_t, &merged_density}) array->resize(size);
+    features.resize(size * p.channels), merged_features.resize(size * p.channels);
+  }
+};
+
+// Interval weights w = e^-before · (1 − e^-optical) with the mean density of both ends (march.composite).
+void weigh(int64_t count, const float* t, const float* density, March& m) {
+  float sum = 0;
+  for (int64_t k = 0; k + 1 < count; ++k) {
+    m.optical[k] = 0.5f * (density[k] + density[k + 1]) * (t[k + 1] - t[k]);
+    m.before[k] = sum;
+    sum += m.optical[k];
+  }
+  for (int64_t k = 0; k + 1 < count; k += kWide) {
+    const auto optical = load<kWide>(&m.optical[k]);
+    const auto alpha = one_minus_exp_minus<kWide>(optical);
+    store<kWide>(&m.alpha[k], alpha);
+    store<kWide>(&m.weight[k], exp_minus_abs<kWide>(load<kWide>(&m.before[k])) * alpha);
+  }
+}
+
+// m samples distributed like the interval weights, sorted (march.importance).
+void importance(const Problem& p, const float* t, const float* weight, const float* u, float* cumulative, float* found) {
+  const int64_t n = p.coarse, intervals = n - 1;
+  cumulative[0] = 0;
+  for (int64_t k = 0; k < intervals; ++k) {
+    const float here = weight[k], previous = weight[std::max<int64_t>(k - 1, 0)],
+                next = weight[std::min(k + 1, intervals - 1)];
+    cumulative[k + 1] = cumulative[k] + 0.5f * (std::max(previous, here) + std::max(here, next)) + p.blur_padding;
+  }
+  int64_t above = 1;
+  for (int64_t k = 0; k < p.fine; ++k) {
+    const float wanted = (k + u[k]) / p.fine * cumulative[intervals];
+    while (above < intervals && cumulative[above] <= wanted) ++above;
+    const float low = cumulative[above - 1], high = cumulative[above];
+    const float fraction = std::min(std::max((wanted - low) / (high - low), 0.0f), 1.0f);
+    found[k] = t[above - 1] + fraction * (t[above] - t[above - 1]);
+  }
+  for (int64_t k = 1; k < p.fine; ++k)  // rounding can swap neighbours
+    for (int64_t j = k; j > 0 && found[j] < found[j - 1]; --j) std::swap(found[j], found[j - 1]);
+}
+
+// Density and features of one ray's samples.
+void evaluate(const Problem& p, const Network& n, int64_t ray, const float* t, int64_t count, float* density,
+              float* features, Tile& tile) {
+  const float* planes = p.planes + ray / p.rays * p.scene_size();
+  const float *origin = p.origins + 3 * ray, *direction = p.directions + 3 * ray;
+  float raw_density[kTile] = {};
+  for (int64_t first = 0; first < count; first += kTile) {
+    tile.count = std::min(kTile, count - first);
+    for (int axis = 0; axis < 3; ++axis)
+      for (int64_t i = 0; i < tile.count; ++i) tile.point[axis][i] = origin[axis] + t[first + i] * direction[axis];
+    field_forward(p, n, planes, tile);
+    for (int64_t i = 0; i < tile.count; ++i) raw_density[i] = tile.raw[i * n.outputs] + p.density_shift;
+    for (int64_t i = 0; i < kTile; i += kWide)
+      store<kWide>(raw_density + i, softplus<kWide>(load<kWide>(raw_density + i)));
+    std::copy(raw_density, raw_density + tile.count, density + first);
+    const float scale = 2 + 4 * p.feature_margin, shift = -2 * p.feature_margin - 1;  // 2(s(1 + 2m) − m) − 1
+    for (int64_t k = 0; k < tile.count * n.outputs; k += kOut) {
+      const auto x = load<kOut>(&tile.raw[k]);
+      store<kOut>(&tile.raw[k], scale * sigmoid_from<kOut>(x, exp_minus_abs<kOut>(x)) + shift);
+    }
+    for (int64_t i = 0; i < tile.count; ++i)
+      std::copy_n(&tile.raw[i * n.outputs + 1], p.channels, features + (first + i) * p.channels);
+  }
+}
+
+// Coarse samples [0, coarse) and fine ones after them, both sorted, to one sorted list; coarse first where equal.
+void merge(const Problem& p, March& m) {
+  int64_t a = 0, b = p.coarse;
+  for (int64_t k = 0; k < p.samples(); ++k) {
+    const bool from_coarse = b == p.samples() || (a < p.coarse && m.t[a] <= m.t[b]);
+    const int64_t from = from_coarse ? a++ : b++;
+    m.merged_t[k] = m.t[from];
+    m.merged_density[k] = m.density[from];
+    for (int64_t c = 0; c < p.channels; ++c) m.merged_features[k * p.channels + c] = m.features[from * p.channels + c];
+  }
+  m.t.swap(m.merged_t), m.density.swap(m.merged_density), m.features.swap(m.merged_features);
+}
+
+void march_ray(const Problem& p, const Network& n, int64_t ray, Tile& tile, March& m, float* features, float* depth,
+               float* opacity) {
+  const float near = p.near[ray], length = p.far[ray] - near;
+  for (int64_t k = 0; k < p.coarse; ++k) m.t[k] = near + length * ((k + p.u_coarse[ray * p.coarse + k]) / p.coarse);
+  evaluate(p, n, ray, m.t.data(), p.coarse, m.density.data(), m.features.data(), tile);
+  if (p.fine) {
+    weigh(p.coarse, m.t.data(), m.density.data(), m);
+    importance(p, m.t.data(), m.weight.data(), p.u_fine + ray * p.fine, m.before.data(), &m.t[p.coarse]);
+    evaluate(p, n, ray, &m.t[p.coarse], p.fine, &m.density[p.coarse], &m.features[p.coarse * p.channels], tile);
+    merge(p, m);
+  }
+  weigh(p.samples(), m.t.data(), m.density.data(), m);
+  std::fill_n(features, p.channels, 0.0f);
+  *depth = *opacity = 0;
+  for (int64_t k = 0; k + 1 < p.samples(); ++k) {
+    const float weight = m.weight[k], half = 0.5f * weight;
+    *opacity += weight;
+    *depth += half * (m.t[k] + m.t[k + 1]);
+    const float* here = &m.features[k * p.channels];
+    for (int64_t c = 0; c < p.channels; ++c) features[c] += half * (here[c] + here[c + p.channels]);
+  }
+}
+
+// Gradients of features, depth and opacity per ray, as they arrive; any may be null.
+struct Upstream {
+  const float *features, *depth, *opacity;
+
+  // How much one unit of weight at the end of the ray could matter.
+  float magnitude(const Problem& p, int64_t ray) const {
+    float sum = 0;
+    if (features)
+      for (int64_t c = 0; c < p.channels; ++c) sum += std::fabs(features[ray * p.channels + c]);
+    if (depth) sum += std::fabs(depth[ray]) * p.far[ray];
+    if (opacity) sum += std::fabs(opacity[ray]);
+    return sum;
+  }
+};
+
+// What forward saved, sorted along each ray.
+struct Saved {
+  const float *t, *density, *features;
+};
+
+// One ray's gradients of raw outputs: (samples x outputs), in m.merged_features' stead.
+// With v_k the upstream gradient per unit of weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
+void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Saved& saved, March& m, float* d_raw) {
+  const int64_t count = p.samples(), outputs = p.outputs();
+  const float *t = saved.t + ray * count, *density = saved.density + ray * count;
+  const float* features = saved.features + ray * count * p.channels;
+  const float* d_features = up.features ? up.features + ray * p.channels : nullptr;
+  const float d_depth = up.depth ? up.depth[ray] : 0, d_opacity = up.opacity ? up.opacity[ray] : 0;
+  weigh(count, t, density, m);
+  float* value = m.merged_t.data();  // half of v at a sample; v_k is the sum over both ends
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = d_depth * t[i] + d_opacity;
+    if (d_features)
+      for (int64_t c = 0; c < p.channels; ++c) sum += d_features[c] * features[i * p.channels + c];
+    value[i] = 0.5f * sum;
+  }
+  float behind = 0, d_density_next = 0;
+  for (int64_t i = count - 1; i >= 0; --i) {  // interval i starts at sample i, interval i − 1 ends there
+    float d_density = d_density_next;
+    if (i > 0) {
+      const int64_t k = i - 1;
+      const float v = value[k] + value[k + 1], through = std::max(1.0f - m.alpha[k], 0.0f);
+      const float transmittance = m.alpha[k] > 0 ? m.weight[k] / m.alpha[k] : 0.0f;
+      const float d_optical = transmittance * through * v - behind;
+      behind += m.weight[k] * v;
+      d_density_next = 0.5f * (t[i] - t[k]) * d_optical;
+      d_density += d_density_next;
+    }
+    d_raw[i * outputs] = d_density;
+  }
+  // Through the activations: softplus' slope at y is 1 − e^-y; a feature's is that of its sigmoid s, rescaled.
+  for (int64_t i = 0; i < count; i += kWide) {
+    for (int64_t j = 0; j < kWide; ++j) value[i + j] = i + j < count ? density[i + j] : 0.0f;
+    store<kWide>(value + i, one_minus_exp_minus<kWide>(load<kWide>(value + i)));
+  }
+  const float widen = 1 + 2 * p.feature_margin;
+  for (int64_t i = 0; i < count; ++i) {
+    d_raw[i * outputs] *= value[i];
+    const float weight = 0.5f * ((i > 0 ? m.weight[i - 1] : 0.0f) + (i + 1 < count ? m.weight[i] : 0.0f));
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const float s = (0.5f * (features[i * p.channels + c] + 1) + p.feature_margin) / widen;
+      d_raw[i * outputs + 1 + c] = d_features ? weight * d_features[c] * 2 * widen * s * (1 - s) : 0.0f;
+    }
+  }
+}
+
+// One thread's share of the backward pass: rays [first, last).
+struct Share {
+  int64_t first, last;
+  Array planes;  // gradient of the scene that the range starts in, if an earlier thread owns it
+  std::unique_ptr<NetworkGradient> network;
+};
+
+void backward_share(const Problem& p, const Network& n, const Upstream& up, const Saved& saved, float threshold,
+                    Share& share, float* d_planes) {
+  Tile tile(p, n, true);
+  March m(p);
+  Array d_raw(p.samples() * p.outputs());
+  int64_t scene = -1;
+  float* d_scene = nullptr;
+  auto flush = [&] {
+    if (tile.count) field_backward(p, n, p.planes + scene * p.scene_size(), tile, share.network.get(), d_scene);
+    tile.count = 0;
+  };
+  for (int64_t ray = share.first; ray < share.last; ++ray) {
+    if (ray / p.rays != scene) {
+      flush();
+      scene = ray / p.rays;
+      if (d_planes) {
+        const bool shared = ray % p.rays;
+        if (shared) share.planes.assign(p.scene_size(), 0.0f);
+        d_scene = shared ? share.planes.data() : d_planes + scene * p.scene_size();
+        if (!shared) std::fill_n(d_scene, p.scene_size(), 0.0f);
+      }
+    }
+    if (!(p.far[ray] > p.near[ray]) || up.magnitude(p, ray) == 0) continue;
+    raw_gradients(p, ray, up, saved, m, d_raw.data());
+    for (int64_t i = 0; i < p.samples(); ++i) {
+      const float* from = &d_raw[i * p.outputs()];
+      float largest = 0;
+      for (int64_t o = 0; o < p.outputs(); ++o) largest = std::max(largest, std::fabs(from[o]));
+      if (largest <= threshold) continue;
+      const float t = saved.t[ray * p.samples() + i];
+      for (int axis = 0; axis < 3; ++axis)
+        tile.point[axis][tile.count] = p.origins[3 * ray + axis] + t * p.directions[3 * ray + axis];
+      std::copy_n(from, p.outputs(), &tile.raw[tile.count * n.outputs]);
+      if (++tile.count == kTile) flush();
+    }
+  }
+  flush();
+}
+
+// Private gradients of planes and network added up in thread order.
+void add_shares(const Problem& p, const Network& n, const std::vector<Share>& shares, float* d_planes, float* d_hidden_w,
+                float* d_hidden_b, float* d_out_w, float* d_out_b) {
+  if (d_planes) {
+    const int64_t block = 4096, blocks = (p.scene_size() + block - 1) / block;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t b = 0; b < blocks; ++b)
+      for (const Share& share : shares)
+        if (!share.planes.empty()) {
+          float* to = d_planes + share.first / p.rays * p.scene_size();
+          for (int64_t k = b * block; k < std::min((b + 1) * block, p.scene_size()); ++k) to[k] += share.planes[k];
+        }
+  }
+  if (!d_hidden_w) return;
+  std::fill_n(d_hidden_w, p.hidden * p.features, 0.0f), std::fill_n(d_hidden_b, p.hidden, 0.0f);
+  std::fill_n(d_out_w, p.outputs() * p.hidden, 0.0f), std::fill_n(d_out_b, p.outputs(), 0.0f);
+  for (const Share& share : shares) {
+    const NetworkGradient& g = *share.network;
+    for (int64_t h = 0; h < p.hidden; ++h) {
+      d_hidden_b[h] += g.hidden_b[h];
+      for (int64_t f = 0; f < p.features; ++f) d_hidden_w[h * p.features + f] += g.hidden_wt[f * n.hidden + h];
+    }
+    for (int64_t o = 0; o < p.outputs(); ++o) {
+      d_out_b[o] += g.out_b[o];
+      for (int64_t h = 0; h < p.hidden; ++h) d_out_w[o * p.hidden + h] += g.out_w[o * n.hidden + h];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace latentscenes
+
+using namespace latentscenes;
+
+// Writes features, depth and opacity; t, density and sample_features, for backward, unless null.
+extern "C" void latentscenes_forward(const Problem* problem, float* features, float* depth, float* opacity, float* t,
+                                     float* density, float* sample_features) {
+  const Problem& p = *problem;
+  const Network n(p);
+  const int64_t count = p.samples();
+#pragma omp parallel num_threads(p.threads)
+  {
+    Tile tile(p, n, false);
+    March m(p);
+#pragma omp for schedule(dynamic, 32)
+    for (int64_t ray = 0; ray < p.scenes * p.rays; ++ray) {
+      if (!(p.far[ray] > p.near[ray])) {  // misses the box; backward leaves it out too
+        std::fill_n(features + ray * p.channels, p.channels, 0.0f);
+        depth[ray] = opacity[ray] = 0;
+        if (!t) continue;
+        std::fill_n(t + ray * count, count, p.near[ray]);
+        std::fill_n(density + ray * count, count, 0.0f);
+        std::fill_n(sample_features + ray * count * p.channels, count * p.channels, 0.0f);
+        continue;
+      }
+      march_ray(p, n, ray, tile, m, features + ray * p.channels, depth + ray, opacity + ray);
+      if (!t) continue;
+      std::copy_n(m.t.data(), count, t + ray * count);
+      std::copy_n(m.density.data(), count, density + ray * count);
+      std::copy_n(m.features.data(), count * p.channels, sample_features + ray * count * p.channels);
+    }
+  }
+}
+
+// From the gradients of features, depth and opacity (each may be null) and what forward wrote: writes d_planes
+// (may be null) and the gradients of the network (all four or none).
+extern "C" void latentscenes_backward(const Problem* problem, const float* up_features, const float* up_depth,
+                                      const float* up_opacity, const float* t, const float* density,
+                                      const float* sample_features, float* d_planes, float* d_hidden_w, float* d_hidden_b,
+                                      float* d_out_w, float* d_out_b) {
+  const Problem& p = *problem;
+  const Network n(p);
+  const Upstream up{up_features, up_depth, up_opacity};
+  const Saved saved{t, density, sample_features};
+  const int64_t rays = p.scenes * p.rays;
+  double total = 0;
+  for (int64_t ray = 0; ray < rays; ++ray) total += up.magnitude(p, ray);
+  const float threshold = static_cast<float>(p.skip * total / rays);
+  std::vector<Share> shares(p.threads);
+#pragma omp parallel for num_threads(p.threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < p.threads; ++thread) {
+    Share& share = shares[thread];
+    share.first = rays * thread / p.threads, share.last = rays * (thread + 1) / p.threads;
+    if (d_hidden_w) share.network = std::make_unique<NetworkGradient>(n);
+    backward_share(p, n, up, saved, threshold, share, d_planes);
+  }
+  add_shares(p, n, shares, d_planes, d_hidden_w, d_hidden_b, d_out_w, d_out_b);
+}

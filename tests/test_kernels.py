@@ -1,0 +1,243 @@
+"""The native kernel against `march_planes`, the readable path: values and every gradient, and how it is built."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from latentscenes import march
+from latentscenes.errors import UserError
+from latentscenes.field import Field
+from latentscenes.kernels import build, native
+from latentscenes.render import Rays, march_planes, render_rays
+
+needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
+
+
+def problem(scenes=2, rays=13, coarse=9, fine=7, resolution=7, features=5, channels=3, hidden=64, bounds=None, seed=0):
+    """Random planes, network, cameras around the box and random numbers, as march_planes takes them."""
+    torch.manual_seed(seed)
+    planes = torch.randn(scenes, 3, resolution, resolution, features).requires_grad_()
+    field = Field(features, channels, hidden)
+    origins = 1.9 * torch.nn.functional.normalize(torch.randn(scenes, rays, 3), dim=-1)
+    directions = torch.nn.functional.normalize(-origins + 0.6 * torch.randn(scenes, rays, 3), dim=-1)
+    near, far = march.intersect_cube(origins, directions)
+    if bounds:
+        near, far = (torch.full_like(near, bound) for bound in bounds)
+    return planes, field, Rays(origins, directions, near, far), torch.rand(scenes, rays, coarse), torch.rand(scenes, rays, fine)
+
+
+def network(field):
+    return field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias
+
+
+def run_native(planes, field, rays, u_coarse, u_fine, axes="xy,xz,yz", aggregation="sum", skip=0.0):
+    return native.render(planes, *network(field), *rays, u_coarse, u_fine, axes, aggregation, skip)
+
+
+def gradients(outputs, upstream, planes, field):
+    return torch.autograd.grad(outputs, [planes, *network(field)], upstream)
+
+
+def assert_close(actual, expected, tolerance):
+    """Within `tolerance` of the largest entry, which bounds the rounding of sums."""
+    assert torch.isfinite(actual).all()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max() + 1e-30
+
+
+def assert_same_as_readable(arguments, axes="xy,xz,yz", aggregation="sum", tolerance=1e-4):
+    planes, field = arguments[:2]
+    expected = march_planes(*arguments, axes, aggregation)[:3]
+    actual = run_native(*arguments, axes, aggregation)
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b, 1e-5)
+    upstream = [torch.randn_like(value) for value in expected]
+    for a, b in zip(gradients(actual, upstream, planes, field), gradients(expected, upstream, planes, field), strict=True):
+        assert_close(a, b, tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("axes", ["xy,xz,yz", "eg3d"])
+@pytest.mark.parametrize("aggregation", ["sum", "product"])
+def test_axes_and_aggregations(axes, aggregation):
+    assert_same_as_readable(problem(), axes, aggregation)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"channels": 1, "features": 32, "resolution": 16},
+        {"channels": 32, "hidden": 64, "features": 16},
+        {"channels": 9, "hidden": 20, "features": 22, "scenes": 3},
+        {"fine": 0, "coarse": 2},
+        {"fine": 0, "coarse": 100},
+        {"coarse": 48, "fine": 48, "features": 32, "channels": 4, "scenes": 1},
+        {"rays": 1, "scenes": 1, "resolution": 1, "features": 1},
+    ],
+    ids=str,
+)
+def test_sizes(sizes):
+    assert_same_as_readable(problem(**sizes))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_scenes(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_as_readable(problem(scenes=2, rays=7))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_samples_outside_the_planes_read_zero():
+    assert_same_as_readable(problem(bounds=(0.1, 6.0)))
+
+
+@needs_compiler
+def test_dense_and_empty_fields():
+    for bias in (-30.0, 30.0):  # nothing to see; all of it in the first interval
+        arguments = problem()
+        with torch.no_grad():
+            arguments[1].out.bias[0] += bias
+        assert_same_as_readable(arguments)
+
+
+@needs_compiler
+def test_rays_that_miss_give_zero_and_no_gradient():
+    planes, field, rays, u_coarse, u_fine = problem()
+    far = torch.where(torch.arange(13) % 3 == 0, rays.near, rays.far)
+    arguments = planes, field, rays._replace(far=far), u_coarse, u_fine
+    assert_same_as_readable(arguments)
+    features, depth, opacity = run_native(*arguments)
+    for value in (features, depth, opacity):
+        assert (value[:, ::3] == 0).all() and (value != 0).any()
+    all_miss = planes, field, rays._replace(far=rays.near), u_coarse, u_fine
+    for gradient in gradients([run_native(*all_miss)[0].sum()], None, planes, field):
+        assert (gradient == 0).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("alone", [0, 1, 2])
+def test_each_output_alone_has_the_right_gradient(alone):
+    planes, field, *rest = problem()
+    expected = march_planes(planes, field, *rest)[alone].square().sum()
+    actual = run_native(planes, field, *rest)[alone].square().sum()
+    for a, b in zip(gradients([actual], None, planes, field), gradients([expected], None, planes, field), strict=True):
+        assert_close(a, b, 1e-4)
+
+
+@needs_compiler
+def test_only_wanted_gradients_and_inference():
+    planes, field, *rest = problem()
+    whole = gradients([run_native(planes, field, *rest)[0].sum()], None, planes, field)
+    field.requires_grad_(False)
+    (frozen_network,) = torch.autograd.grad(run_native(planes, field, *rest)[0].sum(), [planes])
+    field.requires_grad_(True)
+    fixed_planes = torch.autograd.grad(run_native(planes.detach(), field, *rest)[0].sum(), network(field))
+    for a, b in zip((frozen_network, *fixed_planes), whole, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert not run_native(planes, field, *rest)[0].requires_grad
+
+
+@needs_compiler
+def test_same_inputs_same_bits():
+    arguments = problem(scenes=3, rays=50, coarse=24, fine=24, features=32, resolution=16)
+    first, second = (run_native(*arguments, skip=1e-5) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    sums = [sum(value.sum() for value in values) for values in (first, second)]
+    once, again = (gradients([value], None, *arguments[:2]) for value in sums)
+    assert all(map(torch.equal, once, again))
+
+
+@needs_compiler
+def test_skipping_loses_little():
+    arguments = problem(scenes=2, rays=60, coarse=24, fine=24, features=32, resolution=16)
+    with torch.no_grad():
+        arguments[1].out.bias[0] += 8  # opaque: most samples are hidden
+    exact, skipped = (
+        gradients([run_native(*arguments, skip=skip)[0].sum()], None, *arguments[:2]) for skip in (0.0, native.SKIP)
+    )
+    for a, b in zip(skipped, exact, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+    assert not torch.equal(skipped[0], exact[0])
+
+
+@needs_compiler
+def test_operators_are_well_formed():
+    planes, field, rays, u_coarse, u_fine = problem(rays=3)
+    arguments = (planes, *network(field), *rays, u_coarse, u_fine, "xy,xz,yz", "sum", 0.0, True)
+    torch.library.opcheck(torch.ops.latentscenes.render.default, arguments)
+
+
+@needs_compiler
+def test_no_rays():
+    arguments = problem(rays=0)
+    features, depth, opacity = run_native(*arguments)
+    assert features.shape == (2, 0, 3) and depth.shape == opacity.shape == (2, 0)
+    assert all((gradient == 0).all() for gradient in gradients([features.sum()], None, *arguments[:2]))
+
+
+@needs_compiler
+def test_render_rays_picks_the_kernel_and_counts_free_light_as_far():
+    planes, field, rays, u_coarse, u_fine = problem()
+    by_torch = render_rays(planes, field, rays, u_coarse, u_fine, kernel="torch")
+    for kernel in ("auto", "native"):
+        rendered = render_rays(planes, field, rays, u_coarse, u_fine, kernel=kernel)
+        for a, b in zip(rendered, by_torch, strict=True):
+            assert_close(a, b, 1e-5)
+    composite = march_planes(planes, field, rays, u_coarse, u_fine)
+    assert_close(by_torch.depth, composite.depth + (1 - composite.opacity) * rays.far, 1e-6)
+
+
+def test_native_demanded_but_impossible_says_why():
+    planes, _, rays, u_coarse, u_fine = problem()
+    encoded = Field(5, 3, frequencies=2)
+    with pytest.raises(UserError, match="positional encoding"):
+        render_rays(planes, encoded, rays, u_coarse, u_fine, kernel="native")
+    assert render_rays(planes, encoded, rays, u_coarse, u_fine).features.shape == (2, 13, 3)
+
+
+def run_python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@needs_compiler
+def test_two_processes_build_at_once(tmp_path):
+    code = "from latentscenes.kernels import build; build.ctypes.CDLL(str(build.build())).latentscenes_forward"
+    both = [run_python(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    (built,) = (tmp_path / "latentscenes").iterdir()
+    assert built.suffix == ".so"
+
+
+def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
+    code = """
+import torch, warnings
+from latentscenes.field import Field
+from latentscenes.render import Rays, render_rays
+rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        render_rays(torch.ones(1, 3, 4, 4, 2), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4))
+print(len(caught), caught[0].message)
+"""
+    process = run_python(code, XDG_CACHE_HOME=str(tmp_path), CXX="/nonexistent")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.startswith("1 The fast CPU kernel is off: CXX=/nonexistent")
