@@ -29,6 +29,8 @@ class CodecConfig:
     `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
     path: str | None = None
     """Folder (or hub name, for `diffusers`) of pretrained weights."""
+    subfolder: str | None = None
+    """Folder inside `path` where the autoencoder lies; a pipeline's `vae` is found by itself in local folders."""
     allow_download: bool = False
     """Let `diffusers` fetch weights from the hub; without it only local files are used."""
     downsampling: int = 4

@@ -132,9 +132,9 @@ def build_codec(config: CodecConfig) -> Codec:
     if config.kind == "diffusers":
         from latentscenes.codecs.diffusers import DiffusersCodec
 
-        return DiffusersCodec(config.path, allow_download=config.allow_download)
+        return DiffusersCodec.load(config.path, config.subfolder, config.allow_download)
     if config.kind == "tiny":
         from latentscenes.codecs.tiny import TinyCodec
 
-        return TinyCodec(config.path)
+        return TinyCodec.from_folder(config.path)
     raise UserError(f"codec.kind: {config.kind!r} is not known.")

@@ -44,6 +44,18 @@ class TinyCodec(Codec):
             )
 
     @classmethod
+    def from_folder(cls, folder: str | Path) -> "TinyCodec":
+        """From a folder with one file named *encoder* and one named *decoder*, .pth or .safetensors."""
+        folder = Path(folder).expanduser()
+        pair = []
+        for part in ("encoder", "decoder"):
+            found = [path for path in folder.glob(f"*{part}*") if path.suffix in (".pth", ".safetensors")]
+            if len(found) != 1:
+                raise UserError(f"{folder}: found {len(found)} files *{part}*.pth or .safetensors, need exactly one.")
+            pair += found
+        return cls.load(*pair)
+
+    @classmethod
     def load(cls, encoder: str | Path, decoder: str | Path) -> "TinyCodec":
         """From a pair of .pth or .safetensors files."""
         states = [read_weights(encoder), read_weights(decoder)]
