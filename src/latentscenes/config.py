@@ -28,7 +28,8 @@ class CodecConfig:
     """`convolutional`: our own small one. `identity`: latents are the pixels themselves, which gives RGB tri-planes.
     `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
     path: str | None = None
-    """Folder (or hub name, for `diffusers`) of pretrained weights."""
+    """Where pretrained weights lie: a folder (or hub name) for `diffusers`, a folder for `tiny`, a run that learned the
+    same codec for `convolutional` (unset: a codec stage warms it up from nothing)."""
     subfolder: str | None = None
     """Folder inside `path` where the autoencoder lies; a pipeline's `vae` is found by itself in local folders."""
     allow_download: bool = False

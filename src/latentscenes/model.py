@@ -3,10 +3,12 @@
 Scenes are not in here (see planes.py): a Model is what all of them share.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentscenes.cameras import Box, Cameras
@@ -40,13 +42,15 @@ class LatentView(NamedTuple):
 class Model(nn.Module):
     """What scenes share. Latents here are always normalised, in (−1, 1)."""
 
-    def __init__(self, config: Config, box: Box):
+    def __init__(self, config: Config, box: Box, pretrained: bool = True):
+        """With `pretrained` off, `codec.path` is not read where the architecture is known without it: the weights are
+        about to come from a checkpoint."""
         super().__init__()
         self.config, self.box = config, box
         generator = torch.Generator().manual_seed(config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.codec = build_codec(config.codec)
+            self.codec = build_codec(config.codec, pretrained)
             self.normalizer = Normalizer(config.normalizer.kind, self.codec.channels, scale=config.normalizer.scale, window=config.normalizer.window)
             self.field = self.fresh_field()
         self.bases = nn.Parameter(fresh_bases(config.planes, generator))
@@ -119,12 +123,15 @@ class Model(nn.Module):
         return LatentView(features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity)
 
 
-def build_codec(config: CodecConfig) -> Codec:
+def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
     """The codec that a configuration names."""
     if config.kind == "convolutional":
         from latentscenes.codecs.convolutional import ConvolutionalCodec
 
-        return ConvolutionalCodec(config.downsampling, config.channels, config.width, config.bfloat16)
+        codec = ConvolutionalCodec(config.downsampling, config.channels, config.width, config.bfloat16)
+        if config.path and pretrained:
+            _load_from_run(codec, Path(config.path))
+        return codec
     if config.kind == "identity":
         from latentscenes.codecs.identity import IdentityCodec
 
@@ -138,3 +145,15 @@ def build_codec(config: CodecConfig) -> Codec:
 
         return TinyCodec.from_folder(config.path)
     raise UserError(f"codec.kind: {config.kind!r} is not known.")
+
+
+def _load_from_run(codec: Codec, path: Path) -> None:
+    """Weights of the same codec learned by another run."""
+    files = sorted(path.glob("checkpoints/*/shared.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError(f"codec.path: {path} holds no checkpoint of a run. Name a run folder of `latentscenes train`.")
+    state = {name.removeprefix("codec."): tensor for name, tensor in load_file(files[-1]).items() if name.startswith("codec.")}
+    try:
+        codec.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"codec.path: {path} learned another codec ({str(error).splitlines()[1].strip()[:120]}). Use the same codec settings.") from None

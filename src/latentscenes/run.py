@@ -152,7 +152,7 @@ class Run:
         newest = self._newest()
         if newest is None:
             raise UserError(f"{self.path}: nothing has been learned yet. Run the command that started it again.")
-        model = Model(self.config, self.info.box)
+        model = Model(self.config, self.info.box, pretrained=False)
         model.load_state_dict(_load(newest / "shared.safetensors"))
         rows = SceneRows(**_load(newest / "rows.safetensors"))
         return model.to(device).eval().requires_grad_(False), rows.to(device)
