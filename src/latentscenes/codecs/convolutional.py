@@ -34,14 +34,14 @@ class Residual(nn.Module):
 
 class ConvolutionalCodec(Codec):
     """Downsampling 2, 4 or 8: a pixel shuffle by 2, then strided convolutions; `width` channels at latent resolution,
-    half as many at each finer one (never under 32)."""
+    half as many at each finer one (never under 32, or `width` if smaller)."""
 
     def __init__(self, downsampling: int, channels: int, width: int, bfloat16: bool = True):
         super().__init__()
         self.downsampling, self.channels = downsampling, channels
         self.bfloat16 = bfloat16
         levels = {2: 1, 4: 2, 8: 3}[downsampling]
-        widths = [max(32, width >> level) for level in range(levels)][::-1]  # finest first
+        widths = [max(min(width, 32), width >> level) for level in range(levels)][::-1]  # finest first
 
         encoder: list[nn.Module] = [nn.PixelUnshuffle(2), _convolution(12, widths[0])]
         for finer, coarser in zip(widths, widths[1:], strict=False):
