@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -226,7 +227,7 @@ def _require(holds: bool, message: str) -> None:
         raise UserError(f"configuration: {message}")
 
 
-def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
     `train.0.epochs=5` (a number picks a stage; so does its name)."""
     path = Path(source)
@@ -247,7 +248,7 @@ def presets() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in (resources.files("latentscenes") / "presets").iterdir() if entry.name.endswith(".yaml"))
 
 
-def parse(text: str, where: str, overrides: typing.Sequence[str] = ()) -> Config:
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
     """A Config from YAML text; `where` names it in errors."""
     try:
         tree = yaml.safe_load(text) or {}
