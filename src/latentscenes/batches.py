@@ -1,7 +1,7 @@
 """From a dataset to batches: several views of each of a few scenes, in an order that depends on the seed alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -24,11 +24,14 @@ class BatchSource:
         self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, device
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes]
         self.images_needed = needs_images(stage.losses)
-        frozen = stage.rates.encoder == 0
+        frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
         self._latents, self._slot = None, None
         if frozen and encodings_only and model.codec.encoder_parameters():
             self._cache()
+        elif frozen and model.normalizer.untouched:
+            chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
+            self._settle(self._encoded(chunk) for chunk in chunks[:: 1 + len(chunks) // model.normalizer.window])
         self._background = model.background(*views.size) if frozen else None
         self.steps_per_epoch = len(self._order(0))
         self._epoch: tuple[int, list] = (-1, [])
@@ -38,14 +41,21 @@ class BatchSource:
         return self.stage.epochs * self.steps_per_epoch
 
     @torch.no_grad()
+    def _encoded(self, index: Int[Tensor, "n"]) -> Tensor:
+        return self.model.codec.encode(self._images(index))
+
+    def _settle(self, encoded: Iterable[Tensor]) -> None:
+        """A frozen codec's latents do not change, so its normaliser need not either: statistics are taken once."""
+        for chunk in encoded:
+            self.model.normalizer.update(chunk)
+
     def _cache(self) -> None:
         index = torch.cat(self.fitted)
         self._slot = torch.full((len(self.views.rgb),), -1)
         self._slot[index] = torch.arange(len(index))
-        raw = [self.model.codec.encode(self._images(chunk)) for chunk in index.split(ENCODE_CHUNK)]
+        raw = [self._encoded(chunk) for chunk in index.split(ENCODE_CHUNK)]
         if self.model.normalizer.untouched:
-            for chunk in raw:
-                self.model.normalizer.update(chunk)
+            self._settle(raw)
         self._latents = torch.cat([self.model.normalizer.normalize(chunk) for chunk in raw])
 
     def _images(self, index: Int[Tensor, "n"]) -> Tensor:

@@ -60,7 +60,8 @@ def terms(
     images, encoded = batch.images, batch.latents
     if encoded is None and any((weights.latent, weights.autoencoder, weights.equivariance)):
         raw = model.codec.encode(images)
-        model.normalizer.update(raw.detach())
+        if raw.requires_grad:  # a frozen codec's normaliser stays as it is
+            model.normalizer.update(raw.detach())
         encoded = model.normalizer.normalize(raw)
 
     if weights.autoencoder:
