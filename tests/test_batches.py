@@ -1,0 +1,130 @@
+"""What a stage learns from: which views come when."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from latentscenes import config as configuration
+from latentscenes.batches import BatchSource
+from latentscenes.model import Model
+
+CPU = torch.device("cpu")
+
+
+def source(config, views, name="scenes", seed=5, **changes):
+    """Batches of the stage called `name`."""
+    stage = next(stage for stage in (*config.train, *config.exploit) if stage.name == name)
+    return BatchSource(Model(config, views.box), views, views.select("train"), dataclasses.replace(stage, **changes), seed, CPU)
+
+
+def seen(batches, views, scenes):
+    """(scene's name, dataset index) of every view of an epoch, told from cameras and row numbers."""
+    pairs = []
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        each = len(batch.cameras) // len(batch.scenes)
+        for k, camera in enumerate(batch.cameras.cam2world):
+            scene = scenes[int(batch.scenes[k // each])]
+            same = [index for index in scene.views("all") if torch.equal(views.cameras.cam2world[index], camera)]
+            assert len(same) == 1
+            pairs.append((scene.name, same[0]))
+    return pairs
+
+
+@pytest.mark.parametrize(("scenes", "size"), [(1, 1), (2, 5), (4, 5), (3, 1)])
+def test_every_view_comes_once_an_epoch(solids, tiny, scenes, size):
+    chosen = solids.select("train")
+    stage = dataclasses.replace(tiny.train[1], scenes=scenes, views=size)
+    pairs = seen(BatchSource(Model(tiny, solids.box), solids, chosen, stage, 0, CPU), solids, chosen)
+    assert Counter(pairs) == Counter((scene.name, index) for scene in chosen for index in scene.views("fit"))
+
+
+def test_a_last_chunk_is_filled_up_with_views_of_the_same_scene(solids, tiny):
+    chosen = solids.select("train")  # 5 views to fit, in chunks of 2: one comes twice
+    counts = Counter(seen(source(tiny, solids), solids, chosen))
+    for scene in chosen:
+        mine = [counts[scene.name, index] for index in scene.views("all")]
+        assert sorted(mine) == [0, 1, 1, 1, 1, 2] and mine[scene.held_out[0]] == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_held_out_views_are_never_learned_from(solids, tiny, size):
+    chosen = solids.select("train")
+    batches = BatchSource(Model(tiny, solids.box), solids, chosen, dataclasses.replace(tiny.train[1], views=size, epochs=3), 0, CPU)
+    held = {index for scene in chosen for index in scene.views("held_out")}
+    assert len(held) == 4
+    for step in range(batches.steps):
+        for camera in batches.batch(step).cameras.cam2world:
+            places = {k for k in range(len(solids.cameras)) if torch.equal(solids.cameras.cam2world[k], camera)}
+            assert not places <= held  # the same orbit for all scenes: held-out places are held out everywhere
+    assert {index for scene in batches.fitted for index in scene.tolist()}.isdisjoint(held)
+
+
+def test_scenes_of_a_batch_differ(solids, tiny):
+    batches = source(tiny, solids)
+    for step in range(batches.steps):
+        scenes = batches.batch(step).scenes.tolist()
+        assert len(set(scenes)) == len(scenes) == 2
+
+
+def same(a, b):
+    return torch.equal(a.scenes, b.scenes) and torch.equal(a.cameras.cam2world, b.cameras.cam2world)
+
+
+def test_order_depends_on_seed_stage_and_epoch_alone(solids, tiny):
+    one, two, other = source(tiny, solids), source(tiny, solids), source(tiny, solids, seed=6)
+    steps = range(one.steps_per_epoch)
+    backwards = [two.batch(step) for step in reversed(range(two.steps))][::-1]  # any order of asking
+    assert all(same(one.batch(step), backwards[step]) for step in range(one.steps))
+    assert not all(same(one.batch(step), other.batch(step)) for step in steps)
+    assert not all(same(one.batch(step), one.batch(step + one.steps_per_epoch)) for step in steps)
+    renamed = dataclasses.replace(tiny, train=(dataclasses.replace(tiny.train[1], name="other"),))
+    assert not all(same(one.batch(step), source(renamed, solids, "other").batch(step)) for step in steps)
+
+
+def test_scenes_with_different_numbers_of_views(solids, tiny):
+    full, short, single, _ = solids.select("train")
+    scenes = [full, dataclasses.replace(short, count=4), dataclasses.replace(single, count=1, held_out=())]
+    batches = BatchSource(Model(tiny, solids.box), solids, scenes, dataclasses.replace(tiny.train[1], scenes=2, views=2), 0, CPU)
+    counts = Counter(seen(batches, solids, scenes))
+    assert set(counts) == {(scene.name, index) for scene in scenes for index in scene.views("fit")}
+    totals = {scene.name: sum(n for (name, _), n in counts.items() if name == scene.name) for scene in scenes}
+    assert totals == {"red_ball": 6, "green_box": 4, "blue_egg": 2}  # 5, 3 and 1 views, rounded up to pairs
+
+
+def test_images_and_cached_latents_belong_to_the_cameras(solids, tiny):
+    model = Model(tiny, solids.box)
+    chosen = solids.select("train")
+    learning = BatchSource(model, solids, chosen, tiny.train[2], 0, CPU)
+    cached = BatchSource(model, solids, chosen, dataclasses.replace(tiny.train[2], losses=tiny.train[1].losses, rates=tiny.train[1].rates), 0, CPU)
+    for step in range(3):
+        a, b = learning.batch(step), cached.batch(step)
+        assert same(a, b) and a.latents is None and b.images is None
+        torch.testing.assert_close(b.latents, model.encode(a.images).detach(), atol=1e-5, rtol=1e-5)
+        each = len(a.images) // len(a.scenes)
+        for k in range(len(a.images)):
+            scene = chosen[int(a.scenes[k // each])]
+            index = next(i for i in scene.views("all") if torch.equal(solids.cameras.cam2world[i], a.cameras.cam2world[k]))
+            assert torch.equal(a.images[k], solids.images([index])[0].float() / 255)
+
+
+def test_rays_are_drawn_anew_each_step_and_alike_each_time(solids, tiny):
+    some, again = source(tiny, solids, rays=7), source(tiny, solids, rays=7)
+    pixels = [some.batch(step).pixels for step in range(3)]
+    assert all(p.shape == (4, 7) and 0 <= int(p.min()) and int(p.max()) < 64 for p in pixels)
+    assert not torch.equal(pixels[0], pixels[1])
+    assert all(torch.equal(p, again.batch(step).pixels) for step, p in enumerate(pixels))
+    assert source(tiny, solids).batch(0).pixels is None
+    assert source(tiny, solids, rays=1000).batch(0).pixels.shape == (4, 64)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "meanstd", "meanstd_tanh"])
+@pytest.mark.parametrize("codec", ["convolutional", "identity"])
+def test_a_frozen_codec_gives_latents_and_background_one_normaliser(solids, tiny, codec, kind):
+    config = configuration.parse(configuration.dump(tiny), "tiny", [f"normalizer.kind={kind}", f"codec.kind={codec}"])
+    batches = source(config, solids)
+    model, batch = batches.model, batches.batch(0)
+    assert not model.normalizer.untouched
+    torch.testing.assert_close(batch.background, model.background(32, 32))
