@@ -75,8 +75,8 @@ class Run:
         path = Path(path)
         if (path / "run.json").is_file():
             run = cls.open(path)
-            if run.config != config or run.info.scenes != info.scenes or run.info.kind != info.kind:
-                raise UserError(f"{path}: holds a run with other settings or other scenes. Name another folder, or remove this one.")
+            if run.config != config or any(getattr(run.info, name) != getattr(info, name) for name in ("kind", "scenes", "box")):
+                raise UserError(f"{path}: holds a run with other settings, other scenes or another box. Name another folder, or remove this one.")
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
@@ -104,17 +104,19 @@ class Run:
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is working on this run. Wait for it, or name another folder.") from None
 
+    def unlock(self) -> None:
+        """Let others write."""
+        self._lock.close()
+
     # Checkpoints
 
     def _newest(self) -> Path | None:
-        found = [path for path in (self.path / "checkpoints").glob("*") if path.name.isdigit()]
-        return max(found, key=lambda path: int(path.name), default=None)
+        found = [path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()]
+        return max(found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None)
 
     def save(self, model: Model, rows: SceneRows, optimizer: dict[str, Tensor], position: Position) -> None:
         """Write a checkpoint and drop the one before."""
-        before, target = self._newest(), self.path / "checkpoints" / str(position.total)
-        if before == target:  # the end of a stage after a step that was saved already
-            before = before.rename(before.with_name(f"{before.name}.old"))
+        target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -122,9 +124,12 @@ class Run:
         save_file(_contiguous(rows.tables()), partial / "rows.safetensors")
         save_file(_contiguous(optimizer), partial / "optimizer.safetensors")
         _write_json(partial / "state.json", asdict(position))
+        if target.exists():  # the end of a stage after a step that was saved already; `.old` counts until it is replaced
+            target.rename(target.with_name(f"{target.name}.old"))
         partial.rename(target)
-        if before is not None:
-            shutil.rmtree(before)
+        for other in target.parent.iterdir():
+            if other != target:
+                shutil.rmtree(other)
 
     @property
     def position(self) -> Position:

@@ -78,11 +78,14 @@ def learn(
         Interrupted: a signal asked to stop; everything is saved.
     """
     run.lock()
-    position = run.position
-    run.cut_metrics(position.total)
-    with _SignalFlag() as stopped:
-        while position.stage < len(stages):
-            _learn_stage(run, model, rows, views, scenes, stages, device, tracker, position, stopped)
+    try:
+        position = run.position
+        run.cut_metrics(position.total)
+        with _SignalFlag() as stopped:
+            while position.stage < len(stages):
+                _learn_stage(run, model, rows, views, scenes, stages, device, tracker, position, stopped)
+    finally:
+        run.unlock()
 
 
 def _learn_stage(
@@ -128,18 +131,20 @@ def _learn_stage(
             position.total += 1
 
             # Tell, and keep
-            values = {name: value.item() for name, value in found.items()} if position.step % LOG_EVERY == 0 or stopped else {}
-            if values:
-                _refuse_nonfinite(values, stage, position)
+            last, stop = position.step == source.steps, bool(stopped)
+            save = stop or time.monotonic() - saved > SAVE_SECONDS
+            values = {name: value.item() for name, value in found.items()} if position.step % LOG_EVERY == 0 or save or last else {}
+            _refuse_nonfinite(values, stage, position)
+            if position.step % LOG_EVERY == 0 or last:
                 bar.show(position.step, values)
                 run.log({"stage": stage.name, "step": position.step, "total": position.total, "rate": factor, **values})
                 tracker.log(position.total, {f"{stage.name}/{name}": value for name, value in values.items()})
             now = time.monotonic()
             position.seconds[stage.name] = spent + now - begun
-            if stopped or now - saved > SAVE_SECONDS:
+            if save:
                 run.save(model, rows, optimizer, position)
                 saved = now
-            if stopped:
+            if stop:
                 raise Interrupted
         position.seconds[stage.name] = spent + time.monotonic() - begun
     position.stage, position.step = position.stage + 1, 0
