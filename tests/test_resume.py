@@ -1,0 +1,259 @@
+"""A run that is stopped anywhere, politely or not, ends where an unbroken one ends, to the last bit."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from latentscenes import config as configuration
+from latentscenes import run as run_module
+from latentscenes import train as loop
+from latentscenes.cameras import Box
+from latentscenes.errors import UserError
+from latentscenes.exploit import exploit
+from latentscenes.run import Run
+from latentscenes.train import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def windowed(tiny):
+    """All stages, with a normaliser that has a state of its own."""
+    return configuration.parse(configuration.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"])
+
+
+def learn_all(config, solids, folder):
+    parent = train(config, solids, folder / "train", device=CPU)
+    return parent, exploit(parent, config, solids, folder / "new", limit=None, device=CPU)
+
+
+def assert_same_run(a, b):
+    first, second = a.load(), b.load()
+    for mine, other in ((first[0].state_dict(), second[0].state_dict()), (first[1].tables(), second[1].tables())):
+        assert set(mine) == set(other)
+        for name, value in mine.items():
+            assert torch.equal(value, other[name]), name
+    without_time = [[{k: v for k, v in line.items() if k != "time"} for line in run.metrics()] for run in (a, b)]
+    assert without_time[0] == without_time[1] and without_time[0]
+    assert dataclasses.replace(a.position, seconds={}) == dataclasses.replace(b.position, seconds={})
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("every_step_saved", [True, False])
+def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monkeypatch, every_step_saved):
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    whole = learn_all(windowed, solids, tmp_path / "whole")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
+    true_terms, left = loop.terms, [0]
+
+    def fragile(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+        return true_terms(*arguments)
+
+    monkeypatch.setattr(loop, "terms", fragile)
+    crashed = set()
+    for attempt in range(30):
+        # Every third step; or, where only ends of stages are saved, each time one step further into the stage
+        left[0] = 3 if every_step_saved else 2 + attempt
+        try:
+            broken = learn_all(windowed, solids, tmp_path / "broken")
+            break
+        except Crash:
+            name = "new" if (tmp_path / "broken" / "new").exists() else "train"
+            crashed.add((name, Run.open(tmp_path / "broken" / name).position.stage))
+    if every_step_saved:
+        assert crashed == {("train", 0), ("train", 1), ("train", 2), ("new", 0), ("new", 1)}
+    else:
+        assert len(crashed) >= 3
+    for a, b in zip(whole, broken, strict=True):
+        assert_same_run(a, b)
+
+
+def test_a_decoder_learned_beside_a_frozen_encoder_resumes_exactly(solids, windowed, tmp_path, monkeypatch):
+    # latents are encoded anew at each step, and the normaliser must not drift meanwhile
+    rates = "{decoder: 1e-3, micro: 1e-2, weights: 1e-2, field: 1e-2, bases: 1e-2}"
+    config = configuration.parse(
+        configuration.dump(windowed), "test", ["train.joint.losses={latent: 1, rgb: 1, autoencoder: 1}", f"train.joint.rates={rates}"]
+    )
+    whole = train(config, solids, tmp_path / "whole", device=CPU)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    save, calls = run_module.Run.save, []
+
+    def crash_after(*arguments):
+        save(*arguments)
+        calls.append(1)
+        if len(calls) == 24:  # in the last stage: 18 steps, two ends of stages, and 4 steps
+            raise Crash
+
+    monkeypatch.setattr(run_module.Run, "save", crash_after)
+    with pytest.raises(Crash):
+        train(config, solids, tmp_path / "broken", device=CPU)
+    assert Run.open(tmp_path / "broken").position.stage == 2
+    assert_same_run(whole, train(config, solids, tmp_path / "broken", device=CPU))
+
+
+def test_a_crash_while_saving_keeps_the_checkpoint_before(solids, tiny, tmp_path, monkeypatch):
+    whole = train(tiny, solids, tmp_path / "whole", device=CPU)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    write, calls = run_module._write_json, []
+
+    def crash_at_times(path, content):
+        if path.name == "state.json":
+            calls.append(path)
+            if len(calls) in (3, 8, 9, 11):  # the tensors are written, the counters are not
+                raise Crash
+        write(path, content)
+
+    monkeypatch.setattr(run_module, "_write_json", crash_at_times)
+    totals = []
+    for _ in range(5):
+        try:
+            broken = train(tiny, solids, tmp_path / "broken", device=CPU)
+            break
+        except Crash:
+            totals.append(Run.open(tmp_path / "broken").position.total)
+    # at step 3; twice at the end of the first stage, whose checkpoint replaces that of its last step; at step 7
+    assert totals == [2, 6, 6, 6]
+    assert_same_run(whole, broken)
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["24"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from latentscenes import config, train
+from latentscenes.views import Views
+train.SAVE_SECONDS = 0.02
+train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+"""
+
+
+def start(config_path, solids_path, out):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    command = [sys.executable, "-c", SCRIPT, str(config_path), str(solids_path), str(out)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_checkpoint(out, above, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "run.json").exists() and any(p.name.isdigit() and int(p.name) > above for p in (out / "checkpoints").glob("*")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint above {above} in time: {process.communicate()[1] if process.poll() is not None else ''}")
+
+
+def test_killed_processes(solids, solids_path, tiny, tmp_path):
+    config = configuration.parse(configuration.dump(tiny), "test", ["train.scenes.epochs=40", "train.codec.epochs=4"])
+    settings, out = tmp_path / "config.yaml", tmp_path / "run"
+    settings.write_text(configuration.dump(config))
+
+    process = start(settings, solids_path, out)  # kill -9
+    wait_for_checkpoint(out, 10, process)
+    process.kill()
+    process.wait()
+    killed_at = Run.open(out).position.total
+    assert 10 < killed_at < 270
+
+    process = start(settings, solids_path, out)  # a polite kill saves what was done
+    wait_for_checkpoint(out, killed_at + 5, process)
+    seen = Run.open(out).position.total
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert "Interrupted" in errors and process.returncode == 1
+    stopped_at = Run.open(out).position.total
+    assert killed_at < seen <= stopped_at < 270
+
+    resumed = train(config, solids, out, device=CPU)
+    assert_same_run(train(config, solids, tmp_path / "whole", device=CPU), resumed)
+    assert resumed.position.total == 6 * (4 + 40 + 1)
+
+
+def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeypatch):
+    true_terms, calls = loop.terms, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true_terms(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(loop, "terms", interrupted)
+    with pytest.raises(loop.Interrupted):
+        train(tiny, solids, tmp_path / "run", device=CPU)
+    assert Run.open(tmp_path / "run").position.total == 9
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_run(train(tiny, solids, tmp_path / "whole", device=CPU), train(tiny, solids, tmp_path / "run", device=CPU))
+
+
+def test_a_folder_holds_one_run(solids, tiny, tmp_path):
+    out = tmp_path / "run"
+    short = dataclasses.replace(tiny, train=tiny.train[:1])
+    train(short, solids, out, device=CPU)
+    with pytest.raises(UserError, match="other settings"):
+        train(dataclasses.replace(short, seed=1), solids, out, device=CPU)
+    with pytest.raises(UserError, match="other scenes"):
+        train(short, solids, out, limit=2, device=CPU)
+    with pytest.raises(UserError, match="another box"):
+        train(short, dataclasses.replace(solids, box=Box((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))), out, device=CPU)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds no run"):
+        train(short, solids, tmp_path / "full", device=CPU)
+    assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
+
+
+def test_two_processes_on_one_run_are_refused(solids, tiny, tmp_path):
+    out = tmp_path / "run"
+    config = dataclasses.replace(tiny, train=tiny.train[:1])
+    holder = (
+        "import sys; from latentscenes.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
+    )
+    train(config, solids, out, device=CPU)
+    process = subprocess.Popen([sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is working on this run"):
+            train(config, solids, out, device=CPU)
+    finally:
+        process.communicate("")
+    train(config, solids, out, device=CPU)  # a lock ends with its process
+
+
+def test_a_broken_checkpoint_is_named(solids, tiny, tmp_path):
+    config = dataclasses.replace(tiny, train=tiny.train[:1])
+    run = train(config, solids, tmp_path / "run", device=CPU)
+    (run.path / "checkpoints" / "6" / "rows.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"rows\.safetensors: cannot be read"):
+        run.load()
+
+
+def test_lines_of_steps_undone_by_a_crash_are_dropped(tmp_path, tiny):
+    info = run_module.RunInfo("train", "data", "train", ["a"], Box((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    run = Run.create(tmp_path / "run", tiny, info)
+    for total in (10, 20, 30):
+        run.log({"total": total})
+    with open(run.path / "metrics.jsonl", "a") as stream:
+        stream.write('{"total": 40, "lat')  # torn in the middle of a line
+    run.cut_metrics(20)
+    assert [line["total"] for line in run.metrics()] == [10, 20]
+    assert json.loads((run.path / "run.json").read_text())["versions"]["torch"] == torch.__version__
+    opened = Run.open(run.path)
+    assert opened.info == info and opened.config == tiny and not opened.finished
+    with pytest.raises(UserError, match="nothing has been learned yet"):
+        opened.load()
