@@ -1,16 +1,33 @@
 """What a scene costs: bytes and seconds, shared parts divided over N scenes.
 
 Two published conventions:
-- `amortised`: (shared)/N + per scene (3Da-AE, arXiv 2403.11678).
-- `counting`: scenes of stage 1 are part of the shared cost: t(N) = t₁ + (N − N₁) τ (Fused-Planes, arXiv 2410.23742).
+- `amortised`: (shared)/N + per scene (3Da-AE, arXiv 2403.11678). Used unless another is named.
+- `counting`: scenes of stage 1 are among the N: t(N) = t₁ + (N − N₁) τ (Fused-Planes, arXiv 2410.23742).
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from latentscenes.config import Config, PlanesConfig
+import torch
+from safetensors import safe_open
+
+from latentscenes.config import CodecConfig, Config, PlanesConfig
+from latentscenes.errors import UserError
+from latentscenes.run import Run
 
 MIB = 1024 * 1024
 FLOAT_BYTES = 4
+COUNTS = (10, 100, 1000, 10_000)
+"""Collection sizes that tables show."""
+
+KNOWN_CODECS = {
+    "stable-diffusion": 83_653_863,
+    "sd-vae": 83_653_863,
+    "sdxl-vae": 83_653_863,
+    "taesd": 2_445_063,
+}
+"""Parameters of published autoencoders, by a part of their name; for those whose weights are not at hand."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,60 @@ class Memory:
     def per_scene(self, count: int) -> float:
         """Bytes per scene with the shared parts divided over `count` scenes."""
         return self.shared / count + self.scene
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of learning a collection."""
+
+    stage_one: float
+    """All of stage 1; 0 where scenes share nothing that has to be learned first."""
+    stage_one_scenes: int
+    scene: float | None
+    """One new scene; None if none has been learned yet."""
+
+    def per_scene(self, count: int) -> float | None:
+        """Seconds per new scene with stage 1 divided over `count` of them (`amortised`)."""
+        return None if self.scene is None else self.stage_one / count + self.scene
+
+    def per_scene_counting(self, count: int) -> float | None:
+        """Seconds per scene where those of stage 1 are among the `count` (`counting`)."""
+        return None if self.scene is None else seconds_counting(self.stage_one, self.stage_one_scenes, self.scene, count) / count
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one way of learning scenes costs."""
+
+    config: Config
+    memory: Memory
+    time: Time | None = None
+    stored: tuple[int, float] | None = None
+    """Bytes of files: shared parts, and one scene's share of the others. None without a run."""
+
+
+def account(config: Config) -> Account:
+    """Of a configuration alone."""
+    return Account(config, memory(config, codec_parameters(config.codec)))
+
+
+def account_run(run: Run, config: Config | None = None) -> Account:
+    """Of what a run learned (with other settings in `config`: then of memory, beside the run's seconds)."""
+    folder = run.path / "checkpoints" / str(run.position.total)
+    if not (folder / "shared.safetensors").is_file():
+        raise UserError(f"{run.path}: nothing has been learned yet. Run the command that started it again.")
+    used = memory(config or run.config, codec_parameters(config.codec) if config else stored_codec_parameters(folder / "shared.safetensors"))
+    count = len(run.info.scenes)
+    if run.info.kind == "exploit":
+        parent = Path(run.info.parent or "")
+        known = len(Run.open(parent).info.scenes) if (parent / "run.json").is_file() else 0
+        time = Time(run.info.parent_seconds, known, run.seconds / count)
+    elif not used.codec and not used.bases:
+        time = Time(0.0, 0, run.seconds / count)
+    else:
+        time = Time(run.seconds, count, None)
+    shared, rows = ((folder / f"{name}.safetensors").stat().st_size for name in ("shared", "rows"))
+    return Account(config or run.config, used, time, (shared, rows / count))
 
 
 def plane_bytes(planes: PlanesConfig) -> tuple[int, int]:
@@ -59,9 +130,47 @@ def latent_channels(config: Config) -> int:
     return {"convolutional": config.codec.channels, "identity": 3}.get(config.codec.kind, 4)
 
 
-def break_even(shared: float, ours: float, other: float) -> float | None:
-    """The number of scenes from which (shared)/N + ours < other; None if never."""
-    return shared / (other - ours) if other > ours else None
+def codec_parameters(config: CodecConfig) -> int:
+    """Numbers in a codec: counted in ours; of pretrained ones by name, or in the weights if they are at hand."""
+    from latentscenes.model import build_codec
+
+    if config.kind in ("convolutional", "identity"):
+        with torch.device("meta"):  # shapes without memory
+            return sum(parameter.numel() for parameter in build_codec(config, pretrained=False).parameters())
+    if not Path(config.path or "").expanduser().is_dir():
+        for name, count in KNOWN_CODECS.items():
+            if name in (config.path or "").lower():
+                return count
+        raise UserError(f"codec.path: {config.path!r} is no folder here, and its size is not known by name ({', '.join(KNOWN_CODECS)} are).")
+    return sum(parameter.numel() for parameter in build_codec(config).parameters())
+
+
+def stored_codec_parameters(path: Path) -> int:
+    """Numbers of the codec in a checkpoint's shared.safetensors, from its header alone."""
+    with safe_open(path, "pt") as stored:
+        return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys() if name.startswith("codec."))  # noqa: SIM118
+
+
+def break_even(shared: float | int, ours: float | int, other: float | int) -> float | None:
+    """The number of scenes N from which shared/N + ours < other; None if never. `shared` is what ours shares beyond
+    what the other does; if that is less than nothing, ours is ahead from the first scene on."""
+    return max(shared / (other - ours), 0.0) if other > ours else None
+
+
+def memory_break_even(ours: Memory, other: Memory) -> float | None:
+    return break_even(ours.shared - other.shared, ours.scene, other.scene)
+
+
+def time_break_even(ours: Time, other: Time) -> float | None:
+    """By the amortised convention."""
+    if ours.scene is None or other.scene is None:
+        return None
+    return break_even(ours.stage_one - other.stage_one, ours.scene, other.scene)
+
+
+def saving(ours: float | int, other: float | int) -> float:
+    """Change against the other in percent: −44 means 44 % less."""
+    return 100 * (ours / other - 1)
 
 
 def seconds_counting(stage_one: float, stage_one_scenes: int, per_scene: float, count: int) -> float:

@@ -1,0 +1,329 @@
+"""Learned scenes as pictures: contact sheets, orbits, dashboards, and the files they are saved in.
+
+Notable:
+- Pictures are uint8 arrays (H, W, 3) over white from the moment they leave a model.
+- Latent channels and depth are scaled once for a whole sheet or orbit, so that nothing flickers.
+- Depth and opacity are marched at image resolution, although images come from the few rays of a latent: the density
+  is a function of space and knows no resolution.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from latentscenes import metrics
+from latentscenes.cameras import Box, Cameras, orbit
+from latentscenes.errors import UserError
+from latentscenes.model import Model
+from latentscenes.planes import SceneRows
+from latentscenes.run import Run
+from latentscenes.tiles import Picture, Pictures, beside, captioned, colour_depth, enlarge, grey, grid, headed
+from latentscenes.views import Scene, Views
+
+Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
+CHUNK = 8
+"""Views rendered and decoded at once."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Scenes as somebody learned them: row k holds the scene names[k]."""
+
+    label: str
+    model: Model
+    rows: SceneRows
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, run: Run, label: str, device: torch.device | str = "cpu") -> "Learned":
+        """What a run has learned so far."""
+        return cls(label, *run.load(device), tuple(run.info.scenes))
+
+    def planes(self, name: str) -> Float[Tensor, "1 3 r r f"]:
+        """Fused tri-planes of the scene of that name."""
+        return self.model.compose(self.rows.gather(torch.tensor([self.names.index(name)])))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """v views of one scene, on the CPU."""
+
+    images: Float[Tensor, "v 3 H W"]
+    """Decoded, in [0, 1]."""
+    latents: Float[Tensor, "v c h w"]
+    """Rendered, in (−1, 1)."""
+    depth: Float[Tensor, "v H W"]
+    """Expected distance along the ray, world units."""
+    opacity: Float[Tensor, "v H W"]
+
+
+@torch.no_grad()
+def look(learned: Learned, name: str, cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> Shown:
+    """Views of a learned scene with images of `size` (height, width); without `geometry`, depth and opacity are those
+    of the latent's few rays."""
+    model, planes = learned.model, learned.planes(name)
+    background = model.background(*size)
+    full = background.new_zeros(background.shape[0], *size) if geometry else background
+    found = []
+    for chunk in torch.arange(len(cameras)).split(CHUNK):
+        some = cameras[chunk].to(planes.device)
+        view = model.render(planes, some, background)
+        latents = view.image(*background.shape[1:])
+        solid = view if full.shape == background.shape else model.render(planes, some, full)
+        depth, opacity = (value.unflatten(1, full.shape[1:]) for value in (solid.depth, solid.opacity))
+        found.append([value.cpu() for value in (model.decode(latents).clamp(0, 1), latents, depth, opacity)])
+    return Shown(*(torch.cat(values).float() for values in zip(*found, strict=True)))
+
+
+def to_pictures(images: Float[Tensor, "v 3 H W"]) -> Pictures:
+    """Images in [0, 1] as bytes."""
+    return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# Sheets
+
+
+def comparison_sheet(
+    model: Model,
+    rows: SceneRows,
+    dataset: Views,
+    scenes: Sequence[Scene],
+    *,
+    views_per_scene: int = 2,
+    limit: int | None = 8,
+    others: Sequence[Learned] = (),
+    labels: tuple[str, str, str] = ("truth", "codec", "render"),
+    across: int = 2,
+) -> Picture:
+    """Contact sheet on held-out views (on any, if none was held out): truth | codec | render | one column for each of
+    `others` that learned the scene. Row k of `rows` is scene k; the first `limit` scenes are shown, `across` groups
+    side by side, each tile with its PSNR."""
+    ours = Learned(labels[2], model, rows, tuple(scene.name for scene in scenes))
+    groups = []
+    for scene in scenes[:limit]:
+        index = torch.tensor(_spread(scene.views("held_out") or scene.views("all"), views_per_scene))
+        truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
+        columns = [(labels[0], truth)]
+        if model.codec.downsampling > 1:
+            with torch.no_grad():
+                columns.append((labels[1], model.decode(model.encode(truth.to(rows.weights.device))).cpu()))
+        for learned in (ours, *others):
+            if scene.name in learned.names:
+                columns.append((learned.label, look(learned, scene.name, cameras, dataset.size, geometry=False).images))
+        for view in range(len(index)):
+            tiles = [
+                captioned(to_pictures(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
+                for label, images in columns
+            ]
+            groups.append(headed(beside(tiles), scene.name))
+    return grid(groups, across)
+
+
+def dashboard_sheet(model: Model, rows: SceneRows, dataset: Views, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+    """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
+    channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
+    learned = Learned("", model, rows, tuple(scene.name for scene in scenes))
+    shown, truths, encoded = [], [], []
+    for scene in scenes[:limit]:
+        index = torch.tensor(_spread(scene.views("held_out") or scene.views("all"), 1))
+        truth = dataset.images(index).float() / 255
+        with torch.no_grad():
+            encoded.append(model.encode(truth.to(rows.weights.device)).cpu().float())
+        truths.append(truth)
+        shown.append(look(learned, scene.name, dataset.cameras[index], dataset.size))
+    together = Shown(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
+    height, width = dataset.size
+    reference = torch.cat(encoded)
+    columns = [
+        ("truth", to_pictures(torch.cat(truths))),
+        ("latent of the truth", _channel_tiles(reference, reference, height)),
+        ("latent rendered", _channel_tiles(together.latents, reference, height)),
+        ("as colours", enlarge(_colour_code(together.latents, reference, together.opacity), (height, width))),
+        ("decoded", to_pictures(together.images)),
+        ("depth", colour_depth(together.depth.numpy(), together.opacity.numpy(), _depth_range(together))),
+        ("opacity", grey(together.opacity.numpy(), (1.0, 0.0))),
+    ]
+    lines = [headed(beside([captioned(tiles[k], label) for label, tiles in columns]), scene.name) for k, scene in enumerate(scenes[:limit])]
+    return grid(lines, 1)
+
+
+def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
+    return f"{metrics.psnr(image[None], truth[None]).item():.1f} dB"
+
+
+def _spread(index: list[int], count: int) -> list[int]:
+    """`count` of them at most, evenly spread."""
+    count = min(count, len(index))
+    return [index[int((k + 0.5) * len(index) / count)] for k in range(count)]
+
+
+# Orbits
+
+
+def orbit_frames(
+    run: Run,
+    scene: str,
+    *,
+    frames: int = 60,
+    size: int | None = None,
+    mode: Mode = "rgb",
+    elevation: float = 25.0,
+    device: torch.device | str = "cpu",
+    data: Views | None = None,
+) -> list[Picture]:
+    """Pictures from cameras once around a scene of a run.
+
+    Args:
+        size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
+        mode: `latent` shows every channel in grey; `dashboard` image, latent channels, depth and opacity side by side.
+        elevation: degrees above the horizon.
+        data: the run's dataset, if it is at hand or has moved. Distance and focal length are its cameras' medians.
+
+    Raises:
+        UserError: the run knows no such scene, or `size` does not suit the codec.
+    """
+    if scene not in run.info.scenes:
+        near = difflib.get_close_matches(scene, run.info.scenes, n=1, cutoff=0)[0]
+        raise UserError(f"{run.path}: no scene {scene!r} here; the nearest name is {near!r}.")
+    if frames < 1:
+        raise UserError(f"--frames {frames}: at least 1.")
+    data = data or Views.open(run.info.data)
+    learned = Learned.open(run, "", device)
+    height, width = _scaled(data.size, size, learned.model.codec.downsampling)
+    cameras = orbit_cameras(data.cameras, run.info.box, frames, elevation)
+    shown = look(learned, scene, cameras, (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
+    return list(_frames(shown, mode, height))
+
+
+def orbit_cameras(like: Cameras, box: Box, count: int, elevation: float) -> Cameras:
+    """`count` cameras once around the box at `elevation` degrees, as far from its centre and with such focal lengths
+    as the median of `like`."""
+    distance = (like.positions - torch.tensor(box.center)).norm(dim=1).median().item()
+    around = orbit(count, distance, elevation=math.radians(elevation), center=box.center)
+    focal = like.intrinsics[:, :2].median(0).values
+    return Cameras(around.cam2world, torch.cat([focal, torch.tensor([0.5, 0.5])]).expand(count, 4).contiguous())
+
+
+def _frames(shown: Shown, mode: Mode, height: int) -> Pictures:
+    if mode == "rgb":
+        return to_pictures(shown.images)
+    if mode == "depth":
+        return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), _depth_range(shown))
+    if mode == "opacity":
+        return grey(shown.opacity.numpy(), (1.0, 0.0))
+    if mode == "latent":
+        return _channel_tiles(shown.latents, shown.latents, height)
+    labels = ("image", "latent channels", "depth", "opacity")
+    panels = [_frames(shown, part, height) for part in ("rgb", "latent", "depth", "opacity")]
+    return np.stack([beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)]) for k in range(len(panels[0]))])
+
+
+def _scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
+    """Height and width of pictures `size` pixels wide (along the wider side), shaped like the stored ones."""
+    if size is None:
+        return stored
+    if size < step or size % step:
+        raise UserError(f"--size {size}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(size / step) * step)}.")
+    height, width = (max(step, round(side * size / max(stored) / step) * step) for side in stored)
+    return height, width
+
+
+def _depth_range(shown: Shown) -> tuple[float, float]:
+    """Nearest and farthest depth of what is solid, leaving out stray points."""
+    solid = shown.depth[shown.opacity > 0.7]
+    if solid.numel() < 2:
+        return shown.depth.min().item(), shown.depth.max().item() + 1e-6
+    ordered = solid.sort().values
+    return ordered[int(0.01 * len(ordered))].item(), ordered[int(0.99 * (len(ordered) - 1))].item() + 1e-6
+
+
+def _channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], height: int) -> Pictures:
+    """Every channel in grey, in two rows of tiles if there are many; black to white is a channel's range in `like`.
+    All tiles together are `height` pixels tall."""
+    count = latents.shape[1]
+    lines = 1 if count < 3 else 2 if count <= 8 else math.ceil(count / 6)
+    columns = math.ceil(count / lines)
+    gap = 2
+    tall = (height - (lines - 1) * gap) / lines
+    wide = round(tall * latents.shape[3] / latents.shape[2])
+    canvas = np.full((len(latents), height, columns * wide + (columns - 1) * gap, 3), 200, np.uint8)
+    for channel in range(count):
+        ends = torch.quantile(like[:, channel].flatten()[:: max(1, like[:, channel].numel() // 100_000)], torch.tensor([0.005, 0.995])).tolist()
+        line, column = divmod(channel, columns)
+        top, bottom = round(line * (tall + gap)), round(line * (tall + gap) + tall)
+        tile = grey(latents[:, channel].numpy(), (ends[0], ends[1]))
+        canvas[:, top:bottom, column * (wide + gap) : column * (wide + gap) + wide] = enlarge(tile, (bottom - top, wide))
+    return canvas
+
+
+def _colour_code(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], opacity: Float[Tensor, "v H W"]) -> Pictures:
+    """Latents by their first three principal components in `like`, as red, green and blue, over white."""
+    points = like.movedim(1, -1).flatten(0, 2)
+    middle = points.mean(0)
+    axes = torch.linalg.svd((points - middle).T @ (points - middle)).Vh[:3]
+    axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a definite sign
+    reference = ((points - middle) @ axes.T)[:: max(1, len(points) // 100_000)]
+    ends = torch.quantile(reference, torch.tensor([0.01, 0.99]), dim=0)
+    codes = ((latents.movedim(1, -1) - middle) @ axes.T - ends[0]) / (ends[1] - ends[0]).clamp_min(1e-6)
+    solid = torch.nn.functional.adaptive_avg_pool2d(opacity[:, None], latents.shape[2:]).movedim(1, -1)
+    colours = codes.clamp(0, 1) * solid + 1 - solid
+    return torch.nn.functional.pad(255 * colours, (0, 3 - colours.shape[-1]), value=127).round().byte().numpy()
+
+
+# Files
+
+
+def save_image(path: str | Path, picture: Picture) -> None:
+    """Write one picture; the ending says how (.png, .jpg, .webp)."""
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def save_frames(path: str | Path, frames: Sequence[Picture], fps: int = 20) -> None:
+    """Write an animation (.mp4, which needs the export extra, or .gif) or a strip of frames (.png)."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".mp4", ".gif", ".png"):
+        raise UserError(f"{path}: frames are written as .mp4, .gif or .png.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".mp4":
+        _save_mp4(path, frames, fps)
+    elif kind == ".gif":
+        _save_gif(path, frames, fps)
+    else:
+        columns = math.ceil(math.sqrt(len(frames) * frames[0].shape[0] / frames[0].shape[1]))
+        save_image(path, grid(list(frames), len(frames) if len(frames) <= 6 else max(1, columns)))
+
+
+def _save_mp4(path: Path, frames: Sequence[Picture], fps: int) -> None:
+    try:
+        import av  # noqa: F401
+        import imageio.v3 as imageio
+    except ImportError:
+        raise UserError(f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif.") from None
+    even = [np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255) for frame in frames]
+    imageio.imwrite(path, np.stack(even), extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+
+
+def _save_gif(path: Path, frames: Sequence[Picture], fps: int) -> None:
+    """One palette for all frames, from a sample of their pixels: small, and colours hold still."""
+    pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
+    coloured = pixels[(pixels != 255).any(1)]
+    sample = coloured[:: max(1, len(coloured) // 120_000)] if len(coloured) else np.zeros((1, 3), np.uint8)
+    chosen = Image.fromarray(sample[None]).quantize(255, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 255]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(chosen + [255, 255, 255] * (256 - len(chosen) // 3))  # white exactly: it is the ground
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0, optimize=False)

@@ -1,0 +1,78 @@
+"""A table written once and shown three ways: in the terminal, in Markdown, in HTML."""
+
+import html
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in cells. The first column holds names, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: tuple[int, ...] = ()
+    """Rows to stress."""
+    note: str = ""
+    """How to read it."""
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        note = Text(self.note) if self.note else None
+        table = RichTable(title=self.title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE_HEAD)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        for index, row in enumerate(self.rows):
+            table.add_row(*map(Text, row), style="bold" if index in self.strong else None)
+        return table
+
+    def markdown(self) -> str:
+        """A table of GitHub's Markdown."""
+
+        def line(cells: tuple[str, ...], stress: bool = False) -> str:
+            shown = (cell.replace("|", "\\|") for cell in cells)
+            return "| " + " | ".join(f"**{cell}**" if stress and cell else cell for cell in shown) + " |"
+
+        rule = "|---|" + "---:|" * (len(self.columns) - 1)
+        return "\n".join([line(self.columns), rule, *(line(row, index in self.strong) for index, row in enumerate(self.rows))]) + "\n"
+
+    def html(self) -> str:
+        """A <figure> with a <table> that scrolls sideways where it must."""
+
+        def line(cells: tuple[str, ...], kind: str, style: str = "") -> str:
+            return f"<tr{style}>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+        body = "".join(line(row, "td", ' class="strong"' if index in self.strong else "") for index, row in enumerate(self.rows))
+        note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
+        return f'<figure><div class="wide"><table><thead>{line(self.columns, "th")}</thead><tbody>{body}</tbody></table></div>{note}</figure>'
+
+
+def bytes_text(count: float | int) -> str:
+    """Three digits in binary units: 0.469 MiB, 1.50 MiB, 319 MiB."""
+    for unit, size, least in (("GiB", 1 << 30, 1.0), ("MiB", 1 << 20, 0.1), ("KiB", 1 << 10, 0.1)):
+        if count >= least * size:
+            return f"{_three_digits(count / size)} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Three digits in the unit that suits: 0.412 s, 35.0 s, 2.23 min, 4.10 h; a dash for what is not known."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds)} s"
+
+
+def percent_text(change: float) -> str:
+    """−44 %, with a true minus."""
+    return f"{change:+.0f} %".replace("-", "−")
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"

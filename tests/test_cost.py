@@ -1,0 +1,117 @@
+"""The ledger against the published check (arXiv 2403.11678, sections 3 and 4), worked out by hand, and against real parts."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from latentscenes import config, cost
+from latentscenes.cost import MIB, Memory, Time
+from latentscenes.errors import UserError
+from latentscenes.model import Model
+from latentscenes.planes import fresh_rows
+from latentscenes.run import Position, Run, RunInfo
+
+
+def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:
+    """Stable Diffusion's KL autoencoder, layer by layer from its published architecture."""
+
+    def conv(i, o, k=3):
+        return i * o * k * k + o
+
+    def residual(i, o):
+        return 2 * i + conv(i, o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
+
+    widths = [base * m for m in multipliers]
+    top = widths[-1]
+    middle = 2 * residual(top, top) + 2 * top + 4 * conv(top, top, 1)  # resnet, single-head attention, resnet
+    encoder = conv(3, base) + middle + 2 * top + conv(top, 2 * latents)
+    for level, (i, o) in enumerate(zip([base, *widths], widths, strict=False)):
+        encoder += residual(i, o) + residual(o, o) + (conv(o, o) if level < 3 else 0)
+    decoder = conv(latents, top) + middle + 2 * base + conv(base, 3)
+    for level, (i, o) in enumerate(zip([top, *widths[::-1]], widths[::-1], strict=False)):
+        decoder += residual(i, o) + 2 * residual(o, o) + (conv(o, o) if level < 3 else 0)
+    return encoder + decoder + conv(2 * latents, 2 * latents, 1) + conv(latents, latents, 1)
+
+
+def test_known_codec_is_counted_layer_by_layer():
+    assert autoencoder_kl_parameters() == cost.KNOWN_CODECS["stable-diffusion"] == 83_653_863
+
+
+def test_published_memory():
+    ours, rgb = cost.account(config.load("paper")).memory, cost.account(config.load("rgb")).memory
+    assert rgb.scene == 3 * 32 * 64 * 64 * 4 == 1.5 * MIB
+    assert ours.scene == 3 * 10 * 64 * 64 * 4 + 50 * 4
+    assert ours.scene / MIB == pytest.approx(0.469, abs=5e-4)
+    assert ours.codec / MIB == pytest.approx(319, abs=0.5) and ours.bases / MIB == pytest.approx(51.6, abs=0.05)
+    assert ours.per_scene(1000) / MIB == pytest.approx(0.84, abs=5e-3)
+    assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -44
+    assert math.ceil(cost.memory_break_even(ours, rgb)) == 360  # (319.1 + 51.6) / (1.5 − 0.469)
+
+
+def test_published_time():
+    """Scaled-IG: 2.23 min a scene against 16.02 at N = 1000 is −86 %, whatever part of it is stage 1."""
+    ours, rgb = Time(1000.0, 500, 1.23), Time(0.0, 0, 16.02)
+    assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -86
+    assert ours.per_scene_counting(1000) == pytest.approx((1000 + 500 * 1.23) / 1000)
+    assert ours.per_scene_counting(100) == pytest.approx(10)  # all of them are in stage 1
+    assert cost.time_break_even(ours, rgb) == pytest.approx(1000 / (16.02 - 1.23))
+    assert Time(10.0, 5, None).per_scene(7) is None
+
+
+def test_break_even_is_where_the_costs_meet():
+    ours, other = Memory(1000, 500, 10, 7), Memory(0, 0, 10, 12)
+    meeting = cost.memory_break_even(ours, other)
+    assert ours.scene + ours.shared / meeting == pytest.approx(other.scene + other.shared / meeting)
+    assert cost.break_even(5, 3, 3) is None and cost.break_even(5, 4, 3) is None
+    assert cost.break_even(-5, 1, 3) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "planes: {resolution: 8, micro: 2, macro: 3, bases: 4, bias: true}",
+        "planes: {resolution: 8, micro: 5, macro: 0}",
+        "planes: {resolution: 8, micro: 0, macro: 3, bases: 2}\nfield: {frequencies: 2, view_direction: true}",
+        "codec: {kind: identity}\nplanes: {resolution: 8, micro: 2, macro: 0}\nrender: {preview: true}",
+    ],
+)
+def test_memory_is_that_of_the_real_parts(change, solids):
+    settings = config.parse(change, "test")
+    model, generator = Model(settings, solids.box), torch.Generator()
+    memory = cost.account(settings).memory
+    assert memory.codec == sum(4 * p.numel() for p in model.codec.parameters())
+    assert memory.bases == 4 * model.bases.numel()
+    assert memory.field == sum(4 * p.numel() for p in model.field.parameters())
+    assert memory.scene == fresh_rows(3, settings.planes, generator).bytes_per_scene()
+
+
+def test_account_of_runs(tmp_path, tiny, solids):
+    def make(name, settings, info, seconds):
+        run = Run.create(tmp_path / name, settings, info)
+        model = Model(settings, solids.box)
+        run.save(model, fresh_rows(len(info.scenes), settings.planes, torch.Generator()), {}, Position(1, 0, 5, {"all": seconds}))
+        return run, model
+
+    train, model = make("train", tiny, RunInfo("train", "d", "train", ["a", "b"], solids.box), 40.0)
+    stage_one = cost.account_run(train)
+    assert stage_one.time == Time(40.0, 2, None)
+    assert stage_one.memory == cost.account(tiny).memory
+    new, _ = make("new", tiny, RunInfo("exploit", "d", "new", ["c"], solids.box, str(train.path), 40.0), 3.0)
+    ours = cost.account_run(new)
+    assert ours.time == Time(40.0, 2, 3.0) and ours.time.per_scene(10) == 7.0
+    shared, scene = ours.stored
+    assert ours.memory.shared < shared < ours.memory.shared + 20_000 and ours.memory.scene < scene < ours.memory.scene + 2_000
+
+    plain = dataclasses.replace(tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0))
+    rgb, _ = make("rgb", plain, RunInfo("train", "d", "new", ["c", "d"], solids.box), 50.0)
+    assert cost.account_run(rgb).time == Time(0.0, 0, 25.0)
+    empty = Run.create(tmp_path / "empty", tiny, train.info)
+    with pytest.raises(UserError, match="nothing has been learned"):
+        cost.account_run(empty)
+
+
+def test_unknown_codec_is_refused():
+    with pytest.raises(UserError, match="not known by name"):
+        cost.codec_parameters(config.CodecConfig("diffusers", path="someone/else"))
