@@ -83,10 +83,9 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
     cowl_x = nose - cowl * length
     brow_x = cowl_x - rake
     roof_x, glass, tail = _rear_end(rng, kind, length, height, belt, brow_x)
-    arc = between(0.01, 0.05)
-    top = height - arc
+    top = height - between(0.01, 0.03) * min(brow_x - roof_x, 1.5)
     knots = {
-        "under": (nose - between(0.06, 0.18), sill + 0.02),
+        "under": (nose - between(0.06, 0.18), sill + 0.05),
         "bumper": (nose, bumper_z),
         "lead": (nose - between(0.04, 0.16) - (0.2 if kind == "sports" else 0), lead_z),
         "hood": (nose - 0.45 * cowl * length, lead_z + (cowl_z - lead_z) * between(0.5, 0.68)),
@@ -97,7 +96,7 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
         "glass": glass,
         "tail": tail,
         "stern": (-length / 2, between(0.45, 0.58) + (0.1 if kind in ("suv", "pickup", "van") else 0)),
-        "beneath": (-length / 2 + between(0.06, 0.16), sill + 0.06),
+        "beneath": (-length / 2 + between(0.06, 0.16), sill + 0.07),
     }
     opening = None
     if kind == "open":
@@ -131,8 +130,8 @@ _MEASURES = {
     "suv": ((4.2, 4.9), (1.80, 1.95), (1.65, 1.85), (0.35, 0.40), (0.28, 0.36), (1.06, 1.16), (0.24, 0.29), (1.12, 1.22), (0.92, 1.06), (0.4, 0.75), (0.14, 0.34)),
     "van": ((4.4, 5.4), (1.78, 2.0), (1.80, 2.2), (0.31, 0.35), (0.22, 0.30), (1.06, 1.18), (0.14, 0.19), (1.12, 1.24), (0.80, 0.98), (0.55, 0.85), (0.06, 0.18)),
     "pickup": ((4.9, 5.5), (1.78, 1.95), (1.68, 1.84), (0.35, 0.40), (0.30, 0.40), (1.04, 1.12), (0.25, 0.29), (1.08, 1.16), (0.90, 1.02), (0.45, 0.7), (0.2, 0.36)),
-    "coupe": ((4.1, 4.6), (1.72, 1.86), (1.24, 1.36), (0.31, 0.34), (0.15, 0.21), (0.84, 0.90), (0.30, 0.35), (0.90, 0.95), (0.62, 0.74), (0.75, 1.0), (0.4, 0.65)),
-    "sports": ((4.1, 4.6), (1.80, 1.98), (1.10, 1.22), (0.31, 0.34), (0.12, 0.17), (0.74, 0.82), (0.24, 0.28), (0.80, 0.86), (0.52, 0.60), (0.95, 1.2), (0.5, 0.8)),
+    "coupe": ((4.1, 4.6), (1.72, 1.86), (1.24, 1.36), (0.31, 0.34), (0.15, 0.21), (0.84, 0.90), (0.30, 0.35), (0.90, 0.95), (0.62, 0.74), (0.65, 0.85), (0.4, 0.65)),
+    "sports": ((4.1, 4.6), (1.80, 1.98), (1.10, 1.22), (0.31, 0.34), (0.12, 0.17), (0.74, 0.82), (0.24, 0.28), (0.80, 0.86), (0.52, 0.60), (0.85, 1.05), (0.5, 0.8)),
     "open": ((3.9, 4.5), (1.66, 1.85), (1.18, 1.28), (0.29, 0.33), (0.15, 0.22), (0.82, 0.90), (0.29, 0.36), (0.88, 0.94), (0.62, 0.74), (0.45, 0.65), (0.3, 0.5)),
 }  # fmt: skip
 
@@ -164,10 +163,10 @@ def _rear_end(
         return roof_x, (roof_x - between(0.08, 0.2), belt + 0.01), (end + 0.03, belt + 0.02)
     if kind == "coupe":
         glass = (end + between(0.1, 0.17) * length, belt + between(0.04, 0.1))
-        return glass[0] + between(0.8, 1.1), glass, (end + between(0.02, 0.08), belt + between(0.0, 0.08))
+        return min(glass[0] + between(0.65, 0.95), brow_x - 0.6), glass, (end + between(0.02, 0.08), belt + between(0.0, 0.08))
     if kind == "sports":
         glass = (end + between(0.16, 0.24) * length, belt + between(0.08, 0.14))
-        return min(glass[0] + between(0.7, 1.0), brow_x - 0.35), glass, (end + 0.06, belt + between(0.02, 0.1))
+        return min(glass[0] + between(0.6, 0.9), brow_x - 0.6), glass, (end + 0.06, belt + between(0.02, 0.1))
     back = end + between(0.24, 0.3) * length
     return back + 0.2, (back, belt + 0.04), (end + between(0.03, 0.1), belt - between(0.0, 0.06))
 
@@ -229,7 +228,7 @@ def _cap_curve(squareness: float) -> np.ndarray:
     return np.stack([np.interp(even, along, curve[:, k]) for k in (0, 1)], -1)
 
 
-def _half_width(car: Car, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+def half_width(car: Car, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Half the car's width at position x and height z."""
     end = np.clip((np.abs(x) - 0.22 * car.length) / (0.28 * car.length), 0, 1)
     width = car.width / 2 * (1 - car.taper * end**2.2)
@@ -247,7 +246,8 @@ def loft(car: Car) -> Skin:
     """The body's skin."""
     profile, marks = silhouette(car)
     x, top = profile[:, :1], profile[:, 1:]
-    bottom = np.minimum(np.full_like(top, car.sill), top - 0.004)
+    ends = np.clip((np.abs(x) - 0.4 * car.length) / (0.1 * car.length), 0, 1)
+    bottom = np.minimum(car.sill + 0.06 * ends**2, top - 0.004)
     cap = np.minimum(car.cap, 0.45 * (top - bottom))
     curve = _cap_curve(car.squareness)
     eaves = top - cap
@@ -263,7 +263,7 @@ def loft(car: Car) -> Skin:
     share = np.concatenate([curve[:, 0], np.ones(UPPER + LOWER)])[None]
     wide = _tucked(np.repeat(x, z.shape[1], 1), z, profile, marks)
     straight = wide
-    y = _half_width(car, wide, z) * share
+    y = half_width(car, wide, z) * share
     reach = np.clip(y / (car.width / 2), 0, 1)
     along = np.linspace(1, -1, STATIONS)[:, None]
     wide = wide - car.bow * np.sign(along) * np.abs(along) ** 1.5 * reach**2.6
@@ -276,7 +276,7 @@ def loft(car: Car) -> Skin:
     z = _sunken(car, straight, y, z)
     left = np.stack([wide, y, z], -1)
     points = np.concatenate([left[:, :0:-1], left * [1, -1, 1]], 1)
-    return Skin(points, _grid_normals(points), marks)
+    return Skin(points, grid_normals(points), marks)
 
 
 def _tucked(x: np.ndarray, z: np.ndarray, profile: np.ndarray, marks: dict[str, float]) -> np.ndarray:
@@ -297,7 +297,7 @@ def _sunken(car: Car, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray
     return np.where(lowered, z + (np.minimum(floor, z) - z) * share, z)
 
 
-def _grid_normals(points: Float[np.ndarray, "s a 3"]) -> Float[np.ndarray, "s a 3"]:
+def grid_normals(points: Float[np.ndarray, "s a 3"]) -> Float[np.ndarray, "s a 3"]:
     """Outward unit normals of a grid of points: the sum of the adjoining cells' normals."""
     one, two = points[1:, 1:] - points[:-1, :-1], points[1:, :-1] - points[:-1, 1:]
     cell = np.cross(one, two)

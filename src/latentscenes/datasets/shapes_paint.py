@@ -24,7 +24,7 @@ PAINTS: tuple[Color, ...] = (
     (0.10, 0.22, 0.58), (0.13, 0.40, 0.78), (0.36, 0.62, 0.86), (0.05, 0.10, 0.28), (0.05, 0.30, 0.17), (0.25, 0.55, 0.24),
     (0.55, 0.75, 0.15), (0.10, 0.52, 0.52), (0.80, 0.72, 0.58), (0.46, 0.33, 0.22), (0.42, 0.16, 0.48), (0.85, 0.55, 0.62),
 )  # fmt: skip
-GLASS, PLASTIC, CHROME = (0.09, 0.11, 0.13), (0.13, 0.13, 0.14), (0.80, 0.81, 0.83)
+GLASS, PLASTIC, CHROME = (0.12, 0.145, 0.17), (0.13, 0.13, 0.14), (0.80, 0.81, 0.83)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def both(*distances: np.ndarray) -> np.ndarray:
 def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4"]:
     """The body's texture."""
     canvas = Canvas(skin, livery.paint)
-    _ornament(canvas, car, livery)
+    _ornament(canvas, car, livery, skin)
     _lower_parts(canvas, car, livery)
     _gaps(canvas, car, livery, skin)
     if car.kind != "open":
@@ -174,6 +174,8 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     cowl, brow, eave, glass = (car.knots[name] for name in ("cowl", "brow", "eave", "glass"))
     level = np.clip((z - car.belt) / (car.height - car.belt), 0, 1)[..., None]
     tint = np.asarray(livery.glass, np.float32) * (0.9 + 0.9 * level) + 0.05 * np.maximum(canvas.up, 0)[..., None]
+    streak = np.exp(-(((canvas.x + 0.6 * z + 0.35 * canvas.y) % 1.3 - 0.65) / 0.16) ** 2)
+    tint += 0.12 * (streak * np.clip(level[..., 0] * 2, 0, 1))[..., None]
     per_station = np.linalg.norm(np.subtract(brow, cowl)) / max(skin.marks["brow"] - skin.marks["cowl"], 1e-6)
     limit = car.width / 2 - car.ledge - car.tumblehome * np.maximum(z - car.belt, 0) - 0.10
     for near, far, fringe in (("cowl", "brow", 0.05), ("eave", "glass", 0.06)):
@@ -185,7 +187,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         screen = rectangle(aside, v, (0, 0), (10, max(half, 0.08)), 0.01)
         canvas.fill(both(screen - 0.02, aside - limit - 0.02), PLASTIC)
         canvas.fill(both(screen, aside - limit), tint)
-    steep = abs(canvas.side) < 0.35
+    steep = np.abs(canvas.side) < 0.35
     upper = np.where(steep, 1.0, z - (car.height - car.cap * 0.62 - 0.015))
     above = car.belt_at(canvas.x) + 0.035 - z
     front = _half_plane(canvas, (cowl[0] - 0.05, cowl[1]), brow, 0.085)
@@ -194,7 +196,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     trim = CHROME if livery.chrome else PLASTIC
     windows = side_glass(car, livery)
     outer = both(band, windows[-1][1] - canvas.x, canvas.x - windows[0][0] - 0.3)
-    canvas.fill(outer - 0.02, trim if not livery.chrome else CHROME)
+    canvas.fill(outer - 0.02, trim)
     canvas.fill(outer, PLASTIC)
     for index, (start, end) in enumerate(windows):
         first = 0.3 if index == 0 else -0.025
@@ -239,9 +241,9 @@ def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     top = 0.55 - canvas.up
     lead, tail = skin.marks["lead"], skin.marks["glass"]
     bonnet = both(cowl - x, aside - 0.78 * car.width / 2, lead + 1.5 - canvas.station)
-    canvas.line(bonnet, top, 0.009)
+    canvas.line(bonnet, top)
     if car.kind in ("saloon", "coupe", "sports", "open"):
-        canvas.line(both(tail + 2.0 - canvas.station, aside - 0.7 * car.width / 2), np.minimum(top, 0.5 + canvas.facing), 0.009)
+        canvas.line(both(tail + 2.0 - canvas.station, aside - 0.7 * car.width / 2), top)
 
 
 def _lower_parts(canvas: Canvas, car: Car, livery: Livery) -> None:
@@ -318,14 +320,15 @@ def _plate(canvas: Canvas, livery: Livery, height: float, where: np.ndarray) -> 
     canvas.fill(both(rectangle(canvas.aside, canvas.z, (0, height), (0.20, 0.026), 0.008), where), (0.15, 0.15, 0.2), 0.55)
 
 
-def _ornament(canvas: Canvas, car: Car, livery: Livery) -> None:
+def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     """Second colour, stripes and numbers."""
     accent, style = livery.accent, livery.style
     top = 0.45 - np.abs(canvas.up)
     if style == "roof" and car.kind != "open":
-        canvas.fill(both(car.belt_at(canvas.x) + 0.05 - canvas.z, car.knots["glass"][0] - canvas.x - 0.05), accent)
-    if style in ("stripes", "number"):
-        canvas.fill(both(np.abs(canvas.aside - 0.17) - 0.09, np.abs(canvas.side) - 0.7), accent, 1.0 if style == "stripes" else 0.0)
+        cabin = np.maximum(skin.marks["cowl"] - canvas.station, canvas.station - skin.marks["glass"]) * 0.035
+        canvas.fill(both(cabin, car.belt_at(canvas.x) + 0.03 - canvas.z), accent)
+    if style == "stripes":
+        canvas.fill(both(np.abs(canvas.aside - 0.17) - 0.09, np.abs(canvas.side) - 0.7), accent)
     if style == "offset":
         canvas.fill(both(np.abs(canvas.y - 0.34) - 0.13, np.abs(canvas.side) - 0.7), accent)
         canvas.fill(both(np.abs(canvas.y - 0.12) - 0.035, np.abs(canvas.side) - 0.7), accent)
@@ -348,7 +351,7 @@ def _roundels(canvas: Canvas, car: Car, livery: Livery, top: np.ndarray) -> None
     hood_x = (car.knots["cowl"][0] + car.knots["lead"][0]) / 2
     for u, v, where in (
         (np.sign(canvas.y) * (side_x - canvas.x), canvas.z - side_z, 0.6 - np.abs(canvas.side)),
-        (canvas.y, canvas.x - hood_x, np.maximum(top, car.knots["cowl"][0] - canvas.x)),
+        (canvas.y, hood_x - canvas.x, np.maximum(top, car.knots["cowl"][0] - canvas.x)),
     ):
         radius = 0.27
         canvas.fill(both(np.hypot(u, v) - radius, where), (0.95, 0.95, 0.94))

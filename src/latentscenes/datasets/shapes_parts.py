@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from latentscenes.datasets.embree import BLEND, Caster, Soup, soup_from_mesh
-from latentscenes.datasets.shapes_body import Car, _grid_normals
+from latentscenes.datasets.shapes_body import Car, grid_normals, half_width
 
 Color = tuple[float, float, float]
 AROUND = 36
@@ -49,7 +49,7 @@ def blob(center: tuple[float, float, float], half: tuple[float, float, float], c
     points = np.stack([signed(np.cos(down)) * signed(np.cos(across)), signed(np.cos(down)) * signed(np.sin(across)), signed(np.sin(down))], -1)
     points = points * np.asarray(half)
     points[..., 0] -= lean * points[..., 2]
-    normals = _grid_normals(points)
+    normals = grid_normals(points)
     normals[[0, -1]] = [[[0, 0, -1.0]], [[0, 0, 1.0]]]
     return soup_from_mesh(
         points.reshape(-1, 3) + np.asarray(center), grid_faces(*points.shape[:2]), normals=normals.reshape(-1, 3), colors=(*color, 1.0)
@@ -62,7 +62,7 @@ def wheel_picture(rng: np.random.Generator) -> UInt8[np.ndarray, "192 192 4"]:
     x, y = np.meshgrid(grid, grid)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     rim = float(rng.uniform(0.66, 0.76))
-    shine = float(rng.uniform(0.55, 0.85)) if rng.random() < 0.8 else 0.25
+    shine = float(rng.uniform(0.75, 1.0)) if rng.random() < 0.85 else 0.3
     metal = np.array([shine, shine, shine * 1.02])
     spokes = int(rng.choice([5, 5, 6, 7, 8, 10, 12]))
     twist = float(rng.choice([0.0, 0.0, 0.5]))
@@ -116,18 +116,19 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
     dark, cowl, half = (0.10, 0.10, 0.11), car.knots["cowl"], car.width / 2
     soups, color = [], paint if rng.random() < 0.65 else dark
     for side in (1, -1):
-        center = (cowl[0] - 0.32, side * (half + 0.045), car.belt + 0.09)
-        soups.append(blob(center, (0.065, 0.095, 0.06), color, 2.8))
-        soups.append(blob((-car.length / 2 + 0.12, side * half * 0.55, car.sill + 0.02), (0.12, 0.035, 0.03), (0.5, 0.5, 0.52), 2.2))
+        x, z = cowl[0] - 0.32, car.belt + 0.085
+        at = float(half_width(car, np.array(x), np.array(z)))
+        soups.append(blob((x, side * (at + 0.10), z), (0.06, 0.095, 0.062), color, 2.8))
+        soups.append(blob((-car.length / 2 + 0.30, side * half * 0.45, car.sill + 0.09), (0.14, 0.035, 0.03), (0.5, 0.5, 0.52), 2.2))
     tail = car.knots["tail"]
     sporty = car.kind in ("coupe", "sports", "saloon", "open")
     if sporty and rng.random() < (0.55 if car.kind == "sports" else 0.25):
         rise, wing = float(rng.uniform(0.12, 0.26)), paint if rng.random() < 0.6 else dark
-        x = tail[0] + 0.22
-        soups.append(blob((x, 0, tail[1] + rise), (0.13, half * 0.86, 0.022), wing, 5, 0.0))
+        x = tail[0] + 0.26
+        soups.append(blob((x, 0, tail[1] + rise), (0.13, half * 0.78, 0.022), wing, 5))
         for side in (1, -1):
-            soups.append(blob((x, side * half * 0.55, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.03), wing, 5))
-            soups.append(blob((x, side * half * 0.86, tail[1] + rise), (0.15, 0.015, 0.07), wing, 5))
+            soups.append(blob((x, side * half * 0.5, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.05), wing, 5))
+            soups.append(blob((x, side * half * 0.78, tail[1] + rise), (0.14, 0.015, 0.07), wing, 5))
     elif car.kind in ("hatchback", "suv") and rng.random() < 0.6:
         eave = car.knots["eave"]
         soups.append(blob((eave[0] - 0.1, 0, eave[1] + 0.0), (0.15, half * 0.62, 0.025), paint, 4))
@@ -177,7 +178,7 @@ def _windscreen(car: Car) -> Soup:
     picture[:, :4] = picture[:, -4:] = (25, 25, 28, 255)
     uv = np.stack([(across + 1) / 2 * 0.98 + 0.01, up * 0.98 + 0.01], -1)
     return soup_from_mesh(
-        points.reshape(-1, 3), grid_faces(rows, columns), normals=_grid_normals(points).reshape(-1, 3), uv=uv.reshape(-1, 2),
+        points.reshape(-1, 3), grid_faces(rows, columns), normals=grid_normals(points).reshape(-1, 3), uv=uv.reshape(-1, 2),
         texture=picture, cutoff=BLEND,
     )  # fmt: skip
 
@@ -186,9 +187,10 @@ def shadowed(soup: Soup, rng: np.random.Generator, rays: int = 24, within: float
     """The soup with colours darkened where surfaces or the ground are near: ambient occlusion from `rays` directions
     a corner, as far as `within` metres. Normals must point outward."""
     points = np.concatenate([soup.corners, soup.normals], -1).reshape(-1, 6)
-    unique, inverse = np.unique(np.round(points, 4), axis=0, return_inverse=True)
-    unique = unique.astype(np.float32)
-    position, normal = unique[:, :3], unique[:, 3:]
+    mixer = np.random.default_rng(0).integers(1 << 40, 1 << 62, 6)
+    key = np.round(points * 10000).astype(np.int64) @ mixer  # equal corners, equal keys
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    position, normal = points[first, :3], points[first, 3:]
     toward = rng.normal(size=(rays, 3))
     toward = (toward / np.linalg.norm(toward, axis=1, keepdims=True)).astype(np.float32)
     direction = normal[:, None] + 0.98 * toward[None]
