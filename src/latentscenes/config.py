@@ -6,6 +6,7 @@ what was expected, and settings that contradict each other are refused before an
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class NormalizerConfig:
     """How latents are brought into (−1, 1), where the renderer's features live."""
 
     kind: Literal["none", "tanh", "minmax", "meanstd", "meanstd_tanh"] = "none"
+    """`none`; `tanh` of the scaled latent (published); or min and max, or mean and deviation, of recent latents."""
     scale: float = 0.02
     """Slope of `tanh`."""
     window: int = 100
@@ -90,6 +92,7 @@ class FieldConfig:
     """The tiny network from plane features to density and latent."""
 
     hidden: int = 64
+    """Units of the hidden layer."""
     frequencies: int = 0
     """Octaves of positional encoding beside the plane features."""
     view_direction: bool = False
@@ -113,6 +116,7 @@ class RenderConfig:
     preview: bool = False
     """Render low-resolution RGB beside the latent."""
     kernel: Kernel = "auto"
+    """`native`: the compiled CPU kernel; `torch`: the readable path; `auto`: the fastest that serves the settings."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,17 @@ class Rates:
     """Learning rates (Adam); what has rate 0 is frozen."""
 
     encoder: float = 0.0
+    """The codec's encoder."""
     decoder: float = 0.0
+    """The codec's decoder."""
     micro: float = 0.0
     """Planes of the scenes themselves."""
     weights: float = 0.0
     """Scenes' weights over the base planes, and their bias."""
     bases: float = 0.0
+    """Base planes that all scenes share."""
     field: float = 0.0
+    """The network from plane features to density and latent."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ class StageConfig:
     """One stretch of training: what learns, from which losses, for how long."""
 
     name: str
+    """Names the stage in metrics and in --set; its random numbers depend on it."""
     epochs: int
     """Passes over all fitted views of all scenes of the stage."""
     scenes: int
@@ -169,6 +178,7 @@ class StageConfig:
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
     """Course of all rates: constant; × `decay` per epoch; or half a cosine down to `decay` of themselves."""
     decay: float = 1.0
+    """What `schedule` multiplies with or goes down to."""
     field_epochs: int | None = None
     """Freeze the field after so many epochs; unset: never."""
 
@@ -178,6 +188,7 @@ class Config:
     """Everything that shapes a run, beside its data."""
 
     seed: int = 0
+    """Decides all random numbers of a run."""
     codec: CodecConfig = CodecConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
     planes: PlanesConfig = PlanesConfig()
@@ -193,9 +204,16 @@ class Config:
     """Where new scenes start: at the mean of the learned ones, or at random, as published."""
 
     def __post_init__(self) -> None:
-        for stage in (*self.train, *self.exploit):
-            _check_stage(self, stage)
+        for stages in (self.train, self.exploit):
+            names = [stage.name for stage in stages]
+            _require(len(set(names)) == len(names), f"stages {', '.join(map(repr, names))}: names must differ")
+            for stage in stages:
+                _check_stage(self, stage)
         planes, render = self.planes, self.render
+        _require(min(planes.micro, planes.macro, planes.bases, self.field.frequencies) >= 0, "planes and field: counts must not be negative")
+        _require(planes.resolution > 0 and self.field.hidden > 0, "planes.resolution and field.hidden must be at least 1")
+        _require(self.codec.channels > 0 and self.codec.width > 0, "codec: channels and width must be at least 1")
+        _require(render.half_side is None or render.half_side > 0, "render.half_side must be above 0")
         _require(planes.micro + planes.macro > 0, "planes: micro and macro are both 0; a scene needs features")
         _require(planes.macro == 0 or planes.bases > 0, "planes.bases: must be at least 1 when planes.macro > 0")
         _require(
@@ -215,9 +233,14 @@ class Config:
 def _check_stage(config: Config, stage: StageConfig) -> None:
     losses, where = stage.losses, f"stage {stage.name!r}"
     _require(stage.epochs > 0 and stage.scenes > 0 and stage.views > 0, f"{where}: epochs, scenes and views must be at least 1")
+    for values in (stage.rates, losses):
+        for name, value in dataclasses.asdict(values).items():
+            _require(math.isfinite(value) and value >= 0, f"{where}: {name} is {value}, but rates and loss weights must be 0 or above")
     _require(any(dataclasses.astuple(stage.rates)), f"{where}: all rates are 0, so nothing would be learned")
     _require(any(dataclasses.astuple(losses)), f"{where}: all losses are 0, so nothing would be learned")
     _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
+    _require(not losses.edges or bool(losses.rgb or losses.autoencoder), f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight")
+    _require(stage.rays >= 0, f"{where}: rays must not be negative")
     _require(not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true")
     _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
 
@@ -254,6 +277,8 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected settings, got {tree!r}.")
     for override in overrides:
         _override(tree, override)
     return _build(Config, tree, where)
@@ -287,11 +312,14 @@ def _override(tree: Any, override: str) -> None:
             raise UserError(f"--set {override}: {name} holds no further settings.")
     if isinstance(tree, list):
         raise UserError(f"--set {override}: {last} is a whole stage; name one of its settings.")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not valid YAML.") from None
 
 
 def _stage_index(stages: list, name: str, override: str) -> int:
-    names = [str(stage.get("name")) for stage in stages]
+    names = [str(stage.get("name") if isinstance(stage, dict) else stage) for stage in stages]
     if name in names:
         return names.index(name)
     if name.isdigit() and int(name) < len(stages):
