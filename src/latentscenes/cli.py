@@ -336,7 +336,7 @@ def _start(machine: Machine):
 def _say_done(out: Path, seconds: float, scenes: int) -> None:
     from latentscenes.progress import console
 
-    console.print(f"{out}: {scenes} scenes learned in {seconds:.0f} s. Score them: latentscenes eval --run {out}", highlight=False)
+    console.print(f"{out}: {scenes} scenes learned in {seconds:.0f} s. Score them: latentscenes eval --run {out}", highlight=False, soft_wrap=True)
 
 
 def data() -> None:

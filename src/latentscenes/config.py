@@ -276,7 +276,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected settings, got {tree!r}.")
     for override in overrides:
