@@ -12,9 +12,12 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from latentscenes.batches import BatchSource
 from latentscenes.cameras import Box
+from latentscenes.codecs.convolutional import ConvolutionalCodec
 from latentscenes.config import Config, StageConfig
 from latentscenes.errors import UserError
 from latentscenes.losses import needs_render, terms, total
@@ -30,6 +33,8 @@ from latentscenes.views import Scene, Split, Views
 SAVE_SECONDS = 60.0
 """Time between checkpoints; a crash loses at most this much work, and nothing of the result."""
 LOG_EVERY = 10
+COMPONENT_VIEWS = 256
+"""Images that the own codec takes its principal components from."""
 
 
 class Interrupted(Exception):
@@ -54,12 +59,21 @@ def train(
     box = views.box if half is None else Box(views.box.center, (half, half, half))
     run = Run.create(out, config, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], box))
     model = Model(config, box).to(device)
+    if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
+        model.codec.fit_components(_sample(views, scenes).to(device))
     rows = fresh_rows(len(scenes), config.planes, seeded("cpu", config.seed, "rows")).to(device)
     run.restore(model, rows)
     tracker = Tracker(track, run.path, {"seed": config.seed})
     learn(run, model, rows, views, scenes, config.train, device, tracker)
     tracker.close()
     return run
+
+
+def _sample(views: Views, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
+    """Up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
+    index = [view for scene in scenes for view in scene.views("fit")]
+    chosen = index[:: -(-len(index) // COMPONENT_VIEWS)]
+    return views.images(chosen).float() / 255
 
 
 def learn(
