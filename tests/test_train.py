@@ -104,11 +104,10 @@ def test_published_variant_goes_on_learning_what_is_shared(trained, solids, tiny
         tiny, "exploit_fresh_field=true", "exploit_start=random", f"exploit.0.{rates}}}", f"exploit.1.{rates}, decoder: 1e-4}}"
     )
     run = exploit(trained, config, solids, tmp_path / "new", limit=None, device=CPU)
-    shared, before = state(run)[0], state(trained)[0]
-    moved = {name for name, value in shared.items() if not torch.equal(value, before[name])}
-    assert {name.split(".")[0] for name in moved} == {"codec", "field", "bases"}
-    assert all(name.startswith("codec.decoder") for name in moved if name.startswith("codec"))
-    assert {name for name in shared if name.startswith(("field", "bases", "codec.decoder"))} == moved
+    model, before = run.load()[0], trained.load()[0]
+    for part, parameters in model.parts().items():
+        for (name, mine), (_, other) in zip(parameters, before.parts()[part], strict=True):
+            assert torch.equal(mine, other) == (part == "encoder"), (part, name)
 
 
 def test_new_scenes_are_refused_where_they_do_not_fit(trained, solids, tiny, tmp_path):
@@ -121,11 +120,13 @@ def test_new_scenes_are_refused_where_they_do_not_fit(trained, solids, tiny, tmp
 
 
 def test_the_loss_falls(solids, tiny, tmp_path):
-    config = changed(tiny, "train.scenes.epochs=10", "train.scenes.field_epochs=null", "train.codec.epochs=10")
+    config = changed(
+        tiny, "train.scenes.epochs=10", "train.scenes.field_epochs=null", "train.codec.epochs=25", "train.codec.losses={autoencoder: 1}"
+    )
     lines = train(config, solids, tmp_path / "run", device=CPU).metrics()
     for stage, name in (("codec", "autoencoder"), ("scenes", "latent")):
         values = [line[name] for line in lines if line["stage"] == stage]
-        assert values[-1] < 0.7 * values[0], (stage, values)
+        assert sum(values[-3:]) < 0.8 * sum(values[:3]), (stage, values)
 
 
 def test_rgb_baseline_learns_a_ball(solids, tmp_path):
