@@ -9,6 +9,7 @@
 namespace latentscenes {
 
 constexpr int64_t kTile = 48;  // points handled together: their activations stay in the first-level cache
+constexpr int64_t kAhead = 6;  // texels are asked for this many points before they are used
 constexpr int kOut = 8;        // network outputs are padded to a multiple of this
 
 // What to render; field by field the ctypes structure in native.py. Arrays as in `render` there.
@@ -120,11 +121,21 @@ inline void gather_features(const Problem& p, const Network& n, const float* pla
   if (p.product) store<N>(&tile.parts[at], a), store<N>(&tile.parts[at + step], b), store<N>(&tile.parts[at + 2 * step], c);
 }
 
+// Asks for the texels around point i ahead of their use, to be read from or (kWrite) added to.
+template <int kWrite>
+inline void prefetch(const Problem& p, const Tile& tile, const float* planes, int64_t i) {
+  if (i >= tile.count) return;
+  for (int c = 0; c < 12; ++c)
+    for (int64_t f = 0; f < p.features; f += 16) __builtin_prefetch(planes + tile.texel[c][i] * p.features + f, kWrite);
+}
+
 // tile.point → tile.x (and tile.parts, what each plane gave, if they are multiplied)
 inline void gather(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   locate(p, tile);
+  for (int64_t i = 0; i < kAhead; ++i) prefetch<0>(p, tile, planes, i);
   for (int64_t i = 0; i < tile.count; ++i) {
     int64_t f = 0;
+    prefetch<0>(p, tile, planes, i + kAhead);
     for (; f + kWide <= p.features; f += kWide) gather_features<kWide>(p, n, planes, tile, i, f);
     for (; f + 4 <= p.features; f += 4) gather_features<4>(p, n, planes, tile, i, f);
     for (; f < p.features; ++f) gather_features<1>(p, n, planes, tile, i, f);
@@ -147,8 +158,10 @@ inline void scatter_features(const Problem& p, const Network& n, float* gradient
 
 // tile.d_x added to the gradient of one scene's planes
 inline void scatter(const Problem& p, const Network& n, float* gradient, const Tile& tile) {
+  for (int64_t i = 0; i < kAhead; ++i) prefetch<1>(p, tile, gradient, i);
   for (int64_t i = 0; i < tile.count; ++i) {
     int64_t f = 0;
+    prefetch<1>(p, tile, gradient, i + kAhead);
     for (; f + kWide <= p.features; f += kWide) scatter_features<kWide>(p, n, gradient, tile, i, f);
     for (; f + 4 <= p.features; f += 4) scatter_features<4>(p, n, gradient, tile, i, f);
     for (; f < p.features; ++f) scatter_features<1>(p, n, gradient, tile, i, f);
