@@ -243,6 +243,15 @@ def test_a_broken_checkpoint_is_named(solids, tiny, tmp_path):
         run.load()
 
 
+def test_a_crash_between_the_two_renames_of_a_save_loses_nothing(solids, tiny, tmp_path):
+    config = dataclasses.replace(tiny, train=tiny.train[:1])
+    run = train(config, solids, tmp_path / "run", device=CPU)
+    checkpoints = run.path / "checkpoints"
+    (checkpoints / "6").rename(checkpoints / "6.old")  # the one before is aside, the new one not yet in place
+    (checkpoints / "6.partial").mkdir()
+    assert Run.open(run.path).position.total == 6 and len(run.load()[1]) == 4
+
+
 def test_lines_of_steps_undone_by_a_crash_are_dropped(tmp_path, tiny):
     info = run_module.RunInfo("train", "data", "train", ["a"], Box((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     run = Run.create(tmp_path / "run", tiny, info)

@@ -198,7 +198,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own kinds
-        raise UserError(f"{path}: cannot be read ({error}). Remove the folder {path.parent.name} to fall back to an earlier checkpoint.") from None
+        raise UserError(f"{path}: cannot be read ({error}). It is the only checkpoint kept: remove the run folder and start again.") from None
 
 
 def _write_text(path: Path, text: str) -> None:
