@@ -136,8 +136,8 @@ def soup_from_mesh(
 class Caster:
     """A soup made ready for rays: build once, take many pictures."""
 
-    def __init__(self, soup: Soup, lights: Lights = Lights()):
-        self.soup, self.lights = soup, lights
+    def __init__(self, soup: Soup, lights: Lights | None = None):
+        self.soup, self.lights = soup, lights or Lights()
         self.scene = rtcore_scene.EmbreeScene()
         self.mesh = TriangleMesh(self.scene, np.ascontiguousarray(soup.corners, np.float32))
         shapes = np.array([picture.shape[:2] for picture in soup.textures])
@@ -251,8 +251,11 @@ class ViewOptions:
 
     def cameras(self, name: str) -> Cameras:
         """The cameras of one object. They depend on the seed and its name, not on its neighbours."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))  # torch uses 32 bits
         return upper_hemisphere(self.views, generator, self.distance, self.focal, self.lowest)
+
+
+DEFAULT_VIEWS = ViewOptions()
 
 
 def box_around(bounds: list[Float32[np.ndarray, "2 3"]], margin: float = 0.03) -> Box:

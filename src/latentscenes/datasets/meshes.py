@@ -6,7 +6,6 @@ Notable:
 - Objects have the middle of their bounding box at the origin and its diagonal 1, z up.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from latentscenes.datasets.embree import BLEND, OPAQUE, Caster, Soup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.datasets.embree import BLEND, DEFAULT_VIEWS, OPAQUE, Caster, Soup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.datasets.splits import choose_splits
 from latentscenes.errors import UserError
-from latentscenes.views import ViewsWriter, spread
+from latentscenes.views import Split, ViewsWriter, spread
 
 Up = Literal["auto", "y", "z"]
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
@@ -32,7 +32,7 @@ Y_TO_Z = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 def make_meshes(
     folder: Path,
     out: Path,
-    options: ViewOptions = ViewOptions(),
+    options: ViewOptions = DEFAULT_VIEWS,
     *,
     split: Path | None = None,
     new: int = 0,
@@ -47,14 +47,15 @@ def make_meshes(
         out: the dataset's folder; must not exist or be empty.
         options: views, size, held-out views, seed, camera distance.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`, how many meshes (drawn by the seed) are new scenes instead of training ones.
+        new: without `split`, how many meshes, the last by name, are new scenes instead of training ones.
         up: the axis that points up in the files. auto: y in glTF and OBJ, z in PLY.
         limit: read at most so many meshes of each split.
         strict: stop at the first file that cannot be read, instead of reporting it at the end.
     """
     console = Console(stderr=True)
     files = find_meshes(Path(folder))
-    splits, unlisted = _splits(files, Path(folder), split, new, options.seed, limit)
+    listed = choose_splits(list(files), split, new)
+    splits, unlisted = _at_most(limit, listed), sorted(set(files) - set(listed))
     bounds, failed, remarks = [], {}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
@@ -119,43 +120,15 @@ def find_meshes(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _splits(
-    files: dict[str, Path], folder: Path, split: Path | None, new: int, seed: int, limit: int | None
-) -> tuple[dict[str, Literal["train", "new"]], list[str]]:
-    """The split of each name that is to be read, and the names that a split file does not mention."""
-    if split is not None and new:
-        raise UserError(f"new = {new} and split = {split}: give one of the two.")
-    if split is None:
-        if not 0 <= new <= len(files):
-            raise UserError(f"new = {new}: {folder} holds {len(files)} meshes.")
-        drawn = set(np.random.default_rng(seed).permutation(len(files))[:new].tolist())
-        parts = {"train": [], "new": []}
-        for index, name in enumerate(files):
-            parts["new" if index in drawn else "train"].append(name)
-    else:
-        parts = read_split(Path(split))
-        if missing := [name for names in parts.values() for name in names if name not in files]:
-            raise UserError(f"{split}: {len(missing)} names have no mesh in {folder}: {', '.join(missing[:5])}. Correct the list or the folder.")
-    unlisted = sorted(set(files) - {name for names in parts.values() for name in names})
-    return {name: part for part, names in parts.items() for name in names[:limit]}, unlisted
-
-
-def read_split(path: Path) -> dict[str, list[str]]:
-    """{"train": names, "new": names} from a JSON file; a name may stand in one of them only."""
-    try:
-        parts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}).") from None
-    if (
-        not isinstance(parts, dict)
-        or not set(parts) <= {"train", "new"}
-        or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts.values())
-    ):
-        raise UserError(f'{path}: expected {{"train": [names], "new": [names]}} and nothing else.')
-    names = parts.get("train", []) + parts.get("new", [])
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{path}: {twice[0]!r} is listed twice; a scene is either for training or new.")
-    return {"train": parts.get("train", []), "new": parts.get("new", [])}
+def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
+    """The first `limit` scenes of each split; None: all."""
+    counts = {"train": 0, "new": 0}
+    chosen = {}
+    for name, part in splits.items():
+        counts[part] += 1
+        if limit is None or counts[part] <= limit:
+            chosen[name] = part
+    return chosen
 
 
 def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
@@ -169,7 +142,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
             raise
         except Exception as error:  # a broken file may break its reader in any way
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise UserError(f"{path}: cannot be read ({reason}).") from None
+            raise UserError(f"{path}: cannot be read; it is damaged or not {suffix[1:].upper()} ({reason}).") from None
     if not soups:
         raise UserError(f"{path}: holds no triangles.")
     soup = Soup.joined(soups)
@@ -188,24 +161,27 @@ def _is_surface(mesh: object) -> bool:
 
 @contextmanager
 def _remarks() -> Iterator[list[str]]:
-    """Collects what trimesh would only log."""
+    """Collects what trimesh would only log: warnings, and the losses that it mentions at debug level."""
     lines: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             line = " ".join(record.getMessage().split())
-            if line not in lines:
+            loss = any(word in line for word in ("unable", "failed", "unsupported", "not loaded", "skipping"))
+            if line not in lines and (loss or record.levelno >= logging.WARNING):
                 lines.append(line)
 
-    logger, collector = logging.getLogger("trimesh"), Collector(logging.WARNING)
-    spread_further = logger.propagate
+    logger, collector = logging.getLogger("trimesh"), Collector()
+    before = logger.propagate, logger.level
     logger.addHandler(collector)
     logger.propagate = False
+    logger.setLevel(logging.DEBUG)
     try:
         yield lines
     finally:
         logger.removeHandler(collector)
-        logger.propagate = spread_further
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
 
 
 def _soup(mesh: trimesh.Trimesh, linear: bool) -> Soup:

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentscenes.datasets import shapes_parts as parts
-from latentscenes.datasets.embree import Caster, Soup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.datasets.embree import DEFAULT_VIEWS, Caster, Soup, ViewOptions, box_around, soup_from_mesh
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
 from latentscenes.datasets.shapes_paint import draw_livery, paint_body
 from latentscenes.errors import UserError
 from latentscenes.views import ViewsWriter, spread
 
 
-def make_cars(out: Path, options: ViewOptions = ViewOptions(), *, train: int = 48, new: int = 16) -> None:
+def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16) -> None:
     """Make cars and photograph them into a new dataset.
 
     Args:

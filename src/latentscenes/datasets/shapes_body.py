@@ -92,7 +92,7 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
         "cowl": (cowl_x, cowl_z),
         "brow": (brow_x, top),
         "roof": (brow_x + (roof_x - brow_x) * 0.45, height),
-        "eave": (roof_x, top - between(0, 0.05)),
+        "eave": (roof_x, top - between(0.0, 0.05)),
         "glass": glass,
         "tail": tail,
         "stern": (-length / 2, between(0.45, 0.58) + (0.1 if kind in ("suv", "pickup", "van") else 0)),
@@ -116,7 +116,7 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
         squareness=between(2.8, 4.2) if sporty else between(3.4, 5.0),
         bow=between(0.18, 0.36) if kind != "van" else between(0.12, 0.22),
         taper=between(0.05, 0.13), softness=softness,
-        bulge=between(0.03, 0.07) if sporty else between(0, 0.02),
+        bulge=between(0.03, 0.07) if sporty else between(0.0, 0.02),
         flare=between(0.01, 0.04), wheel=wheel, front_axle=front_axle,
         rear_axle=-length / 2 + rear_overhang * length, knots=knots, opening=opening,
     )  # fmt: skip

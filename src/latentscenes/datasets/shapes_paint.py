@@ -9,12 +9,12 @@ Notable:
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from latentscenes.datasets.shapes_body import Car, Skin
 
-ROWS, COLUMNS = 704, 576
+ROWS, COLUMNS = 608, 496
 EDGE = 0.009
 """Half the width of a soft edge, metres."""
 Color = tuple[float, float, float]
@@ -184,7 +184,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         first, last = skin.marks[near], skin.marks[far]
         middle, half = (first + last) / 2, (last - first) / 2 * per_station - fringe
         v = (canvas.station - middle) * per_station
-        screen = rectangle(aside, v, (0, 0), (10, max(half, 0.08)), 0.01)
+        screen = rectangle(aside, v, (0.0, 0.0), (10.0, max(half, 0.08)), 0.01)
         canvas.fill(both(screen - 0.02, aside - limit - 0.02), PLASTIC)
         canvas.fill(both(screen, aside - limit), tint)
     steep = np.abs(canvas.side) < 0.35
@@ -232,7 +232,7 @@ def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.line(x - end, panel)
     canvas.line(z - low, both(x - ends[0], ends[-1] - x, side))
     crease = car.sill + 0.6 * (car.belt - car.sill)
-    canvas.line(z - crease - car.wedge * -x, both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side), 0.012, (0, 0, 0), 0.22)
+    canvas.line(z - crease - car.wedge * -x, both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side), 0.012, (0.0, 0.0, 0.0), 0.22)
     if livery.trim:
         canvas.fill(both(np.abs(z - crease + 0.09) - 0.028, x - ends[0] + 0.03, ends[-1] + 0.03 - x, side), PLASTIC)
     for end in ends[1:]:
@@ -267,7 +267,7 @@ def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
     ahead = np.maximum(0.28 - canvas.facing, car.front_axle - canvas.x)
     wide, tall = livery.grille
     middle = lead[1] - tall - 0.035
-    grille = rectangle(canvas.aside, canvas.z, (0, middle), (wide * half, tall), 0.04)
+    grille = rectangle(canvas.aside, canvas.z, (0.0, middle), (wide * half, tall), 0.04)
     if livery.chrome:
         canvas.fill(both(grille - 0.02, ahead), CHROME)
     canvas.fill(both(grille, ahead), (0.05, 0.05, 0.06))
@@ -287,7 +287,7 @@ def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
     canvas.fill(both(bulb, reach), (0.62, 0.66, 0.71))
     canvas.fill(both(lamp, center[0] + lamp_wide * 0.6 - canvas.aside, reach), (0.95, 0.6, 0.2), 0.0 if livery.round_lamps else 0.8)
     low = car.sill + 0.10
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0, low), (0.5 * half, 0.05), 0.03), ahead), (0.06, 0.06, 0.07))
+    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, low), (0.5 * half, 0.05), 0.03), ahead), (0.06, 0.06, 0.07))
     canvas.fill(both(np.hypot(canvas.aside - 0.7 * half, canvas.z - low - 0.02) - 0.05, ahead), (0.78, 0.80, 0.82))
     _plate(canvas, livery, bumper[1] - 0.06, ahead)
 
@@ -310,14 +310,14 @@ def _rear(canvas: Canvas, car: Car, livery: Livery) -> None:
         canvas.fill(both(lamp, reach), livery.tail)
         canvas.fill(both(lamp + 0.015, np.abs(canvas.aside - 0.68 * half) - 0.05, reach), (0.92, 0.88, 0.84))
     height = stern[1] + 0.12 if livery.upright_tail or car.kind in ("saloon", "coupe") else stern[1] - 0.04
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0, height), (0.32, 0.08), 0.02), behind), (0.1, 0.1, 0.11), 0.6)
+    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.32, 0.08), 0.02), behind), (0.1, 0.1, 0.11), 0.6)
     _plate(canvas, livery, height, behind)
     canvas.fill(both(canvas.z - car.sill - 0.11, behind), PLASTIC)
 
 
 def _plate(canvas: Canvas, livery: Livery, height: float, where: np.ndarray) -> None:
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0, height), (0.25, 0.055), 0.008), where), livery.plate)
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0, height), (0.20, 0.026), 0.008), where), (0.15, 0.15, 0.2), 0.55)
+    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.25, 0.055), 0.008), where), livery.plate)
+    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.20, 0.026), 0.008), where), (0.15, 0.15, 0.2), 0.55)
 
 
 def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:

@@ -90,7 +90,7 @@ def wheels(car: Car, picture: UInt8[np.ndarray, "h w 4"]) -> list[Soup]:
         outside = car.width / 2 * (1 - car.taper * max((end - 0.44) / 0.56, 0) ** 2.2) - 0.015
         for side in (1, -1):
             outline = tyre * [side, r]
-            soups.append(lathe(outline, (axle, side * (outside - w), r), picture, (1, 1, 1)))
+            soups.append(lathe(outline, (axle, side * (outside - w), r), picture, (1.0, 1.0, 1.0)))
             reach = 2 * w + 0.06
             well = np.array([(0.0, car.arch + 0.005), (-side * reach, car.arch + 0.005), (-side * reach, 0.01)])
             soups.append(_upper(lathe(well, (axle, side * (outside - 0.075), r), None, (0.05, 0.05, 0.05)), car.sill))
@@ -117,7 +117,7 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
     soups, color = [], paint if rng.random() < 0.65 else dark
     for side in (1, -1):
         x, z = cowl[0] - 0.32, car.belt + 0.085
-        at = float(half_width(car, np.array(x), np.array(z)))
+        at = float(half_width(car, np.array([x]), np.array([z]))[0])
         soups.append(blob((x, side * (at + 0.10), z), (0.06, 0.095, 0.062), color, 2.8))
         soups.append(blob((-car.length / 2 + 0.30, side * half * 0.45, car.sill + 0.09), (0.14, 0.035, 0.03), (0.5, 0.5, 0.52), 2.2))
     tail = car.knots["tail"]
@@ -125,25 +125,25 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
     if sporty and rng.random() < (0.55 if car.kind == "sports" else 0.25):
         rise, wing = float(rng.uniform(0.12, 0.26)), paint if rng.random() < 0.6 else dark
         x = tail[0] + 0.26
-        soups.append(blob((x, 0, tail[1] + rise), (0.13, half * 0.78, 0.022), wing, 5))
+        soups.append(blob((x, 0.0, tail[1] + rise), (0.13, half * 0.78, 0.022), wing, 5.0))
         for side in (1, -1):
-            soups.append(blob((x, side * half * 0.5, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.05), wing, 5))
-            soups.append(blob((x, side * half * 0.78, tail[1] + rise), (0.14, 0.015, 0.07), wing, 5))
+            soups.append(blob((x, side * half * 0.5, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.05), wing, 5.0))
+            soups.append(blob((x, side * half * 0.78, tail[1] + rise), (0.14, 0.015, 0.07), wing, 5.0))
     elif car.kind in ("hatchback", "suv") and rng.random() < 0.6:
         eave = car.knots["eave"]
-        soups.append(blob((eave[0] - 0.1, 0, eave[1] + 0.0), (0.15, half * 0.62, 0.025), paint, 4))
+        soups.append(blob((eave[0] - 0.1, 0.0, eave[1] + 0.0), (0.15, half * 0.62, 0.025), paint, 4.0))
     inner = half - car.ledge - car.tumblehome * (car.height - car.belt) - 0.1
     if car.kind in ("estate", "suv") and rng.random() < 0.6:
         brow, eave = car.knots["brow"], car.knots["eave"]
         for side in (1, -1):
-            soups.append(blob(((brow[0] + eave[0]) / 2, side * inner * 0.95, car.height + 0.015), ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.025), dark if rng.random() < 0.5 else (0.7, 0.7, 0.72), 6))
+            soups.append(blob(((brow[0] + eave[0]) / 2, side * inner * 0.95, car.height + 0.015), ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.025), dark if rng.random() < 0.5 else (0.7, 0.7, 0.72), 6.0))
     if car.kind in ("estate", "suv", "hatchback") and rng.random() < 0.12:
-        soups.append(blob((car.knots["roof"][0] - 0.2, 0, car.height + 0.17), (0.75, 0.36, 0.15), dark, 3.5))
+        soups.append(blob((car.knots["roof"][0] - 0.2, 0.0, car.height + 0.17), (0.75, 0.36, 0.15), dark, 3.5))
     if car.kind == "pickup" and rng.random() < 0.4:
         x = car.knots["glass"][0] - 0.18
-        soups.append(blob((x, 0, car.height - 0.06), (0.03, half * 0.72, 0.03), dark, 3))
+        soups.append(blob((x, 0.0, car.height - 0.06), (0.03, half * 0.72, 0.03), dark, 3.0))
         for side in (1, -1):
-            soups.append(blob((x, side * half * 0.72, (car.height + car.belt) / 2), (0.03, 0.03, (car.height - car.belt) / 2), dark, 3))
+            soups.append(blob((x, side * half * 0.72, (car.height + car.belt) / 2), (0.03, 0.03, (car.height - car.belt) / 2), dark, 3.0))
     return soups
 
 
@@ -158,9 +158,9 @@ def cockpit(rng: np.random.Generator, car: Car) -> list[Soup]:
             y = side * car.width * 0.2
             soups.append(blob((x + 0.2, y, base + 0.14), (0.26, 0.23, 0.11), leather, 3.5))
             soups.append(blob((x - 0.08, y, base + 0.40), (0.085, 0.22, 0.30), leather, 3.5, 0.25))
-            soups.append(blob((x - 0.19, y, base + 0.76), (0.05, 0.11, 0.075), leather, 3))
-    soups.append(blob((front - 0.1, 0, car.belt - 0.08), (0.16, car.width / 2 - 0.2, 0.10), (0.1, 0.1, 0.1), 3.5))
-    soups.append(blob((front - 0.36, car.width * 0.2, car.belt - 0.04), (0.03, 0.17, 0.17), (0.05, 0.05, 0.05), 2, 0.4))
+            soups.append(blob((x - 0.19, y, base + 0.76), (0.05, 0.11, 0.075), leather, 3.0))
+    soups.append(blob((front - 0.1, 0.0, car.belt - 0.08), (0.16, car.width / 2 - 0.2, 0.10), (0.1, 0.1, 0.1), 3.5))
+    soups.append(blob((front - 0.36, car.width * 0.2, car.belt - 0.04), (0.03, 0.17, 0.17), (0.05, 0.05, 0.05), 2.0, 0.4))
     return soups + [_windscreen(car)]
 
 
