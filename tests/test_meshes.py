@@ -162,6 +162,16 @@ def test_silhouettes_agree_with_projected_vertices():
         assert np.allclose([columns.max(), rows.max()], np.floor(high), atol=1.01)
 
 
+def test_an_object_partly_out_of_the_picture_or_round_the_camera_is_still_drawn():
+    ball = trimesh.creation.icosphere(subdivisions=3, radius=0.5)
+    caster = Caster(soup_from_mesh(ball.vertices, ball.faces), FLAT)
+    close = Cameras(seen_from(1.0, 0, 0).cam2world, torch.tensor([[1.0, 1.0, 0.0, 0.5]]))
+    assert tuple(caster.render(close, 32)[1][0, 16, [0, 31]]) == (255, 0)
+    assert (caster.render(seen_from(0.1, 0, 0), 16)[1] == 255).all()
+    away = Cameras(look_at(torch.tensor([[2.0, 0, 0]]), torch.tensor([4.0, 0, 0])), torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
+    assert not caster.render(away, 16)[1].any()
+
+
 def test_a_folder_becomes_a_dataset_and_every_file_is_accounted_for(tmp_path, capsys):
     folder = tmp_path / "meshes"
     (folder / "more").mkdir(parents=True)

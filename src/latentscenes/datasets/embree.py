@@ -149,18 +149,41 @@ class Caster:
         self, cameras: Cameras, size: int, samples: int = 3, threads: int | None = None
     ) -> tuple[UInt8[np.ndarray, "v size size 3"], UInt8[np.ndarray, "v size size"]]:
         """Pictures over white, and the share of each pixel that the object covers, from samples² rays a pixel."""
-        rgb = np.empty((len(cameras), size, size, 3), np.uint8)
-        alpha = np.empty((len(cameras), size, size), np.uint8)
+        rgb = np.full((len(cameras), size, size, 3), 255, np.uint8)
+        alpha = np.zeros((len(cameras), size, size), np.uint8)
+        windows = self._windows(cameras, size)
+        fine = size * samples
 
         def shoot(view: int) -> None:
-            origins, directions = cameras[view : view + 1].rays(size * samples, size * samples)
-            colors, rest = self.trace(origins[0].numpy(), directions[0].numpy())
-            rgb[view] = _shrink(colors + rest[:, None], size, samples)
-            alpha[view] = _shrink(1 - rest[:, None], size, samples)[..., 0]
+            rows, columns = windows[view]
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            if height <= 0 or width <= 0:
+                return
+            inside = slice(rows.start * samples, rows.stop * samples), slice(columns.start * samples, columns.stop * samples)
+            origins, directions = (
+                rays.numpy().reshape(fine, fine, 3)[inside].reshape(-1, 3) for rays in cameras[view : view + 1].rays(fine, fine)
+            )
+            colors, rest = self.trace(origins, directions)
+            rgb[view, rows, columns] = _shrink(colors + rest[:, None], height, width, samples)
+            alpha[view, rows, columns] = _shrink(1 - rest[:, None], height, width, samples)[..., 0]
 
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             list(pool.map(shoot, range(len(cameras))))
         return rgb, alpha
+
+    def _windows(self, cameras: Cameras, size: int) -> list[tuple[slice, slice]]:
+        """The rows and columns of each picture between which the object's bounding box appears."""
+        low, high = self.soup.bounds
+        corners = [[(low, high)[k >> axis & 1][axis] for axis in range(3)] for k in range(8)]
+        places, depth = cameras.project(torch.tensor(np.array(corners, np.float32)))
+        whole = slice(0, size), slice(0, size)
+        first = (places.amin(1) * size).floor().sub(1).clamp(0, size)
+        last = (places.amax(1) * size).ceil().add(1).clamp(0, size)
+        spans = zip(first.int().tolist(), last.int().tolist())
+        return [
+            (slice(y0, y1), slice(x0, x1)) if near > 1e-3 else whole
+            for ((x0, y0), (x1, y1)), near in zip(spans, depth.amin(1).tolist())
+        ]
 
     def trace(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"]
@@ -270,7 +293,8 @@ def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def _shrink(values: Float32[np.ndarray, "n c"], size: int, samples: int) -> UInt8[np.ndarray, "size size c"]:
+def _shrink(values: Float32[np.ndarray, "n c"], height: int, width: int, samples: int) -> UInt8[np.ndarray, "h w c"]:
     """The mean of each samples x samples block, as bytes."""
-    mean = np.clip(values, 0, 1).reshape(size, samples, size, samples, -1).mean((1, 3))
+    values = np.clip(values, 0, 1).reshape(height, samples, width, samples, -1)
+    mean = sum(values[:, row, :, column] for row in range(samples) for column in range(samples)) / samples**2
     return (mean * 255 + 0.5).astype(np.uint8)
