@@ -108,16 +108,13 @@ def test_extra_inputs_change_the_output_only_where_asked_for():
     features, points = torch.randn(9, 4), torch.rand(9, 3)
     directions, others = torch.nn.functional.normalize(torch.randn(2, 9, 3), dim=-1)
     plain = Field(4, 2)
-    assert plain.plain
     assert torch.equal(plain(features, points, directions)[1], plain(features, -points, others)[1])
 
     viewing = Field(4, 2, view_direction=True)
-    assert not viewing.plain
     assert not torch.allclose(viewing(features, points, directions)[1], viewing(features, points, others)[1])
     assert torch.equal(viewing(features, points, directions)[1], viewing(features, -points, directions)[1])
 
     placed = Field(4, 2, frequencies=3)
-    assert not placed.plain
     assert not torch.allclose(placed(features, points, directions)[1], placed(features, points + 0.1, directions)[1])
     assert torch.equal(placed(features, points, directions)[1], placed(features, points, others)[1])
     # all octaves repeat with the first one's period, 2

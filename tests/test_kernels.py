@@ -16,11 +16,11 @@ from latentscenes.render import Rays, march_planes, render_rays
 needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 
 
-def problem(scenes=2, rays=13, coarse=9, fine=7, resolution=7, features=5, channels=3, hidden=64, bounds=None, seed=0):
+def problem(scenes=2, rays=13, coarse=9, fine=7, resolution=7, features=5, channels=3, hidden=64, bounds=None, seed=0, directed=False):
     """Random planes, network, cameras around the box and random numbers, as march_planes takes them."""
     torch.manual_seed(seed)
     planes = torch.randn(scenes, 3, resolution, resolution, features).requires_grad_()
-    field = Field(features, channels, hidden)
+    field = Field(features, channels, hidden, view_direction=directed)
     origins = 1.9 * torch.nn.functional.normalize(torch.randn(scenes, rays, 3), dim=-1)
     directions = torch.nn.functional.normalize(-origins + 0.6 * torch.randn(scenes, rays, 3), dim=-1)
     near, far = march.intersect_cube(origins, directions)
@@ -63,6 +63,14 @@ def assert_same_as_readable(arguments, axes="xy,xz,yz", aggregation="sum", toler
 @pytest.mark.parametrize("aggregation", ["sum", "product"])
 def test_axes_and_aggregations(axes, aggregation):
     assert_same_as_readable(problem(), axes, aggregation)
+
+
+@needs_compiler
+@pytest.mark.parametrize("features", [5, 16])
+def test_view_direction(features):
+    planes, field, rays, *numbers = problem(features=features, directed=True)
+    stretched = rays._replace(directions=1.7 * rays.directions)  # the network sees the unit vector all the same
+    assert_same_as_readable((planes, field, stretched, *numbers))
 
 
 @needs_compiler

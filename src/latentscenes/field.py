@@ -48,7 +48,7 @@ class Field(nn.Module):
     """Plane features → density ≥ 0 and c features in (−1, 1): one hidden layer with softplus.
 
     Optional inputs beside the plane features: `frequencies` octaves of positional encoding of the point, and the
-    view direction. Both are off by default, as published; the native kernels serve the default.
+    view direction. Both are off by default, as published; the native kernel serves all but the encoding.
     """
 
     def __init__(self, plane_features: int, channels: int, hidden: int = 64, frequencies: int = 0, view_direction: bool = False):
@@ -57,11 +57,6 @@ class Field(nn.Module):
         inputs = plane_features + 6 * frequencies + 3 * view_direction
         self.hidden = nn.Linear(inputs, hidden)
         self.out = nn.Linear(hidden, 1 + channels)
-
-    @property
-    def plain(self) -> bool:
-        """Whether plane features are the only input."""
-        return not self.frequencies and not self.view_direction
 
     def forward(
         self,

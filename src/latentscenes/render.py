@@ -101,8 +101,8 @@ def why_not_native(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -
             return f"it needs tensors on the CPU, got {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"it needs float32, got {tensor.dtype}"
-    if not field.plain:
-        return "it serves fields without positional encoding and view direction"
+    if field.frequencies:
+        return "it serves fields without positional encoding"
     if u_coarse.shape[-1] < 2:
         return "it needs two samples per ray at least"
     return "" if native.available() else native.why_unavailable()

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd.h"
 
@@ -14,12 +15,14 @@ constexpr int kOut = 8;        // network outputs are padded to a multiple of th
 
 // What to render; field by field the ctypes structure in native.py. Arrays as in `render` there.
 struct Problem {
-  int64_t scenes, rays, coarse, fine, resolution, features, hidden, channels, product, threads;
+  int64_t scenes, rays, coarse, fine, resolution, features, directed, hidden, channels, product, threads;
   int64_t column_axis[3], row_axis[3];
   float density_shift, feature_margin, blur_padding, skip;
   const float *planes, *hidden_w, *hidden_b, *out_w, *out_b;
   const float *origins, *directions, *near, *far, *u_coarse, *u_fine;
 
+  // The network sees the planes' features and, if `directed`, the ray's unit direction.
+  int64_t inputs() const { return features + 3 * directed; }
   int64_t outputs() const { return 1 + channels; }
   int64_t samples() const { return coarse + fine; }
   int64_t scene_size() const { return 3 * resolution * resolution * features; }
@@ -27,15 +30,15 @@ struct Problem {
 
 // Weights padded with zeros to whole registers, in both orders. Padding does not change any result.
 struct Network {
-  int64_t features, hidden, outputs;  // padded sizes
+  int64_t inputs, hidden, outputs;  // padded sizes
   Array hidden_w, hidden_wt, hidden_b, out_w, out_wt, out_b;
 
   explicit Network(const Problem& p)
-      : features(padded(p.features, kWide)),
+      : inputs(padded(p.inputs(), kWide)),
         hidden(padded(p.hidden, kWide)),
         outputs(padded(p.outputs(), kOut)),
-        hidden_w(hidden * features),
-        hidden_wt(features * hidden),
+        hidden_w(hidden * inputs),
+        hidden_wt(inputs * hidden),
         hidden_b(hidden),
         out_w(outputs * hidden),
         out_wt(hidden * outputs),
@@ -43,8 +46,8 @@ struct Network {
     std::copy(p.hidden_b, p.hidden_b + p.hidden, hidden_b.begin());
     std::copy(p.out_b, p.out_b + p.outputs(), out_b.begin());
     for (int64_t h = 0; h < p.hidden; ++h)
-      for (int64_t f = 0; f < p.features; ++f)
-        hidden_w[h * features + f] = hidden_wt[f * hidden + h] = p.hidden_w[h * p.features + f];
+      for (int64_t f = 0; f < p.inputs(); ++f)
+        hidden_w[h * inputs + f] = hidden_wt[f * hidden + h] = p.hidden_w[h * p.inputs() + f];
     for (int64_t o = 0; o < p.outputs(); ++o)
       for (int64_t h = 0; h < p.hidden; ++h) out_w[o * hidden + h] = out_wt[h * outputs + o] = p.out_w[o * p.hidden + h];
   }
@@ -54,17 +57,18 @@ struct Network {
 struct Tile {
   int64_t count = 0;
   float point[3][kTile] = {};
+  float direction[3][kTile] = {};  // of unit length, where the network sees it
   int32_t texel[12][kTile];  // where each of the 4 corners in each of the 3 planes starts, in texels of the scene
   float weight[12][kTile];   // its bilinear weight, 0 outside the plane
   Array x, parts, h, slope, raw, d_x, d_pre;
 
   Tile(const Problem& p, const Network& n, bool backward)
-      : x(kTile * n.features),
-        parts(p.product ? 3 * kTile * n.features : 0),
+      : x(kTile * n.inputs),
+        parts(p.product ? 3 * kTile * n.inputs : 0),
         h(kTile * n.hidden),
         slope(backward ? kTile * n.hidden : 0),
         raw(kTile * n.outputs),
-        d_x(backward ? kTile * n.features : 0),
+        d_x(backward ? kTile * n.inputs : 0),
         d_pre(backward ? kTile * n.hidden : 0) {}
 };
 
@@ -73,8 +77,17 @@ struct NetworkGradient {
   Array hidden_wt, hidden_b, out_w, out_b;
 
   explicit NetworkGradient(const Network& n)
-      : hidden_wt(n.features * n.hidden), hidden_b(n.hidden), out_w(n.outputs * n.hidden), out_b(n.outputs) {}
+      : hidden_wt(n.inputs * n.hidden), hidden_b(n.hidden), out_w(n.outputs * n.hidden), out_b(n.outputs) {}
 };
+
+// Where sample i lies: t along a ray, and the ray's unit direction.
+inline void place(const Problem& p, Tile& tile, int64_t i, int64_t ray, float t) {
+  const float *origin = p.origins + 3 * ray, *direction = p.directions + 3 * ray;
+  for (int axis = 0; axis < 3; ++axis) tile.point[axis][i] = origin[axis] + t * direction[axis];
+  if (!p.directed) return;
+  const float length = std::sqrt(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
+  for (int axis = 0; axis < 3; ++axis) tile.direction[axis][i] = direction[axis] / length;
+}
 
 // Which texels surround each point and how much they count (align_corners = False, zero outside).
 inline void locate(const Problem& p, Tile& tile) {
@@ -116,7 +129,7 @@ template <int N>
 inline void gather_features(const Problem& p, const Network& n, const float* planes, Tile& tile, int64_t i, int64_t f) {
   const Vec<N> a = read_plane<N>(p, tile, planes, 0, i, f), b = read_plane<N>(p, tile, planes, 1, i, f),
                c = read_plane<N>(p, tile, planes, 2, i, f);
-  const int64_t at = i * n.features + f, step = kTile * n.features;
+  const int64_t at = i * n.inputs + f, step = kTile * n.inputs;
   store<N>(&tile.x[at], p.product ? a * b * c : a + b + c);
   if (p.product) store<N>(&tile.parts[at], a), store<N>(&tile.parts[at + step], b), store<N>(&tile.parts[at + 2 * step], c);
 }
@@ -129,7 +142,7 @@ inline void prefetch(const Problem& p, const Tile& tile, const float* planes, in
     for (int64_t f = 0; f < p.features; f += 16) __builtin_prefetch(planes + tile.texel[c][i] * p.features + f, kWrite);
 }
 
-// tile.point → tile.x (and tile.parts, what each plane gave, if they are multiplied)
+// tile.point and tile.direction → tile.x (and tile.parts, what each plane gave, if they are multiplied)
 inline void gather(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   locate(p, tile);
   for (int64_t i = 0; i < kAhead; ++i) prefetch<0>(p, tile, planes, i);
@@ -140,11 +153,14 @@ inline void gather(const Problem& p, const Network& n, const float* planes, Tile
     for (; f + 4 <= p.features; f += 4) gather_features<4>(p, n, planes, tile, i, f);
     for (; f < p.features; ++f) gather_features<1>(p, n, planes, tile, i, f);
   }
+  if (p.directed)
+    for (int64_t i = 0; i < tile.count; ++i)
+      for (int axis = 0; axis < 3; ++axis) tile.x[i * n.inputs + p.features + axis] = tile.direction[axis][i];
 }
 
 template <int N>
 inline void scatter_features(const Problem& p, const Network& n, float* gradient, const Tile& tile, int64_t i, int64_t f) {
-  const int64_t at = i * n.features + f, step = kTile * n.features;
+  const int64_t at = i * n.inputs + f, step = kTile * n.inputs;
   const Vec<N> whole = load<N>(&tile.d_x[at]);
   for (int k = 0; k < 3; ++k) {
     Vec<N> d = whole;
@@ -172,7 +188,7 @@ inline void scatter(const Problem& p, const Network& n, float* gradient, const T
 inline void field_forward(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   gather(p, n, planes, tile);
   float *h = tile.h.data(), *raw = tile.raw.data();
-  product<kWide>(tile.count, n.hidden, p.features, {tile.x.data(), n.features, 1}, n.hidden_wt.data(), n.hidden,
+  product<kWide>(tile.count, n.hidden, p.inputs(), {tile.x.data(), n.inputs, 1}, n.hidden_wt.data(), n.hidden,
                  n.hidden_b.data(), 0,
                  [=, &n](int64_t i, int64_t j, Vec<kWide> pre) { store<kWide>(h + i * n.hidden + j, softplus<kWide>(pre)); });
   product<kOut>(tile.count, n.outputs, p.hidden, {h, n.hidden, 1}, n.out_wt.data(), n.outputs, n.out_b.data(), 0,
@@ -186,8 +202,8 @@ inline void field_backward(const Problem& p, const Network& n, const float* plan
   gather(p, n, planes, tile);
   float *h = tile.h.data(), *slope = tile.slope.data(), *d_pre = tile.d_pre.data(), *d_x = tile.d_x.data();
   const float *x = tile.x.data(), *d_raw = tile.raw.data();
-  const int64_t hidden = n.hidden, features = n.features;
-  product<kWide>(tile.count, hidden, p.features, {x, features, 1}, n.hidden_wt.data(), hidden, n.hidden_b.data(), 0,
+  const int64_t hidden = n.hidden, inputs = n.inputs;
+  product<kWide>(tile.count, hidden, p.inputs(), {x, inputs, 1}, n.hidden_wt.data(), hidden, n.hidden_b.data(), 0,
                  [=](int64_t i, int64_t j, Vec<kWide> pre) {
                    const Vec<kWide> e = exp_minus_abs<kWide>(pre);
                    store<kWide>(h + i * hidden + j, softplus_from<kWide>(pre, e));
@@ -201,7 +217,7 @@ inline void field_backward(const Problem& p, const Network& n, const float* plan
     float *d_out_w = network->out_w.data(), *d_hidden_wt = network->hidden_wt.data();
     product<kWide>(p.outputs(), hidden, tile.count, {d_raw, 1, n.outputs}, h, hidden, d_out_w, hidden,
                    [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_out_w + i * hidden + j, sum); });
-    product<kWide>(p.features, hidden, tile.count, {x, 1, features}, d_pre, hidden, d_hidden_wt, hidden,
+    product<kWide>(p.inputs(), hidden, tile.count, {x, 1, inputs}, d_pre, hidden, d_hidden_wt, hidden,
                    [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_hidden_wt + i * hidden + j, sum); });
     for (int64_t i = 0; i < tile.count; ++i) {
       for (int64_t o = 0; o < p.outputs(); ++o) network->out_b[o] += d_raw[i * n.outputs + o];
@@ -209,8 +225,8 @@ inline void field_backward(const Problem& p, const Network& n, const float* plan
     }
   }
   if (d_planes) {
-    product<kWide>(tile.count, features, p.hidden, {d_pre, hidden, 1}, n.hidden_w.data(), features, nullptr, 0,
-                   [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_x + i * features + j, sum); });
+    product<kWide>(tile.count, padded(p.features, kWide), p.hidden, {d_pre, hidden, 1}, n.hidden_w.data(), inputs, nullptr, 0,
+                   [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_x + i * inputs + j, sum); });
     scatter(p, n, d_planes, tile);
   }
 }

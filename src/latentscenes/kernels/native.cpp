@@ -70,12 +70,10 @@ void importance(const Problem& p, const float* t, const float* weight, const flo
 void evaluate(const Problem& p, const Network& n, int64_t ray, const float* t, int64_t count, float* density,
               float* features, Tile& tile) {
   const float* planes = p.planes + ray / p.rays * p.scene_size();
-  const float *origin = p.origins + 3 * ray, *direction = p.directions + 3 * ray;
   float raw_density[kTile] = {};
   for (int64_t first = 0; first < count; first += kTile) {
     tile.count = std::min(kTile, count - first);
-    for (int axis = 0; axis < 3; ++axis)
-      for (int64_t i = 0; i < tile.count; ++i) tile.point[axis][i] = origin[axis] + t[first + i] * direction[axis];
+    for (int64_t i = 0; i < tile.count; ++i) place(p, tile, i, ray, t[first + i]);
     field_forward(p, n, planes, tile);
     for (int64_t i = 0; i < tile.count; ++i) raw_density[i] = tile.raw[i * n.outputs] + p.density_shift;
     for (int64_t i = 0; i < kTile; i += kWide)
@@ -229,9 +227,7 @@ void backward_share(const Problem& p, const Network& n, const Upstream& up, cons
       float largest = 0;
       for (int64_t o = 0; o < p.outputs(); ++o) largest = std::max(largest, std::fabs(from[o]));
       if (largest <= threshold) continue;
-      const float t = saved.t[ray * p.samples() + i];
-      for (int axis = 0; axis < 3; ++axis)
-        tile.point[axis][tile.count] = p.origins[3 * ray + axis] + t * p.directions[3 * ray + axis];
+      place(p, tile, tile.count, ray, saved.t[ray * p.samples() + i]);
       std::copy_n(from, p.outputs(), &tile.raw[tile.count * n.outputs]);
       if (++tile.count == kTile) flush();
     }
@@ -253,13 +249,13 @@ void add_shares(const Problem& p, const Network& n, const std::vector<Share>& sh
         }
   }
   if (!d_hidden_w) return;
-  std::fill_n(d_hidden_w, p.hidden * p.features, 0.0f), std::fill_n(d_hidden_b, p.hidden, 0.0f);
+  std::fill_n(d_hidden_w, p.hidden * p.inputs(), 0.0f), std::fill_n(d_hidden_b, p.hidden, 0.0f);
   std::fill_n(d_out_w, p.outputs() * p.hidden, 0.0f), std::fill_n(d_out_b, p.outputs(), 0.0f);
   for (const Share& share : shares) {
     const NetworkGradient& g = *share.network;
     for (int64_t h = 0; h < p.hidden; ++h) {
       d_hidden_b[h] += g.hidden_b[h];
-      for (int64_t f = 0; f < p.features; ++f) d_hidden_w[h * p.features + f] += g.hidden_wt[f * n.hidden + h];
+      for (int64_t f = 0; f < p.inputs(); ++f) d_hidden_w[h * p.inputs() + f] += g.hidden_wt[f * n.hidden + h];
     }
     for (int64_t o = 0; o < p.outputs(); ++o) {
       d_out_b[o] += g.out_b[o];

@@ -27,8 +27,8 @@ class _Problem(ctypes.Structure):
     """`Problem` in field.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "hidden")),
-        *((name, ctypes.c_int64) for name in ("channels", "product", "threads")),
+        *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")),
+        *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "threads")),
         *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
         *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip")),
         *((name, ctypes.c_void_p) for name in INPUTS),
@@ -60,7 +60,8 @@ def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> 
     scenes, rays, coarse = u_coarse.shape
     columns, rows = zip(*PLANE_AXES[axes], strict=True)
     return _Problem(
-        scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1], hidden_w.shape[0], out_w.shape[0] - 1,
+        scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
+        hidden_w.shape[1] > planes.shape[-1], hidden_w.shape[0], out_w.shape[0] - 1,
         aggregation == "product", torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
         DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, *(tensor.data_ptr() for tensor in inputs),
     )  # fmt: skip
@@ -145,7 +146,7 @@ _render.register_autograd(_backward, setup_context=_setup_context)
 
 def render(
     planes: Float[Tensor, "s 3 r r f"],
-    hidden_w: Float[Tensor, "h f"],
+    hidden_w: Float[Tensor, "h i"],
     hidden_b: Float[Tensor, " h"],
     out_w: Float[Tensor, "o h"],
     out_b: Float[Tensor, " o"],
@@ -160,7 +161,7 @@ def render(
     skip: float = SKIP,
 ) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
     """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32 on
-    the CPU.
+    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3).
 
     For a fixed torch thread count the same inputs give the same bits, gradients included.
     """
