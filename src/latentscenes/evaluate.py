@@ -80,11 +80,13 @@ def evaluate(
         planes = model.compose(rows.gather(torch.tensor([row])))
         table: list[list[Tensor]] = []
         for chunk in torch.tensor(index).split(CHUNK):
-            images = views.images(chunk).to(device).float() / 255
-            begun = time.monotonic()
-            latents = model.render(planes, views.cameras[chunk].to(device), background).image(*background.shape[1:])
+            images, cameras = views.images(chunk).to(device).float() / 255, views.cameras[chunk].to(device)
+            if not count:  # kernels are built and memory is fetched before the clock starts
+                model.decode(model.render(planes, cameras, background).image(*background.shape[1:]))
+            begun = _now(device)
+            latents = model.render(planes, cameras, background).image(*background.shape[1:])
             rendered = model.decode(latents)
-            seconds += time.monotonic() - begun
+            seconds += _now(device) - begun
             encoded = model.encode(images)
             decoded = model.decode(encoded)
             missing = torch.full((len(chunk),), math.nan)
@@ -100,6 +102,13 @@ def evaluate(
         count += len(index)
     kind = perceptual.name if perceptual else None
     return Evaluation(str(views.path), part, count, kind, seconds / max(count, 1), scores, mean_score(scores))
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 def mean_score(scores: Sequence[SceneScore]) -> SceneScore:

@@ -8,6 +8,7 @@ Notable:
 """
 
 import difflib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ class Shown:
     """Decoded, in [0, 1]."""
     latents: Float[Tensor, "v c h w"]
     """Rendered, in (−1, 1)."""
-    depth: Float[Tensor, "v H W"]
-    """Expected distance along the ray, world units."""
-    opacity: Float[Tensor, "v H W"]
+    depth: Float[Tensor, "v a b"]
+    """Expected distance along the ray, world units; as fine as the images, or as the latents without `geometry`."""
+    opacity: Float[Tensor, "v a b"]
 
 
 @torch.no_grad()
@@ -301,7 +302,7 @@ def save_frames(path: str | Path, frames: Sequence[Picture], fps: int = 20) -> N
     if kind == ".mp4":
         _save_mp4(path, frames, fps)
     elif kind == ".gif":
-        _save_gif(path, frames, fps)
+        path.write_bytes(gif_bytes(frames, fps))
     else:
         columns = math.ceil(math.sqrt(len(frames) * frames[0].shape[0] / frames[0].shape[1]))
         save_image(path, grid(list(frames), len(frames) if len(frames) <= 6 else max(1, columns)))
@@ -317,13 +318,22 @@ def _save_mp4(path: Path, frames: Sequence[Picture], fps: int) -> None:
     imageio.imwrite(path, np.stack(even), extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
 
 
-def _save_gif(path: Path, frames: Sequence[Picture], fps: int) -> None:
-    """One palette for all frames, from a sample of their pixels: small, and colours hold still."""
+def gif_bytes(frames: Sequence[Picture], fps: int) -> bytes:
+    """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colours hold still."""
     pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
     coloured = pixels[(pixels != 255).any(1)]
     sample = coloured[:: max(1, len(coloured) // 120_000)] if len(coloured) else np.zeros((1, 3), np.uint8)
     chosen = Image.fromarray(sample[None]).quantize(255, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 255]
+    white = len(chosen) // 3
+    images = []
     palette = Image.new("P", (1, 1))
-    palette.putpalette(chosen + [255, 255, 255] * (256 - len(chosen) // 3))  # white exactly: it is the ground
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0, optimize=False)
+    palette.putpalette(chosen)
+    for frame in frames:
+        index = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        index[(frame == 255).all(-1)] = white  # the ground: exactly white, whatever colours are near it
+        image = Image.fromarray(index)
+        image.putpalette([*chosen, 255, 255, 255])
+        images.append(image)
+    stream = io.BytesIO()
+    images[0].save(stream, "GIF", save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0, optimize=False)
+    return stream.getvalue()

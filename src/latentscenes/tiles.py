@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-Picture = UInt8[np.ndarray, "H W 3"]
-Pictures = UInt8[np.ndarray, "v H W 3"]
+Picture = UInt8[np.ndarray, "_H _W 3"]
+Pictures = UInt8[np.ndarray, "_v _H _W 3"]
+"""Underscores: sizes of one picture say nothing about those of another in the same signature."""
 
 GAP = 4
 """Pixels between tiles."""
