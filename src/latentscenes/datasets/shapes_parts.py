@@ -136,7 +136,7 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
     if car.kind in ("estate", "suv") and rng.random() < 0.6:
         brow, eave = car.knots["brow"], car.knots["eave"]
         for side in (1, -1):
-            soups.append(blob(((brow[0] + eave[0]) / 2, side * inner * 0.95, car.height + 0.015), ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.025), dark if rng.random() < 0.5 else (0.7, 0.7, 0.72), 6.0))
+            soups.append(blob(((brow[0] + eave[0]) / 2, side * inner * 0.92, car.height - 0.035), ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.05), dark if rng.random() < 0.5 else (0.7, 0.7, 0.72), 6.0))
     if car.kind in ("estate", "suv", "hatchback") and rng.random() < 0.12:
         soups.append(blob((car.knots["roof"][0] - 0.2, 0.0, car.height + 0.17), (0.75, 0.36, 0.15), dark, 3.5))
     if car.kind == "pickup" and rng.random() < 0.4:
