@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from results import made_run
 
 from latentscenes import pictures, tiles
 from latentscenes.cameras import Box, orbit
 from latentscenes.errors import UserError
-from results import made_run
 
 
 @pytest.fixture

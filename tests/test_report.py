@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from results import made_comparison
 
 from latentscenes.charts import Series, line_chart, smooth
 from latentscenes.errors import UserError
@@ -15,7 +16,6 @@ from latentscenes.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.report import print_cost, print_scores, scores_table, summary_table
 from latentscenes.report_html import write_report
 from latentscenes.tables import Table, bytes_text, percent_text, seconds_text
-from results import made_comparison
 
 
 def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: float = 30.0) -> Evaluation:
@@ -74,6 +74,7 @@ def test_print_cost_needs_something():
 @pytest.fixture(scope="module")
 def content(tmp_path_factory, solids):
     from conftest import TINY
+
     from latentscenes import config
 
     return made_comparison(tmp_path_factory.mktemp("results"), config.parse(TINY, "tiny"), solids)
