@@ -235,9 +235,9 @@ def data_meshes(
         size: pixels along a side.
         held_out: views of each mesh kept for evaluation.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`: how many meshes are kept for stage 2.
+        new: without `split`: the last so many meshes, by name, are kept for stage 2.
         up: the axis that points up in the files.
-        seed: decides the cameras and which meshes are new.
+        seed: decides the cameras.
         limit: at most so many meshes of each split.
         strict: stop at the first file that cannot be read.
     """
