@@ -167,7 +167,7 @@ def cost(
     Args:
         run: finished run to account for …
         config: … or a configuration alone (bytes only).
-        baseline: configuration of the RGB tri-planes to compare with.
+        baseline: configuration of the RGB tri-planes to compare with, or a run of it (then seconds are compared too).
         overrides: settings to change.
     """
     from latentscenes.report import print_cost
