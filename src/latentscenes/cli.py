@@ -288,7 +288,7 @@ def data_srn(
     from latentscenes.datasets.srn import download_cars, make_srn
 
     if download:
-        download_cars(folder)
+        folder = download_cars(folder)
     _import(make_srn, folder, out, options, "opencv", above=above, intrinsics_size=intrinsics_size)
 
 
@@ -355,6 +355,15 @@ COMMANDS = {
 }
 
 
+def _arguments() -> list[str]:
+    """Of the command line; to print a configuration, no folders need be named."""
+    given = sys.argv[1:]
+    if "--print-config" in given:
+        required = {"train": ("--data", "--out"), "exploit": ("--run", "--data", "--out")}.get(given[0], ())
+        given += [word for flag in required if flag not in given for word in (flag, "unused")]
+    return given or ["--help"]
+
+
 def run_commands(prog: str, commands: dict, description: str, arguments: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=arguments)
 
@@ -367,7 +376,7 @@ def main() -> None:
         if sys.argv[1:2] == ["data"]:
             run_commands("latentscenes data", DATA_COMMANDS, "Make or import a packed dataset of posed images.", sys.argv[2:] or ["--help"])
         else:
-            run_commands("latentscenes", COMMANDS, "Learn large collections of 3D objects from posed images.", sys.argv[1:] or ["--help"])
+            run_commands("latentscenes", COMMANDS, "Learn large collections of 3D objects from posed images.", _arguments())
     except UserError as error:
         print(f"latentscenes: {error}", file=sys.stderr)
         sys.exit(2)

@@ -210,6 +210,10 @@ class Config:
             for stage in stages:
                 _check_stage(self, stage)
         planes, render = self.planes, self.render
+        _require(
+            not self.exploit_fresh_field or any(stage.rates.field for stage in self.exploit),
+            "exploit_fresh_field: no stage of `exploit` has a rate for the field, so it would stay random",
+        )
         _require(min(planes.micro, planes.macro, planes.bases, self.field.frequencies) >= 0, "planes and field: counts must not be negative")
         _require(planes.resolution > 0 and self.field.hidden > 0, "planes.resolution and field.hidden must be at least 1")
         _require(self.codec.channels > 0 and self.codec.width > 0, "codec: channels and width must be at least 1")
@@ -241,6 +245,11 @@ def _check_stage(config: Config, stage: StageConfig) -> None:
     _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
     _require(not losses.edges or bool(losses.rgb or losses.autoencoder), f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight")
     _require(stage.rays >= 0, f"{where}: rays must not be negative")
+    codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
+    _require(
+        not codec_only or stage.rates.encoder > 0 or stage.rates.decoder > 0,
+        f"{where}: its losses reach encoder and decoder alone, but their rates are 0",
+    )
     _require(not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true")
     _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
 

@@ -91,7 +91,10 @@ class Run:
         path = Path(path)
         if not (path / "run.json").is_file():
             raise UserError(f"{path}: no run here (run.json is absent). Start one with `latentscenes train`.")
-        meta = json.loads((path / "run.json").read_text())
+        try:
+            meta = json.loads((path / "run.json").read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path / 'run.json'}: not valid JSON ({error}). Start the run again in a new folder.") from None
         box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
         info = RunInfo(**{name: meta[name] for name in ("kind", "data", "split", "scenes", "parent", "parent_seconds")}, box=box)
         return cls(path, configuration.load(path / "config.yaml"), info)
@@ -142,7 +145,7 @@ class Run:
         newest = self._newest()
         if newest is None:
             return
-        model.load_state_dict(_load(newest / "shared.safetensors"))
+        _fill(model, newest / "shared.safetensors")
         pairs = [(rows.tables(), _load(newest / "rows.safetensors"))]
         if optimizer is not None:
             pairs.append((optimizer, _load(newest / "optimizer.safetensors")))
@@ -158,7 +161,7 @@ class Run:
         if newest is None:
             raise UserError(f"{self.path}: nothing has been learned yet. Run the command that started it again.")
         model = Model(self.config, self.info.box, pretrained=False)
-        model.load_state_dict(_load(newest / "shared.safetensors"))
+        _fill(model, newest / "shared.safetensors")
         rows = SceneRows(**_load(newest / "rows.safetensors"))
         return model.to(device).eval().requires_grad_(False), rows.to(device)
 
@@ -192,6 +195,14 @@ class Run:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _fill(model: Model, path: Path) -> None:
+    try:
+        model.load_state_dict(_load(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: does not fit this version's model ({reason} …). Learn the run again in a new folder.") from None
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Experiment trackers, all optional: what `metrics.jsonl` gets is also sent to TensorBoard, wandb or trackio."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ class Tracker:
             elif kind == "wandb":
                 import wandb
 
-                self.sink = wandb.init(project="latentscenes", name=run_path.name, config=config, resume="allow", id=run_path.name)
+                same = hashlib.blake2b(str(run_path.resolve()).encode(), digest_size=8).hexdigest()  # goes on after a stop
+                self.sink = wandb.init(project="latentscenes", name=run_path.name, config=config, resume="allow", id=same)
             elif kind == "trackio":
                 import trackio
 
