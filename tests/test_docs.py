@@ -15,10 +15,6 @@ from latentscenes import cli, config, config_docs
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGE = ROOT / "src" / "latentscenes"
-PENDING = {f"src/latentscenes/{file}" for file in ("report.py", "pictures.py", "tiles.py", "demo.py")}
-PENDING |= {"src/latentscenes/presets/small.yaml", "src/latentscenes/presets/demo_rgb.yaml"}
-PENDING |= {"docs/images/made_cars.png", "docs/images/demo.png"}
-"""Files that pages name ahead of their arrival; to be emptied."""
 
 
 def name(page: Path) -> str:
@@ -59,9 +55,8 @@ def source_files() -> set[str]:
 
 def test_map_and_tree_agree():
     mapped, present = set(house_map()), source_files()
-    pending = {path.removeprefix("src/latentscenes/") for path in PENDING}
     assert present - mapped == set(), "add these to the README's map"
-    assert mapped - present - pending == set(), "remove these from the README's map"
+    assert mapped - present == set(), "remove these from the README's map"
 
 
 def test_files_import_only_from_their_floor_or_below():
@@ -115,7 +110,7 @@ def test_commands_in_pages_parse(page, line, capsys):
     except SystemExit:
         pytest.fail(f"{page}: {line}\n{''.join(capsys.readouterr())}")
     preset = values.get("config")
-    if preset is not None and not preset.endswith(".yaml") and f"src/latentscenes/presets/{preset}.yaml" not in PENDING:
+    if preset is not None and not preset.endswith(".yaml"):
         assert preset in config.presets()
         config.load(preset, values.get("overrides", ()))
 
@@ -165,7 +160,7 @@ def test_links_lead_somewhere(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists() or str(file.relative_to(ROOT)) in PENDING, target
+        assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
 
 
@@ -184,8 +179,7 @@ def test_page_of_settings_leaves_no_section_out():
 
 def test_every_preset_is_explained():
     told = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text().split("## Changing")[0], re.M))
-    pending = {Path(path).stem for path in PENDING if "/presets/" in path}
-    assert told - pending <= set(config.presets()) <= told
+    assert told == set(config.presets())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

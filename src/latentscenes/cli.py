@@ -127,6 +127,40 @@ def evaluate(
         save_image(sheet, comparison_sheet(model, rows, dataset, scenes))
 
 
+def report(
+    run: Path,
+    out: Path,
+    rgb: Path | None = None,
+    data: Path | None = None,
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+) -> None:
+    """Write one HTML file about new scenes: scores, pictures, orbits, costs, curves, beside RGB tri-planes of the same.
+
+    Args:
+        run: run folder of exploit; its stage 1 must still lie where it was.
+        out: HTML file to write; beside it the summary as Markdown and the contact sheet as PNG.
+        rgb: run folder of RGB tri-planes of the same scenes.
+        data: the dataset, if it has moved.
+    """
+    device = _start(machine)
+    from latentscenes.evaluate import evaluate_run
+    from latentscenes.report import Comparison, print_summary
+    from latentscenes.report_html import write_report
+    from latentscenes.run import Run
+    from latentscenes.views import Views
+
+    new, baseline = Run.open(run), Run.open(rgb) if rgb else None
+    views, trained = Views.open(data or new.info.data), Run.open(new.parent)
+    content = Comparison(
+        train=trained, new=new, rgb=baseline, views=views, title=run.name, device=device,
+        evaluation_train=evaluate_run(trained, views, device),
+        evaluation_new=evaluate_run(new, views, device),
+        evaluation_rgb=evaluate_run(baseline, views, device) if baseline else None,
+    )  # fmt: skip
+    print_summary(content)
+    write_report(out, content)
+
+
 def render(
     run: Path,
     scene: str,
@@ -349,6 +383,7 @@ COMMANDS = {
     "train": train,
     "exploit": exploit,
     "eval": evaluate,
+    "report": report,
     "render": render,
     "cost": cost,
     "demo": demo,

@@ -8,12 +8,11 @@ import torch
 from latentscenes import config
 from latentscenes.datasets.embree import ViewOptions
 from latentscenes.datasets.shapes import make_cars
-from latentscenes.evaluate import Evaluation, evaluate
+from latentscenes.evaluate import evaluate_run
 from latentscenes.exploit import exploit
 from latentscenes.progress import console
-from latentscenes.report import Comparison, summary_table
+from latentscenes.report import Comparison, print_summary
 from latentscenes.report_html import write_report
-from latentscenes.run import Run
 from latentscenes.train import train
 from latentscenes.views import Views
 
@@ -40,25 +39,17 @@ def run_demo(out: Path, device: torch.device) -> None:
     _say("Scores on held-out views")
     content = Comparison(
         train=trained, new=learned, rgb=rgb, views=views, device=device,
-        evaluation_train=_score(trained, views, device),
-        evaluation_new=_score(learned, views, device),
-        evaluation_rgb=_score(rgb, views, device),
+        evaluation_train=evaluate_run(trained, views, device),
+        evaluation_new=evaluate_run(learned, views, device),
+        evaluation_rgb=evaluate_run(rgb, views, device),
         title="Cars made, learned and looked at",
         introduction=f"{TRAIN_CARS} made cars taught a 3D-aware codec and base planes; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",
         commands=(f"latentscenes demo --out {out}",),
     )  # fmt: skip
     report = write_report(out / "report.html", content)
-    console.print(summary_table(content).rich())
+    print_summary(content)
     console.print(f"\n{report}: open it in a browser. All of it took {(time.monotonic() - begun) / 60:.1f} minutes.", highlight=False)
-
-
-def _score(run: Run, views: Views, device: torch.device) -> Evaluation:
-    path = run.path / "evaluation.json"
-    if not path.exists():
-        model, rows = run.load(device)
-        evaluate(model, rows, views, views.select(run.info.split, run.info.scenes)).save(path)
-    return Evaluation.read(path)
 
 
 def _say(text: str) -> None:

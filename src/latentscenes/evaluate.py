@@ -19,6 +19,7 @@ from torch import Tensor
 from latentscenes import metrics
 from latentscenes.model import Model
 from latentscenes.planes import SceneRows
+from latentscenes.run import Run
 from latentscenes.views import Scene, Views
 
 CHUNK = 16
@@ -109,6 +110,15 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
+
+
+def evaluate_run(run: Run, views: Views, device: torch.device | str) -> Evaluation:
+    """Score all scenes of a run on held-out views, once: later calls read the file of the first."""
+    path = run.path / "evaluation.json"
+    if not path.exists():
+        model, rows = run.load(device)
+        evaluate(model, rows, views, views.select(run.info.split, run.info.scenes)).save(path)
+    return Evaluation.read(path)
 
 
 def mean_score(scores: Sequence[SceneScore]) -> SceneScore:

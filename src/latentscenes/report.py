@@ -219,6 +219,11 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     return Table("Ours against RGB tri-planes", tuple(columns), tuple(rows), (stressed,), note)
 
 
+def print_summary(content: Comparison) -> None:
+    """The summary to the terminal."""
+    _print(summary_table(content))
+
+
 def _print(*things: Table | str) -> None:
     console = Console()
     if not console.is_terminal:

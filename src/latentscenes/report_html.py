@@ -17,7 +17,7 @@ from latentscenes import config as configuration
 from latentscenes import cost
 from latentscenes.charts import Series, line_chart, smooth
 from latentscenes.cost import Account
-from latentscenes.pictures import Learned, comparison_sheet, dashboard_sheet, gif_bytes, orbit_frames
+from latentscenes.pictures import Learned, comparison_sheet, dashboard_sheet, gif_bytes, orbit_frames, save_image
 from latentscenes.report import Comparison, is_exact, ledger_sentences, ledger_table, parts_table, scores_table, summary_table
 from latentscenes.run import Run
 from latentscenes.tables import bytes_text, percent_text, seconds_text
@@ -32,15 +32,18 @@ TERMS = ("rgb", "latent", "autoencoder", "equivariance", "edges", "tv", "depth_t
 
 
 def write_report(path: str | Path, content: Comparison) -> Path:
-    """Write the report as one file and return where it is. Renders the pictures, so it takes some seconds."""
+    """Write the report as one file and return where it is. Beside it lie its summary as Markdown and its contact sheet
+    as PNG, under the same name. Renders the pictures, so it takes some seconds."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(summary_table(content).markdown())
+    save_image(path.with_suffix(".png"), contact_sheet(content))
     ours = cost.account_run(content.new)
     rgb = cost.account_run(content.rgb) if content.rgb else cost.account(configuration.load("rgb"))
     sections = [_head(content, ours, rgb), _pictures(content), _orbits(content), _insides(content), _costs(ours, rgb), _curves(content)]
     sections += [_falls_short(content, ours, rgb), _scores(content), _settings(content)]
     style = (resources.files("latentscenes") / "report.css").read_text()
     title = html.escape(content.title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -78,6 +81,13 @@ def _head(content: Comparison, ours: Account, rgb: Account) -> str:
 
 def _learned(content: Comparison) -> tuple[Learned, list[Learned]]:
     return Learned.open(content.new, "ours", content.device), [Learned.open(content.rgb, "RGB", content.device)] if content.rgb else []
+
+
+def contact_sheet(content: Comparison) -> Picture:
+    """truth | codec | ours | RGB of held-out views of the first new scenes."""
+    ours, others = _learned(content)
+    scenes = content.views.select(content.new.info.split, list(ours.names))[:SHEET_SCENES]
+    return comparison_sheet(ours.model, ours.rows, content.views, scenes, others=others, labels=("truth", "codec", "ours"))
 
 
 def _pictures(content: Comparison) -> str:

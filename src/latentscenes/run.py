@@ -111,6 +111,13 @@ class Run:
         """Let others write."""
         self._lock.close()
 
+    @property
+    def parent(self) -> Path:
+        """The run whose shared parts this one started from."""
+        if self.info.parent is None:
+            raise UserError(f"{self.path}: this run was made by train, not by exploit. Name the run of the new scenes.")
+        return Path(self.info.parent)
+
     # Checkpoints
 
     def _newest(self) -> Path | None:

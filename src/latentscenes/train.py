@@ -57,7 +57,7 @@ def train(
     scenes = views.select(split, limit=limit)
     half = config.render.half_side
     box = views.box if half is None else Box(views.box.center, (half, half, half))
-    run = Run.create(out, config, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], box))
+    run = Run.create(out, config, RunInfo("train", str(views.path.resolve()), split, [scene.name for scene in scenes], box))
     model = Model(config, box).to(device)
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
         model.codec.fit_components(_sample(views, scenes).to(device))
