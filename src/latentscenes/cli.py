@@ -2,12 +2,13 @@
 `--help` answers at once."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from latentscenes.cli_data import DATA_COMMANDS
 
 if TYPE_CHECKING:
     from latentscenes.config import Config
@@ -221,136 +222,6 @@ def demo(out: Path = Path("demo"), machine: Annotated[Machine, tyro.conf.arg(nam
     run_demo(out, device)
 
 
-def data_cars(
-    out: Path,
-    train: int = 24,
-    new: int = 8,
-    views: int = 40,
-    size: int = 128,
-    held_out: int = 4,
-    seed: int = 0,
-) -> None:
-    """Make a dataset of procedural cars. No download.
-
-    Args:
-        out: folder of the new dataset.
-        train: cars to learn from in stage 1.
-        new: cars kept for stage 2.
-        views: pictures of each car.
-        size: pixels along a side.
-        held_out: views of each car kept for evaluation.
-        seed: decides cars and cameras.
-    """
-    from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_cars
-
-    make_cars(out, train=train, new=new, options=ViewOptions(views=views, size=size, held_out=held_out, seed=seed))
-
-
-def data_meshes(
-    folder: Path,
-    out: Path,
-    views: int = 40,
-    size: int = 128,
-    held_out: int = 4,
-    split: Path | None = None,
-    new: int = 0,
-    up: Literal["auto", "y", "z"] = "auto",
-    seed: int = 0,
-    limit: int | None = None,
-    strict: bool = False,
-) -> None:
-    """Photograph a folder of meshes (GLB, glTF, OBJ, PLY).
-
-    Args:
-        folder: searched with its subfolders; or one file.
-        out: folder of the new dataset.
-        views: pictures of each mesh.
-        size: pixels along a side.
-        held_out: views of each mesh kept for evaluation.
-        split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`: the last so many meshes, by name, are kept for stage 2.
-        up: the axis that points up in the files.
-        seed: decides the cameras.
-        limit: at most so many meshes of each split.
-        strict: stop at the first file that cannot be read.
-    """
-    from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.meshes import make_meshes
-
-    options = ViewOptions(views=views, size=size, held_out=held_out, seed=seed)
-    make_meshes(folder, out, options, split=split, new=new, up=up, limit=limit, strict=strict)
-
-
-@dataclass(frozen=True)
-class Import:
-    """How existing pictures become a dataset."""
-
-    size: int | None = None
-    """Pixels along each side of the stored images, reached by averaging; unset: as they are."""
-    box: str | None = None
-    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: fitted to the silhouettes."""
-    background: Literal["auto", "alpha", "white", "unknown"] = "auto"
-    """How silhouettes are known: the files' alpha, white pixels connected to the border, or not at all."""
-    held_out: int = 4
-    """Views of each scene kept for evaluation, where the source sets none apart itself."""
-    split: Path | None = None
-    """JSON file {"train": [...], "new": [...]} with names of scenes; the others are left out."""
-    new: int = 0
-    """Without `split`: the last so many scenes are kept for stage 2."""
-    limit: int | None = None
-    """Take at most the first so many scenes."""
-    axes: Literal["auto", "opencv", "opengl"] = "auto"
-    """Camera axes of the files, where they break the layout's custom."""
-
-
-ImportOptions = Annotated[Import, tyro.conf.arg(name="")]
-
-
-def data_srn(
-    folder: Path, out: Path, above: bool = False, intrinsics_size: int | None = None, download: bool = False, options: ImportOptions = Import()
-) -> None:
-    """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
-
-    Args:
-        folder: a folder of objects, or one object.
-        out: folder of the new dataset.
-        above: keep only views whose camera height is above -0.5.
-        intrinsics_size: the image size that intrinsics.txt is stated for, where its last line is wrong.
-        download: first fetch the published SRN cars into `folder` (needs the network; ShapeNet's terms apply).
-    """
-    from latentscenes.datasets.srn import download_cars, make_srn
-
-    if download:
-        folder = download_cars(folder)
-    _import(make_srn, folder, out, options, "opencv", above=above, intrinsics_size=intrinsics_size)
-
-
-def data_transforms(
-    folder: Path, out: Path, held_out_from: Literal["test", "val", "none"] | None = None, options: ImportOptions = Import()
-) -> None:
-    """Import nerfstudio or Blender transforms*.json: one scene or a folder of scenes.
-
-    Args:
-        folder: a folder with transforms*.json, or a folder of such folders.
-        out: folder of the new dataset.
-        held_out_from: whose frames become the held-out views; unset: test where there is such a file, else val.
-    """
-    from latentscenes.datasets.transforms import make_transforms
-
-    _import(make_transforms, folder, out, options, "opengl", held_out_from=held_out_from)
-
-
-def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str, **more: object) -> None:
-    from latentscenes.datasets.importing import Options
-    from latentscenes.progress import console
-
-    settings = {name: value for name, value in vars(chosen).items() if name != "axes"}
-    axes = custom if chosen.axes == "auto" else chosen.axes
-    imported = make(folder, out, axes=axes, options=Options(**settings), **more)
-    console.print(imported, highlight=False)
-
-
 def _settings(source: str, overrides: tuple[str, ...], print_and_stop: bool) -> "Config":
     from latentscenes import config
 
@@ -377,7 +248,6 @@ def data() -> None:
     """Make or import a dataset: data cars | meshes | srn | transforms."""
 
 
-DATA_COMMANDS = {"cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms}
 COMMANDS = {
     "data": data,
     "train": train,
