@@ -275,7 +275,7 @@ def run_commands(prog: str, commands: dict, description: str, arguments: list[st
 
 def main() -> None:
     """Entry point of `latentscenes`."""
-    from latentscenes.errors import UserError
+    from latentscenes.errors import Interrupted, UserError
 
     try:
         if sys.argv[1:2] == ["data"]:
@@ -285,10 +285,8 @@ def main() -> None:
     except UserError as error:
         print(f"latentscenes: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted:
         print("latentscenes: stopped; everything is saved. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
         sys.exit(130)

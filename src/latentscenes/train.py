@@ -19,7 +19,7 @@ from latentscenes.batches import BatchSource
 from latentscenes.cameras import Box
 from latentscenes.codecs.convolutional import ConvolutionalCodec
 from latentscenes.config import Config, StageConfig
-from latentscenes.errors import UserError
+from latentscenes.errors import Interrupted, UserError
 from latentscenes.losses import needs_render, terms, total
 from latentscenes.model import Model
 from latentscenes.optim import RowAdam, SharedAdam, rate_factor
@@ -35,10 +35,6 @@ SAVE_SECONDS = 60.0
 LOG_EVERY = 10
 COMPONENT_VIEWS = 256
 """Images that the own codec takes its principal components from."""
-
-
-class Interrupted(Exception):
-    """Stopped by Ctrl-C or a polite kill, after saving."""
 
 
 def train(
