@@ -111,6 +111,7 @@ def _learn_stage(
     stopped: "_SignalFlag",
 ) -> None:
     stage, seed = stages[position.stage], run.config.seed
+    begun = saved = time.monotonic()
     # What learns, and where it left off
     shared = SharedAdam(model.parts(), stage.rates)
     own = RowAdam(rows, {"micro": stage.rates.micro, "weights": stage.rates.weights, "bias": stage.rates.weights})
@@ -120,7 +121,6 @@ def _learn_stage(
 
     model.train()
     with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step) as bar:
-        begun = saved = time.monotonic()
         spent = position.seconds.get(stage.name, 0.0)
         while position.step < source.steps:
             # One step: render, compare, learn
