@@ -89,7 +89,7 @@ def test_field_is_its_formula():
             sum(w * h for w, h in zip(row, hidden, strict=True)) + b
             for row, b in zip(field.out.weight.tolist(), field.out.bias.tolist(), strict=True)
         ]
-        assert float(density[p]) == pytest.approx(math.log1p(math.exp(raw[0] - 1)))
+        assert density[p].detach().item() == pytest.approx(math.log1p(math.exp(raw[0] - 1)))
         expected = [2 * ((1 + 2 * 0.001) / (1 + math.exp(-x)) - 0.001) - 1 for x in raw[1:]]
         assert latent[p].tolist() == pytest.approx(expected)
 
