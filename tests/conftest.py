@@ -134,14 +134,3 @@ def solids(solids_path) -> Views:
 def tiny() -> configuration.Config:
     """A configuration with every kind of stage that is learned in a few seconds."""
     return configuration.parse(TINY, "tiny")
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder of shared data; the test is skipped where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip(f"shared data are not here: {SHARED} (set LATENTSCENES_SHARED)")
-    return SHARED
-
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"shared data are not here: {SHARED} (set LATENTSCENES_SHARED)")

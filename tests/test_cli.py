@@ -65,7 +65,6 @@ def test_no_arguments_show_the_help(monkeypatch, capsys):
     assert status == 0 and all(name in out for name in cli.DATA_COMMANDS)
 
 
-@pytest.mark.xfail("small" not in config.presets(), reason="the preset `small` is not written yet")
 def test_configurations_that_commands_take_by_default_exist():
     for command in (cli.train, cli.exploit, cli.cost):
         for name, parameter in inspect.signature(command).parameters.items():

@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentscenes.codecs import Codec
 from latentscenes.codecs.identity import IdentityCodec
 from latentscenes.errors import UserError
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def check_contract(codec: Codec, size: int = 32):

@@ -2,11 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from drawn_scenes import (
     SIDE,
     around,
@@ -27,7 +27,7 @@ from latentscenes.datasets.transforms import make_transforms
 from latentscenes.errors import UserError
 from latentscenes.views import Views, spread
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 
 # -- ShapeNet-SRN ------------------------------------------------------------------------------------------------------
 
@@ -286,23 +286,23 @@ def inside_the_box(views: Views, masks: np.ndarray) -> None:
             assert (pixels @ normal).max() <= (outline @ normal).max() + 1e-6
 
 
-@pytest.mark.skipif(not (SHARED / "lego").is_dir(), reason="shared data (lego) is absent")
+@pytest.mark.skipif(not (DATA / "lego").is_dir(), reason="shared data (lego) is absent")
 def test_lego(tmp_path):
-    made = make_transforms(SHARED / "lego", tmp_path / "set")
+    made = make_transforms(DATA / "lego", tmp_path / "set")
     views = Views.open(tmp_path / "set")
     (scene,) = views.scenes
     assert len(scene.views("fit")) == 100 and len(scene.views("held_out")) == 200 and made.background == "alpha"
     assert torch.allclose(views.cameras.intrinsics[0, 0], torch.tensor(0.5 / math.tan(0.6911112070083618 / 2)))
     inside_the_box(views, views.alpha > 127)
     assert max(views.box.half) < 1.3  # the model is 2.3 long
-    with Image.open(SHARED / "lego" / "train" / "r_10.png") as image:
+    with Image.open(DATA / "lego" / "train" / "r_10.png") as image:
         pixels = np.asarray(image)
     assert np.array_equal(views.alpha[10], pixels[..., 3]) and np.array_equal(views.rgb[10], over_white(pixels))
 
 
-@pytest.mark.skipif(not (SHARED / "srn_sample").is_dir(), reason="shared data (srn_sample) is absent")
+@pytest.mark.skipif(not (DATA / "srn_sample").is_dir(), reason="shared data (srn_sample) is absent")
 def test_srn_sample(tmp_path):
-    made = make_srn(SHARED / "srn_sample", tmp_path / "set", options=Options(new=2))
+    made = make_srn(DATA / "srn_sample", tmp_path / "set", options=Options(new=2))
     views = Views.open(tmp_path / "set")
     assert (made.scenes, made.views, made.size) == (8, 240, (128, 128))
     assert torch.allclose(views.cameras.intrinsics, torch.tensor([1.0253906, 1.0253906, 0.5, 0.5]).expand(240, 4))

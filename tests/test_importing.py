@@ -33,8 +33,6 @@ from latentscenes.datasets.transforms import make_transforms
 from latentscenes.errors import UserError
 from latentscenes.views import Views
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 # -- mistakes in files -------------------------------------------------------------------------------------------------
 
 

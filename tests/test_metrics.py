@@ -2,19 +2,17 @@
 
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from PIL import Image, ImageFilter
 from torch.nn import functional
 
 from latentscenes import metrics
 from latentscenes.errors import UserError
 from latentscenes.metrics import FOLDER_VARIABLE, PSNR_CAP, Perceptual, psnr, ssim
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def photos(count: int = 3) -> torch.Tensor:
