@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from latentscenes import config as configuration
+from latentscenes import learner
 from latentscenes import run as run_module
 from latentscenes import train as loop
 from latentscenes.cameras import Box
@@ -54,7 +55,7 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     whole = learn_all(windowed, solids, tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
-    true_terms, left = loop.terms, [0]
+    true_terms, left = learner.terms, [0]
 
     def fragile(*arguments):
         left[0] -= 1
@@ -62,7 +63,7 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
             raise Crash
         return true_terms(*arguments)
 
-    monkeypatch.setattr(loop, "terms", fragile)
+    monkeypatch.setattr(learner, "terms", fragile)
     crashed = set()
     for attempt in range(30):
         # Every third step; or, where only ends of stages are saved, each time one step further into the stage
@@ -184,7 +185,7 @@ def test_killed_processes(solids, solids_path, tiny, tmp_path):
 
 
 def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeypatch):
-    true_terms, calls = loop.terms, []
+    true_terms, calls = learner.terms, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -193,7 +194,7 @@ def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeyp
         return true_terms(*arguments)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(loop, "terms", interrupted)
+    monkeypatch.setattr(learner, "terms", interrupted)
     with pytest.raises(loop.Interrupted):
         train(tiny, solids, tmp_path / "run", device=CPU)
     assert Run.open(tmp_path / "run").position.total == 9

@@ -148,16 +148,16 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, tmp_path, monkeypatch):
-    from latentscenes import train as loop
+    from latentscenes import learner
 
-    calls, true_terms = [], loop.terms
+    calls, true_terms = [], learner.terms
 
     def spoiled(*arguments):
         calls.append(1)
         found = true_terms(*arguments)
         return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found
 
-    monkeypatch.setattr(loop, "terms", spoiled)
+    monkeypatch.setattr(learner, "terms", spoiled)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # a checkpoint is due at every step, between two logged ones
     with pytest.raises(UserError, match="stage 'scenes', step 3: a loss is no longer finite"):
         train(tiny, solids, tmp_path / "run", device=CPU)

@@ -20,9 +20,9 @@ from latentscenes.cameras import Box
 from latentscenes.codecs.convolutional import ConvolutionalCodec
 from latentscenes.config import Config, StageConfig
 from latentscenes.errors import Interrupted, UserError
-from latentscenes.losses import needs_render, terms, total
+from latentscenes.learner import Learner
 from latentscenes.model import Model
-from latentscenes.optim import RowAdam, SharedAdam, rate_factor
+from latentscenes.optim import rate_factor
 from latentscenes.planes import SceneRows, fresh_rows
 from latentscenes.progress import StageProgress
 from latentscenes.run import Position, Run, RunInfo
@@ -113,30 +113,20 @@ def _learn_stage(
     stage, seed = stages[position.stage], run.config.seed
     begun = saved = time.monotonic()
     # What learns, and where it left off
-    shared = SharedAdam(model.parts(), stage.rates)
-    own = RowAdam(rows, {"micro": stage.rates.micro, "weights": stage.rates.weights, "bias": stage.rates.weights})
-    optimizer = shared.state() | own.state()
-    run.restore(model, rows, optimizer if position.step else None)
+    learner = Learner(model, rows, stage)
+    run.restore(model, rows, learner.state() if position.step else None)
     source = BatchSource(model, views, scenes, stage, seed, device)
 
     model.train()
     with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step) as bar:
         spent = position.seconds.get(stage.name, 0.0)
         while position.step < source.steps:
-            # One step: render, compare, learn
             batch = source.batch(position.step)
             generator = seeded(device, seed, stage.name, "step", position.step)
             if stage.field_epochs is not None and position.step >= stage.field_epochs * source.steps_per_epoch:
-                shared.freeze("field")
-            leaves = rows.gather(batch.scenes) if needs_render(stage.losses) or stage.losses.tv else None
-            planes = model.compose(leaves) if leaves is not None else None
-            found = terms(model, planes, batch, stage.losses, generator)
-            loss = total(found, stage.losses)
-            loss.backward()
+                learner.freeze("field")
             factor = rate_factor(stage, position.step, source.steps_per_epoch)
-            if leaves is not None:
-                own.step(batch.scenes, leaves, factor)
-            shared.step(factor)
+            found = learner.step(batch, factor, generator)
             position.step += 1
             position.total += 1
 
@@ -152,7 +142,7 @@ def _learn_stage(
             now = time.monotonic()
             position.seconds[stage.name] = spent + now - begun
             if save:
-                run.save(model, rows, optimizer, position)
+                run.save(model, rows, learner.state(), position)
                 saved = now
             if stop:
                 raise Interrupted
