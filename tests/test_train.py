@@ -149,6 +149,7 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, tmp_path, monkeypatch):
     from latentscenes import learner
+    from latentscenes import train as loop
 
     calls, true_terms = [], learner.terms
 
