@@ -30,7 +30,7 @@ def test_comparison_sheet(run, tmp_path, tiny, solids):
     index = torch.tensor(scenes[0].views("held_out"))
     left, top = 2 * tiles.GAP, 2 * tiles.GAP + tiles.CAPTION + 1
     assert np.array_equal(alone[top : top + 32, left : left + 32], solids.rgb[index[0]])  # the truth, untouched
-    mine = pictures.look(pictures.Learned("", model, rows, tuple(run.info.scenes)), scenes[0].name, solids.cameras[index], solids.size).images
+    mine = pictures.look(model, model.compose(rows.gather(torch.tensor([0]))), solids.cameras[index], solids.size).images
     third = left + 2 * (32 + tiles.GAP)
     assert np.array_equal(alone[top : top + 32, third : third + 32], pictures.to_pictures(mine)[0])
 

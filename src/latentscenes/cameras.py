@@ -8,10 +8,15 @@ Notable:
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from latentscenes.errors import UserError
 
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
 """Right-multiplied to a rotation: turns y-up, looking down -z (OpenGL, Blender) into y-down, looking down +z."""
@@ -25,6 +30,20 @@ class Cameras:
     """Rotation and position: a point p in camera axes lies at R p + t in the world."""
     intrinsics: Float[Tensor, "v 4"]
     """fx, fy, cx, cy; fx and cx as fractions of the image's width, fy and cy of its height."""
+
+    @classmethod
+    def from_matrices(cls, cam2world: ArrayLike, focal: float | tuple[float, float], axes: Literal["opencv", "opengl"] = "opencv") -> "Cameras":
+        """Cameras from camera-to-world matrices (v, 3 or 4, 4) of numpy, torch or lists, looking through the middle of
+        their images. `focal`: fraction of the image's width and height, one for both or one each. `axes`: those of the
+        matrices; `opengl` is y up and z backward, as in Blender and nerfstudio."""
+        matrices = torch.as_tensor(np.asarray(cam2world), dtype=torch.float32)
+        if matrices.ndim != 3 or matrices.shape[1] not in (3, 4) or matrices.shape[2] != 4:
+            raise UserError(f"cameras: camera-to-world matrices must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}.")
+        matrices = matrices[:, :3].clone()
+        if axes == "opengl":
+            matrices[:, :, :3] = matrices[:, :, :3] @ OPENGL_TO_OPENCV
+        fx, fy = focal if isinstance(focal, tuple) else (focal, focal)
+        return cls(matrices, torch.tensor([fx, fy, 0.5, 0.5]).repeat(len(matrices), 1))
 
     def __len__(self) -> int:
         return self.cam2world.shape[0]
@@ -99,25 +118,28 @@ def look_at(
 
 
 def _around(
-    azimuth: Tensor, elevation: Tensor, distance: float, focal: float, center: tuple[float, float, float]
+    azimuth: Tensor, elevation: Tensor, distance: float, focal: float | tuple[float, float], center: tuple[float, float, float]
 ) -> Cameras:
     outward = torch.stack(
         [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1
     )
     middle = torch.tensor(center)
-    intrinsics = torch.tensor([focal, focal, 0.5, 0.5]).expand(len(azimuth), 4).contiguous()
+    fx, fy = focal if isinstance(focal, tuple) else (focal, focal)
+    intrinsics = torch.tensor([fx, fy, 0.5, 0.5]).expand(len(azimuth), 4).contiguous()
     return Cameras(look_at(middle + distance * outward, middle), intrinsics)
 
 
 def orbit(
     count: int,
     distance: float = 1.3,
-    focal: float = 1.025,
+    focal: float | tuple[float, float] = 1.025,
     elevation: float = math.radians(25),
     center: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    start: float = 0.0,
 ) -> Cameras:
-    """`count` cameras once around the z axis at one elevation (radians)."""
-    azimuth = torch.arange(count) * (2 * math.pi / count)
+    """`count` cameras once around the z axis at one elevation, the first at azimuth `start` (radians). `focal` is a
+    fraction of the image's width and height, one for both or one each."""
+    azimuth = start + torch.arange(count) * (2 * math.pi / count)
     return _around(azimuth, torch.full((count,), float(elevation)), distance, focal, center)
 
 

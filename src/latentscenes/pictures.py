@@ -68,10 +68,9 @@ class Shown:
 
 
 @torch.no_grad()
-def look(learned: Learned, name: str, cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> Shown:
-    """Views of a learned scene with images of `size` (height, width); without `geometry`, depth and opacity are those
-    of the latent's few rays."""
-    model, planes = learned.model, learned.planes(name)
+def look(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> Shown:
+    """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
+    are those of the latent's few rays."""
     background = model.background(*size)
     full = background.new_zeros(background.shape[0], *size) if geometry else background
     found = []
@@ -111,7 +110,7 @@ def comparison_sheet(
     ours = Learned(labels[2], model, rows, tuple(scene.name for scene in scenes))
     groups = []
     for scene in scenes[:limit]:
-        index = torch.tensor(_spread(scene.views("held_out") or scene.views("all"), views_per_scene))
+        index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
         truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
         columns = [(labels[0], truth)]
         if model.codec.downsampling > 1:
@@ -119,7 +118,7 @@ def comparison_sheet(
                 columns.append((labels[1], model.decode(model.encode(truth.to(rows.weights.device))).cpu()))
         for learned in (ours, *others):
             if scene.name in learned.names:
-                columns.append((learned.label, look(learned, scene.name, cameras, dataset.size, geometry=False).images))
+                columns.append((learned.label, look(learned.model, learned.planes(scene.name), cameras, dataset.size, geometry=False).images))
         for view in range(len(index)):
             tiles = [
                 captioned(to_pictures(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
@@ -135,12 +134,12 @@ def dashboard_sheet(model: Model, rows: SceneRows, dataset: Views, scenes: Seque
     learned = Learned("", model, rows, tuple(scene.name for scene in scenes))
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
-        index = torch.tensor(_spread(scene.views("held_out") or scene.views("all"), 1))
+        index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), 1))
         truth = dataset.images(index).float() / 255
         with torch.no_grad():
             encoded.append(model.encode(truth.to(rows.weights.device)).cpu().float())
         truths.append(truth)
-        shown.append(look(learned, scene.name, dataset.cameras[index], dataset.size))
+        shown.append(look(model, learned.planes(scene.name), dataset.cameras[index], dataset.size))
     together = Shown(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
     height, width = dataset.size
     reference = torch.cat(encoded)
@@ -161,7 +160,7 @@ def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
     return f"{metrics.psnr(image[None], truth[None]).item():.1f} dB"
 
 
-def _spread(index: list[int], count: int) -> list[int]:
+def spread_evenly(index: list[int], count: int) -> list[int]:
     """`count` of them at most, evenly spread."""
     count = min(count, len(index))
     return [index[int((k + 0.5) * len(index) / count)] for k in range(count)]
@@ -201,17 +200,22 @@ def orbit_frames(
     learned = Learned.open(run, "", device)
     height, width = _scaled(data.size, size, learned.model.codec.downsampling)
     cameras = orbit_cameras(data.cameras, run.info.box, frames, elevation)
-    shown = look(learned, scene, cameras, (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
+    shown = look(learned.model, learned.planes(scene), cameras, (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
     return list(_frames(shown, mode, height))
 
 
 def orbit_cameras(like: Cameras, box: Box, count: int, elevation: float) -> Cameras:
     """`count` cameras once around the box at `elevation` degrees, as far from its centre and with such focal lengths
     as the median of `like`."""
+    distance, focal = typical_view(like, box)
+    return orbit(count, distance, focal, math.radians(elevation), box.center)
+
+
+def typical_view(like: Cameras, box: Box) -> tuple[float, tuple[float, float]]:
+    """Median distance from the box's centre, and median focal lengths (x, y)."""
     distance = (like.positions - torch.tensor(box.center)).norm(dim=1).median().item()
-    around = orbit(count, distance, elevation=math.radians(elevation), center=box.center)
-    focal = like.intrinsics[:, :2].median(0).values
-    return Cameras(around.cam2world, torch.cat([focal, torch.tensor([0.5, 0.5])]).expand(count, 4).contiguous())
+    fx, fy = like.intrinsics[:, :2].median(0).values.tolist()
+    return distance, (fx, fy)
 
 
 def _frames(shown: Shown, mode: Mode, height: int) -> Pictures:

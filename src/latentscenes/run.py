@@ -152,7 +152,7 @@ class Run:
         newest = self._newest()
         if newest is None:
             return
-        _fill(model, newest / "shared.safetensors")
+        fill_model(model, newest / "shared.safetensors")
         pairs = [(rows.tables(), _load(newest / "rows.safetensors"))]
         if optimizer is not None:
             pairs.append((optimizer, _load(newest / "optimizer.safetensors")))
@@ -168,7 +168,7 @@ class Run:
         if newest is None:
             raise UserError(f"{self.path}: nothing has been learned yet. Run the command that started it again.")
         model = Model(self.config, self.info.box, pretrained=False)
-        _fill(model, newest / "shared.safetensors")
+        fill_model(model, newest / "shared.safetensors")
         rows = SceneRows(**_load(newest / "rows.safetensors"))
         return model.to(device).eval().requires_grad_(False), rows.to(device)
 
@@ -204,7 +204,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _fill(model: Model, path: Path) -> None:
+def fill_model(model: Model, path: Path) -> None:
     try:
         model.load_state_dict(_load(path))
     except RuntimeError as error:

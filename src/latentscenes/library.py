@@ -1,0 +1,311 @@
+"""A library of learned scenes from Python: open it, take a scene, render it, look for its like, add another.
+
+    library = latentscenes.open_library("cars")
+    scene = library["car-12"]
+    views = scene.render(library.orbit(8))        # numpy arrays: rgb, latents, depth, opacity
+    alike = library.nearest("car-12", count=5)
+
+The folder is store.py's; this is the door to it for programs, viewers and notebooks.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from latentscenes import runtime
+from latentscenes.appending import library_from_run, library_orbit
+from latentscenes.cameras import Box, Cameras
+from latentscenes.config import Config
+from latentscenes.errors import UserError
+from latentscenes.index import SceneInfo
+from latentscenes.model import Model
+from latentscenes.pictures import look
+from latentscenes.planes import SceneRows
+from latentscenes.quantise import Precision
+from latentscenes.run import Run
+from latentscenes.store import Damage, Store
+from latentscenes.views import Views
+
+
+@dataclass(frozen=True)
+class RenderedViews:
+    """v views of a scene."""
+
+    rgb: Float[np.ndarray, "v H W 3"]
+    """In [0, 1], over white."""
+    latents: Float[np.ndarray, "v h w c"]
+    """What was rendered and then decoded to `rgb`; in (−1, 1)."""
+    depth: Float[np.ndarray, "v a b"]
+    """Expected distance along the ray from the camera, world units; where nothing is, that at which the ray ends."""
+    opacity: Float[np.ndarray, "v a b"]
+    """In [0, 1]."""
+
+    @property
+    def images(self) -> UInt8[np.ndarray, "v H W 3"]:
+        """`rgb` as bytes, for PIL and others."""
+        return np.round(255 * self.rgb).astype(np.uint8)
+
+
+class Neighbour(NamedTuple):
+    """A scene that is like another."""
+
+    name: str
+    distance: float
+    """0 for the same."""
+
+
+class LearnedScene:
+    """One scene of a library. Its planes are read when first needed, and kept as long as this object."""
+
+    def __init__(self, library: "Library", name: str):
+        self.library, self.name = library, name
+
+    def __repr__(self) -> str:
+        return f"<latentscenes scene {self.name!r} of {self.library.path}>"
+
+    @property
+    def metadata(self) -> SceneInfo:
+        """Where it came from, what it costs, how good it is."""
+        info = self.library.store.index.info(self.name)
+        if info is None:
+            raise UserError(f"{self.library.path}: scene {self.name!r} was removed or renamed meanwhile.")
+        return info
+
+    @property
+    def thumbnail(self) -> bytes:
+        """A small picture of it, as the bytes of a PNG file."""
+        return self.library.thumbnail(self.name)
+
+    @property
+    def weights(self) -> Float[np.ndarray, "M"]:
+        """Its weights over the base planes."""
+        return self.rows.weights[0].cpu().numpy()
+
+    @cached_property
+    def rows(self) -> SceneRows:
+        """What the scene owns (n = 1), on the library's device."""
+        return self.library.store.rows(self.name).to(self.library.device)
+
+    @cached_property
+    def planes(self) -> Float[Tensor, "1 3 r r f"]:
+        """Its fused tri-planes, for `library.model.render`."""
+        with torch.no_grad():
+            return self.library.model.compose(self.rows)
+
+    def render(self, cameras: Cameras, size: int | tuple[int, int] | None = None, geometry: bool = True) -> RenderedViews:
+        """Pictures from some cameras.
+
+        Args:
+            size: pixels: height and width, or one number for both; unset: those that the model learned from. Multiples
+                of the codec's downsampling.
+            geometry: give depth and opacity for every pixel of `rgb` (a = H, b = W); without, for every one of
+                `latents` (a = h, b = w), which is quicker.
+
+        Raises:
+            UserError: `cameras` are none, or `size` does not suit the codec.
+        """
+        if not isinstance(cameras, Cameras):
+            raise UserError(
+                f"render: cameras must be latentscenes.Cameras, not {type(cameras).__name__}. "
+                "library.orbit(8) makes some; Cameras.from_matrices takes camera-to-world matrices."
+            )
+        if not len(cameras):
+            raise UserError("render: there are no cameras in this set; give one at least.")
+        shown = look(self.library.model, self.planes, cameras, self.library.picture_size(size), geometry)
+        return RenderedViews(
+            rgb=shown.images.movedim(1, -1).contiguous().numpy(),
+            latents=shown.latents.movedim(1, -1).contiguous().numpy(),
+            depth=shown.depth.numpy(),
+            opacity=shown.opacity.numpy(),
+        )
+
+
+class Library:
+    """An opened library. Reading never waits for a writer; changes that others make are seen at the next call.
+
+    Threads may share it.
+    """
+
+    def __init__(self, store: Store, device: torch.device | str = "cpu"):
+        self.store, self.device = store, torch.device(device)
+
+    def __repr__(self) -> str:
+        return f"<latentscenes library {self.path}, {len(self)} scenes>"
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def config(self) -> Config:
+        """The settings of its model."""
+        return self.store.config
+
+    @property
+    def box(self) -> Box:
+        """The box that holds every scene, world units."""
+        return self.store.info.box
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the model learned from."""
+        return self.store.info.size
+
+    @cached_property
+    def model(self) -> Model:
+        """What all scenes share: codec, field, base planes. Read when first needed."""
+        return self.store.model(self.device)
+
+    # Scenes
+
+    def __len__(self) -> int:
+        return len(self.store.index)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all scenes, in the order in which they came."""
+        return self.store.index.names()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.store.index.place(name) is not None
+
+    def __iter__(self) -> Iterator[LearnedScene]:
+        return (LearnedScene(self, name) for name in self.names)
+
+    def __getitem__(self, name: str) -> LearnedScene:
+        self._check(name)
+        return LearnedScene(self, name)
+
+    def infos(self, match: str = "*") -> list[SceneInfo]:
+        """What is known of all scenes whose names match (* and ? stand for any letters), without reading any."""
+        return self.store.index.infos(match)
+
+    def thumbnail(self, name: str) -> bytes:
+        """A small picture of a scene, from the same camera for all, as the bytes of a PNG file. It was taken when the
+        scene came; nothing is rendered."""
+        self._check(name)
+        return self.store.index.thumbnail(name) or b""
+
+    def _check(self, name: str) -> None:
+        if name not in self:
+            names = self.names
+            if not names:
+                raise UserError(f"{self.path}: no scene {name!r} here; the library is empty.")
+            near = difflib.get_close_matches(str(name), names, n=3, cutoff=0)
+            raise UserError(f"{self.path}: no scene {name!r} here; the nearest names are {', '.join(map(repr, near))}.")
+
+    # Looking
+
+    def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
+        """`count` cameras once around the box, the first at `azimuth`, degrees; as far away and with such focal
+        lengths as those of the views learned from (medians)."""
+        return library_orbit(self.store.info, count, azimuth, elevation)
+
+    def picture_size(self, size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width, checked; one number stands for both, None for `self.size`."""
+        height, width = self.size if size is None else (size, size) if isinstance(size, int) else size
+        step = self.model.codec.downsampling
+        for side in (height, width):
+            if side < step or side % step:
+                raise UserError(f"size {side}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(side / step) * step)}.")
+        return height, width
+
+    def weights(self, names: Sequence[str] | None = None) -> Float[np.ndarray, "n M"]:
+        """Weights over the M base planes of all scenes, in the order of `names`; micro planes are not read."""
+        for name in names or ():
+            self._check(name)
+        return self.store.weights(names).numpy()
+
+    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5) -> list[Neighbour]:
+        """The scenes whose macro planes are nearest to those of a scene, or to those that some weights give; the scene
+        itself is left out.
+
+        Distance is that of macro planes, root mean square over texels: √((v − w)ᵀ G (v − w)) with G the base planes'
+        inner products. Unlike a distance of bare weights it does not depend on how base planes are scaled, or on
+        whether two of them are alike.
+
+        Raises:
+            UserError: there is no such scene, or scenes of this library have no weights.
+        """
+        bases = self.model.bases.detach().cpu().flatten(1)
+        if not bases.numel():
+            raise UserError(f"{self.path}: its scenes have no base planes in common (planes.macro = 0), so there are no weights to compare.")
+        table, own = torch.from_numpy(self.weights()), None
+        names = self.names
+        if isinstance(to, str):
+            self._check(to)
+            own = names.index(to)
+            wanted = table[own]
+        else:
+            wanted = torch.as_tensor(np.asarray(to, np.float32))
+            if wanted.shape != table.shape[1:]:
+                raise UserError(f"nearest: {tuple(wanted.shape)} weights given, but this library has {table.shape[1]} base planes.")
+        offset = table - wanted
+        squared = ((offset @ (bases @ bases.T / bases.shape[1])) * offset).sum(1)
+        order = squared.argsort(stable=True).tolist()
+        return [Neighbour(names[k], float(squared[k].clamp_min(0).sqrt())) for k in order if k != own][:count]
+
+    # Changing
+
+    def remove(self, *names: str) -> None:
+        """Take scenes out. `compact` gives their room back."""
+        for name in names:
+            self._check(name)
+        self.store.remove(names)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a scene another name."""
+        self._check(old)
+        self.store.rename(old, new)
+
+    def verify(self) -> list[Damage]:
+        """What is not as it was written, by checksums; empty if all is well."""
+        return self.store.verify()
+
+    def compact(self) -> int:
+        """Merge small shards and give back the room of removed scenes; how many bytes that were. Scenes keep every bit."""
+        return self.store.compact()
+
+    def close(self) -> None:
+        """Let go of files; the library cannot be used afterwards."""
+        self.store.close()
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_library(path: str | Path, device: str = "auto") -> Library:
+    """Open a library of learned scenes, made by `latentscenes exploit` or `create_library`.
+
+    Args:
+        device: cpu, cuda, cuda:1 …; auto takes a GPU where there is one.
+
+    Raises:
+        UserError: no library lies there, or it cannot be read.
+    """
+    return Library(Store.open(path), runtime.start(device=device))
+
+
+def create_library(
+    path: str | Path, run: str | Path, *, data: str | Path | None = None, precision: Precision = "int8", scenes: bool = True, device: str = "auto"
+) -> Library:
+    """Make a library from a finished run of `latentscenes train`: its model and, with `scenes`, the scenes it learned.
+
+    Args:
+        data: the run's dataset, if it has moved.
+        precision: how scenes are stored.
+    """
+    opened, chosen = Run.open(run), runtime.start(device=device)
+    views = Views.open(data or opened.info.data)
+    return Library(library_from_run(path, opened, views, precision, scenes, chosen), chosen)
