@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latentscenes.cameras import Cameras
 from latentscenes.config import LossWeights
+from latentscenes.kernels import native_planes
 from latentscenes.model import Model
 
 
@@ -107,7 +108,15 @@ def mean_square(difference: Tensor) -> Tensor:
 
 
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
-    """Mean over scenes of the mean squared difference of neighbouring texels, rows plus columns."""
+    """Mean over scenes of the mean squared difference of neighbouring texels, rows plus columns; by the native kernel where
+    it can."""
+    if planes.shape[2] > 1 and native_planes.serves(planes):
+        return native_planes.total_variation(planes)
+    return total_variation_in_torch(planes)
+
+
+def total_variation_in_torch(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
+    """`total_variation`, readable, on any device."""
     return mean_square(planes.diff(dim=2)) + mean_square(planes.diff(dim=3))
 
 

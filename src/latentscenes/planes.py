@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.config import PlanesConfig
+from latentscenes.kernels import native_planes
 
 
 @dataclass
@@ -69,9 +70,16 @@ def mean_rows(count: int, learned: SceneRows) -> SceneRows:
 
 
 def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
-    """Fused tri-planes of a batch of scenes."""
+    """Fused tri-planes of a batch of scenes; by the native kernel where it can."""
     if not rows.weights.shape[1]:
         return rows.micro
+    if native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
+        return native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
+    return compose_in_torch(rows, bases, fusion)
+
+
+def compose_in_torch(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+    """`compose` for k > 0, readable, on any device."""
     macro = (rows.weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
     if rows.bias.shape[1]:
         macro = macro + rows.bias[:, :, None, None, None]

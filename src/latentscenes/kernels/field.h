@@ -17,7 +17,7 @@ constexpr int kOut = 8;        // network outputs are padded to a multiple of th
 struct Problem {
   int64_t scenes, rays, coarse, fine, resolution, features, directed, hidden, channels, product, threads;
   int64_t column_axis[3], row_axis[3];
-  float density_shift, feature_margin, blur_padding, skip;
+  float density_shift, feature_margin, blur_padding, skip, opaque;
   const float *planes, *hidden_w, *hidden_b, *out_w, *out_b;
   const float *origins, *directions, *near, *far, *u_coarse, *u_fine;
 

@@ -1,8 +1,8 @@
 // Rays through tri-planes to composited features, and back: `march_planes` of render.py in one pass per ray.
 //
 // Notable:
-// - Forward: a ray is marched alone, so nothing grows with the number of rays but its results and what backward needs
-//   (sorted t, densities, features).
+// - Forward: rays are marched a few at a time, so nothing grows with their number but results and what backward needs
+//   (sorted t, densities, features). Samples behind what is opaque are left out.
 // - Backward: the gradient of every sample's raw outputs comes in closed form from what was saved; samples whose
 //   gradient is negligible are dropped, the others are collected in tiles across rays, read and evaluated again.
 // - No atomics: a thread owns a fixed range of rays, its private sums are added in thread order. The same inputs and
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -18,14 +19,38 @@
 namespace latentscenes {
 namespace {
 
+constexpr int64_t kGroup = 16;  // rays marched together, so that tiles are full though some samples are left out
+constexpr int64_t kSlab = 12;   // coarse samples between two looks at whether a ray is over
+
 // Where compositing happens: one ray's sorted samples. Interval k lies between samples k and k + 1.
 struct March {
   Array t, density, features, optical, before, alpha, weight, merged_t, merged_density, merged_features;
+  float passed;  // optical depth of the coarse samples so far
+  float end;     // where the ray is over
 
   explicit March(const Problem& p) {
     const int64_t size = padded(p.samples(), kWide);
     for (Array* array : {&t, &density, &optical, &before, &alpha, &weight, &merged_t, &merged_density}) array->resize(size);
     features.resize(size * p.channels), merged_features.resize(size * p.channels);
+  }
+
+  // A ray that misses the box is over from the start.
+  void clear(bool hits) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::fill(density.begin(), density.end(), 0.0f), std::fill(features.begin(), features.end(), 0.0f);
+    passed = hits ? 0 : infinity, end = hits ? infinity : -infinity;
+  }
+
+  bool missed() const { return end < 0; }
+
+  // Less light than `skip` is left.
+  bool over(const Problem& p) const { return passed > p.opaque; }
+
+  // Counts coarse samples [from, to).
+  void pass(const Problem& p, int64_t from, int64_t to) {
+    if (over(p)) return;
+    for (int64_t k = std::max<int64_t>(from, 1); k < to; ++k) passed += 0.5f * (density[k - 1] + density[k]) * (t[k] - t[k - 1]);
+    if (over(p)) end = t[to - 1];
   }
 };
 
@@ -66,28 +91,45 @@ void importance(const Problem& p, const float* t, const float* weight, const flo
     for (int64_t j = k; j > 0 && found[j] < found[j - 1]; --j) std::swap(found[j], found[j - 1]);
 }
 
-// Density and features of one ray's samples.
-void evaluate(const Problem& p, const Network& n, int64_t ray, const float* t, int64_t count, float* density,
-              float* features, Tile& tile) {
-  const float* planes = p.planes + ray / p.rays * p.scene_size();
-  float raw_density[kTile] = {};
-  for (int64_t first = 0; first < count; first += kTile) {
-    tile.count = std::min(kTile, count - first);
-    for (int64_t i = 0; i < tile.count; ++i) place(p, tile, i, ray, t[first + i]);
+// Evaluates samples of any rays of one scene, a tile at a time, and writes density and features where they belong.
+class Evaluator {
+ public:
+  Evaluator(const Problem& p, const Network& n) : p(p), n(n), tile(p, n, false) {}
+
+  void start(int64_t ray) { planes = p.planes + ray / p.rays * p.scene_size(); }
+
+  void add(int64_t ray, March& m, int64_t sample) {
+    place(p, tile, tile.count, ray, m.t[sample]);
+    density[tile.count] = &m.density[sample], features[tile.count] = &m.features[sample * p.channels];
+    if (++tile.count == kTile) flush();
+  }
+
+  void flush() {
+    if (!tile.count) return;
     field_forward(p, n, planes, tile);
+    float raw_density[kTile] = {};
     for (int64_t i = 0; i < tile.count; ++i) raw_density[i] = tile.raw[i * n.outputs] + p.density_shift;
     for (int64_t i = 0; i < kTile; i += kWide)
       store<kWide>(raw_density + i, softplus<kWide>(load<kWide>(raw_density + i)));
-    std::copy(raw_density, raw_density + tile.count, density + first);
     const float scale = 2 + 4 * p.feature_margin, shift = -2 * p.feature_margin - 1;  // 2(s(1 + 2m) − m) − 1
     for (int64_t k = 0; k < tile.count * n.outputs; k += kOut) {
       const auto x = load<kOut>(&tile.raw[k]);
       store<kOut>(&tile.raw[k], scale * sigmoid_from<kOut>(x, exp_minus_abs<kOut>(x)) + shift);
     }
-    for (int64_t i = 0; i < tile.count; ++i)
-      std::copy_n(&tile.raw[i * n.outputs + 1], p.channels, features + (first + i) * p.channels);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      *density[i] = raw_density[i];
+      std::copy_n(&tile.raw[i * n.outputs + 1], p.channels, features[i]);
+    }
+    tile.count = 0;
   }
-}
+
+ private:
+  const Problem& p;
+  const Network& n;
+  Tile tile;
+  const float* planes = nullptr;
+  float *density[kTile], *features[kTile];
+};
 
 // Coarse samples [0, coarse) and fine ones after them, both sorted, to one sorted list; coarse first where equal.
 void merge(const Problem& p, March& m) {
@@ -102,20 +144,43 @@ void merge(const Problem& p, March& m) {
   m.t.swap(m.merged_t), m.density.swap(m.merged_density), m.features.swap(m.merged_features);
 }
 
-void march_ray(const Problem& p, const Network& n, int64_t ray, Tile& tile, March& m, float* features, float* depth,
-               float* opacity) {
-  const float near = p.near[ray], length = p.far[ray] - near;
-  for (int64_t k = 0; k < p.coarse; ++k) m.t[k] = near + length * ((k + p.u_coarse[ray * p.coarse + k]) / p.coarse);
-  evaluate(p, n, ray, m.t.data(), p.coarse, m.density.data(), m.features.data(), tile);
-  if (p.fine) {
-    weigh(p.coarse, m.t.data(), m.density.data(), m);
-    importance(p, m.t.data(), m.weight.data(), p.u_fine + ray * p.fine, m.before.data(), &m.t[p.coarse]);
-    evaluate(p, n, ray, &m.t[p.coarse], p.fine, &m.density[p.coarse], &m.features[p.coarse * p.channels], tile);
-    merge(p, m);
+// The stratified samples of a group of rays, front to back in slabs. Behind what is opaque nothing counts: there
+// samples stay empty, as nearly all of them are worth leaving out once objects have taken shape.
+void coarse_samples(const Problem& p, int64_t first, std::vector<March>& rays, int64_t count, Evaluator& evaluator) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float near = p.near[first + r], length = p.far[first + r] - near;
+    const float* u = p.u_coarse + (first + r) * p.coarse;
+    std::fill(rays[r].t.begin(), rays[r].t.end(), near);
+    for (int64_t k = 0; k < p.coarse; ++k) rays[r].t[k] = near + length * ((k + u[k]) / p.coarse);
+    rays[r].clear(length > 0);
   }
-  weigh(p.samples(), m.t.data(), m.density.data(), m);
+  for (int64_t from = 0; from < p.coarse; from += kSlab) {
+    const int64_t to = std::min(from + kSlab, p.coarse);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t k = from; k < to && !rays[r].over(p); ++k) evaluator.add(first + r, rays[r], k);
+    evaluator.flush();
+    for (int64_t r = 0; r < count; ++r) rays[r].pass(p, from, to);
+  }
+}
+
+void fine_samples(const Problem& p, int64_t first, std::vector<March>& rays, int64_t count, Evaluator& evaluator) {
+  for (int64_t r = 0; r < count; ++r) {
+    March& m = rays[r];
+    if (m.missed()) continue;
+    weigh(p.coarse, m.t.data(), m.density.data(), m);
+    importance(p, m.t.data(), m.weight.data(), p.u_fine + (first + r) * p.fine, m.before.data(), &m.t[p.coarse]);
+    for (int64_t k = p.coarse; k < p.samples() && m.t[k] < m.end; ++k) evaluator.add(first + r, m, k);
+  }
+  evaluator.flush();
+  for (int64_t r = 0; r < count; ++r)
+    if (!rays[r].missed()) merge(p, rays[r]);
+}
+
+void composite(const Problem& p, March& m, float* features, float* depth, float* opacity) {
   std::fill_n(features, p.channels, 0.0f);
   *depth = *opacity = 0;
+  if (m.missed()) return;
+  weigh(p.samples(), m.t.data(), m.density.data(), m);
   for (int64_t k = 0; k + 1 < p.samples(); ++k) {
     const float weight = m.weight[k], half = 0.5f * weight;
     *opacity += weight;
@@ -277,24 +342,25 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
   const int64_t count = p.samples();
 #pragma omp parallel num_threads(p.threads)
   {
-    Tile tile(p, n, false);
-    March m(p);
-#pragma omp for schedule(dynamic, 32)
-    for (int64_t ray = 0; ray < p.scenes * p.rays; ++ray) {
-      if (!(p.far[ray] > p.near[ray])) {  // misses the box; backward leaves it out too
-        std::fill_n(features + ray * p.channels, p.channels, 0.0f);
-        depth[ray] = opacity[ray] = 0;
+    Evaluator evaluator(p, n);
+    std::vector<March> group(kGroup, March(p));
+    const int64_t groups = (p.rays + kGroup - 1) / kGroup;  // of each scene
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t g = 0; g < p.scenes * groups; ++g) {
+      const int64_t first = g / groups * p.rays + g % groups * kGroup;
+      const int64_t size = std::min(kGroup, (g / groups + 1) * p.rays - first);
+      evaluator.start(first);
+      coarse_samples(p, first, group, size, evaluator);
+      if (p.fine) fine_samples(p, first, group, size, evaluator);
+      for (int64_t r = 0; r < size; ++r) {
+        const int64_t ray = first + r;
+        March& m = group[r];
+        composite(p, m, features + ray * p.channels, depth + ray, opacity + ray);
         if (!t) continue;
-        std::fill_n(t + ray * count, count, p.near[ray]);
-        std::fill_n(density + ray * count, count, 0.0f);
-        std::fill_n(sample_features + ray * count * p.channels, count * p.channels, 0.0f);
-        continue;
+        std::copy_n(m.t.data(), count, t + ray * count);
+        std::copy_n(m.density.data(), count, density + ray * count);
+        std::copy_n(m.features.data(), count * p.channels, sample_features + ray * count * p.channels);
       }
-      march_ray(p, n, ray, tile, m, features + ray * p.channels, depth + ray, opacity + ray);
-      if (!t) continue;
-      std::copy_n(m.t.data(), count, t + ray * count);
-      std::copy_n(m.density.data(), count, density + ray * count);
-      std::copy_n(m.features.data(), count * p.channels, sample_features + ray * count * p.channels);
     }
   }
 }

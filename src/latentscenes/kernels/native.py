@@ -5,6 +5,7 @@ and torch.compile treat them like torch's own. Gradients reach planes and networ
 """
 
 import ctypes
+import math
 import warnings
 
 import torch
@@ -16,8 +17,9 @@ from latentscenes.kernels import build
 from latentscenes.march import BLUR_PADDING
 
 SKIP = 1e-5
-"""Backward leaves out samples none of whose raw outputs has a gradient above this fraction of the mean over rays of
-|d features|₁ + |d depth|·far + |d opacity|. 0 keeps all."""
+"""Forward leaves out samples behind which less than this fraction of light arrives. Backward leaves out those none of
+whose raw outputs has a gradient above this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
+0 keeps all."""
 
 INPUTS = ("planes", "hidden_w", "hidden_b", "out_w", "out_b")
 INPUTS += ("origins", "directions", "near", "far", "u_coarse", "u_fine")
@@ -30,7 +32,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")),
         *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "threads")),
         *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
-        *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip")),
+        *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip", "opaque")),
         *((name, ctypes.c_void_p) for name in INPUTS),
     ]
 
@@ -41,14 +43,14 @@ _warned = False
 def available() -> bool:
     """Whether the kernel could be compiled and loaded; warns once per process if not."""
     global _warned
-    library, why = build.load()
-    if library is None and not _warned:
+    loaded, why = build.load()
+    if loaded is None and not _warned:
         _warned = True
         warnings.warn(
             f"The fast CPU kernel is off: {why}. Rendering goes the slower torch way; install a C++17 compiler or set CXX.",
             stacklevel=2,
         )
-    return library is not None
+    return loaded is not None
 
 
 def why_unavailable() -> str:
@@ -63,19 +65,27 @@ def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> 
         scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
         hidden_w.shape[1] > planes.shape[-1], hidden_w.shape[0], out_w.shape[0] - 1,
         aggregation == "product", torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
-        DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, *(tensor.data_ptr() for tensor in inputs),
+        DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, -math.log(skip) if skip else math.inf,
+        *(tensor.data_ptr() for tensor in inputs),
     )  # fmt: skip
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a contiguous tensor's numbers start; null for none or an empty one."""
     return ctypes.c_void_p(None if tensor is None or not tensor.numel() else tensor.data_ptr())
 
 
-def _call(name: str, problem: _Problem, tensors: list[Tensor | None]) -> None:
-    library, why = build.load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The compiled library; ask `available` first."""
+    loaded, why = build.load()
+    if loaded is None:
         raise RuntimeError(f"the native kernel is not available: {why}")
-    getattr(library, name)(ctypes.byref(problem), *map(_pointer, tensors))
+    return loaded
+
+
+def call(name: str, problem: ctypes.Structure, tensors: list[Tensor | None]) -> None:
+    """Call a function of the library that takes a structure of sizes, then arrays."""
+    getattr(library(), name)(ctypes.byref(problem), *map(pointer, tensors))
 
 
 def _outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
@@ -95,7 +105,7 @@ def _render(
     inputs = [tensor.contiguous() for tensor in given]
     outputs = _outputs(u_coarse, u_fine, out_w, keep)
     if near.numel():
-        _call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), outputs)
+        call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), outputs)
     return tuple(outputs)
 
 
@@ -114,7 +124,7 @@ def _render_backward(
     gradients = [torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0) for k in range(5)]
     if inputs[INPUTS.index("near")].numel():
         arguments = [*(tensor.contiguous() for tensor in upstream), *saved, *gradients]
-        _call("latentscenes_backward", _problem(inputs, axes, aggregation, skip), arguments)
+        call("latentscenes_backward", _problem(inputs, axes, aggregation, skip), arguments)
         return gradients
     return [gradient.zero_() for gradient in gradients]
 

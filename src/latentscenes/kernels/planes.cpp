@@ -1,0 +1,165 @@
+// Fused tri-planes from micro planes, weights and base planes, and their total variation; both with gradients.
+// The same as `compose` in planes.py and `total_variation` in losses.py, in as few passes over memory as there can be.
+//
+// Every sum is taken in an order that depends on the number of threads alone.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+
+namespace latentscenes {
+namespace {
+
+constexpr int64_t kTexels = 256;  // texels handled together: their macro features of all scenes stay in cache
+
+// c (rows x size) = initial per row + a·b with a (rows x inner) and b (inner x size); rows of b and c lie apart as said.
+void multiply(int64_t rows, int64_t size, int64_t inner, Strided a, const float* b, ptrdiff_t b_row, const float* initial,
+              float* c, ptrdiff_t c_row) {
+  const int64_t whole = size / kWide * kWide;
+  product<kWide>(rows, whole, inner, a, b, b_row, nullptr, 0, [=](int64_t i, int64_t j, Vec<kWide> sum) {
+    store<kWide>(c + i * c_row + j, initial ? sum + initial[i] : sum);
+  });
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = whole; j < size; ++j) {
+      float sum = initial ? initial[i] : 0.0f;
+      for (int64_t k = 0; k < inner; ++k) sum += a.data[i * a.row + k * a.column] * b[k * b_row + j];
+      c[i * c_row + j] = sum;
+    }
+}
+
+// to[i · to_row] += Σ_j a(i, j) b(j) for `rows` rows of a.
+void add_dots(int64_t rows, int64_t size, const float* a, const float* b, float* to, ptrdiff_t to_row) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    Vec<kWide> sums[4] = {};
+    const float* row[4];
+    for (int64_t r = 0; r < 4; ++r) row[r] = a + std::min(i + r, rows - 1) * size;
+    int64_t j = 0;
+    for (; j + kWide <= size; j += kWide) {
+      const auto right = load<kWide>(b + j);
+      for (int r = 0; r < 4; ++r) sums[r] += load<kWide>(row[r] + j) * right;
+    }
+    for (int64_t r = 0; r < 4 && i + r < rows; ++r) {
+      float sum = 0;
+      for (int lane = 0; lane < kWide; ++lane) sum += sums[r][lane];
+      for (int64_t k = j; k < size; ++k) sum += row[r][k] * b[k];
+      to[(i + r) * to_row] += sum;
+    }
+  }
+}
+
+// Σ (a − b)², sixteen sums side by side.
+float squared_distance(const float* a, const float* b, int64_t count) {
+  float sums[16] = {}, sum = 0;
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16)
+    for (int lane = 0; lane < 16; ++lane) sums[lane] += (a[j + lane] - b[j + lane]) * (a[j + lane] - b[j + lane]);
+  for (; j < count; ++j) sum += (a[j] - b[j]) * (a[j] - b[j]);
+  for (float lane : sums) sum += lane;
+  return sum;
+}
+
+}  // namespace
+
+// `scenes` scenes of `texels` texels each: micro features, `macro` features from `bases` base planes. Fused features lie
+// beside each other (width micro + macro) or are added (`sum`; then micro == macro).
+struct Fusion {
+  int64_t scenes, texels, micro, macro, bases, sum, threads;
+
+  int64_t width() const { return sum ? macro : micro + macro; }
+  int64_t macro_at() const { return sum ? 0 : micro; }
+  int64_t blocks() const { return (texels + kTexels - 1) / kTexels; }
+};
+
+}  // namespace latentscenes
+
+using namespace latentscenes;
+
+// planes (s, x, width) from micro (s, x, m), weights (s, k), bases (k, x, g); bias (s) may be null.
+extern "C" void latentscenes_compose(const Fusion* fusion, const float* micro, const float* weights, const float* bias,
+                                     const float* bases, float* planes) {
+  const Fusion& f = *fusion;
+#pragma omp parallel num_threads(f.threads)
+  {
+    Array macro(f.scenes * kTexels * f.macro);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < f.blocks(); ++block) {
+      const int64_t first = block * kTexels, count = std::min(kTexels, f.texels - first), size = count * f.macro;
+      multiply(f.scenes, size, f.bases, {weights, f.bases, 1}, bases + first * f.macro, f.texels * f.macro, bias, macro.data(), size);
+      for (int64_t s = 0; s < f.scenes; ++s)
+        for (int64_t x = 0; x < count; ++x) {
+          const int64_t texel = s * f.texels + first + x;
+          const float *own = micro + texel * f.micro, *shared = &macro[s * size + x * f.macro];
+          float* to = planes + texel * f.width();
+          std::copy_n(shared, f.macro, to + f.macro_at());
+          if (f.sum)
+            for (int64_t j = 0; j < f.micro; ++j) to[j] += own[j];
+          else
+            std::copy_n(own, f.micro, to);
+        }
+    }
+  }
+}
+
+// From the gradient of planes: those of micro, weights, bias and bases; each may be null.
+extern "C" void latentscenes_compose_backward(const Fusion* fusion, const float* weights, const float* bases,
+                                              const float* d_planes, float* d_micro, float* d_weights, float* d_bias,
+                                              float* d_bases) {
+  const Fusion& f = *fusion;
+  std::vector<Array> shares(f.threads);  // each thread's sums of weights' and biases' gradients
+#pragma omp parallel for num_threads(f.threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < f.threads; ++thread) {
+    Array& share = shares[thread];
+    share.resize(f.scenes * (f.bases + 1));
+    Array macro(f.scenes * kTexels * f.macro);
+    for (int64_t block = f.blocks() * thread / f.threads; block < f.blocks() * (thread + 1) / f.threads; ++block) {
+      const int64_t first = block * kTexels, count = std::min(kTexels, f.texels - first), size = count * f.macro;
+      for (int64_t s = 0; s < f.scenes; ++s)
+        for (int64_t x = 0; x < count; ++x) {
+          const int64_t texel = s * f.texels + first + x;
+          const float* from = d_planes + texel * f.width();
+          if (d_micro) std::copy_n(from, f.micro, d_micro + texel * f.micro);
+          std::copy_n(from + f.macro_at(), f.macro, &macro[s * size + x * f.macro]);
+        }
+      const int64_t at = first * f.macro, stride = f.texels * f.macro;
+      for (int64_t k = 0; k < f.bases && d_weights; ++k)
+        add_dots(f.scenes, size, macro.data(), bases + at + k * stride, &share[k], f.bases + 1);
+      if (d_bases) multiply(f.bases, size, f.scenes, {weights, 1, f.bases}, macro.data(), size, nullptr, d_bases + at, stride);
+      for (int64_t s = 0; s < f.scenes && d_bias; ++s)
+        for (int64_t j = 0; j < size; ++j) share[s * (f.bases + 1) + f.bases] += macro[s * size + j];
+    }
+  }
+  for (int64_t s = 0; s < f.scenes; ++s) {
+    if (d_bias) d_bias[s] = 0;
+    if (d_weights) std::fill_n(d_weights + s * f.bases, f.bases, 0.0f);
+    for (const Array& share : shares) {
+      const float* from = &share[s * (f.bases + 1)];
+      if (d_bias) d_bias[s] += from[f.bases];
+      for (int64_t k = 0; k < f.bases && d_weights; ++k) d_weights[s * f.bases + k] += from[k];
+    }
+  }
+}
+
+// Squared differences of neighbouring texels of `planes` planes (r x r x f), rows plus columns, as a mean; and its gradient.
+extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t f, int64_t threads, const float* texels,
+                                             float* value, float* gradient) {
+  const int64_t row = r * f;
+  const float scale = 2.0f / static_cast<float>(planes * (r - 1) * row);
+  std::vector<double> sums(planes * r);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < planes * r; ++line) {
+    const int64_t y = line % r;
+    const float* here = texels + line * row;
+    float* to = gradient + line * row;
+    const float *above = y > 0 ? here - row : here, *below = y + 1 < r ? here + row : here;
+    for (int64_t j = 0; j < row; ++j) to[j] = scale * (2 * here[j] - above[j] - below[j]);
+    for (int64_t j = 0; j + f < row; ++j) {
+      const float difference = here[j + f] - here[j];
+      to[j] -= scale * difference, to[j + f] += scale * difference;
+    }
+    sums[line] = squared_distance(here, below, row) + squared_distance(here + f, here, row - f);
+  }
+  double total = 0;
+  for (double sum : sums) total += sum;
+  *value = static_cast<float>(0.5 * scale * total);
+}

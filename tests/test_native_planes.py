@@ -1,0 +1,84 @@
+"""Native fusion and total variation against torch: values and gradients, odd sizes, every option."""
+
+import pytest
+import torch
+
+from latentscenes.kernels import build, native_planes
+from latentscenes.losses import total_variation_in_torch
+from latentscenes.planes import SceneRows, compose_in_torch
+
+pytestmark = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
+
+
+def rows_and_bases(scenes, resolution, micro, macro, bases, bias):
+    generator = torch.Generator().manual_seed(scenes + resolution)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    rows = SceneRows(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)))
+    return rows, normal(bases, 3, resolution, resolution, macro)
+
+
+def gradients(output, inputs, upstream):
+    return torch.autograd.grad(output, inputs, upstream, allow_unused=True)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("scenes", "resolution", "micro", "macro", "bases", "fusion"),
+    [(4, 8, 3, 5, 4, "concat"), (1, 1, 1, 1, 1, "concat"), (3, 7, 0, 9, 2, "concat"), (2, 5, 4, 4, 3, "sum"), (5, 33, 10, 22, 6, "concat")],
+)
+def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
+    rows, shared = rows_and_bases(scenes, resolution, micro, macro, bases, bias)
+    inputs = [tensor for tensor in (rows.micro, rows.weights, rows.bias, shared) if tensor.numel()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, fusion)
+        upstream = torch.randn_like(found)
+        found_gradients = gradients(found, inputs, upstream)
+    finally:
+        torch.set_num_threads(before)
+    wanted = compose_in_torch(rows, shared, fusion)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(found_gradients, gradients(wanted, inputs, upstream), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_only_wanted_gradients_of_a_fusion():
+    rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
+    shared = shared.detach()
+    planes = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
+    planes.square().sum().backward()
+    wanted = gradients(compose_in_torch(rows, shared, "concat").square().sum(), [rows.micro, rows.weights], None)
+    torch.testing.assert_close(rows.micro.grad, wanted[0])
+    torch.testing.assert_close(rows.weights.grad, wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5, 7), (1, 3, 2, 2, 1), (3, 3, 16, 16, 32)])
+def test_total_variation(shape):
+    planes = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    found, wanted = native_planes.total_variation(planes), total_variation_in_torch(planes)
+    torch.testing.assert_close(found, wanted)
+    (mine,), (theirs,) = gradients(3 * found, [planes], None), gradients(3 * wanted, [planes], None)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_operators_are_well_formed():
+    rows, shared = rows_and_bases(2, 4, 2, 3, 2, True)
+    torch.library.opcheck(torch.ops.latentscenes.compose.default, (rows.micro, rows.weights, rows.bias, shared, False))
+    variation = torch.ops.latentscenes.total_variation.default
+    torch.library.opcheck(variation, (rows.micro.detach().requires_grad_(),), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_same_inputs_same_bits():
+    rows, shared = rows_and_bases(3, 20, 4, 6, 5, False)
+    upstream = torch.randn(3, 3, 20, 20, 10)
+
+    def once():
+        planes = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
+        return [planes, *gradients(planes, [rows.micro, rows.weights, shared], upstream)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
