@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from latentscenes import config as configuration
-from latentscenes.batches import BatchSource
+from latentscenes.batches import BatchSource, window
+from latentscenes.cameras import orbit
+from latentscenes.losses import at_pixels
 from latentscenes.model import Model
+from latentscenes.render import camera_rays
 
 CPU = torch.device("cpu")
 
@@ -102,7 +105,7 @@ def test_images_and_cached_latents_belong_to_the_cameras(solids, tiny):
     for step in range(3):
         a, b = learning.batch(step), cached.batch(step)
         assert same(a, b) and a.latents is None and b.images is None
-        torch.testing.assert_close(b.latents, model.encode(a.images).detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(b.latents, at_pixels(model.encode(a.images)).detach(), atol=1e-5, rtol=1e-5)
         each = len(a.images) // len(a.scenes)
         for k in range(len(a.images)):
             scene = chosen[int(a.scenes[k // each])]
@@ -118,6 +121,32 @@ def test_rays_are_drawn_anew_each_step_and_alike_each_time(solids, tiny):
     assert all(torch.equal(p, again.batch(step).pixels) for step, p in enumerate(pixels))
     assert source(tiny, solids).batch(0).pixels is None
     assert source(tiny, solids, rays=1000).batch(0).pixels.shape == (4, 64)
+
+
+def test_drawn_rays_see_the_box_and_miss_none_that_does(solids):
+    """Every ray that meets the box lies in the window, and the window touches the box on all sides."""
+    rays = camera_rays(solids.cameras, len(solids.cameras), 32, 32, solids.box)
+    hits = (rays.far > rays.near).reshape(-1, 32, 32)
+    for hit, (left, right, top, bottom) in zip(hits, window(solids.cameras, solids.box, 32, 32).int().tolist(), strict=True):
+        rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
+        assert left <= int(columns.min()) <= left + 1 and right - 2 <= int(columns.max()) < right
+        assert top <= int(rows.min()) <= top + 1 and bottom - 2 <= int(rows.max()) < bottom
+
+
+def test_the_window_of_a_camera_inside_the_box_is_the_whole_view(solids):
+    inside = orbit(3, distance=0.05)
+    assert window(inside, solids.box, 8, 16).tolist() == 3 * [[0, 16, 0, 8]]
+
+
+def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
+    """Read from the images where latents are pixels, and from the cache of a frozen codec's."""
+    for codec in (tiny.codec, configuration.CodecConfig(kind="identity")):
+        config = dataclasses.replace(tiny, codec=codec)
+        model, chosen = Model(config, solids.box), solids.select("train")
+        some = BatchSource(model, solids, chosen, dataclasses.replace(tiny.train[1], rays=9), 0, CPU).batch(0)
+        whole = BatchSource(model, solids, chosen, tiny.train[1], 0, CPU).batch(0)
+        expected = whole.latents.gather(1, some.pixels[..., None].expand(-1, -1, whole.latents.shape[2]))
+        torch.testing.assert_close(some.latents, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["minmax", "meanstd", "meanstd_tanh"])

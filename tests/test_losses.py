@@ -9,7 +9,7 @@ import torch
 from latentscenes import config as configuration
 from latentscenes.cameras import Box, orbit
 from latentscenes.config import LossWeights
-from latentscenes.losses import Batch, edge_error, terms, total, total_variation, transform_alike
+from latentscenes.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
 from latentscenes.model import Model
 from latentscenes.planes import fresh_rows
 from latentscenes.runtime import seeded
@@ -76,7 +76,7 @@ def test_only_what_has_a_weight_is_computed(model, name):
 
 def test_latent_warm_up_needs_neither_images_nor_codec(model, monkeypatch):
     latents = torch.rand(6, 4, 4, 4, generator=torch.Generator().manual_seed(4))
-    batch = made_batch(model, images=None, latents=latents)
+    batch = made_batch(model, images=None, latents=at_pixels(latents))
 
     def refuse(*_):
         raise AssertionError("the codec was asked")

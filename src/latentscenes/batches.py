@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentscenes.cameras import Box, Cameras
 from latentscenes.config import StageConfig
-from latentscenes.losses import Batch, needs_images
+from latentscenes.losses import Batch, at_pixels, needs_images
 from latentscenes.model import Model
 from latentscenes.runtime import seeded
 from latentscenes.views import Scene, Views
@@ -27,7 +28,8 @@ class BatchSource:
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
         self._latents, self._slot = None, None
-        if frozen and encodings_only and model.codec.encoder_parameters():
+        self._frozen = frozen and encodings_only
+        if self._frozen and model.codec.encoder_parameters():
             self._cache()
         elif frozen and model.normalizer.untouched:
             chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
@@ -56,7 +58,7 @@ class BatchSource:
         raw = [self._encoded(chunk) for chunk in index.split(ENCODE_CHUNK)]
         if self.model.normalizer.untouched:
             self._settle(raw)
-        self._latents = torch.cat([self.model.normalizer.normalize(chunk) for chunk in raw])
+        self._latents = torch.cat([at_pixels(self.model.normalizer.normalize(chunk)) for chunk in raw])
 
     def _images(self, index: Int[Tensor, "n"]) -> Tensor:
         return self.views.images(index).to(self.device).float() / 255
@@ -85,18 +87,44 @@ class BatchSource:
         scenes, chunks = self._epoch[1][place]
         index = torch.cat(chunks)
         background = self._background if self._background is not None else self.model.background(*self.views.size)
-        pixels = None
-        if self.stage.rays:
-            count = background.shape[1] * background.shape[2]
-            generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
-            pixels = torch.randint(count, (len(index), min(self.stage.rays, count)), generator=generator).to(self.device)
-        latents = self._latents[self._slot[index]] if self._latents is not None else None
-        uncached = latents is None and bool(self.stage.losses.latent)
-        return Batch(
-            scenes=torch.tensor(scenes),
-            cameras=self.views.cameras[index].to(self.device),
-            background=background,
-            images=self._images(index) if self.images_needed or uncached else None,
-            latents=latents,
-            pixels=pixels,
-        )
+        cameras = self.views.cameras[index].to(self.device)
+        pixels = self._pixels(cameras, *background.shape[1:], step) if self.stage.rays else None
+        latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
+        missing = latents is None and bool(self.stage.losses.latent)
+        images = self._images(index) if self.images_needed or missing else None
+        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels)
+
+    def _pixels(self, cameras: Cameras, height: int, width: int, step: int) -> Int[Tensor, "v p"]:
+        """Random pixels of each view, among those that can see the scene box: within the rectangle around it, or of the
+        whole view where rays do not end at the box."""
+        generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
+        count = min(self.stage.rays, height * width)
+        x, y = torch.rand(2, len(cameras), count, generator=generator).to(self.device)
+        if self.model.config.render.near is not None:
+            return (y * height).long() * width + (x * width).long()
+        left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
+        return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long()
+
+    @torch.no_grad()
+    def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:
+        """Normalised latents of some pixels; all without."""
+        if self._latents is not None:
+            slot = self._slot[index]
+            return self._latents[slot] if pixels is None else self._latents[slot[:, None], pixels]
+        if pixels is None:
+            return at_pixels(self.model.encode(self._images(index)))
+        colours = self.views.pixels(index, pixels.cpu()).to(self.device).float() / 255  # no encoder: latents are pixels
+        return at_pixels(self.model.encode(colours.transpose(1, 2)[:, :, None]))
+
+
+def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor, "v 4"]:
+    """Left, right, top and bottom of the rectangle of pixels that the box appears in; the whole view where the camera is
+    in the box or beside it."""
+    points, depth = cameras.project(box.corners().to(cameras.cam2world.device))
+    size = torch.tensor([float(width), float(height)], device=points.device)
+    seen = points.nan_to_num() * size
+    low = seen.amin(1).floor().clamp(min=torch.zeros_like(size), max=size - 1)
+    high = seen.amax(1).ceil().clamp(min=low + 1, max=size.expand_as(low))
+    around = (depth <= 0).any(1)[:, None]
+    low, high = torch.where(around, 0, low), torch.where(around, size, high)
+    return torch.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)

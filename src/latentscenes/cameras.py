@@ -58,15 +58,16 @@ class Cameras:
     def positions(self) -> Float[Tensor, "v 3"]:
         return self.cam2world[:, :, 3]
 
-    def rays(self, height: int, width: int) -> tuple[Float[Tensor, "v p 3"], Float[Tensor, "v p 3"]]:
-        """Origins and unit directions of the rays through the centres of an h x w grid, row by row (p = h·w)."""
-        device = self.cam2world.device
-        row = (torch.arange(height, device=device) + 0.5) / height
-        column = (torch.arange(width, device=device) + 0.5) / width
-        y, x = torch.meshgrid(row, column, indexing="ij")
+    def rays(
+        self, height: int, width: int, pixels: Int[Tensor, "v p"] | None = None
+    ) -> tuple[Float[Tensor, "v p 3"], Float[Tensor, "v p 3"]]:
+        """Origins and unit directions of the rays through the centres of an h x w grid, row by row (p = h·w), or of some
+        `pixels` (row · w + column) of each view alone."""
+        chosen = torch.arange(height * width, device=self.cam2world.device)[None] if pixels is None else pixels
+        x, y = (chosen % width + 0.5) / width, (chosen // width + 0.5) / height
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
         toward = torch.stack(
-            [(x.reshape(1, -1) - cx) / fx, (y.reshape(1, -1) - cy) / fy, torch.ones_like(fx).expand(-1, height * width)], -1
+            [(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(self), -1)], -1
         )
         directions = torch.einsum("vij,vpj->vpi", self.cam2world[:, :, :3], toward)
         directions = directions / directions.norm(dim=-1, keepdim=True)
@@ -98,6 +99,11 @@ class Box:
         center = torch.tensor(self.center, dtype=origins.dtype, device=origins.device)
         half = torch.tensor(self.half, dtype=origins.dtype, device=origins.device)
         return (origins - center) / half, directions / half
+
+    def corners(self) -> Float[Tensor, "8 3"]:
+        """In the world."""
+        signs = torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])
+        return torch.tensor(self.center) + signs * torch.tensor(self.half)
 
 
 def look_at(
@@ -152,3 +158,27 @@ def upper_hemisphere(
     height = floor + (1 - floor) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
     azimuth = 2 * math.pi * torch.rand(count, generator=generator)
     return _around(azimuth, height.clamp(-1, 1).asin(), distance, focal, (0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Viewpoint:
+    """How a dataset looks at its objects; pictures from other sides are best taken alike."""
+
+    size: tuple[int, int]
+    """Height and width of its pictures."""
+    distance: float
+    """Of its cameras from the centre (median), world units."""
+    focal: tuple[float, float]
+    """Its focal lengths (medians), fractions of the width and of the height."""
+    center: tuple[float, float, float]
+    """Of the scene box."""
+
+    @classmethod
+    def of(cls, cameras: Cameras, size: tuple[int, int], box: Box) -> "Viewpoint":
+        distance = (cameras.positions - torch.tensor(box.center)).norm(dim=1).median().item()
+        fx, fy = cameras.intrinsics[:, :2].median(0).values.tolist()
+        return cls(size, distance, (fx, fy), box.center)
+
+    def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
+        """`count` cameras once around the centre, the first at `azimuth`; degrees."""
+        return orbit(count, self.distance, self.focal, math.radians(elevation), self.center, math.radians(azimuth))

@@ -34,8 +34,8 @@ class Batch:
     background: Float[Tensor, "c h w"]
     images: Float[Tensor, "v 3 H W"] | None
     """In [0, 1]; absent where no loss looks at pixels."""
-    latents: Float[Tensor, "v c h w"] | None
-    """Normalised, cached; absent where the encoder learns, or no loss looks at them."""
+    latents: Float[Tensor, "v p c"] | None
+    """Normalised, of the rays' pixels; absent where the encoder learns, or no loss looks at them."""
     pixels: Int[Tensor, "v p"] | None
     """Latent pixels whose rays are rendered; all where absent."""
 
@@ -58,8 +58,8 @@ def terms(
     """Every term that has a weight, unweighted, by its name in LossWeights."""
     found: dict[str, Tensor] = {}
     decoded: list[Tensor] = []
-    images, encoded = batch.images, batch.latents
-    if encoded is None and any((weights.latent, weights.autoencoder, weights.equivariance)):
+    images, encoded, target = batch.images, None, batch.latents
+    if weights.autoencoder or weights.equivariance or weights.latent and target is None:
         raw = model.codec.encode(images)
         if raw.requires_grad:  # a frozen codec's normaliser stays as it is
             model.normalizer.update(raw.detach())
@@ -76,13 +76,13 @@ def terms(
         view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
         height, width = batch.background.shape[1:]
         if weights.latent:
-            found["latent"] = mean_square(view.latents - _at_pixels(encoded, batch.pixels))
+            found["latent"] = mean_square(view.latents - (at_pixels(encoded, batch.pixels) if target is None else target))
         if weights.rgb:
             decoded.append(model.decode(view.image(height, width)))
             found["rgb"] = mean_square(decoded[-1] - images)
         if weights.preview:
             small = nn.functional.interpolate(images, size=(height, width), mode="area")
-            found["preview"] = mean_square(view.preview - _at_pixels(2 * small - 1, batch.pixels))
+            found["preview"] = mean_square(view.preview - at_pixels(2 * small - 1, batch.pixels))
         if weights.depth_tv:
             depth = view.depth.unflatten(1, (height, width))
             found["depth_tv"] = mean_square(depth.diff(dim=1)) + mean_square(depth.diff(dim=2))
@@ -93,7 +93,8 @@ def terms(
     return found
 
 
-def _at_pixels(image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:
+def at_pixels(image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None = None) -> Float[Tensor, "v p c"]:
+    """An image's values at some pixels (row · w + column) of each view; all, row by row, without."""
     flat = image.flatten(2).transpose(1, 2)
     return flat if pixels is None else flat.gather(1, pixels[..., None].expand(-1, -1, flat.shape[2]))
 

@@ -47,11 +47,7 @@ def camera_rays(
 ) -> Rays:
     """Rays of s·k cameras, k after k for each scene, over an h x w grid, or through the `pixels` (row · w + column)
     of each view alone. Near and far come from where each ray meets the box, or are the same `bounds` for all."""
-    origins, directions = cameras.rays(height, width)
-    if pixels is not None:
-        picked = pixels[..., None].expand(-1, -1, 3)
-        origins, directions = origins.gather(1, picked), directions.gather(1, picked)
-    origins, directions = box.normalize(origins, directions)
+    origins, directions = box.normalize(*cameras.rays(height, width, pixels))
     if bounds is None:
         near, far = march.intersect_cube(origins, directions)
     else:

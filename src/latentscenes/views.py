@@ -95,6 +95,11 @@ class Views:
         """Images by dataset index, over white."""
         return torch.from_numpy(self.rgb[np.asarray(index)]).permute(0, 3, 1, 2)
 
+    def pixels(self, index: Int[Tensor, "n"], pixels: Int[Tensor, "n k"]) -> UInt8[Tensor, "n k 3"]:
+        """Some pixels (row · W + column) of each of some images."""
+        flat = self.rgb.reshape(len(self.rgb), -1, 3)
+        return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
+
     def select(self, split: Split, names: list[str] | None = None, limit: int | None = None) -> list[Scene]:
         """The scenes of a split in stored order, or those named, at most `limit`."""
         chosen = [scene for scene in self.scenes if scene.split == split]
