@@ -3,13 +3,16 @@
 import inspect
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from latentscenes import cli, config
-from latentscenes.run import Run
+from latentscenes.cli_shared import PrecisionName
+from latentscenes.quantise import PRECISIONS
+from latentscenes.store import Store
 
-COMMANDS = [[], *([name] for name in cli.COMMANDS), *(["data", name] for name in cli.DATA_COMMANDS)]
+COMMANDS = [[], *([name] for name in cli.COMMANDS), *(["data", name] for name in cli.DATA_COMMANDS), *(["library", name] for name in cli.LIBRARY_COMMANDS)]
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -48,10 +51,11 @@ print("imported:", sorted(heavy))
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_is_explained(command, monkeypatch, capsys):
-    function = cli.DATA_COMMANDS[command[1]] if len(command) == 2 else cli.COMMANDS.get("".join(command))
+    groups = {"data": cli.DATA_COMMANDS, "library": cli.LIBRARY_COMMANDS}
+    function = groups[command[0]][command[1]] if len(command) == 2 else cli.COMMANDS.get("".join(command))
     status, out, _ = call(monkeypatch, capsys, *command, "--help")
     assert status == 0
-    if function is not None and command != ["data"]:
+    if function is not None and command not in (["data"], ["library"]):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
@@ -61,8 +65,13 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
 def test_no_arguments_show_the_help(monkeypatch, capsys):
     status, out, _ = call(monkeypatch, capsys)
     assert status == 0 and all(name in out for name in cli.COMMANDS)
-    status, out, _ = call(monkeypatch, capsys, "data")
-    assert status == 0 and all(name in out for name in cli.DATA_COMMANDS)
+    for group, commands in (("data", cli.DATA_COMMANDS), ("library", cli.LIBRARY_COMMANDS)):
+        status, out, _ = call(monkeypatch, capsys, group)
+        assert status == 0 and all(name in out for name in commands)
+
+
+def test_precisions_are_those_that_exist():
+    assert get_args(PrecisionName) == PRECISIONS
 
 
 def test_configurations_that_commands_take_by_default_exist():
@@ -132,9 +141,9 @@ def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, 
     assert status == 0 and f"{one}: 2 scenes learned" in err
     exploit = ["exploit", "--run", one, "--data", solids_path, "--out", two, "--set", "exploit.alignment.epochs=2", "--device", "cpu"]
     status, _, err = call(monkeypatch, capsys, *exploit, "--threads", 1)
-    assert status == 0 and "2 scenes learned" in err
-    run = Run.open(two)
-    assert run.finished and run.config.exploit[1].epochs == 2 and run.config.planes == tiny.planes
+    assert status == 0 and f"{two}: 4 scenes." in err
+    store = Store.open(two)
+    assert store.config.exploit[1].epochs == 2 and store.config.planes == tiny.planes
 
 
 def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+from results import made_library, made_run
 
 from latentscenes import config, cost
 from latentscenes.cost import MIB, Memory, Time
 from latentscenes.errors import UserError
+from latentscenes.learned import Learned
 from latentscenes.model import Model
 from latentscenes.planes import fresh_rows
-from latentscenes.run import Position, Run, RunInfo
+from latentscenes.run import Run
 
 
 def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:
@@ -88,28 +90,24 @@ def test_memory_is_that_of_the_real_parts(change, solids):
 
 
 def test_account_of_runs(tmp_path, tiny, solids):
-    def make(name, settings, info, seconds):
-        run = Run.create(tmp_path / name, settings, info)
-        model = Model(settings, solids.box)
-        run.save(model, fresh_rows(len(info.scenes), settings.planes, torch.Generator()), {}, Position(1, 0, 5, {"all": seconds}))
-        return run, model
-
-    train, model = make("train", tiny, RunInfo("train", "d", "train", ["a", "b"], solids.box), 40.0)
-    stage_one = cost.account_run(train)
-    assert stage_one.time == Time(40.0, 2, None)
+    train = made_run(tmp_path / "train", tiny, solids, "train")
+    stage_one = cost.account_learned(Learned.of_run(train))
+    assert stage_one.time == Time(13.5, 4, None)
     assert stage_one.memory == cost.account(tiny).memory
-    new, _ = make("new", tiny, RunInfo("exploit", "d", "new", ["c"], solids.box, str(train.path), 40.0), 3.0)
-    ours = cost.account_run(new)
-    assert ours.time == Time(40.0, 2, 3.0) and ours.time.per_scene(10) == 7.0
-    shared, scene = ours.stored
-    assert ours.memory.shared < shared < ours.memory.shared + 20_000 and ours.memory.scene < scene < ours.memory.scene + 2_000
+    shared, scene = stage_one.stored
+    assert stage_one.memory.shared < shared < stage_one.memory.shared + 20_000 and stage_one.memory.scene < scene < stage_one.memory.scene + 2_000
+    made_library(tmp_path / "library", train, tiny, solids)
+    ours = cost.account_learned(Learned.open(tmp_path / "library"))
+    assert ours.time == Time(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
+    assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
+    assert cost.account_learned(Learned.open(tmp_path / "library", split="train")).time == Time(13.5, 4, None)
 
     plain = dataclasses.replace(tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0))
-    rgb, _ = make("rgb", plain, RunInfo("train", "d", "new", ["c", "d"], solids.box), 50.0)
-    assert cost.account_run(rgb).time == Time(0.0, 0, 25.0)
+    rgb = made_run(tmp_path / "rgb", plain, solids, "new")
+    assert cost.account_learned(Learned.of_run(rgb)).time == Time(0.0, 0, 13.5 / 2)
     empty = Run.create(tmp_path / "empty", tiny, train.info)
     with pytest.raises(UserError, match="nothing has been learned"):
-        cost.account_run(empty)
+        cost.account_learned(Learned.of_run(empty))
 
 
 def test_unknown_codec_is_refused():

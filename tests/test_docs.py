@@ -83,6 +83,9 @@ def imported(file: Path) -> set[str]:
 
 # Commands
 
+GROUPS = {"data": cli.DATA_COMMANDS, "library": cli.LIBRARY_COMMANDS}
+"""Commands that are groups of commands."""
+
 
 def parse(line: str) -> dict:
     """What the command line takes a line for; the command itself is not run."""
@@ -96,8 +99,8 @@ def parse(line: str) -> dict:
         return record
 
     words = shlex.split(line)[1:]
-    known, prog = (cli.DATA_COMMANDS, "latentscenes data") if words[0] == "data" else (cli.COMMANDS, "latentscenes")
-    arguments = words[1:] if words[0] == "data" else words
+    known, prog = (GROUPS[words[0]], f"latentscenes {words[0]}") if words[0] in GROUPS else (cli.COMMANDS, "latentscenes")
+    arguments = words[1:] if words[0] in GROUPS else words
     assert arguments[0] in known, f"no command {arguments[0]!r}"
     cli.run_commands(prog, {key: stub(command) for key, command in known.items()}, "", [*arguments])
     return seen
@@ -116,8 +119,8 @@ def test_commands_in_pages_parse(page, line, capsys):
 
 
 def test_every_command_is_in_some_page():
-    told = {" ".join(line.split()[1:3]) if line.split()[1] == "data" else line.split()[1] for _, line in LATENTSCENES}
-    assert told == set(cli.COMMANDS) - {"data"} | {f"data {kind}" for kind in cli.DATA_COMMANDS}
+    told = {" ".join(line.split()[1:3]) if line.split()[1] in GROUPS else line.split()[1] for _, line in LATENTSCENES}
+    assert told == set(cli.COMMANDS) - set(GROUPS) | {f"{group} {kind}" for group, known in GROUPS.items() for kind in known}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -125,7 +128,7 @@ def test_commands_within_sentences_exist(page):
     for words in re.findall(r"`latentscenes ([a-z ]+)", " ".join(page.read_text().split())):
         first, *rest = words.split()
         assert first in cli.COMMANDS, f"latentscenes {words}"
-        assert first != "data" or not rest or rest[0] in cli.DATA_COMMANDS, f"latentscenes {words}"
+        assert first not in GROUPS or not rest or rest[0] in GROUPS[first], f"latentscenes {words}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -11,8 +11,9 @@ from PIL import Image
 from results import made_run
 
 from latentscenes import pictures, tiles
-from latentscenes.cameras import Box, orbit
+from latentscenes.cameras import Box, Viewpoint, orbit
 from latentscenes.errors import UserError
+from latentscenes.learned import Learned, Loaded
 
 
 @pytest.fixture
@@ -21,16 +22,16 @@ def run(tmp_path, tiny, solids):
 
 
 def test_comparison_sheet(run, tmp_path, tiny, solids):
-    model, rows = run.load()
+    ours = Learned.of_run(run).load()
     scenes = solids.select("train")
-    alone = pictures.comparison_sheet(model, rows, solids, scenes, limit=2)
-    other = pictures.Learned.open(made_run(tmp_path / "other", tiny, solids, "train", count=1), "RGB")
-    both = pictures.comparison_sheet(model, rows, solids, scenes, limit=2, others=[other])
+    alone = pictures.comparison_sheet(ours, solids, scenes, limit=2)
+    other = Learned.of_run(made_run(tmp_path / "other", tiny, solids, "train", count=1)).load(label="RGB")
+    both = pictures.comparison_sheet(ours, solids, scenes, limit=2, others=[other])
     assert alone.dtype == np.uint8 and both.shape[0] == alone.shape[0] and both.shape[1] == alone.shape[1] + 32 + tiles.GAP
     index = torch.tensor(scenes[0].views("held_out"))
     left, top = 2 * tiles.GAP, 2 * tiles.GAP + tiles.CAPTION + 1
     assert np.array_equal(alone[top : top + 32, left : left + 32], solids.rgb[index[0]])  # the truth, untouched
-    mine = pictures.look(model, model.compose(rows.gather(torch.tensor([0]))), solids.cameras[index], solids.size).images
+    mine = pictures.look(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
     third = left + 2 * (32 + tiles.GAP)
     assert np.array_equal(alone[top : top + 32, third : third + 32], pictures.to_pictures(mine)[0])
 
@@ -39,23 +40,24 @@ def test_rows_belong_to_scenes(run, solids):
     """The sheet of scene 1 alone shows what the sheet of all shows for it."""
     model, rows = run.load()
     scenes = solids.select("train")
-    all_of_them = pictures.comparison_sheet(model, rows, solids, scenes, across=1)
-    second = pictures.comparison_sheet(model, rows.gather(torch.tensor([1])), solids, scenes[1:2], across=1)
+    all_of_them = pictures.comparison_sheet(Learned.of_run(run).load(), solids, scenes, across=1)
+    alone = Loaded.of_table(model, rows.gather(torch.tensor([1])), [scenes[1].name])
+    second = pictures.comparison_sheet(alone, solids, scenes[1:2], across=1)
     height = second.shape[0] - 4 * tiles.GAP  # of one group without the margins
     start = 2 * tiles.GAP + height + 2 * tiles.GAP
     assert np.array_equal(all_of_them[start : start + height], second[2 * tiles.GAP : -2 * tiles.GAP])
 
 
 def test_dashboard_sheet(run, solids):
-    model, rows = run.load()
     scenes = solids.select("train")
-    one, two = (pictures.dashboard_sheet(model, rows, solids, scenes, limit=limit) for limit in (1, 2))
+    one, two = (pictures.dashboard_sheet(Learned.of_run(run).load(), solids, scenes, limit=limit) for limit in (1, 2))
     assert one.shape[1] == two.shape[1] and two.shape[0] > 1.7 * one.shape[0]
 
 
 @pytest.mark.parametrize("mode", ["rgb", "depth", "opacity", "latent", "dashboard"])
 def test_orbit_frames(run, mode):
-    frames = pictures.orbit_frames(run, "green_box", frames=3, size=16, mode=mode)
+    learned = Learned.of_run(run)
+    frames = pictures.orbit_frames(learned.load(), "green_box", learned.view, frames=3, size=16, mode=mode)
     assert len(frames) == 3 and all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
     if mode in ("rgb", "depth", "opacity"):
         assert frames[0].shape == (16, 16, 3)
@@ -66,16 +68,17 @@ def test_orbit_frames(run, mode):
 
 
 def test_orbit_of_unknown_scene_or_size(run):
+    learned = Learned.of_run(run)
     with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest name is 'green_box'"):
-        pictures.orbit_frames(run, "green_bx")
+        learned.check("green_bx")
     with pytest.raises(UserError, match="multiple of the codec's downsampling, 4; try 20"):
-        pictures.orbit_frames(run, "green_box", size=18 + 1)
+        pictures.orbit_frames(learned.load(), "green_box", learned.view, size=18 + 1)
 
 
 def test_orbit_cameras_are_like_those_of_the_data():
     like = orbit(9, distance=2.0, focal=1.5, center=(1.0, 2.0, 3.0))
     box = Box((1.0, 2.0, 3.0), (0.5, 0.4, 0.3))
-    cameras = pictures.orbit_cameras(like, box, 8, 30.0)
+    cameras = Viewpoint.of(like, (32, 32), box).orbit(8, 30.0)
     outward = cameras.positions - torch.tensor(box.center)
     torch.testing.assert_close(outward.norm(dim=1), torch.full((8,), 2.0))
     torch.testing.assert_close(outward[:, 2], torch.full((8,), 2 * math.sin(math.radians(30))))

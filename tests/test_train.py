@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from latentscenes import config as configuration
-from latentscenes.cameras import Box
 from latentscenes.errors import UserError
 from latentscenes.evaluate import evaluate
-from latentscenes.exploit import exploit
 from latentscenes.kernels import build
+from latentscenes.learned import Learned
 from latentscenes.planes import fresh_rows
 from latentscenes.run import Run
 from latentscenes.runtime import seeded
@@ -87,38 +86,6 @@ def test_field_epochs_freeze_the_field(solids, tiny, tmp_path):
     assert not torch.equal(fields[0].bases, fields[1].bases)
 
 
-def test_new_scenes_leave_everything_shared_as_it_is(trained, solids, tiny, tmp_path):
-    run = exploit(trained, tiny, solids, tmp_path / "new", limit=None, device=CPU)
-    assert run.finished and run.info.scenes == ["pink_disc", "grey_cube"] and run.info.kind == "exploit"
-    assert run.info.parent_seconds == trained.seconds > 0
-    shared, rows = state(run)
-    parent_shared, parent_rows = state(trained)
-    assert set(shared) == set(parent_shared) and all(torch.equal(value, parent_shared[name]) for name, value in shared.items())
-    mean = parent_rows["micro"].mean(0)
-    assert all(float((row - mean).abs().max()) > 1e-3 for row in rows["micro"])
-
-
-def test_published_variant_goes_on_learning_what_is_shared(trained, solids, tiny, tmp_path):
-    rates = "rates={micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2"
-    config = changed(
-        tiny, "exploit_fresh_field=true", "exploit_start=random", f"exploit.0.{rates}}}", f"exploit.1.{rates}, decoder: 1e-4}}"
-    )
-    run = exploit(trained, config, solids, tmp_path / "new", limit=None, device=CPU)
-    model, before = run.load()[0], trained.load()[0]
-    for part, parameters in model.parts().items():
-        for (name, mine), (_, other) in zip(parameters, before.parts()[part], strict=True):
-            assert torch.equal(mine, other) == (part == "encoder"), (part, name)
-
-
-def test_new_scenes_are_refused_where_they_do_not_fit(trained, solids, tiny, tmp_path):
-    with pytest.raises(UserError, match="planes differs"):
-        exploit(trained, changed(tiny, "planes.micro=3"), solids, tmp_path / "a", limit=None, device=CPU)
-    larger = dataclasses.replace(solids, box=Box((0.0, 0.0, 0.0), (0.45, 0.6, 0.45)))
-    with pytest.raises(UserError, match="reach 0.600 from the centre along y"):
-        exploit(trained, tiny, larger, tmp_path / "b", limit=None, device=CPU)
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
-
-
 def test_the_loss_falls(solids, tiny, tmp_path):
     config = changed(
         tiny, "train.scenes.epochs=10", "train.scenes.field_epochs=null", "train.codec.epochs=25", "train.codec.losses={autoencoder: 1}"
@@ -140,7 +107,7 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
     for epochs in (1, 150):
         longer = dataclasses.replace(config, train=(dataclasses.replace(config.train[0], epochs=epochs),))
         run = train(longer, solids, tmp_path / str(epochs), limit=1, device=CPU)
-        scores[epochs] = evaluate(*run.load(), solids, scene)
+        scores[epochs] = evaluate(Learned.of_run(run).load(), solids, scene)
     assert scores[150].views == 1 and scores[150].mean.codec_psnr > 60  # the identity loses nothing
     assert scores[150].mean.psnr > scores[1].mean.psnr + 6 and scores[150].mean.psnr > 18
     # the latents are the image in (−1, 1), so the two errors must agree (the images are clamped, which only helps)
@@ -206,5 +173,5 @@ def test_every_option_takes_a_step(name, solids, tiny, tmp_path, only_two_batche
     assert {term for term in weights if weights[term]} <= set(lines[-1])
     model, rows = run.load()
     assert all(torch.isfinite(value).all() for value in (*model.state_dict().values(), *rows.tables().values()))
-    view = evaluate(model, rows, solids, solids.select("train", limit=1))
+    view = evaluate(Learned.of_run(run).load(), solids, solids.select("train", limit=1))
     assert math.isfinite(view.mean.psnr)

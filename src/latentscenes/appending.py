@@ -1,7 +1,6 @@
 """From learned rows to scenes of a library: quantised, what that costs measured, a thumbnail taken, all noted."""
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from PIL import Image
 from rich.progress import track
 
 from latentscenes import metrics
-from latentscenes.cameras import Cameras, orbit
+from latentscenes.cameras import Viewpoint
+from latentscenes.config import Config
 from latentscenes.errors import UserError
 from latentscenes.index import Origin, SceneInfo
 from latentscenes.model import Model
-from latentscenes.pictures import look, spread_evenly, to_pictures, typical_view
+from latentscenes.pictures import look, spread_evenly, to_pictures
 from latentscenes.planes import SceneRows, mean_rows
 from latentscenes.progress import console
 from latentscenes.quantise import Precision, check_precision, pack, payload_bytes, unpack
@@ -27,12 +27,13 @@ MEASURED_VIEWS = 4
 """Views of a scene that its loss is measured on."""
 THUMBNAIL = 96
 """Pixels along a thumbnail's longer side."""
-THUMBNAIL_ANGLES = 40.0, 25.0
-"""Azimuth and elevation of its camera, degrees."""
+THUMBNAIL_ANGLES = 25.0, 40.0
+"""Elevation and azimuth of its camera, degrees."""
 
 
-def library_from_run(out: str | Path, run: Run, views: Views, precision: str, scenes: bool = True, device: torch.device | str = "cpu") -> Store:
-    """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes."""
+def library_from_run(out: str | Path, run: Run, views: Views, config: Config, precision: str, scenes: bool, device: torch.device | str) -> Store:
+    """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes, which
+    `views` shows. `config` says how further ones will be learned; its model must be that of the run."""
     chosen = check_precision(precision)
     if not run.finished:
         raise UserError(f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped.")
@@ -45,20 +46,20 @@ def library_from_run(out: str | Path, run: Run, views: Views, precision: str, sc
         known = views.select(run.info.split, run.info.scenes)
         for place, scene in enumerate(track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)):
             one = rows.gather(torch.tensor([place]))
-            found.append(new_scene(model, one, info, views, scene, chosen, origin="stage 1", split=run.info.split))
-    return Store.create(out, run.config, info, model, mean_rows(1, rows), found)
+            found.append(new_scene(model, one, info.view, views, scene, chosen, origin="stage 1", split=run.info.split))
+    return Store.create(out, config, info, model, mean_rows(1, rows), found)
 
 
 def library_info(run: Run, views: Views, precision: Precision) -> LibraryInfo:
-    """What a library of a run's model is. Distance and focal length are the medians of the dataset's cameras."""
-    distance, focal = typical_view(views.cameras, run.info.box)
-    return LibraryInfo(run.info.box, views.size, distance, focal, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
+    """What a library of a run's model is."""
+    view = Viewpoint.of(views.cameras, views.size, run.info.box)
+    return LibraryInfo(run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
 
 
 def new_scene(
     model: Model,
     rows: SceneRows,
-    library: LibraryInfo,
+    view: Viewpoint,
     views: Views,
     scene: Scene,
     precision: Precision,
@@ -77,9 +78,9 @@ def new_scene(
     lost = 0.0 if precision == "float32" else before - measure(model, stored, views, index)
     dataset = str(views.path.resolve()) if split else None
     info = SceneInfo(
-        scene.name, precision, payload_bytes(payload), origin, dataset, split, now(), seconds, round(before, 3), round(lost, 4), tags or {}
+        scene.name, precision, payload_bytes(payload), origin, dataset, split, scene.name, now(), seconds, round(before, 3), round(lost, 4), tags or {}
     )
-    return NewScene(info, payload, thumbnail(model, stored, library))
+    return NewScene(info, payload, thumbnail(model, stored, view))
 
 
 @torch.no_grad()
@@ -90,18 +91,11 @@ def measure(model: Model, rows: SceneRows, views: Views, index: Sequence[int]) -
     return metrics.psnr(shown.images, views.images(list(index)).float() / 255).mean().item()
 
 
-def thumbnail(model: Model, rows: SceneRows, library: LibraryInfo) -> bytes:
+def thumbnail(model: Model, rows: SceneRows, view: Viewpoint) -> bytes:
     """A small picture of a scene, from the same camera for all, as PNG."""
-    camera = library_orbit(library, 1, *THUMBNAIL_ANGLES)
-    picture = to_pictures(look(model, model.compose(rows), camera, library.size, geometry=False).images)[0]
+    picture = to_pictures(look(model, model.compose(rows), view.orbit(1, *THUMBNAIL_ANGLES), view.size, geometry=False).images)[0]
     image = Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return stream.getvalue()
-
-
-def library_orbit(library: LibraryInfo, count: int, azimuth: float = 0.0, elevation: float = 25.0) -> Cameras:
-    """`count` cameras once around, the first at `azimuth`, as far away and with such focal lengths as those learned
-    from; degrees."""
-    return orbit(count, library.distance, library.focal, math.radians(elevation), library.box.center, math.radians(azimuth))

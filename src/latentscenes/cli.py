@@ -2,29 +2,22 @@
 `--help` answers at once."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from latentscenes.cli_data import DATA_COMMANDS
+from latentscenes.cli_library import LIBRARY_COMMANDS, search
+from latentscenes.cli_shared import MACHINE, Machine, MachineOptions, PrecisionName
+from latentscenes.cli_shared import start as _start
+from latentscenes.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from latentscenes.config import Config
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE …")]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where to compute."""
-
-    threads: int | None = None
-    """CPU threads; unset: all cores."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
 
 def train(
@@ -36,7 +29,7 @@ def train(
     limit: int | None = None,
     track: TrackerName = "none",
     print_config: bool = False,
-    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    machine: MachineOptions = MACHINE,
 ) -> None:
     """Stage 1: learn a codec, base planes and the training scenes. The same command again goes on where it stopped.
 
@@ -60,36 +53,49 @@ def train(
 
 
 def exploit(
-    run: Path,
     data: Path,
     out: Path,
+    run: Path | None = None,
     config: str | None = None,
     overrides: Overrides = (),
+    group: int | None = None,
+    precision: PrecisionName | None = None,
+    stage_one: bool = True,
+    finetune: bool = False,
     limit: int | None = None,
+    wait: bool = True,
     track: TrackerName = "none",
     print_config: bool = False,
-    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    machine: MachineOptions = MACHINE,
 ) -> None:
-    """Stage 2: learn the dataset's new scenes with what stage 1 learned.
+    """Stage 2: learn the dataset's new scenes with what stage 1 learned, into a library. The same command again goes on
+    where it stopped; another dataset adds its scenes to the same library.
 
     Args:
-        run: finished run of `latentscenes train`.
-        data: dataset whose `new` scenes are learned.
-        out: run folder for them.
-        config: preset or YAML file; unset: the configuration of the run.
+        data: dataset whose `new` scenes are learned; those that the library holds already are left out.
+        out: library folder, made if absent.
+        run: finished run of `latentscenes train` that a new library is made of (for `finetune`: or a library).
+        config: preset or YAML file; unset: the configuration of the library or run.
         overrides: settings to change, for instance exploit.latent.epochs=20.
+        group: scenes learned together and committed together; unset: as many as a batch holds.
+        precision: how scenes are stored; unset: as the library was made with, int8 for a new one.
+        stage_one: a new library starts with the scenes of the run.
+        finetune: as published: go on learning base planes, field and decoder with the new scenes, into a new library of these alone.
         limit: learn only the first so many scenes.
+        wait: wait for another process that learns into this library; --no-wait: stop instead.
         track: also send metrics to a tracker.
         print_config: print every setting as YAML and stop.
     """
-    settings = _settings(config or str(run / "config.yaml"), overrides, print_config)
+    home = out if (out / "library.json").is_file() else run
+    if home is None and config is None:
+        raise UserError(f"{out}: no library here yet. Name the run that it is to be made of, with --run.")
+    settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
     device = _start(machine)
-    from latentscenes.exploit import exploit as run_exploit
-    from latentscenes.run import Run
+    from latentscenes.exploit import Options, learn_new
     from latentscenes.views import Views
 
-    learned = run_exploit(Run.open(run), settings, Views.open(data), out, limit=limit, device=device, track=track)
-    _say_done(out, learned.seconds, len(learned.info.scenes))
+    store = learn_new(out, Views.open(data), settings, run, finetune, Options(group, precision, stage_one, limit, wait, track), device)
+    _say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
 def evaluate(
@@ -97,35 +103,37 @@ def evaluate(
     data: Path | None = None,
     part: Literal["held_out", "fit"] = "held_out",
     views: int | None = None,
+    split: Literal["train", "new"] | None = None,
     sheet: Path | None = None,
-    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    machine: MachineOptions = MACHINE,
 ) -> None:
-    """Score a run on the views held out of its scenes: codec ceiling, latent error, total.
+    """Score learned scenes on the views held out of them: codec ceiling, latent error, total.
 
     Args:
-        run: run folder of train or exploit.
-        data: the dataset, if it has moved.
+        run: run folder of train, or library: then the scenes of the dataset that its newest one came from.
+        data: the dataset, if it has moved; of a library of several datasets, which.
         part: views kept for evaluation, or those learned from.
         views: at most so many views of each scene.
+        split: of a library, which scenes: `train` are those of stage 1; unset: the new ones, if there are any.
         sheet: also write a contact sheet truth | codec | render here (PNG).
     """
     device = _start(machine)
     from latentscenes.evaluate import evaluate as score
+    from latentscenes.learned import Learned
     from latentscenes.report import print_scores
-    from latentscenes.run import Run
+    from latentscenes.store import FIT_SCORES, SCORES
     from latentscenes.views import Views
 
-    opened = Run.open(run)
-    model, rows = opened.load(device)
-    dataset = Views.open(data or opened.info.data)
-    scenes = dataset.select(opened.info.split, opened.info.scenes)
-    result = score(model, rows, dataset, scenes, part, views)
-    result.save(run / ("evaluation.json" if part == "held_out" else "evaluation_fit.json"))
+    learned = Learned.open(run, data, split)
+    loaded, dataset = learned.load(device, "render"), Views.open(learned.data)
+    scenes = learned.scenes(dataset)
+    result = score(loaded, dataset, scenes, part, views)
+    result.save(run / (SCORES if part == "held_out" else FIT_SCORES))
     print_scores(result)
     if sheet:
         from latentscenes.pictures import comparison_sheet, save_image
 
-        save_image(sheet, comparison_sheet(model, rows, dataset, scenes))
+        save_image(sheet, comparison_sheet(loaded, dataset, scenes))
 
 
 def report(
@@ -133,30 +141,30 @@ def report(
     out: Path,
     rgb: Path | None = None,
     data: Path | None = None,
-    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    machine: MachineOptions = MACHINE,
 ) -> None:
     """Write one HTML file about new scenes: scores, pictures, orbits, costs, curves, beside RGB tri-planes of the same.
 
     Args:
-        run: run folder of exploit; its stage 1 must still lie where it was.
+        run: library made by exploit; the run it was made of must still lie where it was.
         out: HTML file to write; beside it the summary as Markdown and the contact sheet as PNG.
         rgb: run folder of RGB tri-planes of the same scenes.
         data: the dataset, if it has moved.
     """
     device = _start(machine)
-    from latentscenes.evaluate import evaluate_run
+    from latentscenes.evaluate import evaluate_learned
+    from latentscenes.learned import Learned
     from latentscenes.report import Comparison, print_summary
     from latentscenes.report_html import write_report
-    from latentscenes.run import Run
     from latentscenes.views import Views
 
-    new, baseline = Run.open(run), Run.open(rgb) if rgb else None
-    views, trained = Views.open(data or new.info.data), Run.open(new.parent)
+    new, baseline = Learned.open(run, data), Learned.open(rgb) if rgb else None
+    views, trained = Views.open(new.data), Learned.open(new.parent)
     content = Comparison(
         train=trained, new=new, rgb=baseline, views=views, title=run.name, device=device,
-        evaluation_train=evaluate_run(trained, views, device),
-        evaluation_new=evaluate_run(new, views, device),
-        evaluation_rgb=evaluate_run(baseline, views, device) if baseline else None,
+        evaluation_train=evaluate_learned(trained, views, device),
+        evaluation_new=evaluate_learned(new, views, device),
+        evaluation_rgb=evaluate_learned(baseline, views, device) if baseline else None,
     )  # fmt: skip
     print_summary(content)
     write_report(out, content)
@@ -170,12 +178,12 @@ def render(
     size: int | None = None,
     mode: Literal["rgb", "depth", "opacity", "latent", "dashboard"] = "rgb",
     elevation: float = 25.0,
-    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    machine: MachineOptions = MACHINE,
 ) -> None:
     """Render an orbit around a learned scene.
 
     Args:
-        run: run folder of train or exploit.
+        run: library, or run folder of train.
         scene: name of the scene.
         out: file to write: .mp4 (needs the export extra), .gif, or .png for a strip of frames.
         frames: cameras around the object.
@@ -184,11 +192,12 @@ def render(
         elevation: of the cameras, in degrees.
     """
     device = _start(machine)
+    from latentscenes.learned import Learned
     from latentscenes.pictures import orbit_frames, save_frames
-    from latentscenes.run import Run
 
-    opened = Run.open(run)
-    save_frames(out, orbit_frames(opened, scene, frames=frames, size=size, mode=mode, elevation=elevation, device=device))
+    learned = Learned.open_all(run)
+    learned.check(scene)
+    save_frames(out, orbit_frames(learned.load(device), scene, learned.view, frames=frames, size=size, mode=mode, elevation=elevation))
 
 
 def cost(
@@ -200,9 +209,9 @@ def cost(
     """The ledger: bytes and seconds per scene at N scenes, shared parts included, and break-even against RGB tri-planes.
 
     Args:
-        run: finished run to account for …
+        run: run or library to account for …
         config: … or a configuration alone (bytes only).
-        baseline: configuration of the RGB tri-planes to compare with, or a run of it (then seconds are compared too).
+        baseline: configuration of the RGB tri-planes to compare with, or a run or library of it (then seconds are compared too).
         overrides: settings to change.
     """
     from latentscenes.report import print_cost
@@ -210,7 +219,7 @@ def cost(
     print_cost(run, config, baseline, overrides)
 
 
-def demo(out: Path = Path("demo"), machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()) -> None:
+def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     """Everything on made cars: data, stages 1 and 2, the RGB baseline, a table and a report to look at.
 
     Args:
@@ -222,30 +231,34 @@ def demo(out: Path = Path("demo"), machine: Annotated[Machine, tyro.conf.arg(nam
     run_demo(out, device)
 
 
-def _settings(source: str, overrides: tuple[str, ...], print_and_stop: bool) -> "Config":
+def _settings(source: str, overrides: tuple[str, ...], print_and_stop: bool, finetune: bool = False) -> "Config":
     from latentscenes import config
 
     settings = config.load(source, overrides)
+    if finetune:
+        settings = config.learning_shared(settings)
     if print_and_stop:
         print(config.dump(settings), end="")
         sys.exit(0)
     return settings
 
 
-def _start(machine: Machine):
-    from latentscenes import runtime
-
-    return runtime.start(machine.threads, machine.device)
-
-
 def _say_done(out: Path, seconds: float, scenes: int) -> None:
+    _say(f"{out}: {scenes} scenes learned in {seconds:.0f} s. Score them: latentscenes eval --run {out}")
+
+
+def _say(text: str) -> None:
     from latentscenes.progress import console
 
-    console.print(f"{out}: {scenes} scenes learned in {seconds:.0f} s. Score them: latentscenes eval --run {out}", highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def data() -> None:
     """Make or import a dataset: data cars | meshes | srn | transforms."""
+
+
+def library() -> None:
+    """Look into a library and look after it: library list | show | remove | rename | export | verify | compact | repack."""
 
 
 COMMANDS = {
@@ -256,6 +269,8 @@ COMMANDS = {
     "report": report,
     "render": render,
     "cost": cost,
+    "library": library,
+    "search": search,
     "demo": demo,
 }
 
@@ -264,7 +279,7 @@ def _arguments() -> list[str]:
     """Of the command line; to print a configuration, no folders need be named."""
     given = sys.argv[1:]
     if "--print-config" in given:
-        required = {"train": ("--data", "--out"), "exploit": ("--run", "--data", "--out")}.get(given[0], ())
+        required = {"train": ("--data", "--out"), "exploit": ("--data", "--out")}.get(given[0], ())
         given += [word for flag in required if flag not in given for word in (flag, "unused")]
     return given or ["--help"]
 
@@ -275,11 +290,11 @@ def run_commands(prog: str, commands: dict, description: str, arguments: list[st
 
 def main() -> None:
     """Entry point of `latentscenes`."""
-    from latentscenes.errors import Interrupted, UserError
-
     try:
         if sys.argv[1:2] == ["data"]:
             run_commands("latentscenes data", DATA_COMMANDS, "Make or import a packed dataset of posed images.", sys.argv[2:] or ["--help"])
+        elif sys.argv[1:2] == ["library"]:
+            run_commands("latentscenes library", LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it.", sys.argv[2:] or ["--help"])
         else:
             run_commands("latentscenes", COMMANDS, "Learn large collections of 3D objects from posed images.", _arguments())
     except UserError as error:

@@ -259,6 +259,36 @@ def _require(holds: bool, message: str) -> None:
         raise UserError(f"configuration: {message}")
 
 
+SHARED = ("encoder", "decoder", "bases", "field")
+"""Rates of what all scenes share."""
+
+
+def shared_rates(stages: Sequence[StageConfig]) -> list[str]:
+    """Shared parts that some of these stages learn."""
+    return [name for name in SHARED if any(getattr(stage.rates, name) for stage in stages)]
+
+
+def frozen(config: Config) -> Config:
+    """The same with shared parts frozen in all exploit stages; stages that would learn nothing are left out."""
+    still = {name: 0.0 for name in SHARED}
+    rates = [dataclasses.replace(stage.rates, **still) for stage in config.exploit]
+    stages = [dataclasses.replace(stage, rates=rate, field_epochs=None) for stage, rate in zip(config.exploit, rates, strict=True) if rate != Rates()]
+    return dataclasses.replace(config, exploit=tuple(stages), exploit_fresh_field=False)
+
+
+def learning_shared(config: Config) -> Config:
+    """As published: base planes and field learn in every exploit stage, and the decoder where images are compared, at
+    the rates of the last stage of `train`. Stages that have rates for shared parts keep theirs."""
+    if shared_rates(config.exploit) or not config.train:
+        return config
+    last = config.train[-1].rates
+    stages = []
+    for stage in config.exploit:
+        decoder = last.decoder if stage.losses.rgb else 0.0
+        stages.append(dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, bases=last.bases, field=last.field, decoder=decoder)))
+    return dataclasses.replace(config, exploit=tuple(stages))
+
+
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
     `train.0.epochs=5` (a number picks a stage; so does its name)."""

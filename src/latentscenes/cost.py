@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from latentscenes.config import CodecConfig, Config, PlanesConfig
 from latentscenes.errors import UserError
-from latentscenes.run import Run
+from latentscenes.learned import Learned
 
 MIB = 1024 * 1024
 FLOAT_BYTES = 4
@@ -84,23 +84,17 @@ def account(config: Config) -> Account:
     return Account(config, memory(config, codec_parameters(config.codec)))
 
 
-def account_run(run: Run, config: Config | None = None) -> Account:
-    """Of what a run learned (with other settings in `config`: then of memory, beside the run's seconds)."""
-    folder = run.path / "checkpoints" / str(run.position.total)
-    if not (folder / "shared.safetensors").is_file():
-        raise UserError(f"{run.path}: nothing has been learned yet. Run the command that started it again.")
-    used = memory(config or run.config, codec_parameters(config.codec) if config else stored_codec_parameters(folder / "shared.safetensors"))
-    count = len(run.info.scenes)
-    if run.info.kind == "exploit":
-        parent = Path(run.info.parent or "")
-        known = len(Run.open(parent).info.scenes) if (parent / "run.json").is_file() else 0
-        time = Time(run.info.parent_seconds, known, run.seconds / count)
+def account_learned(learned: Learned, config: Config | None = None) -> Account:
+    """Of learned scenes (with other settings in `config`: then of memory, beside the seconds they took)."""
+    used = memory(config or learned.config, codec_parameters(config.codec) if config else stored_codec_parameters(learned.shared_file))
+    count = len(learned.names)
+    if learned.stage_one:
+        time = Time(*learned.stage_one, learned.seconds / count)
     elif not used.codec and not used.bases:
-        time = Time(0.0, 0, run.seconds / count)
+        time = Time(0.0, 0, learned.seconds / count)
     else:
-        time = Time(run.seconds, count, None)
-    shared, rows = ((folder / f"{name}.safetensors").stat().st_size for name in ("shared", "rows"))
-    return Account(config or run.config, used, time, (shared, rows / count))
+        time = Time(learned.seconds, count, None)
+    return Account(config or learned.config, used, time, (learned.shared_file.stat().st_size, learned.scene_bytes))
 
 
 def plane_bytes(planes: PlanesConfig) -> tuple[int, int]:

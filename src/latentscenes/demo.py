@@ -8,8 +8,9 @@ import torch
 from latentscenes import config
 from latentscenes.datasets.embree import ViewOptions
 from latentscenes.datasets.shapes import make_cars
-from latentscenes.evaluate import evaluate_run
-from latentscenes.exploit import exploit
+from latentscenes.evaluate import evaluate_learned
+from latentscenes.exploit import Options, exploit
+from latentscenes.learned import Learned
 from latentscenes.progress import console
 from latentscenes.report import Comparison, print_summary
 from latentscenes.report_html import write_report
@@ -32,16 +33,17 @@ def run_demo(out: Path, device: torch.device) -> None:
     _say(f"Stage 1: a 3D-aware codec and base planes from {TRAIN_CARS} cars")
     trained = train(config.load("demo"), views, out / "train", device=device)
     _say(f"Stage 2: {NEW_CARS} new cars")
-    learned = exploit(trained, trained.config, views, out / "new", limit=None, device=device)
+    exploit(out / "library", views, trained.config, trained, Options(), device)
     _say("Baseline: RGB tri-planes of the new cars")
     rgb = train(config.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
     _say("Scores on held-out views")
+    old, new, baseline = Learned.of_run(trained), Learned.open(out / "library"), Learned.of_run(rgb)
     content = Comparison(
-        train=trained, new=learned, rgb=rgb, views=views, device=device,
-        evaluation_train=evaluate_run(trained, views, device),
-        evaluation_new=evaluate_run(learned, views, device),
-        evaluation_rgb=evaluate_run(rgb, views, device),
+        train=old, new=new, rgb=baseline, views=views, device=device,
+        evaluation_train=evaluate_learned(old, views, device),
+        evaluation_new=evaluate_learned(new, views, device),
+        evaluation_rgb=evaluate_learned(baseline, views, device),
         title="Cars made, learned and looked at",
         introduction=f"{TRAIN_CARS} made cars taught a 3D-aware codec and base planes; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",

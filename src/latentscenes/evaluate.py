@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from latentscenes import metrics
-from latentscenes.model import Model
-from latentscenes.planes import SceneRows
-from latentscenes.run import Run
+from latentscenes.learned import Learned, Loaded
+from latentscenes.store import SCORES
 from latentscenes.views import Scene, Views
 
 CHUNK = 16
@@ -65,20 +64,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Model, rows: SceneRows, views: Views, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None
-) -> Evaluation:
-    """Score scene k of `scenes`, learned as row k, on its held-out views (or those it was fitted to), at most
-    `limit` of them, evenly spread."""
+def evaluate(loaded: Loaded, views: Views, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
+    """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
+    spread."""
     perceptual = metrics.Perceptual.find()
-    device = rows.weights.device
+    model, device = loaded.model, loaded.device
     background = model.background(*views.size)
     scores, seconds, count = [], 0.0, 0
-    for row, scene in enumerate(scenes):
+    for scene in scenes:
         index = scene.views(part)
         if limit is not None and limit < len(index):
             index = [index[int((k + 0.5) * len(index) / limit)] for k in range(limit)]
-        planes = model.compose(rows.gather(torch.tensor([row])))
+        planes = loaded.planes(scene.name)
         table: list[list[Tensor]] = []
         for chunk in torch.tensor(index).split(CHUNK):
             images, cameras = views.images(chunk).to(device).float() / 255, views.cameras[chunk].to(device)
@@ -112,13 +109,17 @@ def _now(device: torch.device) -> float:
     return time.monotonic()
 
 
-def evaluate_run(run: Run, views: Views, device: torch.device | str) -> Evaluation:
-    """Score all scenes of a run on held-out views, once: later calls read the file of the first."""
-    path = run.path / "evaluation.json"
-    if not path.exists():
-        model, rows = run.load(device)
-        evaluate(model, rows, views, views.select(run.info.split, run.info.scenes)).save(path)
-    return Evaluation.read(path)
+def evaluate_learned(learned: Learned, views: Views, device: torch.device | str) -> Evaluation:
+    """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
+    long as it is of the same scenes."""
+    path = learned.path / SCORES
+    if path.exists():
+        known = Evaluation.read(path)
+        if [score.name for score in known.scenes] == list(learned.names):
+            return known
+    found = evaluate(learned.load(device), views, learned.scenes(views))
+    found.save(path)
+    return found
 
 
 def mean_score(scores: Sequence[SceneScore]) -> SceneScore:

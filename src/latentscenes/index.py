@@ -32,14 +32,14 @@ CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, scenes INTEGER NOT NU
 CREATE TABLE scenes (
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
   shard INTEGER NOT NULL, row INTEGER NOT NULL, checksum TEXT NOT NULL, precision TEXT NOT NULL, bytes INTEGER NOT NULL,
-  origin TEXT NOT NULL, dataset TEXT, split TEXT, added TEXT NOT NULL, seconds REAL, psnr REAL, psnr_lost REAL,
+  origin TEXT NOT NULL, dataset TEXT, split TEXT, source TEXT NOT NULL, added TEXT NOT NULL, seconds REAL, psnr REAL, psnr_lost REAL,
   tags TEXT NOT NULL
 );
 CREATE INDEX scenes_shard ON scenes (shard);
 CREATE TABLE thumbnails (scene INTEGER PRIMARY KEY REFERENCES scenes (id) ON DELETE CASCADE, png BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
-INFO_COLUMNS = "name, precision, bytes, origin, dataset, split, added, seconds, psnr, psnr_lost, tags"
+INFO_COLUMNS = "name, precision, bytes, origin, dataset, split, source, added, seconds, psnr, psnr_lost, tags"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class SceneInfo:
     """Folder of the views it was learned from, where they are kept."""
     split: Split | None
     """Its split in that dataset."""
+    source: str
+    """Its name there; `name` differs once it is renamed."""
     added: str
     """When it came into the library, ISO 8601."""
     seconds: float | None
@@ -153,6 +155,10 @@ class Index:
             found |= {name for (name,) in self._ask(f"SELECT name FROM scenes WHERE name IN ({','.join('?' * len(some))})", some)}
         return found
 
+    def sources(self, dataset: str, split: Split) -> set[str]:
+        """Names in a dataset of the scenes that were learned from that split of it."""
+        return {name for (name,) in self._ask("SELECT source FROM scenes WHERE dataset = ? AND split = ?", (dataset, split))}
+
     def thumbnail(self, name: str) -> bytes | None:
         """A PNG file."""
         found = self._ask("SELECT png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene WHERE name = ?", (name,))
@@ -191,10 +197,10 @@ class Index:
         run("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
         for row, (info, checksum, png) in enumerate(scenes):
             values = (
-                info.name, shard, row, checksum, info.precision, info.bytes, info.origin, info.dataset, info.split, info.added,
+                info.name, shard, row, checksum, info.precision, info.bytes, info.origin, info.dataset, info.split, info.source, info.added,
                 info.seconds, info.psnr, info.psnr_lost, json.dumps(info.tags),
             )  # fmt: skip
-            columns = "name, shard, row, checksum, precision, bytes, origin, dataset, split, added, seconds, psnr, psnr_lost, tags"
+            columns = "name, shard, row, checksum, precision, bytes, origin, dataset, split, source, added, seconds, psnr, psnr_lost, tags"
             scene = run(f"INSERT INTO scenes ({columns}) VALUES ({','.join('?' * len(values))})", values).lastrowid
             if png is not None:
                 run("INSERT INTO thumbnails VALUES (?, ?)", (scene, png))

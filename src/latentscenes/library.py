@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentscenes import runtime
-from latentscenes.appending import library_from_run, library_orbit
+from latentscenes import care, runtime
+from latentscenes.adding import learn_from_pictures, quick_weights
+from latentscenes.appending import library_from_run
 from latentscenes.cameras import Box, Cameras
-from latentscenes.config import Config
+from latentscenes.config import Config, frozen
 from latentscenes.errors import UserError
 from latentscenes.index import SceneInfo
 from latentscenes.model import Model
@@ -31,7 +33,7 @@ from latentscenes.pictures import look
 from latentscenes.planes import SceneRows
 from latentscenes.quantise import Precision
 from latentscenes.run import Run
-from latentscenes.store import Damage, Store
+from latentscenes.store import Store
 from latentscenes.views import Views
 
 
@@ -157,7 +159,7 @@ class Library:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures that the model learned from."""
-        return self.store.info.size
+        return self.store.info.view.size
 
     @cached_property
     def model(self) -> Model:
@@ -207,7 +209,7 @@ class Library:
     def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
         """`count` cameras once around the box, the first at `azimuth`, degrees; as far away and with such focal
         lengths as those of the views learned from (medians)."""
-        return library_orbit(self.store.info, count, azimuth, elevation)
+        return self.store.info.view.orbit(count, elevation, azimuth)
 
     def picture_size(self, size: int | tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width, checked; one number stands for both, None for `self.size`."""
@@ -253,7 +255,36 @@ class Library:
         order = squared.argsort(stable=True).tolist()
         return [Neighbour(names[k], float(squared[k].clamp_min(0).sqrt())) for k in order if k != own][:count]
 
+    def search_views(self, views: Views, name: str, count: int = 5) -> list[Neighbour]:
+        """The scenes most like one of a dataset, which is fitted quickly for this, weights alone."""
+        return self.nearest(quick_weights(self.store, views, name, self.device), count)
+
     # Changing
+
+    def add(
+        self,
+        name: str,
+        images: ArrayLike,
+        cameras: Cameras,
+        masks: ArrayLike | None = None,
+        *,
+        precision: Precision | None = None,
+        tags: dict[str, Any] | None = None,
+    ) -> LearnedScene:
+        """Learn a scene from pictures with the library's exploit stages, and store it. What exists is not touched.
+
+        Args:
+            images: (v, H, W, 3), bytes or numbers in [0, 1]; over white, unless there are masks.
+            cameras: v of them, in the world that the library's scenes live in.
+            masks: (v, H, W), where the object is: booleans, numbers in [0, 1], or bytes; elsewhere becomes white.
+            precision: how to store it; unset: as the library says.
+            tags: what to note beside it (JSON).
+
+        Raises:
+            UserError: the name is taken, or pictures, masks and cameras do not go together or with this library.
+            Interrupted: Ctrl-C; nothing is added.
+        """
+        return self[learn_from_pictures(self.store, name, images, cameras, masks, precision, tags, self.device)]
 
     def remove(self, *names: str) -> None:
         """Take scenes out. `compact` gives their room back."""
@@ -266,13 +297,33 @@ class Library:
         self._check(old)
         self.store.rename(old, new)
 
-    def verify(self) -> list[Damage]:
+    def tag(self, name: str, **tags: Any) -> None:
+        """Note something beside a scene (JSON); None takes a note away."""
+        self._check(name)
+        self.store.tag(name, tags)
+
+    def export(self, names: Sequence[str], out: str | Path) -> int:
+        """Copy scenes bit by bit into a new library, or into another one of the same model; how many were not there."""
+        for name in names:
+            self._check(name)
+        return care.export(self.store, names, out)
+
+    def repack(self, precision: Precision) -> int:
+        """Store scenes more coarsely, as far as they are finer than that; how many. What is lost stands in their
+        metadata."""
+        return care.repack(self.store, precision, self.device)
+
+    def dial(self) -> list[care.Setting]:
+        """Bytes per scene and dB lost at each precision, measured on some scenes."""
+        return care.dial(self.store, self.device)
+
+    def verify(self) -> list[care.Damage]:
         """What is not as it was written, by checksums; empty if all is well."""
-        return self.store.verify()
+        return care.verify(self.store)
 
     def compact(self) -> int:
         """Merge small shards and give back the room of removed scenes; how many bytes that were. Scenes keep every bit."""
-        return self.store.compact()
+        return care.compact(self.store)
 
     def close(self) -> None:
         """Let go of files; the library cannot be used afterwards."""
@@ -308,4 +359,4 @@ def create_library(
     """
     opened, chosen = Run.open(run), runtime.start(device=device)
     views = Views.open(data or opened.info.data)
-    return Library(library_from_run(path, opened, views, precision, scenes, chosen), chosen)
+    return Library(library_from_run(path, opened, views, frozen(opened.config), precision, scenes, chosen), chosen)

@@ -7,7 +7,6 @@ Notable:
   is a function of space and knows no resolution.
 """
 
-import difflib
 import io
 import math
 from collections.abc import Sequence
@@ -22,36 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from latentscenes import metrics
-from latentscenes.cameras import Box, Cameras, orbit
+from latentscenes.cameras import Cameras, Viewpoint
 from latentscenes.errors import UserError
+from latentscenes.learned import Loaded
 from latentscenes.model import Model
-from latentscenes.planes import SceneRows
-from latentscenes.run import Run
 from latentscenes.tiles import Picture, Pictures, beside, captioned, colour_depth, enlarge, grey, grid, headed
 from latentscenes.views import Scene, Views
 
 Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
 CHUNK = 8
 """Views rendered and decoded at once."""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Scenes as somebody learned them: row k holds the scene names[k]."""
-
-    label: str
-    model: Model
-    rows: SceneRows
-    names: tuple[str, ...]
-
-    @classmethod
-    def open(cls, run: Run, label: str, device: torch.device | str = "cpu") -> "Learned":
-        """What a run has learned so far."""
-        return cls(label, *run.load(device), tuple(run.info.scenes))
-
-    def planes(self, name: str) -> Float[Tensor, "1 3 r r f"]:
-        """Fused tri-planes of the scene of that name."""
-        return self.model.compose(self.rows.gather(torch.tensor([self.names.index(name)])))
 
 
 @dataclass(frozen=True)
@@ -93,32 +72,29 @@ def to_pictures(images: Float[Tensor, "v 3 H W"]) -> Pictures:
 
 
 def comparison_sheet(
-    model: Model,
-    rows: SceneRows,
+    ours: Loaded,
     dataset: Views,
     scenes: Sequence[Scene],
     *,
     views_per_scene: int = 2,
     limit: int | None = 8,
-    others: Sequence[Learned] = (),
-    labels: tuple[str, str, str] = ("truth", "codec", "render"),
+    others: Sequence[Loaded] = (),
     across: int = 2,
 ) -> Picture:
-    """Contact sheet on held-out views (on any, if none was held out): truth | codec | render | one column for each of
-    `others` that learned the scene. Row k of `rows` is scene k; the first `limit` scenes are shown, `across` groups
-    side by side, each tile with its PSNR."""
-    ours = Learned(labels[2], model, rows, tuple(scene.name for scene in scenes))
-    groups = []
+    """Contact sheet on held-out views (on any, if none was held out): truth | codec | ours | one column for each of
+    `others` that learned the scene. The first `limit` scenes are shown, `across` groups side by side, each tile with
+    its PSNR."""
+    model, groups = ours.model, []
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
         truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
-        columns = [(labels[0], truth)]
+        columns = [("truth", truth)]
         if model.codec.downsampling > 1:
             with torch.no_grad():
-                columns.append((labels[1], model.decode(model.encode(truth.to(rows.weights.device))).cpu()))
-        for learned in (ours, *others):
-            if scene.name in learned.names:
-                columns.append((learned.label, look(learned.model, learned.planes(scene.name), cameras, dataset.size, geometry=False).images))
+                columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
+        for loaded in (ours, *others):
+            if scene.name in loaded.names:
+                columns.append((loaded.label, look(loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False).images))
         for view in range(len(index)):
             tiles = [
                 captioned(to_pictures(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
@@ -128,18 +104,18 @@ def comparison_sheet(
     return grid(groups, across)
 
 
-def dashboard_sheet(model: Model, rows: SceneRows, dataset: Views, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+def dashboard_sheet(loaded: Loaded, dataset: Views, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
     """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
     channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
-    learned = Learned("", model, rows, tuple(scene.name for scene in scenes))
+    model = loaded.model
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), 1))
         truth = dataset.images(index).float() / 255
         with torch.no_grad():
-            encoded.append(model.encode(truth.to(rows.weights.device)).cpu().float())
+            encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
         truths.append(truth)
-        shown.append(look(model, learned.planes(scene.name), dataset.cameras[index], dataset.size))
+        shown.append(look(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
     together = Shown(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
     height, width = dataset.size
     reference = torch.cat(encoded)
@@ -170,52 +146,31 @@ def spread_evenly(index: list[int], count: int) -> list[int]:
 
 
 def orbit_frames(
-    run: Run,
+    loaded: Loaded,
     scene: str,
+    view: Viewpoint,
     *,
     frames: int = 60,
     size: int | None = None,
     mode: Mode = "rgb",
     elevation: float = 25.0,
-    device: torch.device | str = "cpu",
-    data: Views | None = None,
 ) -> list[Picture]:
-    """Pictures from cameras once around a scene of a run.
+    """Pictures from cameras once around a scene.
 
     Args:
+        view: how its dataset looks at it.
         size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
         mode: `latent` shows every channel in grey; `dashboard` image, latent channels, depth and opacity side by side.
         elevation: degrees above the horizon.
-        data: the run's dataset, if it is at hand or has moved. Distance and focal length are its cameras' medians.
 
     Raises:
-        UserError: the run knows no such scene, or `size` does not suit the codec.
+        UserError: `size` does not suit the codec, or `frames` is not above 0.
     """
-    if scene not in run.info.scenes:
-        near = difflib.get_close_matches(scene, run.info.scenes, n=1, cutoff=0)[0]
-        raise UserError(f"{run.path}: no scene {scene!r} here; the nearest name is {near!r}.")
     if frames < 1:
         raise UserError(f"--frames {frames}: at least 1.")
-    data = data or Views.open(run.info.data)
-    learned = Learned.open(run, "", device)
-    height, width = _scaled(data.size, size, learned.model.codec.downsampling)
-    cameras = orbit_cameras(data.cameras, run.info.box, frames, elevation)
-    shown = look(learned.model, learned.planes(scene), cameras, (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
+    height, width = _scaled(view.size, size, loaded.model.codec.downsampling)
+    shown = look(loaded.model, loaded.planes(scene), view.orbit(frames, elevation), (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
     return list(_frames(shown, mode, height))
-
-
-def orbit_cameras(like: Cameras, box: Box, count: int, elevation: float) -> Cameras:
-    """`count` cameras once around the box at `elevation` degrees, as far from its centre and with such focal lengths
-    as the median of `like`."""
-    distance, focal = typical_view(like, box)
-    return orbit(count, distance, focal, math.radians(elevation), box.center)
-
-
-def typical_view(like: Cameras, box: Box) -> tuple[float, tuple[float, float]]:
-    """Median distance from the box's centre, and median focal lengths (x, y)."""
-    distance = (like.positions - torch.tensor(box.center)).norm(dim=1).median().item()
-    fx, fy = like.intrinsics[:, :2].median(0).values.tolist()
-    return distance, (fx, fy)
 
 
 def _frames(shown: Shown, mode: Mode, height: int) -> Pictures:

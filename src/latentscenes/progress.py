@@ -9,13 +9,15 @@ console = Console(stderr=True)
 
 
 class StageProgress:
-    """Progress of one stage. Where the output is no terminal, one line every tenth of the way."""
+    """Progress of one stage. Where the output is no terminal, one line every tenth of the way. With a label, it is one
+    of many: the bar bears the label and vanishes at the end, and there are no lines."""
 
-    def __init__(self, name: str, index: int, count: int, steps: int, done: int):
-        self.title = f"[{index + 1}/{count}] {name}"
+    def __init__(self, name: str, index: int, count: int, steps: int, done: int, label: str = ""):
+        self.title = f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}"
         self.steps, self.next_line = steps, done
+        self.lines = not label and not console.is_terminal
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn()]
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=bool(label))
         self.task = self.bar.add_task(self.title, total=steps, completed=done, note="")
 
     def __enter__(self) -> "StageProgress":
@@ -29,7 +31,7 @@ class StageProgress:
         if pixels:
             note += f"  {-10 * math.log10(pixels):.2f} dB"
         self.bar.update(self.task, completed=step, note=note)
-        if not console.is_terminal and step >= self.next_line:
+        if self.lines and step >= self.next_line:
             self.next_line += max(1, self.steps // 10)
             console.print(f"{self.title}: step {step} of {self.steps}  {note}", highlight=False)
 

@@ -68,6 +68,11 @@ def payload_bytes(payload: Payload) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
 
 
+def payload_kind(payload: Payload) -> tuple:
+    """Payloads of one kind can lie in one shard."""
+    return tuple((name, tensor.dtype) for name, tensor in sorted(payload.items()))
+
+
 def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor]:
     """Steps (3, m) and the deflated codes, plane by plane and feature by feature."""
     top = 2 ** (bits - 1) - 1

@@ -13,8 +13,8 @@ from latentscenes import cost
 from latentscenes.cost import Account
 from latentscenes.errors import UserError
 from latentscenes.evaluate import Evaluation, SceneScore, mean_score
+from latentscenes.learned import Learned
 from latentscenes.metrics import PSNR_CAP
-from latentscenes.run import Run
 from latentscenes.tables import Table, bytes_text, percent_text, seconds_text
 from latentscenes.views import Views
 
@@ -26,13 +26,13 @@ SHOWN_WORST, SHOWN_BEST = 8, 4
 class Comparison:
     """Everything a report is about: a finished stage 1, new scenes learned with it, and RGB tri-planes of them."""
 
-    train: Run
-    new: Run
+    train: Learned
+    new: Learned
     evaluation_train: Evaluation
     evaluation_new: Evaluation
     views: Views
     """The dataset of all of them."""
-    rgb: Run | None = None
+    rgb: Learned | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
     title: str = "latentscenes"
@@ -61,7 +61,7 @@ class Comparison:
 
 def print_scores(evaluation: Evaluation) -> None:
     """Scores to the terminal."""
-    _print(scores_table(evaluation))
+    print_things(scores_table(evaluation))
 
 
 def scores_table(evaluation: Evaluation) -> Table:
@@ -103,19 +103,18 @@ def is_exact(score: SceneScore) -> bool:
 
 def print_cost(run_path: Path | None, config_name: str | None, baseline: str, overrides: Sequence[str] = ()) -> None:
     """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset, a YAML
-    file, or a run (then its seconds count too). Overrides change the configuration of the first."""
+    file, or a folder of learned scenes (then its seconds count too). Overrides change the configuration of the first."""
     if run_path is None and config_name is None:
         raise UserError(f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(configuration.presets())}.")
     if run_path is not None:
-        run = Run.open(run_path)
-        ours = cost.account_run(run, configuration.load(run_path / "config.yaml", overrides) if overrides else None)
+        learned = Learned.open(run_path)
+        ours = cost.account_learned(learned, configuration.load(run_path / "config.yaml", overrides) if overrides else None)
     else:
         ours = cost.account(configuration.load(str(config_name), overrides))
-    is_run = (Path(baseline) / "run.json").is_file()
-    other = cost.account_run(Run.open(baseline)) if is_run else cost.account(configuration.load(baseline))
-    _print(parts_table(ours, other), ledger_table(ours, other))
+    other = cost.account_learned(Learned.open(baseline)) if Path(baseline).is_dir() else cost.account(configuration.load(baseline))
+    print_things(parts_table(ours, other), ledger_table(ours, other))
     for sentence in ledger_sentences(ours, other):
-        _print(sentence)
+        print_things(sentence)
 
 
 def parts_table(ours: Account, other: Account) -> Table:
@@ -190,7 +189,7 @@ def _break_even_text(count: float | None) -> str:
 
 def summary_table(content: Comparison, count: int = 1000) -> Table:
     """Quality and cost of both sides on the scenes that both learned, shared parts divided over `count` scenes."""
-    ours, scores = cost.account_run(content.new), content.mean(content.evaluation_new)
+    ours, scores = cost.account_learned(content.new), content.mean(content.evaluation_new)
     rgb = content.mean(content.evaluation_rgb) if content.evaluation_rgb else None
     perceptual = scores.perceptual is not None and (rgb is None or rgb.perceptual is not None)
     at = f"at N = {count}"
@@ -206,7 +205,7 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
 
     rows = []
     if rgb and content.rgb and content.evaluation_rgb:
-        rows.append(line("RGB tri-planes", rgb, cost.account_run(content.rgb), content.evaluation_rgb))
+        rows.append(line("RGB tri-planes", rgb, cost.account_learned(content.rgb), content.evaluation_rgb))
     rows.append(line("latentscenes, new scenes", scores, ours, content.evaluation_new))
     stressed = len(rows) - 1
     trained, empty = content.evaluation_train.mean, [""] * 4
@@ -216,15 +215,18 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     rows.append(("… codec alone (ceiling)", *ceiling, *empty, ""))
     shown, learned = len(content.common), len(content.evaluation_new.scenes)
     note = f"Means over {shown}{f' of {learned}' if shown < learned else ''} new scenes, held-out views."
+    if content.new.stored:
+        note += f" Bytes are of float32; ours are stored in {bytes_text(content.new.scene_bytes)} a scene ({content.new.stored})."
     return Table("Ours against RGB tri-planes", tuple(columns), tuple(rows), (stressed,), note)
 
 
 def print_summary(content: Comparison) -> None:
     """The summary to the terminal."""
-    _print(summary_table(content))
+    print_things(summary_table(content))
 
 
-def _print(*things: Table | str) -> None:
+def print_things(*things: Table | str) -> None:
+    """Tables and sentences to the terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # into a file or a pipe: do not fold

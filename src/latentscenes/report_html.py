@@ -3,23 +3,21 @@
 import base64
 import html
 import io
-import json
 import math
 import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from latentscenes import config as configuration
 from latentscenes import cost
 from latentscenes.charts import Series, line_chart, smooth
 from latentscenes.cost import Account
-from latentscenes.pictures import Learned, comparison_sheet, dashboard_sheet, gif_bytes, orbit_frames, save_image
+from latentscenes.learned import Learned, Loaded
+from latentscenes.pictures import comparison_sheet, dashboard_sheet, gif_bytes, orbit_frames, save_image
 from latentscenes.report import Comparison, is_exact, ledger_sentences, ledger_table, parts_table, scores_table, summary_table
-from latentscenes.run import Run
 from latentscenes.tables import bytes_text, percent_text, seconds_text
 from latentscenes.tiles import Picture, beside, captioned
 
@@ -38,8 +36,8 @@ def write_report(path: str | Path, content: Comparison) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(summary_table(content).markdown())
     save_image(path.with_suffix(".png"), contact_sheet(content))
-    ours = cost.account_run(content.new)
-    rgb = cost.account_run(content.rgb) if content.rgb else cost.account(configuration.load("rgb"))
+    ours = cost.account_learned(content.new)
+    rgb = cost.account_learned(content.rgb) if content.rgb else cost.account(configuration.load("rgb"))
     sections = [_head(content, ours, rgb), _pictures(content), _orbits(content), _insides(content), _costs(ours, rgb), _curves(content)]
     sections += [_falls_short(content, ours, rgb), _scores(content), _settings(content)]
     style = (resources.files("latentscenes") / "report.css").read_text()
@@ -72,32 +70,28 @@ def _head(content: Comparison, ours: Account, rgb: Account) -> str:
     tiles.append((f"N = {math.floor(meeting) + 1}" if meeting is not None else "never", "break-even in memory", f"{bytes_text(ours.memory.shared)} are shared"))
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span><small>{note}</small></div>' for value, name, note in tiles)
     lead = content.introduction or (
-        f"{len(content.new.info.scenes)} new objects, learned in the latent space and with the base planes of {len(content.train.info.scenes)} earlier ones."
+        f"{len(content.new.names)} new objects, learned in the latent space and with the base planes of {len(content.train.names)} earlier ones."
     )
     return (
         f'<h1>{html.escape(content.title)}</h1><p class="lead">{html.escape(lead)}</p><div class="tiles">{shown}</div>{summary_table(content).html()}'
     )
 
 
-def _learned(content: Comparison) -> tuple[Learned, list[Learned]]:
-    return Learned.open(content.new, "ours", content.device), [Learned.open(content.rgb, "RGB", content.device)] if content.rgb else []
+def _loaded(content: Comparison) -> tuple[Loaded, list[Loaded]]:
+    return content.new.load(content.device, "ours"), [content.rgb.load(content.device, "RGB")] if content.rgb else []
 
 
 def contact_sheet(content: Comparison) -> Picture:
     """truth | codec | ours | RGB of held-out views of the first new scenes."""
-    ours, others = _learned(content)
-    scenes = content.views.select(content.new.info.split, list(ours.names))[:SHEET_SCENES]
-    return comparison_sheet(ours.model, ours.rows, content.views, scenes, others=others, labels=("truth", "codec", "ours"))
+    ours, others = _loaded(content)
+    return comparison_sheet(ours, content.views, content.new.scenes(content.views)[:SHEET_SCENES], others=others)
 
 
 def _pictures(content: Comparison) -> str:
     """Contact sheets, one per scene or two, that stand side by side where there is room."""
-    ours, others = _learned(content)
-    scenes = content.views.select(content.new.info.split, list(ours.names))[:SHEET_SCENES]
-    sheets = []
-    for place, scene in enumerate(scenes):
-        row = ours.rows.gather(torch.tensor([place]))
-        sheets.append(comparison_sheet(ours.model, row, content.views, [scene], others=others, labels=("truth", "codec", "ours"), across=1))
+    ours, others = _loaded(content)
+    scenes = content.new.scenes(content.views)[:SHEET_SCENES]
+    sheets = [comparison_sheet(ours, content.views, [scene], others=others, across=1) for scene in scenes]
     shown = "".join(f'<figure><div class="paper">{_image(sheet, scene.name)}</div></figure>' for sheet, scene in zip(sheets, scenes, strict=True))
     told = " | ".join(["truth", "codec (the ceiling)", "ours", *(["RGB tri-planes"] if others else [])])
     return f"<h2>New objects, views never learned from</h2><p>{told}. PSNR of each picture below it.</p><div class='row pairs'>{shown}</div>"
@@ -107,11 +101,11 @@ def _orbits(content: Comparison) -> str:
     """The best, the median and the worst scene, turning."""
     ordered = sorted((score for score in content.evaluation_new.scenes), key=lambda score: -score.psnr)
     chosen = {0: "best", len(ordered) // 2: "median", len(ordered) - 1: "worst"}
-    figures = []
+    figures, (ours, _) = [], _loaded(content)
     for place, word in sorted(chosen.items()):
         score = ordered[place]
         modes = ("rgb", "depth")
-        orbits = [orbit_frames(content.new, score.name, frames=ORBIT_FRAMES, mode=mode, device=content.device, data=content.views) for mode in modes]
+        orbits = [orbit_frames(ours, score.name, content.new.view, frames=ORBIT_FRAMES, mode=mode) for mode in modes]
         frames = [beside([captioned(image, "image"), captioned(depth, "depth")]) for image, depth in zip(*orbits, strict=True)]
         label = f"{score.name}: {word} of {len(ordered)}, {score.psnr:.1f} dB"
         figures.append(f'<figure><div class="paper">{_animation(frames, label)}</div><figcaption>{html.escape(label)}</figcaption></figure>')
@@ -119,9 +113,8 @@ def _orbits(content: Comparison) -> str:
 
 
 def _insides(content: Comparison) -> str:
-    ours, _ = _learned(content)
-    scenes = content.views.select(content.new.info.split, list(ours.names))
-    sheet = dashboard_sheet(ours.model, ours.rows, content.views, scenes, limit=DASHBOARD_SCENES)
+    ours, _ = _loaded(content)
+    sheet = dashboard_sheet(ours, content.views, content.new.scenes(content.views), limit=DASHBOARD_SCENES)
     return (
         "<h2>Inside the latent space</h2><p>Latent channels in grey: those the encoder makes of the true picture beside those rendered from "
         "the tri-planes. What the decoder gets is the rendered one. The colours are its first three principal components.</p>"
@@ -153,17 +146,18 @@ def _costs(ours: Account, rgb: Account) -> str:
 
 def _curves(content: Comparison) -> str:
     found = ["<h2>How training went</h2>"]
-    for title, run in (("Stage 1", content.train), ("New scenes", content.new), ("RGB tri-planes", content.rgb)):
-        charts = stage_charts(run) if run else []
-        if charts:
-            found.append(f"<h3>{title}: {seconds_text(run.seconds)}</h3><div class='row charts'>{''.join(charts)}</div>")
+    new = "New scenes, the group learned last" if content.new.stage_one else "New scenes"
+    for title, learned in (("Stage 1", content.train), (new, content.new), ("RGB tri-planes", content.rgb)):
+        charts = stage_charts(learned) if learned else []
+        if learned and charts:
+            found.append(f"<h3>{title}: {seconds_text(learned.seconds)}</h3><div class='row charts'>{''.join(charts)}</div>")
     return "".join(found) if len(found) > 1 else ""
 
 
-def stage_charts(run: Run) -> list[str]:
-    """Two charts per stage of a run: its losses, and PSNR where pixels were compared."""
-    entries = run.metrics()
-    pixels_are_latents = run.config.codec.kind == "identity"
+def stage_charts(learned: Learned) -> list[str]:
+    """Two charts per stage: its losses, and PSNR where pixels were compared."""
+    entries = learned.metrics()
+    pixels_are_latents = learned.config.codec.kind == "identity"
     charts = []
     for stage in dict.fromkeys(entry["stage"] for entry in entries):
         lines = [entry for entry in entries if entry["stage"] == stage]
@@ -178,8 +172,8 @@ def stage_charts(run: Run) -> list[str]:
                 span = 4.0 if term == "latent" else 1.0  # squared range of the values compared: (−1, 1) or [0, 1]
                 ratio = [10 * math.log10(span / max(value, 1e-10)) for value in values]
                 ratios.append(Series({"autoencoder": "codec alone"}.get(term, "renders"), tuple(steps), tuple(smooth(ratio)), colour))
-        took = seconds_text(run.position.seconds.get(stage))
-        charts.append(line_chart(f"{stage}: losses", losses, "step", f"logarithmic; {took}", log_y=True))
+        took = f"; {seconds_text(learned.stage_seconds[stage])}" if stage in learned.stage_seconds else ""
+        charts.append(line_chart(f"{stage}: losses", losses, "step", f"logarithmic{took}", log_y=True))
         if ratios:
             charts.append(line_chart(f"{stage}: PSNR", ratios, "step", "dB on training batches"))
     return charts
@@ -203,7 +197,7 @@ def shortcomings(content: Comparison, ours: Account, rgb: Account) -> list[str]:
         found.append(f"New scenes are {drop:.1f} dB behind those of stage 1: what was learned does not carry over in full.")
     worst = min(content.evaluation_new.scenes, key=lambda score: score.psnr)
     found.append(f"The worst new scene, {worst.name}, stays at {worst.psnr:.1f} dB.")
-    found += _cost_shortcomings(len(content.new.info.scenes), ours, rgb)
+    found += _cost_shortcomings(len(content.new.names), ours, rgb)
     return [*found, *content.shortcomings]
 
 
@@ -232,13 +226,13 @@ def _scores(content: Comparison) -> str:
 
 
 def _settings(content: Comparison) -> str:
-    runs = [run for run in (content.train, content.new, content.rgb) if run]
-    notes = [json.loads((run.path / "run.json").read_text()) for run in runs]
+    folders = [learned for learned in (content.train, content.new, content.rgb) if learned]
+    notes = [learned.notes for learned in folders]
     commands = content.commands or tuple(dict.fromkeys(_command(note.get("command", [])) for note in notes))
     versions = ", ".join(f"{name} {version}" for name, version in notes[0].get("versions", {}).items())
     folds = "".join(
-        f"<details><summary>Settings of {title}</summary><pre>{html.escape(configuration.dump(run.config))}</pre></details>"
-        for title, run in zip(("stage 1", "the new scenes", "RGB tri-planes"), runs, strict=False)
+        f"<details><summary>Settings of {title}</summary><pre>{html.escape(configuration.dump(learned.config))}</pre></details>"
+        for title, learned in zip(("stage 1", "the new scenes", "RGB tri-planes"), folders, strict=False)
     )
     data = f"{content.views.origin}: {len(content.views.scenes)} scenes, {len(content.views.cameras)} views of {content.views.size[1]}×{content.views.size[0]}"
     return (

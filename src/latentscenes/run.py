@@ -82,8 +82,7 @@ class Run:
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(configuration.dump(config))
-        versions = {"latentscenes": latentscenes.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        _write_json(path / "run.json", asdict(info) | {"versions": versions, "machine": platform.platform(), "command": sys.argv})
+        _write_json(path / "run.json", asdict(info) | circumstances())
         return cls(path, config, info)
 
     @classmethod
@@ -110,13 +109,6 @@ class Run:
     def unlock(self) -> None:
         """Let others write."""
         self._lock.close()
-
-    @property
-    def parent(self) -> Path:
-        """The run whose shared parts this one started from."""
-        if self.info.parent is None:
-            raise UserError(f"{self.path}: this run was made by train, not by exploit. Name the run of the new scenes.")
-        return Path(self.info.parent)
 
     # Checkpoints
 
@@ -164,13 +156,26 @@ class Run:
 
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneRows]:
         """The learned model and scenes, for use."""
+        model = Model(self.config, self.info.box, pretrained=False)
+        fill_model(model, self.shared_file)
+        rows = SceneRows(**_load(self.rows_file))
+        return model.to(device).eval().requires_grad_(False), rows.to(device)
+
+    @property
+    def shared_file(self) -> Path:
+        """The newest weights of what all scenes share."""
+        return self._learned() / "shared.safetensors"
+
+    @property
+    def rows_file(self) -> Path:
+        """The newest state of the scenes themselves."""
+        return self._learned() / "rows.safetensors"
+
+    def _learned(self) -> Path:
         newest = self._newest()
         if newest is None:
             raise UserError(f"{self.path}: nothing has been learned yet. Run the command that started it again.")
-        model = Model(self.config, self.info.box, pretrained=False)
-        fill_model(model, newest / "shared.safetensors")
-        rows = SceneRows(**_load(newest / "rows.safetensors"))
-        return model.to(device).eval().requires_grad_(False), rows.to(device)
+        return newest
 
     @property
     def finished(self) -> bool:
@@ -198,6 +203,12 @@ class Run:
     def seconds(self) -> float:
         """Time spent on all stages so far."""
         return sum(self.position.seconds.values())
+
+
+def circumstances() -> dict[str, Any]:
+    """What a result was made with: versions, machine, command."""
+    versions = {"latentscenes": latentscenes.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": versions, "machine": platform.platform(), "command": sys.argv}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

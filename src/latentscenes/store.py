@@ -13,42 +13,38 @@ A shard is written under another name, brought to the disk and renamed; then one
 index. What the index does not know does not exist: a kill between the two leaves an orphan that `compact` removes.
 """
 
-import fcntl
-import hashlib
+import itertools
 import json
-import os
-import platform
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-import latentscenes
 from latentscenes import config as configuration
-from latentscenes.cameras import Box
+from latentscenes.cameras import Box, Viewpoint
 from latentscenes.config import Config
 from latentscenes.errors import UserError
+from latentscenes.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors
 from latentscenes.index import FILE, Index, Place, SceneInfo
 from latentscenes.model import Model
 from latentscenes.planes import SceneRows
-from latentscenes.progress import console
-from latentscenes.quantise import STREAM, Payload, Precision, unpack
-from latentscenes.run import fill_model
+from latentscenes.quantise import STREAM, Payload, Precision, payload_kind, unpack
+from latentscenes.run import circumstances, fill_model
 
 FORMAT = "latentscenes-library-1"
-SHARD_BYTES = 64 << 20
-"""`compact` makes shards of about this size."""
 OPEN_SHARDS = 64
 """Shards kept open for reading."""
-OURS = {"library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl", FILE, f"{FILE}-wal", f"{FILE}-shm"}
+SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
+"""Scores of held-out views and of those learned from. They end with the next change of the library."""
+OURS = {"library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl", SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,8 @@ class LibraryInfo:
     """What a library is; fixed when it is made."""
 
     box: Box
-    size: tuple[int, int]
-    """Height and width of the pictures that its model learned from."""
-    distance: float
-    """Of their cameras from the box's centre (median), world units."""
-    focal: tuple[float, float]
-    """Their focal lengths (median), fractions of the width and of the height."""
+    view: Viewpoint
+    """How the views that its model learned from look at their objects."""
     precision: Precision
     """Of new scenes, unless another is asked for."""
     parent: str
@@ -82,15 +74,6 @@ class NewScene:
     payload: Payload
     thumbnail: bytes | None = None
     """A PNG file."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something that is not as it was written."""
-
-    name: str
-    """A scene's name, or the file."""
-    what: str
 
 
 class Store:
@@ -119,8 +102,9 @@ class Store:
             if raw.get("format") != FORMAT:
                 raise UserError(f"{path}: a library of format {raw.get('format')!r}, but this version reads {FORMAT!r}.")
             values = {name: raw[name] for name in LibraryInfo.__dataclass_fields__ if name in raw}
-            values |= {"box": Box(*(tuple(raw["box"][part]) for part in ("center", "half"))), "size": tuple(raw["size"]), "focal": tuple(raw["focal"])}
-            info, checksum = LibraryInfo(**values), raw["model_checksum"]
+            tuples = {part: {name: tuple(value) if isinstance(value, list) else value for name, value in raw[part].items()} for part in ("box", "view")}
+            info = LibraryInfo(**values | {"box": Box(**tuples["box"]), "view": Viewpoint(**tuples["view"])})
+            checksum = raw["model_checksum"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from None
         return cls(path, configuration.load(path / "config.yaml"), info, checksum)
@@ -135,8 +119,7 @@ class Store:
         path = Path(path)
         if cls.exists(path):
             raise UserError(f"{path}: holds a library already. Name another folder.")
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - OURS):
-            raise UserError(f"{path}: exists and holds no library. Name another folder.")
+        refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path / "lock", True, f"{path}: another process is making it"):
             for leftover in (path / "shards", path / "model"):
@@ -152,9 +135,7 @@ class Store:
             store = cls(path, config, info, checksum)
             if scenes:
                 store._append(scenes)
-            versions = {"latentscenes": latentscenes.__version__, "torch": torch.__version__, "python": platform.python_version()}
-            made = {"format": FORMAT, **asdict(info), "model_checksum": checksum, "made": now(), "versions": versions}
-            write_json(path / "library.json", made)
+            write_json(path / "library.json", {"format": FORMAT, **asdict(info), "model_checksum": checksum, "made": now(), **circumstances()})
         return store
 
     def close(self) -> None:
@@ -167,13 +148,19 @@ class Store:
         """Be the only writer."""
         with locked(self.path / "lock", self.wait, f"{self.path}: another process is writing to this library"):
             yield
+            for scores in (SCORES, FIT_SCORES):
+                (self.path / scores).unlink(missing_ok=True)
 
     # The model
+
+    @property
+    def shared_file(self) -> Path:
+        return self.path / "model" / "shared.safetensors"
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """What all scenes share, frozen."""
         model = Model(self.config, self.info.box, pretrained=False)
-        fill_model(model, self.path / "model" / "shared.safetensors")
+        fill_model(model, self.shared_file)
         return model.to(device).eval().requires_grad_(False)
 
     def start(self) -> SceneRows:
@@ -197,14 +184,14 @@ class Store:
             if place is None:
                 break
             try:
-                return self._read(place)
+                return self.read(place)
             except FileNotFoundError:
                 continue
             except SafetensorError as error:
-                raise UserError(f"{self._file(place.shard)}: cannot be read ({error}). `latentscenes library verify` tells which scenes are lost.") from None
+                raise UserError(f"{self.shard_file(place.shard)}: cannot be read ({error}). `latentscenes library verify` tells which scenes are lost.") from None
         if self.index.place(name) is None:
             raise UserError(f"{self.path}: no scene {name!r} here.")
-        raise UserError(f"{self._file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
+        raise UserError(f"{self.shard_file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
 
     def weights(self, names: Sequence[str] | None = None) -> torch.Tensor:
         """Weights over the base planes (n, M) of these scenes, of all by default; nothing else is read."""
@@ -221,7 +208,7 @@ class Store:
         return table
 
     def append(self, scenes: Sequence[NewScene]) -> None:
-        """Store scenes of one precision, all of them or (if something fails) none.
+        """Store scenes, all of them or (if something fails) none.
 
         Raises:
             UserError: a name is taken or appears twice.
@@ -233,10 +220,13 @@ class Store:
         names = [scene.info.name for scene in scenes]
         if taken := self.index.known(names) or {name for name in names if names.count(name) > 1}:
             raise UserError(f"{self.path}: a scene {min(taken)!r} is there already. Rename or remove it first.")
-        number = self.index.next_shard()
-        self._write_shard(number, [scene.payload for scene in scenes])
+        groups = [list(group) for _, group in itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))]
+        first = self.index.next_shard()
+        for number, group in enumerate(groups, first):
+            self.write_shard(number, [scene.payload for scene in group])
         with self.index.transaction():
-            self.index.add(number, [(scene.info, payload_checksum(scene.payload), scene.thumbnail) for scene in scenes])
+            for number, group in enumerate(groups, first):
+                self.index.add(number, [(scene.info, payload_checksum(scene.payload), scene.thumbnail) for scene in group])
 
     def remove(self, names: Sequence[str]) -> None:
         """Take scenes out; `compact` gives their room back."""
@@ -255,26 +245,42 @@ class Store:
             with self.index.transaction():
                 self.index.rename(old, new)
 
+    def tag(self, name: str, tags: dict[str, Any]) -> None:
+        """Note something beside a scene; None takes a note away."""
+        with self.writing():
+            self._check_names([name])
+            info = self.index.info(name)
+            kept = {key: value for key, value in ((info.tags if info else {}) | tags).items() if value is not None}
+            with self.index.transaction():
+                self.index.tag(name, kept)
+
     def _check_names(self, names: Sequence[str]) -> None:
         known = self.index.known(names)
         if missing := [name for name in names if name not in known]:
             raise UserError(f"{self.path}: no scene {missing[0]!r} here.")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Logged steps of the group of scenes that was learned last."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     # Shards
 
-    def _file(self, shard: int) -> Path:
+    def shard_file(self, shard: int) -> Path:
+        """Where a shard lies."""
         return self.path / "shards" / f"{shard:06d}.safetensors"
 
     def _open(self, shard: int) -> safe_open:
         with self._lock:
             if shard not in self._shards:
-                self._shards[shard] = safe_open(self._file(shard), "pt")
+                self._shards[shard] = safe_open(self.shard_file(shard), "pt")
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
 
-    def _read(self, place: Place) -> Payload:
+    def read(self, place: Place) -> Payload:
+        """What lies at a place. Raises FileNotFoundError or SafetensorError where nothing readable does."""
         opened, row = self._open(place.shard), place.row
         payload = {}
         for name in opened.keys():  # noqa: SIM118 — not a dictionary
@@ -285,7 +291,8 @@ class Store:
                 payload[name] = opened.get_slice(name)[row : row + 1][0]
         return payload
 
-    def _write_shard(self, number: int, payloads: Sequence[Payload]) -> None:
+    def write_shard(self, number: int, payloads: Sequence[Payload]) -> None:
+        """Write a shard of payloads of one kind; nobody knows of it until the index does."""
         tensors = {}
         for name in payloads[0]:
             values = [payload[name] for payload in payloads]
@@ -294,139 +301,10 @@ class Store:
                 tensors[name] = torch.cat(values)
             else:
                 tensors[name] = torch.stack(values)
-        write_tensors(self._file(number), tensors)
-
-    # Care
-
-    def verify(self) -> list[Damage]:
-        """Compare every scene, and the model, with the checksums taken when they were written."""
-        found = []
-        if file_checksum(self.path / "model" / "shared.safetensors") != self.model_checksum:
-            found.append(Damage("model/shared.safetensors", "its bytes have changed; every scene needs it"))
-        for name, place in sorted(self.index.places().items(), key=lambda item: (item[1].shard, item[1].row)):
-            try:
-                good = payload_checksum(self._read(place)) == place.checksum
-            except FileNotFoundError:
-                found.append(Damage(name, f"its shard {self._file(place.shard).name} is absent"))
-            except SafetensorError as error:
-                found.append(Damage(name, f"its shard {self._file(place.shard).name} cannot be read ({error})"))
-            else:
-                if not good:
-                    found.append(Damage(name, f"its bytes in {self._file(place.shard).name} have changed"))
-        return found
-
-    def compact(self) -> int:
-        """Merge small shards, drop what was removed and what a crash left; gives the bytes that became free. Scenes keep
-        every bit. May be stopped at any time."""
-        before = folder_bytes(self.path / "shards")
-        with self.writing():
-            worn = [shard for shard, (written, alive) in self.index.shards().items() if alive < written or self._is_small(shard)]
-            if len(worn) > 1 or any(alive < written for written, alive in self.index.shards().values()):
-                self.rewrite([name for name, place in self.index.places().items() if place.shard in set(worn)])
-            self._drop_orphans()
-            self.index.vacuum()
-        return before - folder_bytes(self.path / "shards")
-
-    def _is_small(self, shard: int) -> bool:
-        file = self._file(shard)
-        return file.exists() and file.stat().st_size < SHARD_BYTES // 2
-
-    def rewrite(self, names: Iterable[str], change: Callable[[str, Payload], tuple[Payload, Precision, float | None]] | None = None) -> None:
-        """Move scenes to new shards, shard by shard, each committed when done; `change` gives the new payload, its
-        precision and the dB it lost. For holders of `writing`."""
-        places, batch, size = self.index.places(), [], 0
-        for name in names:
-            payload = self._read(places[name])
-            if payload_checksum(payload) != places[name].checksum:
-                raise UserError(f"{self.path}: scene {name!r} is damaged; remove it, or restore its shard from a copy, and begin again.")
-            restated = change(name, payload) if change else (payload, None, None)
-            if batch and (batch[0][1].keys() != restated[0].keys() or size > SHARD_BYTES):
-                self._commit_rewritten(batch)
-                batch, size = [], 0
-            batch.append((name, *restated))
-            size += sum(tensor.nbytes for tensor in restated[0].values())
-        if batch:
-            self._commit_rewritten(batch)
-
-    def _commit_rewritten(self, batch: list[tuple[str, Payload, Precision | None, float | None]]) -> None:
-        number = self.index.next_shard()
-        self._write_shard(number, [payload for _, payload, _, _ in batch])
-        with self.index.transaction():
-            self.index.move(number, [name for name, *_ in batch])
-            for name, payload, precision, lost in batch:
-                if precision is not None:
-                    self.index.restate(name, payload_checksum(payload), precision, sum(tensor.nbytes for tensor in payload.values()), lost)
-        self._drop_orphans()
-
-    def _drop_orphans(self) -> None:
-        """Remove shards without scenes, and files that the index does not know."""
-        shards = self.index.shards()
-        with self.index.transaction():
-            self.index.forget_shards(shard for shard, (_, alive) in shards.items() if not alive)
-        kept = {self._file(shard).name for shard, (_, alive) in shards.items() if alive}
-        for file in (self.path / "shards").iterdir():
-            if file.name not in kept:
-                file.unlink()
+        write_tensors(self.shard_file(number), tensors)
 
 
-@contextmanager
-def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
-    """Hold a lock file. Where another holds it: wait, saying so, or refuse."""
-    with open(path, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(f"{holder}. Wait for it and try again.") from None
-            console.print(f"{holder}; waiting for it …", highlight=False, soft_wrap=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that is complete on the disk before it bears its name."""
-    _write_settled(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def write_json(path: Path, content: object) -> None:
-    """The same for JSON."""
-    _write_settled(path, json.dumps(content, indent=1, default=str).encode())
-
-
-def _write_settled(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
-
-
-def payload_checksum(payload: Payload) -> str:
-    """SHA-256 over names, kinds, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(payload):
-        tensor = payload[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def folder_bytes(path: Path) -> int:
-    """Of all files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def now() -> str:
-    """The time, ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def refuse_foreign(path: Path) -> None:
+    """Refuse to make a library in a folder that holds something else."""
+    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - OURS):
+        raise UserError(f"{path}: exists and holds no library. Name another folder.")

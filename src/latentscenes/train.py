@@ -81,8 +81,10 @@ def learn(
     stages: Sequence[StageConfig],
     device: torch.device,
     tracker: Tracker,
+    label: str = "",
 ) -> None:
-    """Run all stages that are not done yet, from where the run's newest checkpoint left them.
+    """Run all stages that are not done yet, from where the run's newest checkpoint left them. With a label, this is one
+    of many runs: its progress is shown under that label while it lasts, and leaves no trace.
 
     Raises:
         Interrupted: a signal asked to stop; everything is saved.
@@ -93,7 +95,7 @@ def learn(
         run.cut_metrics(position.total)
         with _SignalFlag() as stopped:
             while position.stage < len(stages):
-                _learn_stage(run, model, rows, views, scenes, stages, device, tracker, position, stopped)
+                _learn_stage(run, model, rows, views, scenes, stages, device, tracker, label, position, stopped)
     finally:
         run.unlock()
 
@@ -107,6 +109,7 @@ def _learn_stage(
     stages: Sequence[StageConfig],
     device: torch.device,
     tracker: Tracker,
+    label: str,
     position: Position,
     stopped: "_SignalFlag",
 ) -> None:
@@ -118,7 +121,7 @@ def _learn_stage(
     source = BatchSource(model, views, scenes, stage, seed, device)
 
     model.train()
-    with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step) as bar:
+    with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step, label) as bar:
         spent = position.seconds.get(stage.name, 0.0)
         while position.step < source.steps:
             batch = source.batch(position.step)
