@@ -1,8 +1,11 @@
 """From a dataset to batches: several views of each of a few scenes, in an order that depends on the seed alone."""
 
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,7 +14,7 @@ from latentscenes.cameras import Box, Cameras
 from latentscenes.config import StageConfig
 from latentscenes.losses import Batch, at_pixels, needs_images
 from latentscenes.model import Model
-from latentscenes.runtime import seeded
+from latentscenes.runtime import memory, seeded
 from latentscenes.views import Scene, Views
 
 ENCODE_CHUNK = 32
@@ -21,7 +24,12 @@ ENCODE_CHUNK = 32
 class BatchSource:
     """The batches of one stage. Where the encoder is frozen, latents are encoded once and cached."""
 
-    def __init__(self, model: Model, views: Views, scenes: Sequence[Scene], stage: StageConfig, seed: int, device: torch.device):
+    def __init__(
+        self, model: Model, views: Views, scenes: Sequence[Scene], stage: StageConfig, seed: int, device: torch.device, scratch: Path
+    ):
+        """Latents that would fill more than a quarter of the memory go to a file in the folder `scratch` that vanishes
+        with the process."""
+        self.scratch = scratch
         self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, device
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes]
         self.images_needed = needs_images(stage.losses)
@@ -55,10 +63,18 @@ class BatchSource:
         index = torch.cat(self.fitted)
         self._slot = torch.full((len(self.views.rgb),), -1)
         self._slot[index] = torch.arange(len(index))
-        raw = [self._encoded(chunk) for chunk in index.split(ENCODE_CHUNK)]
+        chunks = index.split(ENCODE_CHUNK)
         if self.model.normalizer.untouched:
-            self._settle(raw)
-        self._latents = torch.cat([at_pixels(self.model.normalizer.normalize(chunk)) for chunk in raw])
+            self._settle(self._encoded(chunk) for chunk in chunks)
+        background = self.model.background(*self.views.size)
+        self._latents = self._room(len(index), background[0].numel(), len(background))
+        for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
+            self._latents[place] = at_pixels(self.model.normalizer.normalize(self._encoded(chunk)))
+
+    def _room(self, *shape: int) -> Tensor:
+        if 4 * math.prod(shape) <= memory() // 4:
+            return torch.empty(shape, device=self.device)
+        return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=self.scratch), np.float32, "w+", shape=shape))
 
     def _images(self, index: Int[Tensor, "n"]) -> Tensor:
         return self.views.images(index).to(self.device).float() / 255
@@ -110,7 +126,8 @@ class BatchSource:
         """Normalised latents of some pixels; all without."""
         if self._latents is not None:
             slot = self._slot[index]
-            return self._latents[slot] if pixels is None else self._latents[slot[:, None], pixels]
+            found = self._latents[slot] if pixels is None else self._latents[slot[:, None], pixels.to(slot.device)]
+            return found.to(self.device)
         if pixels is None:
             return at_pixels(self.model.encode(self._images(index)))
         colours = self.views.pixels(index, pixels.cpu()).to(self.device).float() / 255  # no encoder: latents are pixels

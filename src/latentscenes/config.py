@@ -202,6 +202,9 @@ class Config:
     """Start new scenes with a fresh field, as published, instead of the learned one."""
     exploit_start: Literal["mean", "random"] = "mean"
     """Where new scenes start: at the mean of the learned ones, or at random, as published."""
+    storage: Literal["auto", "memory", "disk"] = "auto"
+    """Where the micro planes of `train` and their moments lie: in memory, or in memory-mapped files of the run folder;
+    `auto` takes files where they would fill more than half of this machine's memory."""
 
     def __post_init__(self) -> None:
         for stages in (self.train, self.exploit):

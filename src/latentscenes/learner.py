@@ -8,16 +8,17 @@ from latentscenes.losses import Batch, needs_render, terms, total
 from latentscenes.model import Model
 from latentscenes.optim import RowAdam, SharedAdam
 from latentscenes.planes import SceneRows
+from latentscenes.row_files import RowFiles
 
 
 class Learner:
     """A stage's grip on a model and its scenes: what learns, from which losses, with fresh optimisers."""
 
-    def __init__(self, model: Model, rows: SceneRows, stage: StageConfig):
+    def __init__(self, model: Model, rows: SceneRows, stage: StageConfig, files: RowFiles | None = None):
         self.model, self.rows, self.stage = model, rows, stage
         rates = stage.rates
         self.shared = SharedAdam(model.parts(), rates)
-        self.own = RowAdam(rows, {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights})
+        self.own = RowAdam(rows, {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights}, files)
 
     def state(self) -> dict[str, Tensor]:
         """The optimisers' tensors themselves, by name."""
@@ -30,7 +31,7 @@ class Learner:
     def step(self, batch: Batch, factor: float, generator: torch.Generator) -> dict[str, Tensor]:
         """Take one step at `factor` times the stage's rates; gives the terms of the objective before it, unweighted."""
         losses = self.stage.losses
-        leaves = self.rows.gather(batch.scenes) if needs_render(losses) or losses.tv else None
+        leaves = self.rows.gather(batch.scenes, self.model.bases.device) if needs_render(losses) or losses.tv else None
         planes = self.model.compose(leaves) if leaves is not None else None
         found = terms(self.model, planes, batch, losses, generator)
         total(found, losses).backward()

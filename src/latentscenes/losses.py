@@ -58,8 +58,8 @@ def terms(
     """Every term that has a weight, unweighted, by its name in LossWeights."""
     found: dict[str, Tensor] = {}
     decoded: list[Tensor] = []
-    images, encoded, target = batch.images, None, batch.latents
-    if weights.autoencoder or weights.equivariance or weights.latent and target is None:
+    images, encoded, cached = batch.images, None, batch.latents
+    if weights.autoencoder or weights.equivariance or weights.latent and cached is None:
         raw = model.codec.encode(images)
         if raw.requires_grad:  # a frozen codec's normaliser stays as it is
             model.normalizer.update(raw.detach())
@@ -76,7 +76,7 @@ def terms(
         view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
         height, width = batch.background.shape[1:]
         if weights.latent:
-            found["latent"] = mean_square(view.latents - (at_pixels(encoded, batch.pixels) if target is None else target))
+            found["latent"] = mean_square(view.latents - (at_pixels(encoded, batch.pixels) if cached is None else cached))
         if weights.rgb:
             decoded.append(model.decode(view.image(height, width)))
             found["rgb"] = mean_square(decoded[-1] - images)

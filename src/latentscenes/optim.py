@@ -5,6 +5,7 @@ drift on stale momentum (Kingma and Ba, arXiv 1412.6980, applied to each row as 
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -13,26 +14,36 @@ from torch import Tensor, nn
 from latentscenes.config import Rates, StageConfig
 from latentscenes.planes import SceneRows
 
+if TYPE_CHECKING:
+    from latentscenes.row_files import RowFiles
+
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
 class RowAdam:
-    """Adam over the rows of scene tables. State: `first` and `second` moments like the tables, `steps` (n,) per table."""
+    """Adam over the rows of scene tables. State: `first` and `second` moments like the tables, `steps` (n,) per table.
 
-    def __init__(self, rows: SceneRows, rates: dict[str, float]):
+    With `files`, the moments of micro planes lie there, and rows are kept there before they change.
+    """
+
+    def __init__(self, rows: SceneRows, rates: dict[str, float], files: "RowFiles | None" = None):
         self.rows = rows
         self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
         tables = {name: rows.tables()[name] for name in self.rates}
-        self.first = {name: torch.zeros_like(table) for name, table in tables.items()}
-        self.second = {name: torch.zeros_like(table) for name, table in tables.items()}
+        self.files = files if "micro" in tables else None
+        filed = {} if self.files is None else {"micro": self.files.moments}
+        self.first = {name: filed[name][0] if name in filed else torch.zeros_like(table) for name, table in tables.items()}
+        self.second = {name: filed[name][1] if name in filed else torch.zeros_like(table) for name, table in tables.items()}
         self.steps = torch.zeros(len(rows), dtype=torch.int64)
 
     @torch.no_grad()
     def step(self, index: Int[Tensor, "s"], batch: SceneRows, factor: float) -> None:
         """Update the rows at `index` (all different) with the gradients of the leaves that `gather` gave."""
         self.steps[index] += 1
-        gradients = {name: leaf.grad for name, leaf in batch.tables().items()}
+        if self.files is not None:
+            self.files.keep(index.tolist())
+        gradients = {name: batch.tables()[name].grad.to(self.rows.tables()[name].device) for name in self.rates}
         for name, rate in self.rates.items():
             table, first, second = self.rows.tables()[name], self.first[name], self.second[name]
             for place, row in enumerate(index.tolist()):

@@ -34,9 +34,9 @@ class SceneRows:
     def tables(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.NAMES}
 
-    def gather(self, index: Int[Tensor, "s"]) -> "SceneRows":
-        """Copies of the rows at `index`, as leaves that take gradients."""
-        return SceneRows(**{name: table[index].requires_grad_() for name, table in self.tables().items()})
+    def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneRows":
+        """Copies of the rows at `index`, as leaves that take gradients; on a device if tables lie elsewhere."""
+        return SceneRows(**{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()})
 
     def to(self, device: torch.device | str) -> "SceneRows":
         return SceneRows(**{name: table.to(device) for name, table in self.tables().items()})

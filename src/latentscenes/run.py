@@ -31,7 +31,9 @@ from latentscenes.cameras import Box
 from latentscenes.config import Config
 from latentscenes.errors import UserError
 from latentscenes.model import Model
-from latentscenes.planes import SceneRows
+from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
+from latentscenes.runtime import seeded
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Run:
 
     def __init__(self, path: Path, config: Config, info: RunInfo):
         self.path, self.config, self.info = path, config, info
+        self.files: RowFiles | None = None
+        """Where micro planes lie that are not part of checkpoints."""
         self._lock = None
 
     @classmethod
@@ -123,15 +127,31 @@ class Run:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), partial / "shared.safetensors")
-        save_file(_contiguous(rows.tables()), partial / "rows.safetensors")
-        save_file(_contiguous(optimizer), partial / "optimizer.safetensors")
+        save_file(_contiguous(self._unfiled(rows.tables())), partial / "rows.safetensors")
+        save_file(_contiguous(self._unfiled(optimizer)), partial / "optimizer.safetensors")
+        if self.files:
+            self.files.flush()
         _write_json(partial / "state.json", asdict(position))
         if target.exists():  # the end of a stage after a step that was saved already; `.old` counts until it is replaced
             target.rename(target.with_name(f"{target.name}.old"))
         partial.rename(target)
+        if self.files:
+            self.files.begin(position.total)
         for other in target.parent.iterdir():
             if other != target:
                 shutil.rmtree(other)
+
+    def _unfiled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a checkpoint: all, or all but the micro planes and moments that lie in files."""
+        return {name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))}
+
+    def begin_rows(self, device: torch.device) -> SceneRows:
+        """Fresh random rows for the run's scenes: in memory, or in files where they belong there."""
+        count, generator = len(self.info.scenes), seeded("cpu", self.config.seed, "rows")
+        if not belong_on_disk(count, self.config):
+            return fresh_rows(count, self.config.planes, generator).to(device)
+        rows, self.files = rows_on_disk(self.path / "rows", count, self.config.planes, generator)
+        return rows
 
     @property
     def position(self) -> Position:
@@ -142,12 +162,16 @@ class Run:
     def restore(self, model: Model, rows: SceneRows, optimizer: dict[str, Tensor] | None = None) -> None:
         """Copy the newest checkpoint into the given tensors, if there is one."""
         newest = self._newest()
+        if self.files:
+            self.files.go_back(self.position.total)
+            if not self.position.step:  # a stage starts without moments
+                self.files.clear_moments()
         if newest is None:
             return
         fill_model(model, newest / "shared.safetensors")
-        pairs = [(rows.tables(), _load(newest / "rows.safetensors"))]
+        pairs = [(self._unfiled(rows.tables()), _load(newest / "rows.safetensors"))]
         if optimizer is not None:
-            pairs.append((optimizer, _load(newest / "optimizer.safetensors")))
+            pairs.append((self._unfiled(optimizer), _load(newest / "optimizer.safetensors")))
         for mine, saved in pairs:
             for name, tensor in mine.items():
                 if name not in saved or saved[name].shape != tensor.shape:
@@ -158,7 +182,10 @@ class Run:
         """The learned model and scenes, for use."""
         model = Model(self.config, self.info.box, pretrained=False)
         fill_model(model, self.shared_file)
-        rows = SceneRows(**_load(self.rows_file))
+        tables = _load(self.rows_file)
+        if "micro" not in tables:
+            tables["micro"] = read_micro(self.path / "rows", len(self.info.scenes), self.config.planes)
+        rows = SceneRows(**tables)
         return model.to(device).eval().requires_grad_(False), rows.to(device)
 
     @property

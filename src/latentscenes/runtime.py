@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import sys
 
 import torch
@@ -31,6 +32,11 @@ def _keep_freed_pages() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def seeded(device: torch.device | str, *key: int | str) -> torch.Generator:

@@ -23,7 +23,7 @@ from latentscenes.errors import Interrupted, UserError
 from latentscenes.learner import Learner
 from latentscenes.model import Model
 from latentscenes.optim import rate_factor
-from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.planes import SceneRows
 from latentscenes.progress import StageProgress
 from latentscenes.run import Position, Run, RunInfo
 from latentscenes.runtime import seeded
@@ -57,7 +57,7 @@ def train(
     model = Model(config, box).to(device)
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
         model.codec.fit_components(_sample(views, scenes).to(device))
-    rows = fresh_rows(len(scenes), config.planes, seeded("cpu", config.seed, "rows")).to(device)
+    rows = run.begin_rows(device)
     run.restore(model, rows)
     tracker = Tracker(track, run.path, {"seed": config.seed})
     learn(run, model, rows, views, scenes, config.train, device, tracker)
@@ -116,9 +116,9 @@ def _learn_stage(
     stage, seed = stages[position.stage], run.config.seed
     begun = saved = time.monotonic()
     # What learns, and where it left off
-    learner = Learner(model, rows, stage)
+    learner = Learner(model, rows, stage, run.files)
     run.restore(model, rows, learner.state() if position.step else None)
-    source = BatchSource(model, views, scenes, stage, seed, device)
+    source = BatchSource(model, views, scenes, stage, seed, device, run.path)
 
     model.train()
     with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step, label) as bar:

@@ -106,6 +106,7 @@ class Evaluator {
 
   void flush() {
     if (!tile.count) return;
+    evaluated += tile.count;
     field_forward(p, n, planes, tile);
     float raw_density[kTile] = {};
     for (int64_t i = 0; i < tile.count; ++i) raw_density[i] = tile.raw[i * n.outputs] + p.density_shift;
@@ -129,6 +130,9 @@ class Evaluator {
   Tile tile;
   const float* planes = nullptr;
   float *density[kTile], *features[kTile];
+
+ public:
+  int64_t evaluated = 0;
 };
 
 // Coarse samples [0, coarse) and fine ones after them, both sorted, to one sorted list; coarse first where equal.
@@ -258,7 +262,7 @@ void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Save
 
 // One thread's share of the backward pass: rays [first, last).
 struct Share {
-  int64_t first, last;
+  int64_t first, last, evaluated = 0;
   Array planes;  // gradient of the scene that the range starts in, if an earlier thread owns it
   std::unique_ptr<NetworkGradient> network;
 };
@@ -271,6 +275,7 @@ void backward_share(const Problem& p, const Network& n, const Upstream& up, cons
   int64_t scene = -1;
   float* d_scene = nullptr;
   auto flush = [&] {
+    share.evaluated += tile.count;
     if (tile.count) field_backward(p, n, p.planes + scene * p.scene_size(), tile, share.network.get(), d_scene);
     tile.count = 0;
   };
@@ -329,10 +334,16 @@ void add_shares(const Problem& p, const Network& n, const std::vector<Share>& sh
   }
 }
 
+// Samples that the last passes evaluated.
+int64_t evaluated_forward = 0, evaluated_backward = 0;
+
 }  // namespace
 }  // namespace latentscenes
 
 using namespace latentscenes;
+
+// For measurements: how many samples the last pass forward, or backward, evaluated.
+extern "C" int64_t latentscenes_evaluated(int backward) { return backward ? evaluated_backward : evaluated_forward; }
 
 // Writes features, depth and opacity; t, density and sample_features, for backward, unless null.
 extern "C" void latentscenes_forward(const Problem* problem, float* features, float* depth, float* opacity, float* t,
@@ -340,6 +351,7 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
   const Problem& p = *problem;
   const Network n(p);
   const int64_t count = p.samples();
+  int64_t evaluated = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     Evaluator evaluator(p, n);
@@ -362,7 +374,10 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
         std::copy_n(m.features.data(), count * p.channels, sample_features + ray * count * p.channels);
       }
     }
+#pragma omp atomic
+    evaluated += evaluator.evaluated;
   }
+  evaluated_forward = evaluated;
 }
 
 // From the gradients of features, depth and opacity (each may be null) and what forward wrote: writes d_planes
@@ -387,5 +402,7 @@ extern "C" void latentscenes_backward(const Problem* problem, const float* up_fe
     if (d_hidden_w) share.network = std::make_unique<NetworkGradient>(n);
     backward_share(p, n, up, saved, threshold, share, d_planes);
   }
+  evaluated_backward = 0;
+  for (const Share& share : shares) evaluated_backward += share.evaluated;
   add_shares(p, n, shares, d_planes, d_hidden_w, d_hidden_b, d_out_w, d_out_b);
 }

@@ -83,6 +83,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def evaluated(backward: bool) -> int:
+    """Samples that the last pass of `render` in this process evaluated; the others were left out."""
+    function = library().latentscenes_evaluated
+    function.restype = ctypes.c_int64
+    return function(int(backward))
+
+
 def call(name: str, problem: ctypes.Structure, tensors: list[Tensor | None]) -> None:
     """Call a function of the library that takes a structure of sizes, then arrays."""
     getattr(library(), name)(ctypes.byref(problem), *map(pointer, tensors))
@@ -168,14 +175,15 @@ def render(
     u_fine: Float[Tensor, "s p m"],
     axes: str = "xy,xz,yz",
     aggregation: str = "sum",
-    skip: float = SKIP,
+    skip: float | None = None,
 ) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
     """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32 on
-    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3).
+    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3). `skip` is
+    SKIP unless given.
 
     For a fixed torch thread count the same inputs give the same bits, gradients included.
     """
     trained = (planes, hidden_w, hidden_b, out_w, out_b)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
-    return _render(*trained, *fixed, axes, aggregation, skip, keep)[:3]
+    return _render(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]

@@ -1,0 +1,172 @@
+"""What bench times: steps and views of the published sizes, on made targets, set up like training sets them up."""
+
+import copy
+import dataclasses
+import json
+import math
+import resource
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentscenes import config as configuration
+from latentscenes.cameras import Box, Cameras, orbit, upper_hemisphere
+from latentscenes.config import Config
+from latentscenes.kernels import native
+from latentscenes.learner import Learner
+from latentscenes.losses import Batch
+from latentscenes.model import Model
+from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.render import Kernel
+from latentscenes.roofline import StepCost, step_cost
+from latentscenes.runtime import seeded, start
+
+LATENT = """
+codec: {kind: convolutional, downsampling: 8, channels: 4}
+planes: {resolution: 64, micro: 10, macro: 22, bases: 50}
+render: {coarse: 48, fine: 48}
+train:
+  - name: scenes
+    epochs: 1
+    scenes: 4
+    views: 8
+    losses: {latent: 1, tv: 1e-4}
+    rates: {micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}
+"""
+"""Step 1a as published: 32 views of 16x16x4 latents, 48 + 48 samples, R = 64, 10 + 22 features, M = 50."""
+
+RGB = """
+codec: {kind: identity}
+planes: {resolution: 64, micro: 32, macro: 0}
+render: {coarse: 48, fine: 48}
+train:
+  - name: fit
+    epochs: 1
+    scenes: 1
+    views: 1
+    losses: {latent: 1, tv: 1e-4}
+    rates: {micro: 1e-2, field: 1e-2}
+"""
+"""RGB tri-planes: one view of 128x128 rays a step."""
+
+SIZE = 128
+BOX = Box((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
+POOL = 20
+"""Different scenes that targets exist for; scene s has those of s mod POOL."""
+
+
+class Steps:
+    """Training steps over N scenes whose objects are made ellipsoids, seen in the codec's own resolution."""
+
+    def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", rows: SceneRows | None = None):
+        self.config = configuration.parse(text, "bench", [f"render.kernel={kernel}"])
+        self.stage = self.config.train[0]
+        self.model = Model(self.config, BOX)
+        self.model.train()
+        self.rows = fresh_rows(scenes, self.config.planes, seeded("cpu", "rows")) if rows is None else rows
+        self.learner = Learner(self.model, self.rows, self.stage)
+        self.background = self.model.background(SIZE, SIZE)
+        made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
+        self.cameras = Cameras(torch.cat([views.cam2world for views, _ in made]), torch.cat([views.intrinsics for views, _ in made]))
+        self.latents = torch.cat([latents for _, latents in made])
+        self.count = 0
+
+    def batch(self, step: int) -> Batch:
+        """Scenes drawn afresh, their views."""
+        generator = seeded("cpu", "order", step)
+        index = torch.randperm(len(self.rows), generator=generator)[: self.stage.scenes]
+        views = (index[:, None] % POOL * self.stage.views + torch.arange(self.stage.views)).flatten()
+        return Batch(index, self.cameras[views], self.background, None, self.latents[views], None)
+
+    def step(self) -> None:
+        self.learner.step(self.batch(self.count), 1.0, seeded("cpu", "step", self.count))
+        self.count += 1
+
+    def warmed(self, steps: int) -> "Steps":
+        """After some steps: densities have gathered, as they have for most of a training."""
+        for _ in range(steps):
+            self.step()
+        return self
+
+    def twin(self, kernel: Kernel) -> "Steps":
+        """The same state, to go on by another kernel."""
+        other = copy.copy(self)
+        other.model, other.rows = copy.deepcopy(self.model), copy.deepcopy(self.rows)
+        other.model.config = with_kernel(self.config, kernel)
+        other.learner = Learner(other.model, other.rows, self.stage)
+        return other
+
+
+    def rendering_cost(self) -> tuple[StepCost, float, float]:
+        """What rendering in a step costs, and the fractions of samples that forward and backward evaluate."""
+        self.twin("native").step()
+        settings, planes = self.config.render, self.config.planes
+        rays, samples = self.stage.views * self.background[0].numel(), settings.coarse + settings.fine
+        points = self.stage.scenes * rays * samples
+        forward, backward = (native.evaluated(backward) / points for backward in (False, True))
+        sizes = (planes.resolution, planes.features, self.config.field.hidden, self.model.codec.channels)
+        return step_cost(self.stage.scenes, rays, samples, *sizes, kept=backward), forward, backward
+
+    def other_bytes(self) -> int:
+        """Traffic beside rendering, each array crossing once: fusion and its gradient, total variation, both Adams."""
+        shared, scene = self.model.bases.numel(), self.rows.micro[0].numel()
+        fused = self.stage.scenes * 3 * self.config.planes.resolution**2 * self.config.planes.features
+        adam = 7 * (shared + self.stage.scenes * scene)  # reads value, gradient and two moments; writes all but the gradient
+        return 4 * (3 * shared + 2 * self.stage.scenes * scene + 5 * fused + adam)
+
+
+class Viewer:
+    """A scene of a preset's sizes, fused, to be looked at from changing cameras."""
+
+    def __init__(self, preset: str):
+        own = ["codec.kind=convolutional", "codec.path=null", "codec.downsampling=8", "codec.channels=4"]
+        override = own if preset == "paper" else []  # the published sizes with our own codec
+        self.config = configuration.load(preset, override)
+        self.model = Model(self.config, BOX).eval().requires_grad_(False)
+        rows = fresh_rows(1, self.config.planes, seeded("cpu", "rows"))
+        self.planes = self.model.compose(rows)
+        self.background = self.model.background(SIZE, SIZE)
+        self.cameras, self.count = orbit(24), 0
+
+    @torch.inference_mode()
+    def view(self) -> Float[Tensor, "1 3 H W"]:
+        """The next view around the object."""
+        self.count = (self.count + 1) % len(self.cameras)
+        view = self.model.render(self.planes, self.cameras[self.count : self.count + 1], self.background)
+        return self.model.decode(view.image(*self.background.shape[1:]))
+
+    def describe(self) -> str:
+        channels, height, width = self.background.shape
+        return f"{height}x{width}x{channels} latents, {self.config.render.coarse} + {self.config.render.fine} samples"
+
+
+def report_memory(threads: int, count: int) -> None:
+    """Print, as JSON, the bytes of rows and their moments and this process's peak over some steps of 1a."""
+    start(threads)
+    steps = Steps(LATENT, count).warmed(30)
+    tables = [*steps.rows.tables().values(), *steps.learner.own.state().values()]
+    rows = sum(table.numel() * table.element_size() for table in tables)
+    print(json.dumps({"rows": rows, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+
+
+def with_kernel(config: Config, kernel: Kernel) -> Config:
+    return dataclasses.replace(config, render=dataclasses.replace(config.render, kernel=kernel))
+
+
+def _made_views(count: int, scene: int, background: Float[Tensor, "c h w"]) -> tuple[Cameras, Float[Tensor, "v p c"]]:
+    """Views of an ellipsoid whose latent is a smooth function of its surface, over the background."""
+    generator = seeded("cpu", "object", scene)
+    cameras = upper_hemisphere(count, generator)
+    radii = 0.12 + 0.25 * torch.rand(3, generator=generator)
+    channels, height, width = background.shape
+    colours = 0.8 * torch.randn(channels, 3, generator=generator) / math.sqrt(3)
+    origins, directions = cameras.rays(height, width)
+    o, d = origins / radii, directions / radii
+    a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - 1
+    inside = b * b - a * c
+    t = (-b - inside.clamp(min=0).sqrt()) / a
+    surface = o + t[..., None] * d
+    latents = torch.where((inside > 0)[..., None], torch.sin(2 * surface @ colours.t()), background.flatten(1).t())
+    return cameras, latents
+

@@ -1,0 +1,79 @@
+"""Timing by interleaved rounds, and what this machine can do at best.
+
+Machines are shared and noisy, so no time stands alone: variants of the same work run in turns within one process, and
+what is reported is the median of each and the median of their ratios, round by round.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one variant over the rounds, in seconds."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: "Timing") -> float:
+        """How many times longer `other` took than this: the median over rounds."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleave(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Run all variants once unmeasured, then `rounds` times in turns, each round starting with another one."""
+    for run in variants.values():
+        run()
+    names, seconds = list(variants), {name: [] for name in variants}
+    for turn in range(rounds):
+        for k in range(len(names)):
+            name = names[(turn + k) % len(names)]
+            begun = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: Timing(name, tuple(values)) for name, values in seconds.items()}
+
+
+def peak_flops(rounds: int = 5) -> float:
+    """Floating point operations per second of a large float32 matrix product: the best of some rounds."""
+    a, b = torch.randn(2, 1536, 1536)
+    best = min(interleave({"product": lambda: a @ b}, rounds)["product"].seconds)
+    return 2 * 1536**3 / best
+
+
+def peak_bandwidth(rounds: int = 5) -> float:
+    """Bytes per second, read plus written, of copying 256 MiB: the best of some rounds."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    best = min(interleave({"copy": lambda: target.copy_(source)}, rounds)["copy"].seconds)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def machine() -> dict[str, object]:
+    """What a figure needs beside it to mean something."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,182 @@
+"""Micro planes in files: they learn what planes in memory learn, and any crash leaves the last checkpoint whole."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from latentscenes import config as configuration
+from latentscenes import train as loop
+from latentscenes.config import PlanesConfig
+from latentscenes.errors import UserError
+from latentscenes.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
+from latentscenes.run import Run
+from latentscenes.runtime import memory, seeded
+from latentscenes.train import train
+
+CPU = torch.device("cpu")
+PLANES = PlanesConfig(resolution=3, micro=2, macro=1, bases=2)
+
+
+def files_of(folder, count=5):
+    return rows_on_disk(folder, count, PLANES, seeded("cpu", "rows"))
+
+
+def test_rows_come_back_after_changes_without_a_checkpoint(tmp_path):
+    rows, files = files_of(tmp_path / "rows")
+    files.go_back(0)
+    before = rows.micro.clone()
+    files.keep([1, 3])
+    rows.micro[1] += 1
+    files.moments[0][3] = 7
+    files.keep([3, 4])  # 3 is kept already, as it was before
+    rows.micro[4] -= 1
+    again, reopened = files_of(tmp_path / "rows")
+    assert not torch.equal(again.micro, before)
+    reopened.go_back(0)
+    assert torch.equal(again.micro, before) and not reopened.moments[0].any()
+    assert not list((tmp_path / "rows").glob("journal*"))
+
+
+def test_a_checkpoint_makes_changes_stay(tmp_path):
+    rows, files = files_of(tmp_path / "rows")
+    files.keep([2])
+    rows.micro[2] = 5
+    files.flush()
+    files.begin(10)
+    files.keep([2])
+    rows.micro[2] = 6
+    again, reopened = files_of(tmp_path / "rows")
+    reopened.go_back(10)
+    assert (again.micro[2] == 5).all()
+
+
+def test_a_crash_between_a_checkpoint_and_its_journal_undoes_nothing(tmp_path):
+    rows, files = files_of(tmp_path / "rows")
+    files.keep([0])
+    rows.micro[0] = 4
+    files.flush()  # the checkpoint of step 7 has its name now, but the journal of step 0 still lies there
+    again, reopened = files_of(tmp_path / "rows")
+    reopened.go_back(7)
+    assert (again.micro[0] == 4).all() and not list((tmp_path / "rows").glob("journal*"))
+
+
+def test_a_torn_record_is_left_out(tmp_path):
+    rows, files = files_of(tmp_path / "rows")
+    before = rows.micro.clone()
+    files.keep([0, 1])
+    rows.micro[0] = 9
+    journal = tmp_path / "rows" / "journal-0.bin"
+    os.truncate(journal, journal.stat().st_size - 5)
+    _, reopened = files_of(tmp_path / "rows")
+    reopened.go_back(0)
+    assert torch.equal(reopened.micro, before)
+
+
+def test_fresh_rows_are_random_throughout_and_moments_take_no_space(tmp_path):
+    rows, files = files_of(tmp_path / "rows", CHUNK + 3)
+    assert float(rows.micro[-1].std()) == pytest.approx(PLANES.initial_std, rel=0.5)
+    assert not torch.equal(rows.micro[0], rows.micro[CHUNK])
+    files.moments[1][:] = 1
+    files.clear_moments()
+    assert not files.moments[1].any() and (tmp_path / "rows" / "second.bin").stat().st_blocks == 0
+
+
+def test_when_rows_belong_on_disk(tiny):
+    assert not belong_on_disk(10, tiny)
+    assert belong_on_disk(10, dataclasses.replace(tiny, storage="disk"))
+    scene = 3 * 4 * 3 * tiny.planes.resolution**2 * tiny.planes.micro
+    assert belong_on_disk(memory() // scene, tiny)
+    assert not belong_on_disk(memory() // scene, dataclasses.replace(tiny, storage="memory"))
+
+
+def state(run):
+    model, rows = run.load()
+    return [*model.state_dict().values(), *rows.tables().values()]
+
+
+@pytest.fixture
+def unbroken(solids, tiny, tmp_path):
+    config = dataclasses.replace(tiny, storage="disk")
+    return config, train(config, solids, tmp_path / "unbroken", device=CPU)
+
+
+def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path, monkeypatch):
+    config, on_disk = unbroken
+    fresh, _ = rows_on_disk(tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows"))
+    monkeypatch.setattr("latentscenes.run.fresh_rows", lambda *_: fresh)  # the order of random numbers differs
+    in_memory = train(dataclasses.replace(tiny, storage="memory"), solids, tmp_path / "run", device=CPU)
+    assert all(torch.equal(a, b) for a, b in zip(state(on_disk), state(in_memory), strict=True))
+
+
+@pytest.mark.parametrize("every_step_saved", [True, False])
+def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_step_saved):
+    from latentscenes import learner
+
+    config, expected = unbroken
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
+    calls, true_terms = [], learner.terms
+
+    def fragile(*arguments):
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            raise OSError("crash")
+        return true_terms(*arguments)
+
+    monkeypatch.setattr(learner, "terms", fragile)
+    run = None
+    for _ in range(60 if every_step_saved else 1):
+        try:
+            run = train(config, solids, tmp_path / "run", device=CPU)
+            break
+        except OSError:
+            pass
+    monkeypatch.setattr(learner, "terms", true_terms)
+    run = run or train(config, solids, tmp_path / "run", device=CPU)
+    assert len(calls) > 5 or not every_step_saved
+    assert all(torch.equal(a, b) for a, b in zip(state(run), state(expected), strict=True))
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from latentscenes import config, train
+from latentscenes.views import Views
+torch.set_num_threads(1)
+train.SAVE_SECONDS = 0.05
+train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+"""
+
+
+def test_killed_at_any_moment(solids, tiny, tmp_path):
+    config = configuration.parse(configuration.dump(tiny), "test", ["train.scenes.epochs=60", "storage=disk"])
+    (tmp_path / "config.yaml").write_text(configuration.dump(config))
+    expected = train(config, solids, tmp_path / "unbroken", device=CPU)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), str(solids.path), str(tmp_path / "run")]
+    kills = 0
+    for wait in (0.2, 0.1, 0.3, 0.05):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
+            time.sleep(0.01)
+        time.sleep(wait)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 0
+    subprocess.run(command, check=True, capture_output=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(Run.open(tmp_path / "run")), state(expected), strict=True))
+
+
+def test_a_run_that_was_interrupted_is_not_read(tmp_path):
+    _, files = files_of(tmp_path / "rows")
+    files.keep([0])
+    with pytest.raises(UserError, match="interrupted"):
+        read_micro(tmp_path / "rows", 5, PLANES)
