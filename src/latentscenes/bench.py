@@ -192,21 +192,33 @@ CASES: dict[str, Callable[[int, int], Iterator[Result]]] = {
 
 
 def bench(only: tuple[str, ...], threads: tuple[int, ...], rounds: int, out: Path | None) -> None:
-    """Run cases, print a table for each, and write all figures with the machine's description to `out` (JSON) and, beside
-    it, the tables as Markdown."""
+    """Run cases with each number of threads, print a table for each as it is found, and save them."""
     if unknown := [name for name in only if name not in CASES]:
         raise UserError(f"bench --only {unknown[0]}: no such case. There are: {', '.join(CASES)}.")
-    machine, results = timing.machine(), []
-    busy = os.getloadavg()[0]
-    console.print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; load {busy:.1f} at the start", highlight=False)
-    for count in threads or (1, os.cpu_count() or 1):
+    results = []
+    for count in threads or sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(count)
         for name in only or CASES:
             for result in CASES[name](count, rounds):
                 results.append(result)
-                console.print(result.table().rich(), width=max(console.width, 120))
-    if out:
-        content = {"machine": machine, "load_at_start": busy, "rounds": rounds, "results": [asdict(result) for result in results]}
-        out.write_text(json.dumps(content, indent=1))
-        out.with_suffix(".md").write_text("\n".join(f"**{r.table().title}**\n\n{r.table().markdown()}" for r in results))
-        console.print(f"{out} and {out.with_suffix('.md').name} written.", highlight=False)
+                _show(result)
+    save(results, out, shown=True)
+
+
+def _show(result: Result) -> None:
+    console.print(result.table().rich(), width=max(console.width, 120))
+
+
+def save(results: list[Result], out: Path | None, shown: bool = False) -> None:
+    """Print results, and write all figures with the machine's description to `out` (JSON) and, beside it, the tables."""
+    machine = timing.machine()
+    for result in [] if shown else results:
+        _show(result)
+    where = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; load {machine['load']:.1f} at the end"
+    console.print(where, highlight=False)
+    if out is None:
+        return
+    out.write_text(json.dumps({"machine": machine, "results": [asdict(result) for result in results]}, indent=1) + "\n")
+    tables = (f"**{result.table().title}**\n\n{result.table().markdown()}" for result in results)
+    out.with_suffix(".md").write_text("\n".join([*tables, where + ".\n"]))
+    console.print(f"{out} and {out.with_suffix('.md').name} written.", highlight=False)

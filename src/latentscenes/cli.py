@@ -11,6 +11,7 @@ from latentscenes.cli_data import DATA_COMMANDS
 from latentscenes.cli_library import LIBRARY_COMMANDS, search
 from latentscenes.cli_shared import MACHINE, Machine, MachineOptions, PrecisionName
 from latentscenes.cli_shared import start as _start
+from latentscenes.cli_view import view
 from latentscenes.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -219,6 +220,48 @@ def cost(
     print_cost(run, config, baseline, overrides)
 
 
+def bench(
+    only: tuple[str, ...] = (),
+    threads: tuple[int, ...] = (),
+    rounds: int = 7,
+    run: Path | None = None,
+    data: Path | None = None,
+    limit: int = 6,
+    ours: tuple[int, ...] = (10, 20, 40, 80, 160),
+    rgb: tuple[int, ...] = (20, 40, 80, 160, 320),
+    out: Path | None = None,
+) -> None:
+    """Measure steps, views, codec, scaling and memory on this machine, variants in turns: medians and ratios. With a run and
+    data, measure the time to quality instead: new scenes learned at several lengths, beside RGB tri-planes.
+
+    Args:
+        only: cases to run, of step, options, view, codec, scaling, memory; unset: all.
+        threads: numbers of CPU threads to run them with; unset: one, and all cores.
+        rounds: turns of each variant.
+        run: finished run of `latentscenes train`, for the time to quality …
+        data: … and the dataset whose new scenes are learned.
+        limit: of these, only the first so many.
+        ours: epochs of the first exploit stage to try.
+        rgb: epochs of RGB tri-planes to try.
+        out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
+    """
+    device = _start(Machine(threads=threads[-1] if threads else None))
+    from latentscenes.bench import bench as measure
+    from latentscenes.bench import save
+    from latentscenes.errors import UserError
+
+    if (run is None) != (data is None):
+        raise UserError("bench: --run and --data go together; without both, steps and views are measured.")
+    if run is None:
+        measure(only, threads, rounds, out)
+        return
+    from latentscenes.bench_quality import time_to_quality
+    from latentscenes.run import Run
+    from latentscenes.views import Views
+
+    save([time_to_quality(Run.open(run), Views.open(data), limit, ours, rgb, device)], out)
+
+
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     """Everything on made cars: data, stages 1 and 2, the RGB baseline, a table and a report to look at.
 
@@ -269,8 +312,10 @@ COMMANDS = {
     "report": report,
     "render": render,
     "cost": cost,
+    "bench": bench,
     "library": library,
     "search": search,
+    "view": view,
     "demo": demo,
 }
 

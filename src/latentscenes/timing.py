@@ -67,6 +67,7 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "load": os.getloadavg()[0],
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -1,0 +1,94 @@
+"""Seconds per new scene until quality is near where it ends, ours and RGB tri-planes': what a user waits for.
+
+Each point is a whole training of its own length, rates and all, of the same new scenes, scored on their held-out views.
+`converged` is the best of the lengths tried; what counts is the shortest that comes within 0.3 dB of it.
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from latentscenes import config as configuration
+from latentscenes.bench import Result
+from latentscenes.config import Config
+from latentscenes.evaluate import evaluate_learned
+from latentscenes.exploit import Options, exploit
+from latentscenes.learned import Learned
+from latentscenes.progress import console
+from latentscenes.run import Run
+from latentscenes.train import train
+from latentscenes.views import Views
+
+NEAR = 0.3
+"""dB."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A training of some length."""
+
+    epochs: int
+    seconds: float
+    """Per scene."""
+    psnr: float
+    ssim: float
+
+
+def time_to_quality(
+    parent: Run, views: Views, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
+) -> Result:
+    """Learn the first `limit` new scenes for each of the numbers of epochs, on top of `parent` and as RGB tri-planes."""
+    result = Result(f"time to quality, {limit} new scenes", torch.get_num_threads())
+    curves = {"ours": [], "RGB": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for epochs in ours:
+            out = Path(folder) / f"ours-{epochs}"
+            config = lengthened(parent.config, "exploit", epochs)
+            exploit(out, views, config, parent, Options(stage_one=False, precision="float32", limit=limit), device)
+            curves["ours"].append(_point(Learned.open(out), views, epochs, device))
+        for epochs in rgb:
+            config = lengthened(configuration.load("rgb"), "train", epochs)
+            run = train(config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device)
+            curves["RGB"].append(_point(Learned.of_run(run), views, epochs, device))
+    for name, points in curves.items():
+        for point in points:
+            result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}")
+            result.figures |= {f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()}
+    _conclude(result, curves)
+    return result
+
+
+def lengthened(config: Config, part: str, epochs: int) -> Config:
+    """The first stage of `train` or `exploit` for so many epochs, with its schedule stretched to them."""
+    first, *others = getattr(config, part)
+    return dataclasses.replace(config, **{part: (dataclasses.replace(first, epochs=epochs), *others)})
+
+
+def _point(learned: Learned, views: Views, epochs: int, device: torch.device) -> Point:
+    score = evaluate_learned(learned, views, device).mean
+    point = Point(epochs, learned.seconds / len(learned.names), score.psnr, score.ssim)
+    console.print(f"{epochs} epochs: {point.seconds:.2f} s a scene, {point.psnr:.2f} dB", highlight=False)
+    return point
+
+
+def nearly(points: list[Point], level: float) -> Point | None:
+    """The quickest of some trainings that comes within NEAR of a level; none if none does."""
+    return min((point for point in points if point.psnr >= level - NEAR), key=lambda point: point.seconds, default=None)
+
+
+def _conclude(result: Result, curves: dict[str, list[Point]]) -> None:
+    best = {name: max(point.psnr for point in points) for name, points in curves.items()}
+    near = {name: nearly(points, best[name]) for name, points in curves.items()}
+    for name, point in near.items():
+        result.add(f"{name}: within {NEAR} dB of its converged {best[name]:.2f} dB", f"{point.seconds:.2f} s", f"{point.epochs} epochs")
+    result.figures["speedup to own convergence"] = near["RGB"].seconds / near["ours"].seconds
+    result.add("RGB's time over ours, each to its own", f"{near['RGB'].seconds / near['ours'].seconds:.1f}x")
+    same = nearly(curves["ours"], best["RGB"])
+    if same:
+        result.figures["speedup at RGB's quality"] = near["RGB"].seconds / same.seconds
+        result.add("RGB's time over ours, both to RGB's level", f"{near['RGB'].seconds / same.seconds:.1f}x", f"ours takes {same.seconds:.2f} s")
+    else:
+        result.add("ours does not come near RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB")

@@ -1,0 +1,116 @@
+"""Measuring: what is timed is what training does, and figures say what they claim. Nothing here asserts a time."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from latentscenes import bench as bench_module
+from latentscenes import config as configuration
+from latentscenes.bench import Result, bench, save
+from latentscenes.bench_cases import LATENT, RGB, Steps, Viewer
+from latentscenes.bench_quality import Point, lengthened, nearly, time_to_quality
+from latentscenes.errors import UserError
+from latentscenes.kernels import build, native
+from latentscenes.timing import interleave, machine
+from latentscenes.train import train
+
+needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
+SMALL = ["planes.resolution=8", "planes.bases=2", "render.coarse=4", "render.fine=4", "train.0.views=2"]
+
+
+def small(text: str) -> str:
+    return configuration.dump(configuration.parse(text, "test", SMALL if "macro: 22" in text else SMALL[:1] + SMALL[2:]))
+
+
+def test_variants_take_turns_and_each_round_starts_with_another():
+    order = []
+    found = interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    assert order == list("abc" + "abc" + "bca" + "cab")
+    assert all(len(timing.seconds) == 3 for timing in found.values())
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    found = interleave({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, 3)
+    assert found["short"].ratio(found["long"]) > 3
+    assert found["long"].median == sorted(found["long"].seconds)[1]
+
+
+def test_steps_of_both_kernels_learn_the_same():
+    steps = Steps(small(LATENT), 6).warmed(3)
+    twins = [steps.twin(kernel) for kernel in (("torch", "native") if native.available() else ("torch", "torch"))]
+    for twin in twins:
+        twin.step()
+    for a, b in zip(*(twin.rows.tables().values() for twin in twins), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    assert twins[0].count == twins[1].count == 4 and steps.count == 3
+    changed = (twins[0].rows.micro != steps.rows.micro).flatten(1).any(1)
+    assert changed.sum() == steps.stage.scenes
+
+
+def test_the_made_objects_can_be_learned():
+    steps = Steps(small(RGB), 1)
+    batch = steps.batch(0)
+    first = float(steps.learner.step(batch, 1.0, torch.Generator())["latent"].detach())
+    assert batch.latents.std() > 0.1
+    for k in range(30):
+        last = float(steps.learner.step(batch, 1.0, torch.Generator().manual_seed(k))["latent"].detach())
+    assert last < 0.8 * first
+
+
+@needs_compiler
+def test_floor_counts_what_was_evaluated():
+    cost, forward, backward = Steps(small(LATENT), 6).rendering_cost()
+    assert 0 < backward <= forward <= 1
+    assert cost.total.flops > 0 and Steps(small(LATENT), 6).other_bytes() > 0
+
+
+@pytest.mark.parametrize("name", ["paper", "small", "rgb"])
+def test_views_that_are_timed_are_images(name):
+    assert Viewer(name).view().shape == (1, 3, 128, 128)
+
+
+def test_results_are_saved_with_the_machine(tmp_path, capsys):
+    result = Result("case", 1)
+    result.add("something", "1.0 ms", "a remark")
+    result.figures["x"] = 2.5
+    save([result], tmp_path / "bench.json")
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert saved["results"][0]["figures"] == {"x": 2.5} and saved["machine"]["torch"] == torch.__version__
+    assert "| something | 1.0 ms | a remark |" in (tmp_path / "bench.md").read_text()
+    assert set(machine()) >= {"processor", "cores", "load"}
+
+
+def test_an_unknown_case_is_refused():
+    with pytest.raises(UserError, match="no such case. There are: step, options"):
+        bench(("stpe",), (1,), 1, None)
+
+
+def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
+    seen = []
+
+    def case(threads, rounds):
+        seen.append((threads, rounds, torch.get_num_threads()))
+        yield Result("case", threads)
+
+    monkeypatch.setattr(bench_module, "CASES", {"case": case})
+    before = torch.get_num_threads()
+    bench((), (1, 2), 4, tmp_path / "out.json")
+    torch.set_num_threads(before)
+    assert seen == [(1, 4, 1), (2, 4, 2)]
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+
+
+def test_the_quickest_that_comes_near_counts():
+    points = [Point(10, 1.0, 25.0, 0.9), Point(40, 4.0, 29.8, 0.9), Point(20, 2.0, 29.75, 0.9), Point(80, 8.0, 30.0, 0.9)]
+    assert nearly(points, 30.0).epochs == 20
+    assert nearly(points, 31.0) is None
+
+
+def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):
+    parent = train(tiny, solids, tmp_path / "run", device=torch.device("cpu"))
+    assert lengthened(tiny, "exploit", 7).exploit[0].epochs == 7
+    result = time_to_quality(parent, solids, 2, (1, 2), (1,), torch.device("cpu"))
+    assert {"ours.1.psnr", "ours.2.psnr", "RGB.1.psnr"} <= set(result.figures)
+    assert result.figures["ours.2.seconds"] > 0 and result.figures["speedup to own convergence"] > 0
