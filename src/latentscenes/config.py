@@ -19,7 +19,7 @@ import yaml
 
 from latentscenes.errors import UserError
 from latentscenes.field import Aggregation, Axes
-from latentscenes.render import Kernel
+from latentscenes.render import Kernel, Precision
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,10 @@ class RenderConfig:
     preview: bool = False
     """Render low-resolution RGB beside the latent."""
     kernel: Kernel = "auto"
-    """`native`: the compiled CPU kernel; `torch`: the readable path; `auto`: the fastest that serves the settings."""
+    """`native`: the compiled CPU kernel; `triton`: the GPU kernels; `torch`: the readable path; `auto`: the fastest that
+    serves the settings."""
+    precision: Precision = "float32"
+    """Of the numbers that the GPU kernels' matrix products multiply; the other kernels know float32 alone."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Model(nn.Module):
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
-            planes_config.axes, planes_config.aggregation, settings.kernel,
+            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision,
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)

@@ -4,6 +4,10 @@
 receive rays already moved to the box [-1, 1]³, so that none knows about cameras or boxes.
 """
 
+import functools
+import os
+import warnings
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +20,8 @@ from latentscenes.errors import UserError
 from latentscenes.field import Aggregation, Axes, Field, sample_planes
 from latentscenes.kernels import native
 
-Kernel = Literal["auto", "native", "torch"]
+Kernel = Literal["auto", "native", "triton", "torch"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class Rays(NamedTuple):
@@ -104,6 +109,55 @@ def why_not_native(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -
     return "" if native.available() else native.why_unavailable()
 
 
+@functools.cache
+def triton_kernel() -> ModuleType | None:
+    """`kernels.triton_render`, imported only where it is used; None, with a warning, where Triton is not installed."""
+    try:
+        from latentscenes.kernels import triton_render
+
+        return triton_render
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        warnings.warn(
+            "The fast GPU kernel is off: Triton is not installed. Rendering goes the slower torch way; pip install triton, "
+            "which torch's own builds for CUDA on Linux bring along.",
+            stacklevel=2,
+        )
+        return None
+
+
+def why_not_triton(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> str:
+    """What keeps the GPU kernel from rendering this, in words; empty if nothing does."""
+    for tensor in (planes, field.hidden.weight, rays.origins, u_coarse):
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs tensors on a CUDA device, got {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"it needs float32, got {tensor.dtype}"
+    if planes.is_cuda and torch.cuda.get_device_capability(planes.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    if field.frequencies:
+        return "it serves fields without positional encoding"
+    if u_coarse.shape[-1] < 2:
+        return "it needs two samples per ray at least"
+    if field.hidden.in_features > 64 or field.hidden.out_features > 128 or field.out.out_features > 64:
+        return "it serves networks of up to 64 inputs, 128 hidden units and 64 outputs"  # more fill shared memory
+    if torch.are_deterministic_algorithms_enabled():
+        return "it adds gradients of planes in no fixed order, and deterministic algorithms are asked for"
+    return "" if triton_kernel() else "Triton is not installed (pip install triton)"
+
+
+def choose(kernel: Kernel, planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> Kernel:
+    """The kernel demanded, or the fastest that can render this ("auto")."""
+    if kernel == "torch":
+        return kernel
+    fastest = ("triton" if planes.is_cuda else "native") if kernel == "auto" else kernel
+    obstacle = (why_not_triton if fastest == "triton" else why_not_native)(planes, field, rays, u_coarse)
+    if obstacle and kernel != "auto":
+        raise UserError(f"kernel: {kernel} cannot be used: {obstacle}. Use kernel: auto, or mend that.")
+    return "torch" if obstacle else fastest
+
+
 def render_rays(
     planes: Float[Tensor, "s 3 r r f"],
     field: Field,
@@ -113,15 +167,18 @@ def render_rays(
     axes: Axes = "xy,xz,yz",
     aggregation: Aggregation = "sum",
     kernel: Kernel = "auto",
+    precision: Precision = "float32",
 ) -> Rendered:
     """`march_planes` by the fastest kernel that can ("auto"), or the one demanded. A ray's light that nothing stopped
-    counts as having travelled to far."""
-    obstacle = "the torch path is asked for" if kernel == "torch" else why_not_native(planes, field, rays, u_coarse)
-    if kernel == "native" and obstacle:
-        raise UserError(f"kernel: native cannot be used: {obstacle}. Use kernel: auto, or mend that.")
-    if obstacle:
-        features, depth, opacity, _ = march_planes(planes, field, rays, u_coarse, u_fine, axes, aggregation)
-    else:
-        network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
+    counts as having travelled to far. `precision` is that of the GPU kernel's matrix products; the others know float32
+    alone."""
+    chosen = choose(kernel, planes, field, rays, u_coarse)
+    network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
+    if chosen == "native":
         features, depth, opacity = native.render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation)
+    elif chosen == "triton":
+        render = triton_kernel().render
+        features, depth, opacity = render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation, precision)
+    else:
+        features, depth, opacity, _ = march_planes(planes, field, rays, u_coarse, u_fine, axes, aggregation)
     return Rendered(features, depth + (1 - opacity) * rays.far, opacity)
