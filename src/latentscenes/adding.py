@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import ArrayLike
 
 from latentscenes.cameras import Cameras
-from latentscenes.config import Config, LossWeights, Rates, frozen
+from latentscenes.config import Config, frozen
 from latentscenes.datasets.camera_checks import check_cameras
 from latentscenes.errors import UserError
 from latentscenes.exploit import learn_group, start_rows
@@ -27,8 +28,8 @@ from latentscenes.track import Tracker
 from latentscenes.train import learn
 from latentscenes.views import Views, ViewsWriter
 
-QUICK_EPOCHS = 5
-"""Passes over the views of a scene that is only looked for."""
+QUICK_STEPS = 60
+"""Steps that a scene gets which is only looked for."""
 WHITE = 250
 """From this byte on a pixel counts as white."""
 LEAST_WHITE = 0.1
@@ -118,29 +119,26 @@ def _check_cameras(store: Store, cameras: Cameras, count: int) -> None:
     check_cameras(cameras, [f"camera {place}" for place in range(count)], store.info.box)
 
 
-def weights_only(config: Config) -> Config:
-    """One short stage on latents that learns weights and leaves micro planes at their mean.
+def quick(config: Config, views: int) -> Config:
+    """The first exploit stage that learns weights from latents, for QUICK_STEPS steps over so many views of one scene.
 
     Raises:
-        UserError: no exploit stage learns weights.
+        UserError: there is no such stage.
     """
     stages = [stage for stage in frozen(config).exploit if stage.rates.weights and stage.losses.latent]
     if not stages:
         raise UserError("search: no exploit stage of this library's configuration learns weights from latents.")
-    first = stages[0]
-    quick = dataclasses.replace(
-        first, epochs=QUICK_EPOCHS, rates=Rates(weights=first.rates.weights), losses=LossWeights(latent=1.0), schedule="cosine", decay=0.1
-    )
-    return dataclasses.replace(frozen(config), exploit=(quick,), exploit_start="mean")
+    epochs = math.ceil(QUICK_STEPS / math.ceil(views / stages[0].views))
+    return dataclasses.replace(frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean")
 
 
 def quick_weights(store: Store, views: Views, name: str, device: torch.device) -> Float[np.ndarray, "M"]:
-    """Weights over the base planes of a dataset's scene, micro planes staying at their mean; nothing is stored."""
+    """Weights over the base planes of a dataset's scene, learned for a second or two; nothing is stored."""
     found = [scene for scene in views.scenes if scene.name == name]
     if not found:
         near = difflib.get_close_matches(name, [scene.name for scene in views.scenes], n=1, cutoff=0)
         raise UserError(f"{views.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
-    config = weights_only(store.config)
+    config = quick(store.config, len(found[0].views("fit")))
     model = store.model(device)
     with work_folder(store) as work:
         info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.progress import track
 
 from latentscenes import metrics
-from latentscenes.cameras import Viewpoint
+from latentscenes.cameras import Cameras, Viewpoint
 from latentscenes.config import Config
 from latentscenes.errors import UserError
 from latentscenes.index import Origin, SceneInfo
@@ -92,8 +92,12 @@ def measure(model: Model, rows: SceneRows, views: Views, index: Sequence[int]) -
 
 
 def thumbnail(model: Model, rows: SceneRows, view: Viewpoint) -> bytes:
-    """A small picture of a scene, from the same camera for all, as PNG."""
-    picture = to_pictures(look(model, model.compose(rows), view.orbit(1, *THUMBNAIL_ANGLES), view.size, geometry=False).images)[0]
+    """A small picture of a scene, as PNG: from the same camera for all, so near that the scene box just fits."""
+    camera = view.orbit(1, *THUMBNAIL_ANGLES)
+    corners = torch.tensor(model.box.center) + torch.cartesian_prod(*(torch.tensor([-half, half]) for half in model.box.half))
+    reach = (camera.project(corners)[0] - 0.5).abs().max()
+    near = Cameras(camera.cam2world, camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]))
+    picture = to_pictures(look(model, model.compose(rows), near, view.size, geometry=False).images)[0]
     image = Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

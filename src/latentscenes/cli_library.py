@@ -201,7 +201,7 @@ def search(
 
     Args:
         library: its folder.
-        scene: a scene of the library, or with `data` one of that dataset, which is then fitted quickly, weights alone.
+        scene: a scene of the library, or with `data` one of that dataset, which is learned for a second or two for this.
         count: how many.
         data: dataset that holds the scene.
     """
@@ -213,9 +213,10 @@ def search(
     else:
         from latentscenes.views import Views
 
-        found = opened.search_views(Views.open(data), scene, count)
+        found = opened.search(Views.open(data), scene, count)
     rows = tuple((neighbour.name, f"{neighbour.distance:.4f}") for neighbour in found)
-    _print(Table(f"Most like {scene}", ("scene", "distance"), rows, (), "Root mean square difference of macro planes."))
+    note = "Root mean square difference of macro planes." if data is None else "1 − cosine between weights."
+    _print(Table(f"Most like {scene}", ("scene", "distance"), rows, (), note))
 
 
 def _open(path: Path, machine: Machine | None = None) -> "Library":

@@ -234,4 +234,4 @@ class Index:
 
 
 def _info(row: tuple) -> SceneInfo:
-    return SceneInfo(*row[:-1], tags=json.loads(row[-1]))
+    return SceneInfo(*row[:-1], tags={} if row[-1] == "{}" else json.loads(row[-1]))  # 100,000 times where all are listed

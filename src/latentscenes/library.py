@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class RenderedViews:
     def images(self) -> UInt8[np.ndarray, "v H W 3"]:
         """`rgb` as bytes, for PIL and others."""
         return np.round(255 * self.rgb).astype(np.uint8)
+
+
+Metric = Literal["planes", "cosine"]
 
 
 class Neighbour(NamedTuple):
@@ -226,13 +229,14 @@ class Library:
             self._check(name)
         return self.store.weights(names).numpy()
 
-    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5) -> list[Neighbour]:
-        """The scenes whose macro planes are nearest to those of a scene, or to those that some weights give; the scene
-        itself is left out.
+    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes") -> list[Neighbour]:
+        """The scenes whose weights are nearest to those of a scene (which is left out), or to some weights.
 
-        Distance is that of macro planes, root mean square over texels: √((v − w)ᵀ G (v − w)) with G the base planes'
-        inner products. Unlike a distance of bare weights it does not depend on how base planes are scaled, or on
-        whether two of them are alike.
+        Args:
+            metric: `planes`: how far macro planes are apart, root mean square over texels, √((v − w)ᵀ G (v − w)) with G
+                the base planes' inner products; base planes that are alike or large then count as such. `cosine`:
+                1 − v·w / |v||w|, whatever the lengths; for weights that were learned otherwise than the library's,
+                with fewer steps or from fewer views.
 
         Raises:
             UserError: there is no such scene, or scenes of this library have no weights.
@@ -250,14 +254,18 @@ class Library:
             wanted = torch.as_tensor(np.asarray(to, np.float32))
             if wanted.shape != table.shape[1:]:
                 raise UserError(f"nearest: {tuple(wanted.shape)} weights given, but this library has {table.shape[1]} base planes.")
-        offset = table - wanted
-        squared = ((offset @ (bases @ bases.T / bases.shape[1])) * offset).sum(1)
-        order = squared.argsort(stable=True).tolist()
-        return [Neighbour(names[k], float(squared[k].clamp_min(0).sqrt())) for k in order if k != own][:count]
+        if metric == "planes":
+            offset = table - wanted
+            distance = ((offset @ (bases @ bases.T / bases.shape[1])) * offset).sum(1).clamp_min(0).sqrt()
+        else:
+            distance = 1 - torch.cosine_similarity(table, wanted[None])
+        order = distance.argsort(stable=True).tolist()
+        return [Neighbour(names[k], float(distance[k])) for k in order if k != own][:count]
 
-    def search_views(self, views: Views, name: str, count: int = 5) -> list[Neighbour]:
-        """The scenes most like one of a dataset, which is fitted quickly for this, weights alone."""
-        return self.nearest(quick_weights(self.store, views, name, self.device), count)
+    def search(self, views: Views, name: str, count: int = 5) -> list[Neighbour]:
+        """The scenes that are most like one of a dataset, which is learned for a second or two for this, by the cosine
+        between weights. Nothing is stored."""
+        return self.nearest(quick_weights(self.store, views, name, self.device), count, "cosine")
 
     # Changing
 
