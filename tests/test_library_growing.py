@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from latentscenes import train as loop
 from latentscenes.cameras import orbit
 from latentscenes.errors import UserError
 from latentscenes.quantise import PRECISIONS, pack, unpack
-from latentscenes.store import Store
+from latentscenes.store import NewScene, Store
 
 NAMES = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
@@ -297,3 +300,75 @@ def test_eval_cost_and_render_read_libraries(library, call, tmp_path):
     assert not (library.path / "evaluation.json").exists()  # scores end with the next change
     status, out, _ = call("eval", "--run", library.path, "--part", "fit", "--views", 1, "--device", "cpu")
     assert status == 0 and "ball" in out and (library.path / "evaluation_fit.json").exists()
+
+
+# Others at the same time
+
+
+def test_readers_beside_a_writer_see_whole_scenes(library):
+    reader = latentscenes.open_library(library.path, device="cpu")
+    rows, problems, stop = {name: library[name].rows for name in NAMES}, [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            try:
+                names = reader.names
+                weights = reader.weights()
+                if len(weights) < 4 or not set(NAMES) <= set(reader.names):
+                    problems.append((names, weights.shape))
+                for name in names:
+                    stored = reader.store.rows(name)
+                    if not torch.equal(stored.micro, rows[name.split("/")[0]].micro):
+                        problems.append(name)
+            except UserError as error:
+                if "no scene" not in str(error):  # removed between the list and the reading
+                    problems.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    payload, info = library.store.payload("red_ball"), library["red_ball"].metadata
+    for turn in range(8):
+        copies = [NewScene(dataclasses.replace(info, name=f"red_ball/{turn}/{k}"), payload) for k in range(3)]
+        library.store.append(copies)
+        if turn % 2:
+            library.remove(f"red_ball/{turn}/0", f"red_ball/{turn - 1}/1")
+            library.compact()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == [] and len(library) == 4 + 8 * 3 - 8 and library.verify() == []
+
+
+def test_what_is_kept_in_memory_is_read_anew_after_a_change(library):
+    other = latentscenes.open_library(library.path, device="cpu")
+    before, names = other.weights(), other.names
+    library.remove("green_box")
+    library.rename("red_ball", "ball")
+    assert other.names == ["ball", "blue_egg", "brown_bar"] and np.array_equal(other.weights(), before[[0, 2, 3]]) and names == NAMES
+    assert [name for name, _ in other.nearest("ball", 5)] == [name for name, _ in library.nearest("ball", 5)]
+    other.weights()[:] = 0  # a copy
+    assert np.array_equal(other.weights(["blue_egg"]), before[[2]])
+
+
+# What the pages say
+
+
+@pytest.mark.parametrize(("page", "folder", "names"), [("docs/library.md", "cars", ["car_0024", "car_0025"]), ("README.md", "chairs", ["chair_007", "x"])])
+def test_python_of_the_pages_runs(page, folder, names, run, tmp_path, monkeypatch, disc, capsys):
+    images, alpha, cameras = disc
+    library = latentscenes.create_library(tmp_path / "libraries" / folder, run.path, device="cpu")
+    for old, new in zip(NAMES, names, strict=False):
+        library.rename(old, new)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / page).read_text()
+    blocks = [block for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "librar" in block]
+    assert blocks
+    space = {"images": images, "cameras": cameras, "masks": alpha}
+    for block in blocks:
+        exec(compile(block, page, "exec"), space)
+    if folder == "cars":
+        assert (tmp_path / "libraries" / "one_car" / "library.json").exists() and "our car" not in library
+        assert space["views"].rgb.shape == (8, 32, 32, 3)
+    else:
+        assert "my chair" in library

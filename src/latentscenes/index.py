@@ -121,6 +121,12 @@ class Index:
             except sqlite3.DatabaseError as error:
                 raise UserError(f"{self.path}: cannot be read ({error}). Restore it from a copy of the library.") from None
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one after every change, whoever made it."""
+        with self._lock:
+            return self._connection.execute("PRAGMA data_version").fetchone()[0], self._connection.total_changes
+
     # Reading
 
     def __len__(self) -> int:

@@ -141,6 +141,8 @@ class Library:
 
     def __init__(self, store: Store, device: torch.device | str = "cpu"):
         self.store, self.device = store, torch.device(device)
+        self._names: tuple[object, list[str]] = (None, [])
+        self._weights: tuple[object, tuple[list[str], Tensor]] = (None, ([], torch.empty(0)))
 
     def __repr__(self) -> str:
         return f"<latentscenes library {self.path}, {len(self)} scenes>"
@@ -177,7 +179,10 @@ class Library:
     @property
     def names(self) -> list[str]:
         """Of all scenes, in the order in which they came."""
-        return self.store.index.names()
+        version = self.store.index.version
+        if self._names[0] != version:
+            self._names = (version, self.store.index.names())
+        return list(self._names[1])
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.store.index.place(name) is not None
@@ -225,9 +230,21 @@ class Library:
 
     def weights(self, names: Sequence[str] | None = None) -> Float[np.ndarray, "n M"]:
         """Weights over the M base planes of all scenes, in the order of `names`; micro planes are not read."""
-        for name in names or ():
+        if names is None:
+            return self._all_weights()[1].numpy().copy()
+        known, table = self._all_weights()
+        place = {name: row for row, name in enumerate(known)}
+        for name in names:
             self._check(name)
-        return self.store.weights(names).numpy()
+        return table[[place[name] for name in names]].numpy()
+
+    def _all_weights(self) -> tuple[list[str], Float[Tensor, "n M"]]:
+        """Names and weights of all scenes, read anew when the library has changed."""
+        version, known = self._weights
+        if version != self.store.index.version:
+            version, known = self.store.index.version, self.store.all_weights()
+            self._weights = version, known
+        return known
 
     def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes") -> list[Neighbour]:
         """The scenes whose weights are nearest to those of a scene (which is left out), or to some weights.
@@ -244,8 +261,7 @@ class Library:
         bases = self.model.bases.detach().cpu().flatten(1)
         if not bases.numel():
             raise UserError(f"{self.path}: its scenes have no base planes in common (planes.macro = 0), so there are no weights to compare.")
-        table, own = torch.from_numpy(self.weights()), None
-        names = self.names
+        (names, table), own = self._all_weights(), None
         if isinstance(to, str):
             self._check(to)
             own = names.index(to)
@@ -344,16 +360,19 @@ class Library:
         self.close()
 
 
-def open_library(path: str | Path, device: str = "auto") -> Library:
+def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> Library:
     """Open a library of learned scenes, made by `latentscenes exploit` or `create_library`.
 
     Args:
         device: cpu, cuda, cuda:1 …; auto takes a GPU where there is one.
+        wait: changes wait for other writers; without, a UserError tells of them.
 
     Raises:
         UserError: no library lies there, or it cannot be read.
     """
-    return Library(Store.open(path), runtime.start(device=device))
+    store = Store.open(path)
+    store.wait = wait
+    return Library(store, runtime.start(device=device))
 
 
 def create_library(

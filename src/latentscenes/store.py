@@ -42,6 +42,8 @@ from latentscenes.run import circumstances, fill_model
 FORMAT = "latentscenes-library-1"
 OPEN_SHARDS = 64
 """Shards kept open for reading."""
+TRIES = 5
+"""Times that a reader asks anew where a scene lies, when it was moved between the question and the reading."""
 SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
 """Scores of held-out views and of those learned from. They end with the next change of the library."""
 OURS = {"library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl", SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm"}
@@ -122,6 +124,8 @@ class Store:
         refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path / "lock", True, f"{path}: another process is making it"):
+            if cls.exists(path):  # it was, while this one waited
+                raise UserError(f"{path}: another process has just made a library there. The same command again goes on with it.")
             for leftover in (path / "shards", path / "model"):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.mkdir()
@@ -179,7 +183,7 @@ class Store:
 
     def payload(self, name: str) -> Payload:
         """A scene as it is stored."""
-        for _ in range(3):  # the scene may move to another shard just now
+        for _ in range(TRIES):  # the scene may move to another shard just now
             place = self.index.place(name)
             if place is None:
                 break
@@ -193,16 +197,26 @@ class Store:
             raise UserError(f"{self.path}: no scene {name!r} here.")
         raise UserError(f"{self.shard_file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
 
-    def weights(self, names: Sequence[str] | None = None) -> torch.Tensor:
-        """Weights over the base planes (n, M) of these scenes, of all by default; nothing else is read."""
-        places = self.index.places()
-        chosen = list(places) if names is None else list(names)
+    def all_weights(self) -> tuple[list[str], torch.Tensor]:
+        """Names of all scenes, in the order in which they were added, and their weights over the base planes (n, M);
+        nothing else is read."""
+        for _ in range(TRIES):  # scenes may move to another shard just now
+            places = self.index.places()
+            try:
+                return list(places), self._weights_at(list(places.values()))
+            except FileNotFoundError:
+                continue
+            except SafetensorError as error:
+                raise UserError(f"{self.path}: a shard cannot be read ({error}). `latentscenes library verify` tells which scenes are lost.") from None
+        raise UserError(f"{self.path}: a shard is absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
+
+    def _weights_at(self, places: Sequence[Place]) -> torch.Tensor:
         planes = self.config.planes
-        table = torch.zeros(len(chosen), planes.bases if planes.macro else 0)
+        table = torch.zeros(len(places), planes.bases if planes.macro else 0)
         by_shard: dict[int, list[tuple[int, int]]] = {}
-        for line, name in enumerate(chosen):
-            by_shard.setdefault(places[name].shard, []).append((line, places[name].row))
-        for shard, found in by_shard.items() if table.shape[1] else ():
+        for line, place in enumerate(places if table.shape[1] else ()):
+            by_shard.setdefault(place.shard, []).append((line, place.row))
+        for shard, found in by_shard.items():
             lines, rows = zip(*found, strict=True)
             table[list(lines)] = self._open(shard).get_tensor("weights")[list(rows)]
         return table
