@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from latentscenes.datasets.importing import Imported
 
 
 def data_cars(
@@ -128,13 +131,37 @@ def data_transforms(
     _import(make_transforms, folder, out, options, "opengl", held_out_from=held_out_from)
 
 
+def data_photos(
+    folder: Path, out: Path, size: int = 128, held_out: int = 4, split: Path | None = None, new: int = 0, limit: int | None = None
+) -> None:
+    """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
+
+    Args:
+        folder: a folder of objects, each a folder with images/, sparse/0 and masks/ (unless images are transparent around the
+            object); or one of them.
+        out: folder of the new dataset.
+        size: pixels along each side of the stored pictures.
+        held_out: views of each object kept for evaluation.
+        split: JSON file {"train": [...], "new": [...]} with names of objects; the others are left out.
+        new: without `split`: the last so many objects are kept for stage 2.
+        limit: take at most the first so many objects.
+    """
+    from latentscenes.datasets.photos import make_photos
+
+    _say_made(make_photos(folder, out, size=size, held_out=held_out, split=split, new=new, limit=limit))
+
+
 def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str, **more: object) -> None:
     from latentscenes.datasets.importing import Options
-    from latentscenes.progress import console
 
     settings = {name: value for name, value in vars(chosen).items() if name != "axes"}
     axes = custom if chosen.axes == "auto" else chosen.axes
-    made = make(folder, out, axes=axes, options=Options(**settings), **more)
+    _say_made(make(folder, out, axes=axes, options=Options(**settings), **more))
+
+
+def _say_made(made: "Imported") -> None:
+    from latentscenes.progress import console
+
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
     console.print(f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: {made.background}.", highlight=False)
@@ -143,4 +170,4 @@ def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str
         console.print(f"Note: {note}", highlight=False)
 
 
-DATA_COMMANDS = {"cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms}
+DATA_COMMANDS = {"cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms, "photos": data_photos}
