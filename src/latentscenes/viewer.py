@@ -146,8 +146,8 @@ def check_port(host: str, port: int) -> None:
 
 def view(library: Library, host: str, port: int, data: Path | None, moving: int, still: int) -> None:
     """Serve a library until Ctrl-C."""
-    with Viewer(library, host=host, port=port, data=data, moving=moving, still=still) as viewer:
+    serving = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
+    with contextlib.suppress(KeyboardInterrupt), serving as viewer:
         print(f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; Ctrl-C ends it.", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
     print("Ended.")

@@ -1,0 +1,440 @@
+"""The viewer: pictures are those of the library, from where the browser looks; many may look and vanish; and in a real
+browser it shows a car, turns it, and is content."""
+
+import io
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from browser import PROGRAM, browser, until
+from conftest import TINY
+from PIL import Image
+from results import made_run
+
+import latentscenes
+from latentscenes import config as configuration
+from latentscenes.cameras import Cameras, orbit
+from latentscenes.errors import UserError
+from latentscenes.viewer_painter import FAR_AWAY, Blend, Frame, Painter, Wish, along_axis, blended, picture_size
+from latentscenes.viewer_renderer import Renderer
+
+viser = pytest.importorskip("viser")
+
+from latentscenes import viewer_gallery  # noqa: E402 — needs viser
+from latentscenes.viewer import Viewer, check_port  # noqa: E402
+
+CAR = """
+codec: {kind: identity}
+planes: {resolution: 32, micro: 4, macro: 8, bases: 3}
+field: {hidden: 32}
+render: {coarse: 16, fine: 16}
+train:
+  - name: scenes
+    epochs: 25
+    scenes: 3
+    views: 4
+    rays: 256
+    losses: {latent: 1, tv: 1e-3}
+    rates: {micro: 0.5, weights: 0.02, bases: 0.3, field: 1e-2}
+    schedule: cosine
+    decay: 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def solid_library(tmp_path_factory, solids):
+    """Four solids that nobody learned, in a codec's latents."""
+    folder = tmp_path_factory.mktemp("solids")
+    run = made_run(folder / "run", configuration.parse(TINY, "tiny"), solids, "train")
+    return latentscenes.create_library(folder / "library", run.path, precision="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def car_library(tmp_path_factory):
+    """Three made cars, learned for three seconds."""
+    from latentscenes.datasets.embree import ViewOptions
+    from latentscenes.datasets.shapes import make_cars
+    from latentscenes.train import train
+    from latentscenes.views import Views
+
+    folder = tmp_path_factory.mktemp("cars")
+    make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
+    train(configuration.parse(CAR, "car"), Views.open(folder / "data"), folder / "run", device=torch.device("cpu"))
+    return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
+
+
+def wish(library, scene: str, canvas=(32, 32), **what) -> Wish:
+    return Wish(scene, library.orbit(1, 25.0, 40.0), canvas, **what)
+
+
+# One picture
+
+
+def test_pictures_are_those_of_the_library(solid_library):
+    painter, camera = Painter(solid_library), solid_library.orbit(1, 25.0, 40.0)
+    truth = solid_library["blue_egg"].render(camera, size=32)
+    coarse = solid_library["blue_egg"].render(camera, size=32, geometry=False)
+    drawn = painter.draw(wish(solid_library, "blue_egg"), 32)
+    assert np.abs(drawn.picture.astype(int) - truth.images[0]).max() <= 1 and drawn.depth is None
+    opacity = painter.draw(wish(solid_library, "blue_egg", mode="opacity"), 32).picture
+    assert np.abs(opacity[..., 0] - 255 * (1 - truth.opacity[0])).max() <= 1
+    latent = painter.draw(wish(solid_library, "blue_egg", mode="latent", channel=2), 32).picture
+    assert latent.shape == (32, 32, 3) and np.corrcoef(latent[::4, ::4, 0].ravel(), coarse.latents[0, :, :, 2].ravel())[0, 1] > 0.98
+    assert painter.draw(wish(solid_library, "blue_egg", mode="depth"), 32).picture.shape == (32, 32, 3)
+
+
+def test_depth_is_given_where_something_solid_is(car_library):
+    scene, camera = car_library[car_library.names[0]], car_library.orbit(1, 25.0, 40.0)
+    truth = scene.render(camera, size=32)
+    depth = Painter(car_library).draw(wish(car_library, scene.name, depth=True), 32).depth
+    solid = truth.opacity[0] > 0.5
+    assert solid.any() and not solid.all() and np.all(depth[~solid] == np.float32(FAR_AWAY))
+    assert np.allclose(depth[solid], along_axis(torch.from_numpy(truth.depth[0]), camera).numpy()[solid], atol=1e-5)
+
+
+def test_depth_along_the_axis_is_what_projection_gives(solid_library):
+    camera, distances = solid_library.orbit(1, 10.0, 70.0), 0.5 + torch.rand(12, 16)
+    origins, directions = camera.rays(12, 16)
+    _, depth = camera.project((origins + distances.reshape(1, -1, 1) * directions)[0])
+    assert torch.allclose(along_axis(distances, camera).reshape(-1), depth[0], atol=1e-5)
+
+
+def test_a_picture_can_be_given_up(solid_library):
+    assert Painter(solid_library).draw(wish(solid_library, "red_ball"), 32, give_up=lambda: True) is None
+
+
+def test_blends_run_from_one_scene_to_the_other(solid_library):
+    first, second = solid_library["red_ball"].rows, solid_library["green_box"].rows
+    half = blended(first, second, Blend("green_box", 0.5))
+    assert torch.equal(half.micro, first.micro) and torch.allclose(half.weights, (first.weights + second.weights) / 2)
+    for share, like in ((0.0, first), (1.0, second)):
+        both = blended(first, second, Blend("green_box", share, micro=True))
+        assert all(torch.allclose(value, like.tables()[name], atol=1e-6) for name, value in both.tables().items())
+    painter = Painter(solid_library)
+    ends = [painter.draw(wish(solid_library, "red_ball", blend=Blend("green_box", share, micro=True)), 32).picture for share in (0.0, 1.0)]
+    alone = [painter.draw(wish(solid_library, name), 32).picture for name in ("red_ball", "green_box")]
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(ends, alone, strict=True)) and not np.array_equal(*alone)
+
+
+def test_what_others_change_is_seen(solid_library, tmp_path):
+    from latentscenes.store import Store
+
+    solid_library.export(solid_library.names, tmp_path / "copy")
+    library = latentscenes.open_library(tmp_path / "copy", device="cpu")
+    painter, other = Painter(library), Store.open(tmp_path / "copy")
+    before = painter.draw(wish(library, "red_ball"), 32).picture
+    box = painter.draw(wish(library, "green_box"), 32).picture
+    other.remove(["red_ball"])
+    with pytest.raises(UserError, match="'red_ball' was removed or renamed meanwhile"):
+        painter.draw(wish(library, "red_ball"), 32)
+    other.rename("green_box", "red_ball")
+    after = painter.draw(wish(library, "red_ball"), 32).picture
+    assert np.array_equal(after, box) and not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize(("canvas", "side", "step", "size"), [
+    ((800, 1600), 128, 4, (128, 256)), ((1600, 800), 128, 4, (256, 128)), ((100, 90), 384, 4, (100, 88)),
+    ((1, 1), 128, 8, (8, 8)), ((0, 500), 128, 2, (2, 4)), ((90, 4000), 64, 1, (64, 192)),
+])  # fmt: skip
+def test_pictures_are_shaped_like_the_window_and_no_larger(canvas, side, step, size):
+    assert picture_size(canvas, side, step) == size
+
+
+# All pictures
+
+
+class Slow(Painter):
+    """A painter that takes its time and notes what it drew."""
+
+    def __init__(self):
+        self.drawn: list[tuple[str, int]] = []
+        self.go = threading.Semaphore(0)
+
+    def draw(self, wish, side, give_up=lambda: False):
+        self.go.acquire(timeout=5)
+        if wish.scene == "broken":
+            raise ValueError("broken")
+        if give_up():
+            return None
+        self.drawn.append((wish.scene, side))
+        return Frame(np.zeros((1, 1, 3), np.uint8), None)
+
+
+def wish_for(name: str) -> Wish:
+    return Wish(name, orbit(1), (64, 64))
+
+
+def test_newest_wishes_are_drawn_in_turns_and_sharper_in_the_end():
+    painter, shown, failed = Slow(), [], []
+    renderer = Renderer(painter, 10, 30)
+    for watcher in (1, 2, 3):
+        renderer.attend(watcher, shown.append, failed.append)
+    renderer.ask(1, wish_for("a0"))
+    until(lambda: not renderer._watchers[1].waits)  # it is being drawn
+    for number in (1, 2, 3):
+        renderer.ask(1, wish_for(f"a{number}"))
+        renderer.ask(2, wish_for(f"b{number}"))
+    renderer.ask(3, wish_for("broken"))
+    renderer.ask(4, wish_for("nobody's"))
+    painter.go.release(4)
+    until(lambda: len(painter.drawn) == 3 and failed)
+    assert painter.drawn == [("a0", 10), ("b3", 10), ("a3", 10)] and str(failed[0]) == "broken"
+    renderer.forget(3)
+    painter.go.release(10)
+    until(lambda: len(shown) == 5)
+    assert sorted(painter.drawn[3:]) == [("a3", 30), ("b3", 30)]
+    assert renderer.run(lambda given: given is painter).result(5)
+    with pytest.raises(ZeroDivisionError):
+        renderer.run(lambda _: 1 / 0).result(5)
+    renderer.close()
+
+
+def test_who_moves_comes_before_who_is_still():
+    painter = Slow()
+    renderer = Renderer(painter, 10, 30)
+    for watcher in (1, 2):
+        renderer.attend(watcher, lambda _: None, lambda _: None)
+    renderer.ask(1, wish_for("still"))
+    painter.go.release()
+    until(lambda: painter.drawn and renderer._watchers[1].sharpen_at == math.inf)  # it is being sharpened
+    renderer.ask(2, wish_for("moving"))
+    painter.go.release(10)
+    until(lambda: len(painter.drawn) == 4)
+    assert painter.drawn[:2] == [("still", 10), ("moving", 10)] and set(painter.drawn[2:]) == {("still", 30), ("moving", 30)}
+    renderer.close()
+
+
+def test_names_are_matched_by_parts_and_patterns():
+    names = ["Car-1", "car-12", "bus-1"]
+    assert viewer_gallery.matching(names, " CAR ") == ["Car-1", "car-12"] and viewer_gallery.matching(names, "") == names
+    assert viewer_gallery.matching(names, "*-1") == ["Car-1", "bus-1"] and viewer_gallery.matching(names, "c?r-1") == ["Car-1"]
+
+
+# Many who look
+
+
+class Looker:
+    """What a browser is to the server: it says where it looks from, and is sent pictures."""
+
+    def __init__(self, viewer: Viewer):
+        from websockets.sync.client import connect
+
+        address, protocol = f"ws://127.0.0.1:{viewer.port}", f"viser-v{viser.__version__}"
+        self.socket = connect(address, subprotocols=[protocol], max_size=None, compression=None)
+        self.pictures: list[np.ndarray] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        import msgspec
+        import zstandard
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            for message in self.socket:
+                length = int.from_bytes(message[8:16], "little")
+                content = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(message[16 : 16 + length]))
+                for part in content["messages"]:
+                    if part["type"] == "BackgroundImageMessage" and part["rgb_data"]:
+                        self.pictures.append(np.array(Image.open(io.BytesIO(part["rgb_data"]))))
+        except (ConnectionClosed, OSError):
+            pass
+
+    def look(self, camera: Cameras, canvas: tuple[int, int]) -> None:
+        from viser.transforms import SO3
+
+        matrix, position = camera.cam2world[0].double().numpy(), camera.positions[0].tolist()
+        self.send(
+            "ViewerCameraMessage", wxyz=SO3.from_matrix(matrix[:, :3]).wxyz.tolist(), position=position,
+            fov=2 * math.atan(0.5 / camera.intrinsics[0, 1].item()), near=0.01, far=1000.0,
+            image_height=canvas[0], image_width=canvas[1], look_at=[0.0, 0.0, 0.0], up_direction=[0.0, 0.0, 1.0],
+        )  # fmt: skip
+
+    def send(self, kind: str, **values) -> None:
+        import msgspec
+
+        self.socket.send(msgspec.msgpack.encode({"type": kind, **values}))
+
+    def vanish(self) -> None:
+        """As when the power goes: no goodbye."""
+        self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(os.dup(self.socket.socket.fileno()))
+        self.socket.socket.close()
+
+
+def same_picture(found: np.ndarray, truth: np.ndarray) -> bool:
+    """But for the losses of JPEG."""
+    return found.shape == truth.shape and np.abs(found.astype(float) - truth).mean() < 3
+
+
+def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
+    with Viewer(car_library, port=0, moving=32, still=48) as viewer:
+        looker, camera = Looker(viewer), car_library.orbit(1, 25.0, 200.0)
+        looker.look(camera, (400, 600))
+        until(lambda: looker.pictures and looker.pictures[-1].shape == (48, 72, 3))
+        assert looker.pictures[0].shape == (32, 48, 3)
+        intrinsics = camera.intrinsics.clone()
+        intrinsics[:, 0] = intrinsics[:, 1] * 400 / 600
+        truth = car_library[car_library.names[0]].render(Cameras(camera.cam2world, intrinsics), size=(48, 72)).images[0]
+        assert truth.min() < 100 and same_picture(looker.pictures[-1], truth)
+
+
+def test_twenty_look_and_half_of_them_vanish(car_library):
+    with Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        cameras, lookers = car_library.orbit(20, 25.0), [Looker(viewer) for _ in range(20)]
+        for place, looker in enumerate(lookers):
+            looker.look(cameras[torch.tensor([place])], (64, 64))
+        until(lambda: viewer.sessions == 20 and all(looker.pictures for looker in lookers))
+        for looker in lookers[:10]:
+            looker.look(cameras[torch.tensor([0])], (64, 64))
+            looker.vanish()
+        until(lambda: viewer.sessions == viewer._renderer.watchers == 10)
+        for place, looker in enumerate(lookers[10:], 10):
+            looker.pictures.clear()
+            looker.look(cameras[torch.tensor([place - 5])], (64, 64))
+        until(lambda: all(looker.pictures for looker in lookers[10:]))
+        truth = [car_library[car_library.names[0]].render(cameras[torch.tensor([place - 5])], size=32).images[0] for place in range(10, 20)]
+        assert all(same_picture(looker.pictures[-1], image) for looker, image in zip(lookers[10:], truth, strict=True))
+        for looker in lookers[10:]:
+            looker.socket.close()
+        until(lambda: viewer.sessions == viewer._renderer.watchers == 0)
+
+
+def test_no_browser_can_open_a_tunnel_to_the_outside(car_library, monkeypatch):
+    import viser._viser
+
+    monkeypatch.setattr(viser._viser, "ViserTunnel", None)  # would fail if called
+    with Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        looker = Looker(viewer)
+        looker.look(car_library.orbit(1), (32, 32))
+        looker.send("ShareUrlRequest")
+        until(lambda: looker.pictures)
+        assert viewer._server.request_share_url() is None and viewer._server._share_tunnel is None
+
+
+# Mistakes
+
+
+def test_mistakes_are_explained(car_library, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+: cannot serve there \(Address already in use\).*--port"):
+            Viewer(car_library, port=taken.getsockname()[1])
+    with pytest.raises(UserError, match="another --host"):
+        check_port("192.0.2.1", 0)
+    with pytest.raises(UserError, match="--moving 8 --still 384"):
+        Viewer(car_library, port=0, moving=8)
+    with pytest.raises(UserError, match="no dataset here"):
+        Viewer(car_library, port=0, data=tmp_path)
+    car_library.export(car_library.names[:1], tmp_path / "one")
+    emptied = latentscenes.open_library(tmp_path / "one", device="cpu")
+    emptied.remove(*emptied.names)
+    with pytest.raises(UserError, match="this library is empty"):
+        Viewer(emptied, port=0)
+
+
+def test_without_viser_the_remedy_is_named():
+    script = "import sys; sys.modules['viser'] = None; import latentscenes.viewer"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "UserError: view needs viser. Run: pip install latentscenes[viewer]" in done.stderr
+
+
+def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library):
+    command = [sys.executable, "-c", "from latentscenes.cli import main; main()", "view", str(car_library.path), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert "3 scenes at http://127.0.0.1:" in line, line + process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err) == (0, "Ended.\n", "")
+    finally:
+        process.kill()
+
+
+# In a browser
+
+LABEL = "[...document.querySelectorAll('label')].find(label => label.innerText.trim() == {!r})"
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_in_a_browser(car_library, tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer_gallery, "PAGE", 2)
+    names = car_library.names
+    car_library.export(names, tmp_path / "library")
+    library = latentscenes.open_library(tmp_path / "library", device="cpu")
+    with Viewer(library, port=0, moving=48, still=96) as viewer, browser(tmp_path / "profile", 1000, 600) as new:
+        page = new()
+        page.open(viewer.url)
+        page.wait("document.querySelectorAll('.scenes label').length >= 2")
+
+        def canvas() -> np.ndarray:
+            """What is in the middle of the page, between the panels."""
+            return np.array(Image.open(io.BytesIO(page.picture())).convert("RGB"))[150:500, 330:670].astype(int)
+
+        def settled() -> np.ndarray:
+            time.sleep(0.5)
+            before = canvas()
+            for _ in range(50):
+                time.sleep(0.3)
+                now = canvas()
+                if np.abs(now - before).mean() < 0.05 and (now.min(-1) < 200).mean() > 0.02:
+                    return now
+                before = now
+            raise AssertionError("no picture, or it never comes to rest")
+
+        def differs(a: np.ndarray, b: np.ndarray) -> bool:
+            return np.abs(a - b).mean() > 2
+
+        def press(text: str) -> None:
+            page.evaluate(f"[...document.querySelectorAll('button')].find(button => button.innerText.trim() == {text!r}).click()")
+
+        # it shows the car: something in the middle, white above it
+        first = settled()
+        assert (first[:20].min(-1) > 200).mean() > 0.9 and (first[120:230, 110:230].min(-1) < 230).mean() > 0.5
+
+        # it reacts to a drag
+        page.drag((500, 300), (400, 320))
+        turned = settled()
+        assert differs(first, turned)
+
+        # a thumbnail chooses
+        page.click(".scenes label:nth-child(2)")
+        page.wait(f"document.body.innerText.includes({names[1]!r})")
+        assert differs(turned, chosen := settled())
+
+        # pages and search
+        press("next")
+        page.wait("document.body.innerText.includes('3–3 of 3')")
+        page.evaluate(f"(e => {{ while (!e.querySelector('input')) e = e.parentElement; e.querySelector('input').focus() }})({LABEL.format('Search')})")
+        page.type(names[2][-4:])
+        page.wait("document.body.innerText.includes('1–1 of 1')")
+
+        # cameras of photographs
+        page.evaluate(f"document.getElementById({LABEL.format('Show cameras')}.htmlFor).click()")
+        assert differs(chosen, settled())
+
+        # a second scene, chosen by its name among those found; it has been removed when it is chosen again
+        press("Choose a second scene")
+        page.wait("document.body.innerText.includes('Now click a thumbnail')")
+        press(names[2])
+        page.wait(f"document.body.innerText.includes('blended with {names[2]}')")
+        press("End blending")
+        page.wait("!document.body.innerText.includes('blended with')")
+        library.remove(names[2])
+        press(names[2])
+        page.wait("document.body.innerText.includes('That did not work')")
+        settled()
+        assert page.problems == []
+        assert all(address.startswith(viewer.url) for address in page.requests), page.requests
+    assert viewer.sessions == 0 or until(lambda: viewer.sessions == 0)
