@@ -68,7 +68,7 @@ def test_floor_counts_what_was_evaluated():
 
 @pytest.mark.parametrize("name", ["paper", "small", "rgb"])
 def test_views_that_are_timed_are_images(name):
-    assert Viewer(name).view().shape == (1, 3, 128, 128)
+    assert Viewer(name, 1).view().shape == (1, 3, 128, 128)
 
 
 def test_results_are_saved_with_the_machine(tmp_path, capsys):

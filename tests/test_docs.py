@@ -50,7 +50,8 @@ def house_map() -> dict[str, int]:
 
 
 def source_files() -> set[str]:
-    return {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {f"models/{file.parts[1]}/" if file.parts[0] == "models" else str(file) for file in files}
 
 
 def test_map_and_tree_agree():

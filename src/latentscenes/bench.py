@@ -125,7 +125,7 @@ def _switched(steps: Steps, name: str) -> Callable[[], None]:
 def bench_views(threads: int, rounds: int) -> Iterator[Result]:
     """A new 128x128 view: render and decode, as a viewer does for a scene whose planes are fused."""
     result = Result("new view", threads)
-    viewers = {name: Viewer(name) for name in ("paper", "small", "rgb")}
+    viewers = {name: Viewer(name) for name in ("paper", "latent", "small", "rgb")}
     timings = interleave({name: viewer.view for name, viewer in viewers.items()}, 4 * rounds)
     for name, found in timings.items():
         result.figures[f"{name}.views_per_second"] = 1 / found.median
@@ -138,8 +138,8 @@ def bench_codec(threads: int, rounds: int) -> Iterator[Result]:
     for count in (1, 32):
         result = Result(f"codec, {count} image{'s' * (count > 1)}", threads)
         images = torch.rand(count, 3, SIZE, SIZE)
-        for name in ("paper", "small"):
-            codec = Viewer(name).model.codec
+        for name in ("paper", "latent"):
+            codec = Viewer(name, 0).model.codec
             plain = copy.deepcopy(codec)
             plain.bfloat16 = False
             with torch.inference_mode():

@@ -117,16 +117,18 @@ class Steps:
 
 
 class Viewer:
-    """A scene of a preset's sizes, fused, to be looked at from changing cameras."""
+    """A scene of a preset's sizes whose object has taken shape, to be looked at from changing cameras."""
 
-    def __init__(self, preset: str):
+    def __init__(self, preset: str, steps: int = 60):
         own = ["codec.kind=convolutional", "codec.path=null", "codec.downsampling=8", "codec.channels=4"]
-        override = own if preset == "paper" else []  # the published sizes with our own codec
-        self.config = configuration.load(preset, override)
-        self.model = Model(self.config, BOX).eval().requires_grad_(False)
-        rows = fresh_rows(1, self.config.planes, seeded("cpu", "rows"))
-        self.planes = self.model.compose(rows)
-        self.background = self.model.background(SIZE, SIZE)
+        config = configuration.load(preset, own if preset == "paper" else [])  # the published sizes, our own codec
+        stage = configuration.parse(LATENT, "bench").train[0]
+        stage = dataclasses.replace(stage, scenes=1, views=2, rates=dataclasses.replace(stage.rates, micro=0.3))
+        alone = dataclasses.replace(config, train=(stage,), exploit=(), exploit_fresh_field=False)
+        learned = Steps(configuration.dump(alone), 1).warmed(steps)
+        self.config, self.background = config, learned.background
+        self.model = learned.model.eval().requires_grad_(False)
+        self.planes = self.model.compose(learned.rows)
         self.cameras, self.count = orbit(24), 0
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ from latentscenes.exploit import Options, exploit
 from latentscenes.learned import Learned
 from latentscenes.progress import console
 from latentscenes.run import Run
+from latentscenes.store import Store
 from latentscenes.train import train
 from latentscenes.views import Views
 
@@ -38,7 +39,7 @@ class Point:
 
 
 def time_to_quality(
-    parent: Run, views: Views, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
+    parent: Run | Store, views: Views, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
 ) -> Result:
     """Learn the first `limit` new scenes for each of the numbers of epochs, on top of `parent` and as RGB tri-planes."""
     result = Result(f"time to quality, {limit} new scenes", torch.get_num_threads())

@@ -75,7 +75,7 @@ def exploit(
     Args:
         data: dataset whose `new` scenes are learned; those that the library holds already are left out.
         out: library folder, made if absent.
-        run: finished run of `latentscenes train` that a new library is made of (for `finetune`: or a library).
+        run: what a new library is made of: a finished run of `latentscenes train`, another library's model, or `cars`, which comes with the package.
         config: preset or YAML file; unset: the configuration of the library or run.
         overrides: settings to change, for instance exploit.latent.epochs=20.
         group: scenes learned together and committed together; unset: as many as a batch holds.
@@ -87,7 +87,9 @@ def exploit(
         track: also send metrics to a tracker.
         print_config: print every setting as YAML and stop.
     """
-    home = out if (out / "library.json").is_file() else run
+    from latentscenes.exploit import open_parent
+
+    home = out if (out / "library.json").is_file() else run and open_parent(run).path
     if home is None and config is None:
         raise UserError(f"{out}: no library here yet. Name the run that it is to be made of, with --run.")
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
@@ -238,7 +240,7 @@ def bench(
         only: cases to run, of step, options, view, codec, scaling, memory; unset: all.
         threads: numbers of CPU threads to run them with; unset: one, and all cores.
         rounds: turns of each variant.
-        run: finished run of `latentscenes train`, for the time to quality …
+        run: finished run of `latentscenes train`, library or `cars`, for the time to quality …
         data: … and the dataset whose new scenes are learned.
         limit: of these, only the first so many.
         ours: epochs of the first exploit stage to try.
@@ -256,10 +258,10 @@ def bench(
         measure(only, threads, rounds, out)
         return
     from latentscenes.bench_quality import time_to_quality
-    from latentscenes.run import Run
+    from latentscenes.exploit import open_parent
     from latentscenes.views import Views
 
-    save([time_to_quality(Run.open(run), Views.open(data), limit, ours, rgb, device)], out)
+    save([time_to_quality(open_parent(run), Views.open(data), limit, ours, rgb, device)], out)
 
 
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:

@@ -117,6 +117,20 @@ def library_export(library: Folder, scenes: Names = (), match: str | None = None
     _say(f"{out}: {opened.export(names, out)} scenes copied.")
 
 
+def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Write what the scenes share, without any scene, in half precision: a model to hand on, for `exploit --run`.
+
+    Args:
+        library: its folder.
+        out: folder to write.
+    """
+    from latentscenes.shipped import export_model
+    from latentscenes.store import Store
+    from latentscenes.tables import bytes_text
+
+    _say(f"{out}: {bytes_text(export_model(Store.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
+
+
 def library_verify(library: Folder) -> None:
     """Compare every scene with the checksum taken when it was written. Exit status 1 if something is damaged.
 
@@ -184,6 +198,7 @@ LIBRARY_COMMANDS = {
     "remove": library_remove,
     "rename": library_rename,
     "export": library_export,
+    "model": library_model,
     "verify": library_verify,
     "compact": library_compact,
     "repack": library_repack,

@@ -50,7 +50,7 @@ def fresh_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tenso
     """Random base planes."""
     count = config.bases if config.macro else 0
     shape = (count, 3, config.resolution, config.resolution, config.macro)
-    return config.initial_std * torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).mul_(config.initial_std)
 
 
 def fresh_rows(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneRows:
@@ -58,7 +58,7 @@ def fresh_rows(count: int, config: PlanesConfig, generator: torch.Generator) -> 
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     bases = config.bases if config.macro else 0
     return SceneRows(
-        micro=config.initial_std * torch.randn(shape, generator=generator),
+        micro=torch.randn(shape, generator=generator).mul_(config.initial_std),
         weights=torch.randn(count, bases, generator=generator) / math.sqrt(max(bases, 1)),
         bias=torch.zeros(count, int(config.bias and bases > 0)),
     )

@@ -169,7 +169,8 @@ class Store:
 
     def start(self) -> SceneRows:
         """Where new scenes start (n = 1)."""
-        return SceneRows(**load_file(self.path / "model" / "start.safetensors"))
+        tables = load_file(self.path / "model" / "start.safetensors")
+        return SceneRows(**{name: table.float() for name, table in tables.items()})
 
     # Scenes
 

@@ -1,0 +1,57 @@
+"""Models that come with the package: a library's shared parts without its scenes, ready for new objects of the kind.
+
+    models/NAME/library.json, config.yaml, index.sqlite    as in a library
+    models/NAME/model/*.safetensors                        in half precision
+    models/NAME/CARD.md                                    what it learned from, how, how well it does
+"""
+
+import dataclasses
+import json
+from importlib import resources
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from latentscenes.config import Config
+from latentscenes.errors import UserError
+from latentscenes.files import file_checksum, now, write_json, write_tensors
+from latentscenes.index import FILE, Index
+from latentscenes.quantise import Precision
+from latentscenes.store import Store
+
+MODELS = Path(str(resources.files("latentscenes"))) / "models"
+TENSORS = ("shared.safetensors", "start.safetensors")
+
+
+def shipped_models() -> list[str]:
+    """Their names."""
+    return sorted(path.parent.name for path in MODELS.glob("*/library.json"))
+
+
+def find_model(name: Path) -> Path:
+    """The folder of a shipped model, if `name` is one and no such folder lies here; else `name` itself."""
+    inside = MODELS / name
+    return inside if not name.exists() and len(name.parts) == 1 and Store.exists(inside) else name
+
+
+def export_model(source: Store, out: Path) -> int:
+    """Write a library's shared parts alone, in half precision, into the folder `out`. Gives the bytes of both files."""
+    if out.exists():
+        raise UserError(f"{out}: exists already. Name another folder.")
+    (out / "model").mkdir(parents=True)
+    for name in TENSORS:
+        halves = {key: tensor.half() for key, tensor in load_file(source.path / "model" / name).items()}
+        write_tensors(out / "model" / name, halves)
+    Index.create(out / FILE).close()
+    (out / "config.yaml").write_text((source.path / "config.yaml").read_text())
+    known = json.loads((source.path / "library.json").read_text())
+    kept = {key: known[key] for key in ("format", "box", "view", "precision", "parent_seconds", "parent_scenes", "finetuned_from", "versions")}
+    checksum = file_checksum(out / "model" / TENSORS[0])
+    write_json(out / "library.json", kept | {"parent": out.name, "model_checksum": checksum, "made": now()})
+    return sum((out / "model" / name).stat().st_size for name in TENSORS)
+
+
+def library_from_model(out: Path, source: Store, config: Config, precision: Precision | None) -> Store:
+    """Make an empty library with the shared parts of another one, or of a shipped model."""
+    info = dataclasses.replace(source.info, precision=precision or source.info.precision)
+    return Store.create(out, config, info, source.model(), source.start())
