@@ -114,3 +114,19 @@ def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):
     result = time_to_quality(parent, solids, 2, (1, 2), (1,), torch.device("cpu"))
     assert {"ours.1.psnr", "ours.2.psnr", "RGB.1.psnr"} <= set(result.figures)
     assert result.figures["ours.2.seconds"] > 0 and result.figures["speedup to own convergence"] > 0
+
+
+def test_scenes_in_files_learn_what_scenes_in_memory_learn(tmp_path):
+    text = small(LATENT)
+    on_disk, in_memory = Steps(text, 6, folder=tmp_path / "rows"), Steps(text, 6)
+    in_memory.rows.micro.copy_(on_disk.rows.micro)
+    in_memory.rows.weights.copy_(on_disk.rows.weights)
+    for a, b in zip(on_disk.warmed(3).rows.tables().values(), in_memory.warmed(3).rows.tables().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scaling_compares_all_numbers_of_scenes(monkeypatch):
+    monkeypatch.setattr(bench_module, "LATENT", small(LATENT))
+    (result,) = bench_module.bench_scaling(1, 1, (4, 8), 16)
+    assert [row[0] for row in result.rows] == ["N = 4", "N = 8", "N = 16, rows in files"]
+    assert result.figures["N = 16, rows in files.seconds"] > 0

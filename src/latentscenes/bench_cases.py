@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import resource
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,10 @@ from latentscenes.kernels import native
 from latentscenes.learner import Learner
 from latentscenes.losses import Batch
 from latentscenes.model import Model
-from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.planes import fresh_rows
 from latentscenes.render import Kernel
 from latentscenes.roofline import StepCost, step_cost
+from latentscenes.row_files import rows_on_disk
 from latentscenes.runtime import seeded, start
 
 LATENT = """
@@ -59,13 +61,17 @@ POOL = 20
 class Steps:
     """Training steps over N scenes whose objects are made ellipsoids, seen in the codec's own resolution."""
 
-    def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", rows: SceneRows | None = None):
+    def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", folder: Path | None = None):
+        """With a folder, micro planes and their moments lie there, as they do for more scenes than memory holds."""
         self.config = configuration.parse(text, "bench", [f"render.kernel={kernel}"])
         self.stage = self.config.train[0]
         self.model = Model(self.config, BOX)
         self.model.train()
-        self.rows = fresh_rows(scenes, self.config.planes, seeded("cpu", "rows")) if rows is None else rows
-        self.learner = Learner(self.model, self.rows, self.stage)
+        if folder is None:
+            self.rows, files = fresh_rows(scenes, self.config.planes, seeded("cpu", "rows")), None
+        else:
+            self.rows, files = rows_on_disk(folder, scenes, self.config.planes, seeded("cpu", "rows"))
+        self.learner = Learner(self.model, self.rows, self.stage, files)
         self.background = self.model.background(SIZE, SIZE)
         made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
         self.cameras = Cameras(torch.cat([views.cam2world for views, _ in made]), torch.cat([views.intrinsics for views, _ in made]))

@@ -30,7 +30,7 @@ def run_demo(out: Path, device: torch.device) -> None:
         make_cars(cars, ViewOptions(), train=TRAIN_CARS, new=NEW_CARS)
     views = Views.open(cars)
 
-    _say(f"Stage 1: a 3D-aware codec and base planes from {TRAIN_CARS} cars")
+    _say(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")
     trained = train(config.load("demo"), views, out / "train", device=device)
     _say(f"Stage 2: {NEW_CARS} new cars")
     exploit(out / "library", views, trained.config, trained, Options(), device)
@@ -45,7 +45,7 @@ def run_demo(out: Path, device: torch.device) -> None:
         evaluation_new=evaluate_learned(new, views, device),
         evaluation_rgb=evaluate_learned(baseline, views, device),
         title="Cars made, learned and looked at",
-        introduction=f"{TRAIN_CARS} made cars taught a 3D-aware codec and base planes; {NEW_CARS} cars it had never seen were "
+        introduction=f"{TRAIN_CARS} made cars taught base planes and the field; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",
         commands=(f"latentscenes demo --out {out}",),
     )  # fmt: skip
