@@ -7,6 +7,7 @@
 
 import dataclasses
 import json
+import sqlite3
 from importlib import resources
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def export_model(source: Store, out: Path) -> int:
         halves = {key: tensor.half() for key, tensor in load_file(source.path / "model" / name).items()}
         write_tensors(out / "model" / name, halves)
     Index.create(out / FILE).close()
+    plain = sqlite3.connect(out / FILE)
+    plain.execute("PRAGMA journal_mode = DELETE")  # nothing will be written to it, so reading need leave nothing beside it
+    plain.close()
     (out / "config.yaml").write_text((source.path / "config.yaml").read_text())
     known = json.loads((source.path / "library.json").read_text())
     kept = {key: known[key] for key in ("format", "box", "view", "precision", "parent_seconds", "parent_scenes", "finetuned_from", "versions")}
