@@ -48,7 +48,7 @@ class Cameras:
     def __len__(self) -> int:
         return self.cam2world.shape[0]
 
-    def __getitem__(self, index: slice | Int[Tensor, "n"]) -> "Cameras":
+    def __getitem__(self, index: slice | list[int] | Int[Tensor, "n"]) -> "Cameras":
         return Cameras(self.cam2world[index], self.intrinsics[index])
 
     def to(self, device: torch.device | str) -> "Cameras":
@@ -160,6 +160,16 @@ def upper_hemisphere(
     return _around(azimuth, height.clamp(-1, 1).asin(), distance, focal, (0.0, 0.0, 0.0))
 
 
+def spread_directions(count: int, lowest: float = -math.pi / 2) -> Float[Tensor, "n 3"]:
+    """Unit vectors evenly over the part of the sphere above elevation `lowest` (radians), along a golden spiral."""
+    place = torch.arange(count) + 0.5
+    floor = math.sin(lowest)
+    height = floor + (1 - floor) * place / count
+    azimuth = place * math.pi * (3 - math.sqrt(5))
+    across = (1 - height**2).clamp_min(0).sqrt()
+    return torch.stack([across * azimuth.cos(), across * azimuth.sin(), height], -1)
+
+
 @dataclass(frozen=True)
 class Viewpoint:
     """How a dataset looks at its objects; pictures from other sides are best taken alike."""
@@ -182,3 +192,9 @@ class Viewpoint:
     def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
         """`count` cameras once around the centre, the first at `azimuth`; degrees."""
         return orbit(count, self.distance, self.focal, math.radians(elevation), self.center, math.radians(azimuth))
+
+    def dome(self, count: int, lowest: float = 0.0) -> Cameras:
+        """`count` cameras all around the centre, evenly spread above an elevation; degrees."""
+        center = torch.tensor(self.center)
+        eyes = center + self.distance * spread_directions(count, math.radians(lowest))
+        return Cameras(look_at(eyes, center), torch.tensor([*self.focal, 0.5, 0.5]).repeat(count, 1))

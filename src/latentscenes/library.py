@@ -32,7 +32,7 @@ from latentscenes.model import Model
 from latentscenes.pictures import look
 from latentscenes.planes import SceneRows
 from latentscenes.quantise import Precision
-from latentscenes.run import Run
+from latentscenes.shipped import library_from_model, open_parent
 from latentscenes.store import Store
 from latentscenes.views import Views
 
@@ -378,12 +378,16 @@ def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> L
 def create_library(
     path: str | Path, run: str | Path, *, data: str | Path | None = None, precision: Precision = "int8", scenes: bool = True, device: str = "auto"
 ) -> Library:
-    """Make a library from a finished run of `latentscenes train`: its model and, with `scenes`, the scenes it learned.
+    """Make a library from a finished run of `latentscenes train`: its model and, with `scenes`, the scenes it learned; or an
+    empty one from a model alone: `cars`, which comes with the package, or what `latentscenes library model` wrote.
 
     Args:
+        run: the run's folder, or the model's name or folder.
         data: the run's dataset, if it has moved.
         precision: how scenes are stored.
     """
-    opened, chosen = Run.open(run), runtime.start(device=device)
+    opened, chosen = open_parent(Path(run)), runtime.start(device=device)
+    if isinstance(opened, Store):
+        return Library(library_from_model(Path(path), opened, opened.config, precision), chosen)
     views = Views.open(data or opened.info.data)
     return Library(library_from_run(path, opened, views, frozen(opened.config), precision, scenes, chosen), chosen)

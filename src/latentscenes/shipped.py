@@ -18,6 +18,7 @@ from latentscenes.errors import UserError
 from latentscenes.files import file_checksum, now, write_json, write_tensors
 from latentscenes.index import FILE, Index
 from latentscenes.quantise import Precision
+from latentscenes.run import Run
 from latentscenes.store import Store
 
 MODELS = Path(str(resources.files("latentscenes"))) / "models"
@@ -33,6 +34,20 @@ def find_model(name: Path) -> Path:
     """The folder of a shipped model, if `name` is one and no such folder lies here; else `name` itself."""
     inside = MODELS / name
     return inside if not name.exists() and len(name.parts) == 1 and Store.exists(inside) else name
+
+
+def open_parent(path: Path) -> Run | Store:
+    """A run, a library, or a model that comes with the package, by its name.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    found = find_model(path)
+    if Store.exists(found):
+        return Store.open(found)
+    if not found.exists() and len(path.parts) == 1:
+        raise UserError(f"{path}: neither a run, nor a library, nor a model that comes with the package ({', '.join(shipped_models())}).")
+    return Run.open(found)
 
 
 def export_model(source: Store, out: Path) -> int:
