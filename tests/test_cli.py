@@ -12,7 +12,8 @@ from latentscenes.cli_shared import PrecisionName
 from latentscenes.quantise import PRECISIONS
 from latentscenes.store import Store
 
-COMMANDS = [[], *([name] for name in cli.COMMANDS), *(["data", name] for name in cli.DATA_COMMANDS), *(["library", name] for name in cli.LIBRARY_COMMANDS)]
+GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
+COMMANDS = [[], *([name] for name in cli.COMMANDS), *([group, name] for group, commands in GROUPS.items() for name in commands)]
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -51,11 +52,10 @@ print("imported:", sorted(heavy))
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_is_explained(command, monkeypatch, capsys):
-    groups = {"data": cli.DATA_COMMANDS, "library": cli.LIBRARY_COMMANDS}
-    function = groups[command[0]][command[1]] if len(command) == 2 else cli.COMMANDS.get("".join(command))
+    function = GROUPS[command[0]][command[1]] if len(command) == 2 else cli.COMMANDS.get("".join(command))
     status, out, _ = call(monkeypatch, capsys, *command, "--help")
     assert status == 0
-    if function is not None and command not in (["data"], ["library"]):
+    if function is not None and command not in [[group] for group in GROUPS]:
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
@@ -65,7 +65,7 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
 def test_no_arguments_show_the_help(monkeypatch, capsys):
     status, out, _ = call(monkeypatch, capsys)
     assert status == 0 and all(name in out for name in cli.COMMANDS)
-    for group, commands in (("data", cli.DATA_COMMANDS), ("library", cli.LIBRARY_COMMANDS)):
+    for group, commands in GROUPS.items():
         status, out, _ = call(monkeypatch, capsys, group)
         assert status == 0 and all(name in out for name in commands)
 

@@ -84,7 +84,7 @@ def imported(file: Path) -> set[str]:
 
 # Commands
 
-GROUPS = {"data": cli.DATA_COMMANDS, "library": cli.LIBRARY_COMMANDS}
+GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
 """Commands that are groups of commands."""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from latentscenes.cli_data import DATA_COMMANDS
+from latentscenes.cli_export import EXPORT_COMMANDS, render
 from latentscenes.cli_library import LIBRARY_COMMANDS, search
 from latentscenes.cli_shared import MACHINE, Machine, MachineOptions, PrecisionName
 from latentscenes.cli_shared import start as _start
@@ -87,7 +88,7 @@ def exploit(
         track: also send metrics to a tracker.
         print_config: print every setting as YAML and stop.
     """
-    from latentscenes.exploit import open_parent
+    from latentscenes.shipped import open_parent
 
     home = out if (out / "library.json").is_file() else run and open_parent(run).path
     if home is None and config is None:
@@ -173,36 +174,6 @@ def report(
     write_report(out, content)
 
 
-def render(
-    run: Path,
-    scene: str,
-    out: Path,
-    frames: int = 60,
-    size: int | None = None,
-    mode: Literal["rgb", "depth", "opacity", "latent", "dashboard"] = "rgb",
-    elevation: float = 25.0,
-    machine: MachineOptions = MACHINE,
-) -> None:
-    """Render an orbit around a learned scene.
-
-    Args:
-        run: library, or run folder of train.
-        scene: name of the scene.
-        out: file to write: .mp4 (needs the export extra), .gif, or .png for a strip of frames.
-        frames: cameras around the object.
-        size: pixels along a side; unset: as in the data.
-        mode: what to show; `dashboard` puts image, latent channels, depth and opacity side by side.
-        elevation: of the cameras, in degrees.
-    """
-    device = _start(machine)
-    from latentscenes.learned import Learned
-    from latentscenes.pictures import orbit_frames, save_frames
-
-    learned = Learned.open_all(run)
-    learned.check(scene)
-    save_frames(out, orbit_frames(learned.load(device), scene, learned.view, frames=frames, size=size, mode=mode, elevation=elevation))
-
-
 def cost(
     run: Path | None = None,
     config: str | None = None,
@@ -258,7 +229,7 @@ def bench(
         measure(only, threads, rounds, out)
         return
     from latentscenes.bench_quality import time_to_quality
-    from latentscenes.exploit import open_parent
+    from latentscenes.shipped import open_parent
     from latentscenes.views import Views
 
     save([time_to_quality(open_parent(run), Views.open(data), limit, ours, rgb, device)], out)
@@ -298,6 +269,10 @@ def _say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+def export() -> None:
+    """Take scenes elsewhere: export mesh | points | images | page."""
+
+
 def data() -> None:
     """Make or import a dataset: data cars | meshes | srn | transforms."""
 
@@ -313,6 +288,7 @@ COMMANDS = {
     "eval": evaluate,
     "report": report,
     "render": render,
+    "export": export,
     "cost": cost,
     "bench": bench,
     "library": library,
@@ -320,6 +296,14 @@ COMMANDS = {
     "view": view,
     "demo": demo,
 }
+
+
+GROUPS = {
+    "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
+    "export": (EXPORT_COMMANDS, "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them."),
+    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it."),
+}
+"""Commands of two words, and what each group is for."""
 
 
 def _arguments() -> list[str]:
@@ -338,10 +322,8 @@ def run_commands(prog: str, commands: dict, description: str, arguments: list[st
 def main() -> None:
     """Entry point of `latentscenes`."""
     try:
-        if sys.argv[1:2] == ["data"]:
-            run_commands("latentscenes data", DATA_COMMANDS, "Make or import a packed dataset of posed images.", sys.argv[2:] or ["--help"])
-        elif sys.argv[1:2] == ["library"]:
-            run_commands("latentscenes library", LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it.", sys.argv[2:] or ["--help"])
+        if group := GROUPS.get("".join(sys.argv[1:2])):
+            run_commands(f"latentscenes {sys.argv[1]}", *group, sys.argv[2:] or ["--help"])
         else:
             run_commands("latentscenes", COMMANDS, "Learn large collections of 3D objects from posed images.", _arguments())
     except UserError as error:

@@ -32,15 +32,16 @@ def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file that is complete on the disk before it bears its name."""
-    _write_settled(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def write_json(path: Path, content: object) -> None:
     """The same for JSON."""
-    _write_settled(path, json.dumps(content, indent=1, default=str).encode())
+    write_bytes(path, json.dumps(content, indent=1, default=str).encode())
 
 
-def _write_settled(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for any bytes."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as stream:
         stream.write(content)

@@ -9,8 +9,11 @@ Notable:
 
 import io
 import math
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +33,11 @@ from latentscenes.views import Scene, Views
 
 Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
 CHUNK = 8
-"""Views rendered and decoded at once."""
+"""Views rendered and decoded at once …"""
+PIXELS = 1 << 19
+"""… if they have no more pixels than this together."""
+SAMPLES = 8
+"""Frames of a film that decide how depth and latent channels are scaled in all of it."""
 
 
 @dataclass(frozen=True)
@@ -168,26 +175,40 @@ def orbit_frames(
     """
     if frames < 1:
         raise UserError(f"--frames {frames}: at least 1.")
-    height, width = _scaled(view.size, size, loaded.model.codec.downsampling)
-    shown = look(loaded.model, loaded.planes(scene), view.orbit(frames, elevation), (height, width), geometry=mode in ("depth", "opacity", "dashboard"))
-    return list(_frames(shown, mode, height))
+    height, width = scaled(view.size, size, loaded.model.codec.downsampling)
+    return list(camera_frames(loaded, scene, view.orbit(frames, elevation), (height, width), mode))
 
 
-def _frames(shown: Shown, mode: Mode, height: int) -> Pictures:
+def camera_frames(loaded: Loaded, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb") -> Iterator[Picture]:
+    """Pictures of a scene from any cameras, one after the other: no more than a few are held.
+
+    Args:
+        size: height and width, multiples of the codec's downsampling.
+    """
+    planes, geometry = loaded.planes(scene), mode in ("depth", "opacity", "dashboard")
+    some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
+    like = None if mode in ("rgb", "opacity") else look(loaded.model, planes, cameras[some], size, geometry)
+    for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
+        shown = look(loaded.model, planes, cameras[chunk], size, geometry)
+        yield from _frames(shown, like or shown, mode, size[0])
+
+
+def _frames(shown: Shown, like: Shown, mode: Mode, height: int) -> Pictures:
+    """Pictures of `shown`, their scales those of `like`."""
     if mode == "rgb":
         return to_pictures(shown.images)
     if mode == "depth":
-        return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), _depth_range(shown))
+        return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), _depth_range(like))
     if mode == "opacity":
         return grey(shown.opacity.numpy(), (1.0, 0.0))
     if mode == "latent":
-        return _channel_tiles(shown.latents, shown.latents, height)
+        return _channel_tiles(shown.latents, like.latents, height)
     labels = ("image", "latent channels", "depth", "opacity")
-    panels = [_frames(shown, part, height) for part in ("rgb", "latent", "depth", "opacity")]
+    panels = [_frames(shown, like, part, height) for part in ("rgb", "latent", "depth", "opacity")]
     return np.stack([beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)]) for k in range(len(panels[0]))])
 
 
-def _scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
+def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
     """Height and width of pictures `size` pixels wide (along the wider side), shaped like the stored ones."""
     if size is None:
         return stored
@@ -251,33 +272,65 @@ def save_image(path: str | Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path)
 
 
-def save_frames(path: str | Path, frames: Sequence[Picture], fps: int = 20) -> None:
-    """Write an animation (.mp4, which needs the export extra, or .gif) or a strip of frames (.png)."""
+def check_film(path: str | Path) -> None:
+    """Refuse, before anything is rendered, a name that `save_frames` cannot write to."""
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".mp4", ".gif", ".png"):
-        raise UserError(f"{path}: frames are written as .mp4, .gif or .png.")
+    if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
+        raise UserError(f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending).")
+    if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder. Name another, or remove it first.")
+    if path.suffix.lower() == ".mp4":
+        try:
+            import av  # noqa: F401
+        except ImportError:
+            raise UserError(f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif.") from None
+
+
+def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 20) -> None:
+    """Write a film (.mp4, which needs the export extra, or .gif), a strip of frames (.png), or numbered PNG files into a
+    new folder (a name without an ending)."""
+    path = Path(path)
+    check_film(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == ".mp4":
-        _save_mp4(path, frames, fps)
-    elif kind == ".gif":
-        path.write_bytes(gif_bytes(frames, fps))
-    else:
-        columns = math.ceil(math.sqrt(len(frames) * frames[0].shape[0] / frames[0].shape[1]))
-        save_image(path, grid(list(frames), len(frames) if len(frames) <= 6 else max(1, columns)))
-
-
-def _save_mp4(path: Path, frames: Sequence[Picture], fps: int) -> None:
+    kind, partial = path.suffix.lower(), path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        import av  # noqa: F401
-        import imageio.v3 as imageio
-    except ImportError:
-        raise UserError(f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif.") from None
-    even = [np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255) for frame in frames]
-    imageio.imwrite(path, np.stack(even), extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+        if kind == ".mp4":
+            _save_mp4(partial, frames, fps)
+        elif kind == ".gif":
+            partial.write_bytes(gif_bytes(list(frames), fps))
+        elif kind == ".png":
+            shown = list(frames)
+            columns = math.ceil(math.sqrt(len(shown) * shown[0].shape[0] / shown[0].shape[1]))
+            save_image(partial, grid(shown, len(shown) if len(shown) <= 6 else max(1, columns)))
+        else:
+            partial.mkdir()
+            for place, frame in enumerate(frames):
+                save_image(partial / f"{place:05d}.png", frame)
+            if path.exists():
+                path.rmdir()
+        partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
 
 
-def gif_bytes(frames: Sequence[Picture], fps: int) -> bytes:
+def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
+    """H.264 that browsers play; sides are padded to even ones."""
+    import av
+
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), pix_fmt="yuv420p", options={"crf": "16"})
+        for place, frame in enumerate(frames):
+            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
+            if place == 0:
+                stream.height, stream.width = even.shape[:2]
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        film.mux(stream.encode())
+
+
+def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
     """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colours hold still."""
     pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
     coloured = pixels[(pixels != 255).any(1)]

@@ -137,7 +137,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
     with _remarks() as remarks:
         try:
             scene = trimesh.load_scene(path, process=False)
-            soups = [_soup(mesh, linear=suffix in (".glb", ".gltf")) for mesh in scene.dump() if _is_surface(mesh)]
+            soups = [_soup(mesh, linear=suffix in (".glb", ".gltf")) for mesh in _surfaces(scene)]
         except UserError:
             raise
         except Exception as error:  # a broken file may break its reader in any way
@@ -155,8 +155,18 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
     return soup.normalized(), remarks
 
 
-def _is_surface(mesh: object) -> bool:
-    return isinstance(mesh, trimesh.Trimesh) and len(mesh.faces) > 0
+def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
+    """Every mesh with triangles, at its place. (trimesh's own `dump` forgets vertex colours that stand beside a material.)"""
+    for node in scene.graph.nodes_geometry:
+        matrix, name = scene.graph[node]
+        mesh = scene.geometry[name]
+        if not isinstance(mesh, trimesh.Trimesh) or not len(mesh.faces):
+            continue
+        placed = mesh.copy()
+        placed.apply_transform(matrix)
+        if isinstance(mesh.visual, trimesh.visual.TextureVisuals) and "color" in mesh.visual.vertex_attributes:
+            placed.visual.vertex_attributes["color"] = mesh.visual.vertex_attributes["color"]
+        yield placed
 
 
 @contextmanager

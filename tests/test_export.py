@@ -1,0 +1,299 @@
+"""Meshes and points: an ellipsoid known in closed form comes out closed, where it is, in its colours, the right way up,
+and what `data meshes` read goes out and comes in again."""
+
+import json
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from egg import BOX, CENTER, SEMI, VIEW, egg, egg_colors, egg_points, egg_run
+
+from latentscenes import cli, export_mesh, export_surface
+from latentscenes.cameras import Box, Cameras, look_at, orbit, spread_directions
+from latentscenes.datasets.meshes import Y_TO_Z, read_mesh
+from latentscenes.errors import UserError
+from latentscenes.export_compare import compare
+from latentscenes.export_files import check_ending, write_glb, write_ply
+from latentscenes.export_mesh import Mesh, Points, scene_mesh, scene_points
+from latentscenes.export_surface import Grid, large_parts, most_light, seen_as_ground
+
+pytest.importorskip("skimage")
+from scipy.spatial import cKDTree  # noqa: E402 — comes with scikit-image
+
+CELLS = 48
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return scene_mesh(egg(), "egg", VIEW, cells=CELLS)
+
+
+@pytest.fixture(scope="module")
+def points() -> Points:
+    return scene_points(egg(), "egg", VIEW, count=3000, cells=CELLS)
+
+
+def chamfer(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Mean distance of points to the nearest of the others, in both directions."""
+    return cKDTree(other).query(one)[0].mean(), cKDTree(one).query(other)[0].mean()
+
+
+def depth_below(points: np.ndarray) -> np.ndarray:
+    """How far below the ellipsoid, relative to its radius in that direction."""
+    return 1 - np.linalg.norm((points - CENTER) / SEMI, axis=1)
+
+
+# Where the light stops
+
+
+def test_cells_are_cubes_that_fill_the_box():
+    grid = Grid.filling(Box((1.0, 2.0, 3.0), (0.5, 0.3, 0.26)), 20)
+    assert grid.count == (20, 12, 11) and grid.step == pytest.approx(0.05)
+    places = grid.points()
+    assert places.shape == (20, 12, 11, 3)
+    torch.testing.assert_close(places[0, 0, 0], torch.tensor([0.525, 1.725, 2.75]))
+    torch.testing.assert_close(places[-1, -1, -1], torch.tensor([1.475, 2.275, 3.25]))
+
+
+def test_light_through_a_slab():
+    """Half the space is fog: light that falls straight loses exp(−σ t), light that falls at an angle has farther to go."""
+    density = torch.zeros(24, 24, 24)
+    density[:, :, :12] = 3.0
+    step = 0.02
+    straight = most_light(density, step, torch.tensor([[0.0, 0.0, 1.0]]))
+    depth = (12 - torch.arange(24) - 0.5) * step
+    torch.testing.assert_close(straight[12, 12], torch.exp(-3 * depth.clamp_min(0)), atol=0.02, rtol=0)
+    slanted = most_light(density, step, torch.tensor([[0.6, 0.0, 0.8]]))
+    torch.testing.assert_close(slanted[12, 12, 8:12], torch.exp(-3 * depth[8:12] / 0.8), atol=0.03, rtol=0)
+    both = most_light(density, step, torch.tensor([[0.0, 0.0, 1.0], [0.6, 0.0, 0.8]]))
+    assert torch.equal(both, torch.maximum(straight, slanted))
+
+
+def test_directions_are_even_and_reach_down_to_the_lowest():
+    everywhere = spread_directions(400)
+    torch.testing.assert_close(everywhere.norm(dim=1), torch.ones(400))
+    assert everywhere.mean(0).abs().max() < 0.01
+    nearest = (everywhere @ everywhere.T - 2 * torch.eye(400)).amax(1).acos()
+    assert nearest.min() > 0.5 * nearest.max()
+    above = spread_directions(50, 0.5)[:, 2]
+    assert above.min() > np.sin(0.5) and above.max() > 0.95
+
+
+def test_small_parts_are_left_out():
+    cells = np.zeros((20, 20, 20), bool)
+    cells[2:12, 2:12, 2:12] = True
+    cells[15, 15, 15] = True
+    kept = large_parts(cells)
+    assert kept.sum() == 1000 and not kept[15, 15, 15]
+    assert not large_parts(np.zeros((3, 3, 3), bool)).any()
+
+
+def test_ground_is_white_that_reaches_the_border():
+    """A black frame around white: what lies behind the white inside is no ground, what lies outside the frame is."""
+    picture = np.full((1, 40, 40, 3), 255, np.uint8)
+    picture[:, 8:32, 8:32] = 0
+    picture[:, 14:26, 14:26] = 255
+    camera = Cameras(look_at(torch.tensor([[0.0, -2.0, 0.0]])), torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
+    grid = Grid.filling(Box((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)), 9)
+    share = seen_as_ground(grid, picture, camera)
+    assert share[4, 4, 4] == 0 and share[6, 4, 4] == 0 and share[8, 4, 4] == 1 and share[4, 4, 0] == 1
+
+
+# The mesh
+
+
+def test_mesh_is_closed_and_in_place(mesh):
+    opened = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    assert opened.is_watertight and opened.is_winding_consistent and opened.body_count == 1
+    assert opened.volume == pytest.approx(4 / 3 * np.pi * SEMI.prod(), rel=0.1)
+    there, back = chamfer(mesh.vertices, egg_points())
+    step = 2 * max(BOX.half) / CELLS
+    assert there < 0.35 * step and back < 0.6 * step  # a cell is a 29th of the egg
+
+
+def test_normals_point_outward(mesh):
+    truth = (mesh.vertices - CENTER) / SEMI**2
+    truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+    along = (mesh.normals * truth).sum(1)
+    assert along.min() > 0.6 and along.mean() > 0.96
+
+
+def test_colours_are_those_of_the_surface(mesh):
+    above = mesh.vertices[:, 2] > CENTER[2]
+    assert np.abs(mesh.colors - egg_colors(mesh.vertices))[above].mean() < 0.02
+    assert np.abs(mesh.colors - egg_colors(mesh.vertices))[~above].mean() < 0.1  # partly from the nearest that is seen
+
+
+def test_empty_space_inside_is_filled():
+    """A shell within a shell of the same field is one closed surface: no light gets in."""
+    cells = torch.zeros(30, 30, 30)
+    place = torch.stack(torch.meshgrid(*3 * [torch.linspace(-1, 1, 30)], indexing="ij"), -1).norm(dim=-1)
+    cells[(place > 0.6) & (place < 0.8)] = 200.0
+    light = most_light(cells, 2 / 29, spread_directions(export_surface.DIRECTIONS))
+    assert light[15, 15, 15] < 0.01 and light[0, 0, 0] > 0.99
+
+
+def test_white_matter_in_the_air_is_left_out(monkeypatch):
+    """A slab of white beside the egg is in the field, but no picture over white shows it."""
+    loaded = egg()
+    density = export_surface.density
+
+    def with_slab(model, planes, grid):
+        found = density(model, planes, grid).clone()
+        found[-4:] = 500.0
+        return found
+
+    monkeypatch.setattr(export_surface, "density", with_slab)
+    clean = scene_mesh(loaded, "egg", VIEW, cells=32)
+    assert clean.vertices[:, 0].max() < CENTER[0] + SEMI[0] + 0.03
+    monkeypatch.setattr(export_surface, "GROUND", 1.1)
+    assert scene_mesh(loaded, "egg", VIEW, cells=32).vertices[:, 0].max() > 0.5
+
+
+def test_scenes_without_a_surface_and_bad_numbers_are_refused():
+    with pytest.raises(UserError, match="nothing in this scene is solid"):
+        scene_mesh(egg(semi=0.001 * SEMI), "egg", VIEW, cells=16)
+    for wrong, message in (({"cells": 4}, "--cells 4: choose between 8 and 512"), ({"lowest": 90.0}, "--lowest 90: an elevation")):
+        with pytest.raises(UserError, match=message):
+            scene_mesh(egg(), "egg", VIEW, **wrong)
+    with pytest.raises(UserError, match="--count 0"):
+        scene_points(egg(), "egg", VIEW, count=0)
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.measure", None)
+    with pytest.raises(UserError, match=r"pip install latentscenes\[export\]"):
+        scene_mesh(egg(), "egg", VIEW, cells=16)
+
+
+# Points
+
+
+def test_points_lie_on_what_is_seen(points):
+    assert points.positions.shape == points.normals.shape == points.colors.shape == (3000, 3)
+    assert np.abs(depth_below(points.positions)).mean() < 0.04
+    np.testing.assert_allclose(np.linalg.norm(points.normals, axis=1), 1, atol=1e-6)
+    assert np.abs(points.colors - egg_colors(points.positions)).mean() < 0.02
+    assert points.normals[:, 2].min() > -0.99  # cameras above do not see what looks straight down
+    everywhere = scene_points(egg(), "egg", VIEW, count=500, cells=CELLS, lowest=-90.0)
+    assert everywhere.normals[:, 2].min() < -0.999
+
+
+def test_points_are_even():
+    """The upper half of a sphere's surface gets as many points as its area asks for, band by band."""
+    sphere = trimesh.creation.icosphere(3)
+    found = export_surface.Surface(np.asarray(sphere.vertices), np.asarray(sphere.faces), 0.1)
+    positions, normals = export_mesh.sampled(found, 20_000, np.random.default_rng(0))
+    counts = np.histogram(positions[:, 2], bins=np.linspace(-1, 1, 6))[0]
+    assert np.abs(counts / 4000 - 1).max() < 0.05  # Archimedes: equal heights, equal areas
+    assert np.abs(normals - positions).max() < 0.1
+
+
+# Files
+
+
+def test_glb_opens_elsewhere_with_y_up(mesh, tmp_path):
+    size = write_glb(tmp_path / "a" / "egg.glb", mesh, "egg <1>")
+    assert size == (tmp_path / "a" / "egg.glb").stat().st_size and len(list((tmp_path / "a").iterdir())) == 1
+    (opened,) = trimesh.load_scene(tmp_path / "a" / "egg.glb", process=False).geometry.values()
+    assert opened.is_watertight and opened.volume > 0
+    np.testing.assert_allclose(opened.vertices @ Y_TO_Z.T, mesh.vertices, atol=1e-6)
+    np.testing.assert_allclose(opened.vertex_normals @ Y_TO_Z.T, mesh.normals, atol=1e-6)
+    assert np.array_equal(opened.faces, mesh.faces)
+
+
+def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
+    write_glb(tmp_path / "egg.glb", mesh, "egg")
+    content = (tmp_path / "egg.glb").read_bytes()
+    magic, version, length, text = struct.unpack("<4sIII", content[:16])
+    assert (magic, version, length) == (b"glTF", 2, len(content)) and text % 4 == 0
+    tree = json.loads(content[20 : 20 + text])
+    for view, accessor in zip(tree["bufferViews"], tree["accessors"], strict=True):
+        width = {5123: 2, 5125: 4, 5126: 4}[accessor["componentType"]] * {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
+        assert view["byteOffset"] % 4 == 0 and view["byteLength"] == width * accessor["count"]
+    assert tree["buffers"][0]["byteLength"] == len(content) - 28 - text
+    assert tree["materials"][0]["extensions"] == {"KHR_materials_unlit": {}}
+    np.testing.assert_allclose(tree["accessors"][0]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
+
+
+def test_glb_comes_back_through_data_meshes(mesh, tmp_path):
+    """Turned, centred and scaled as every imported mesh, and in the same colours."""
+    write_glb(tmp_path / "egg.glb", mesh)
+    soup, remarks = read_mesh(tmp_path / "egg.glb")
+    assert not remarks
+    low, high = mesh.vertices.min(0), mesh.vertices.max(0)
+    expected = (mesh.vertices - (low + high) / 2) / np.linalg.norm(high - low)
+    np.testing.assert_allclose(soup.corners, expected[mesh.faces], atol=1e-5)
+    np.testing.assert_allclose(soup.colors[..., :3], mesh.colors[mesh.faces], atol=2e-3)
+
+
+def test_exported_mesh_lies_on_its_source(mesh, tmp_path):
+    """The ellipsoid as somebody's GLB, y up, is where the export of its learned scene is."""
+    source = trimesh.creation.icosphere(4)
+    source.vertices = (source.vertices * SEMI + CENTER) @ Y_TO_Z
+    source.export(tmp_path / "source.glb")
+    write_glb(tmp_path / "egg.glb", mesh)
+    clouds = [read_mesh(tmp_path / name)[0].corners.reshape(-1, 3) for name in ("source.glb", "egg.glb")]
+    assert max(chamfer(*clouds)) < 0.015  # of a diagonal of 1
+    turned = clouds[1] @ Y_TO_Z.T.astype(np.float32)
+    assert min(chamfer(clouds[0], turned)) > 0.03
+
+
+def test_ply_opens_elsewhere(points, tmp_path):
+    size = write_ply(tmp_path / "egg.ply", points)
+    assert size == (tmp_path / "egg.ply").stat().st_size
+    opened = trimesh.load(tmp_path / "egg.ply")
+    np.testing.assert_allclose(opened.vertices, points.positions, atol=1e-6)
+    assert np.array_equal(np.asarray(opened.colors)[:, :3], np.round(255 * points.colors))
+    header, _, body = (tmp_path / "egg.ply").read_bytes().partition(b"end_header\n")
+    assert header.startswith(b"ply\nformat binary_little_endian 1.0\n") and b"element vertex 3000" in header
+    np.testing.assert_allclose(np.frombuffer(body[:27], "<f4", 6), [*points.positions[0], *points.normals[0]], rtol=1e-6)
+
+
+def test_wrong_endings_are_refused(tmp_path):
+    with pytest.raises(UserError, match="written here is GLB; name a file that ends in .glb"):
+        check_ending(tmp_path / "car.obj", ".glb")
+
+
+def test_hidden_and_grazing_places_have_no_colour():
+    """Of two plates one above the other, a camera overhead sees the upper one, from above."""
+    plate = np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
+    found = export_surface.Surface(np.concatenate([plate, plate + [0, 0, 0.5]]), np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]]), 0.02)
+    cameras = orbit(1, distance=4.0, elevation=np.pi / 2)
+    white = torch.ones(1, 3, 16, 16)
+    shown = export_mesh.Shown(white * torch.tensor([1.0, 0.5, 0.0])[:, None, None], white, white[:, 0], white[:, 0])
+    places = np.array([[0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.0]])
+    normals = np.array([[0.0, 0, 1], [0, 0, -1], [1, 0, 0], [0, 0, 1]])
+    colors, seen = export_mesh.paint(places, normals, found, shown, cameras)
+    assert seen.tolist() == [True, False, False, False]
+    np.testing.assert_allclose(colors, [[1, 0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
+
+
+def test_distance_to_a_source_that_is_larger(mesh, tmp_path):
+    """Concentric spheres, one 5 % larger, are that much of a radius apart; what lies inside is seen by no camera."""
+    ball, core = trimesh.creation.icosphere(4), trimesh.creation.icosphere(2, radius=0.5)
+    (ball + core).export(tmp_path / "source.ply")
+    radius = 1 / np.linalg.norm([2, 2, 2])  # as imported, its box has a diagonal of 1
+    vertices = 1.05 * radius * np.asarray(ball.vertices)
+    larger = Mesh(vertices, np.asarray(ball.faces), vertices, vertices)
+    apart = compare(larger, tmp_path / "source.ply", orbit(8, elevation=0.5))
+    assert apart.to_source == pytest.approx(0.025, abs=0.002) and apart.to_export == pytest.approx(0.025, abs=0.002)
+    assert apart.chamfer == pytest.approx((apart.to_source + apart.to_export) / 2)
+    assert 0.2 < apart.hidden < 0.6  # the core is a fifth of the area, and cameras above see most of the ball
+
+
+def test_mesh_and_points_commands(tmp_path, solids, monkeypatch, capsys):
+    run = egg_run(tmp_path / "run", solids)
+    source = trimesh.creation.icosphere(3)
+    source.vertices = (source.vertices * SEMI) @ Y_TO_Z
+    source.export(tmp_path / "source.glb")
+    options = ["--run", str(run.path), "--scene", "egg", "--cells", "32"]
+    for arguments in (["mesh", *options, "--out", str(tmp_path / "e.glb"), "--source", str(tmp_path / "source.glb")], ["points", *options, "--out", str(tmp_path / "e.ply"), "--count", "50"]):
+        monkeypatch.setattr(sys, "argv", ["latentscenes", "export", *arguments])
+        cli.main()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "triangles" in told and "of its length apart" in told and "50 points" in told
+    assert trimesh.load_mesh(tmp_path / "e.glb").is_watertight and len(trimesh.load(tmp_path / "e.ply").vertices) == 50
