@@ -83,6 +83,8 @@ def export_mesh(
     from latentscenes.export_mesh import VIEWS, scene_mesh
 
     check_ending(out, ".glb")
+    if source is not None and not source.is_file():
+        raise UserError(f"{source}: no such file. Name the mesh that `data meshes` photographed, with --source.")
     learned = _opened(run, scene)
     mesh = scene_mesh(learned.load(start(machine)), scene, learned.view, cells, lowest)
     size = write_glb(out, mesh, scene)
