@@ -50,7 +50,7 @@ def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENT
         field.out.weight[1, 1], field.out.bias[1] = 1.0, -20.0
         field.out.weight[2, 1], field.out.bias[2] = -1.0, 20.0
         field.out.bias[3] = -4.0
-    return model.eval().requires_grad_(False), SceneRows(planes, torch.zeros(1, 0), torch.zeros(1, 0))
+    return model.eval().requires_grad_(False), SceneRows(planes, torch.zeros(1, 0), torch.zeros(1, 0), torch.zeros(1, 0, 0))
 
 
 def egg_colors(points: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 
 from latentscenes.kernels import build, native_planes
 from latentscenes.losses import total_variation_in_torch
-from latentscenes.planes import SceneRows, compose_in_torch
+from latentscenes.planes import SceneRows, fuse_in_torch
 
 pytestmark = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 
@@ -16,7 +16,7 @@ def rows_and_bases(scenes, resolution, micro, macro, bases, bias):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    rows = SceneRows(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)))
+    rows = SceneRows(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)), torch.zeros(scenes, 0, 0))
     return rows, normal(bases, 3, resolution, resolution, macro)
 
 
@@ -41,7 +41,7 @@ def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
         found_gradients = gradients(found, inputs, upstream)
     finally:
         torch.set_num_threads(before)
-    wanted = compose_in_torch(rows, shared, fusion)
+    wanted = fuse_in_torch(rows.micro, rows.weights, rows.bias, shared, fusion)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(found_gradients, gradients(wanted, inputs, upstream), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
@@ -52,7 +52,7 @@ def test_only_wanted_gradients_of_a_fusion():
     shared = shared.detach()
     planes = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
     planes.square().sum().backward()
-    wanted = gradients(compose_in_torch(rows, shared, "concat").square().sum(), [rows.micro, rows.weights], None)
+    wanted = gradients(fuse_in_torch(rows.micro, rows.weights, rows.bias, shared, "concat").square().sum(), [rows.micro, rows.weights], None)
     torch.testing.assert_close(rows.micro.grad, wanted[0])
     torch.testing.assert_close(rows.weights.grad, wanted[1], rtol=1e-4, atol=1e-4)
 

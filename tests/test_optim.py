@@ -11,8 +11,8 @@ from latentscenes.config import LossWeights, PlanesConfig, Rates, StageConfig
 from latentscenes.optim import RowAdam, SharedAdam, rate_factor
 from latentscenes.planes import fresh_rows
 
-SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True)
-RATES = {"micro": 1e-2, "weights": 3e-2, "bias": 3e-2}
+SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True, mixing=True)
+RATES = {"micro": 1e-2, "weights": 3e-2, "bias": 3e-2, "mixing": 2e-2}
 TURNS = [[0, 2], [2, 1], [2], [0, 2], [1, 2], [2, 0]]
 """Scenes of each step; scene 3 never comes."""
 
@@ -22,7 +22,7 @@ def made_rows(count=4):
 
 
 def gradient(step, row, like, name):
-    generator = torch.Generator().manual_seed(hash((step, row, name == "micro", name == "bias")))
+    generator = torch.Generator().manual_seed(hash((step, row, list(RATES).index(name))))
     return 10.0 ** (row - 1) * torch.randn(like.shape, generator=generator)
 
 
@@ -33,13 +33,14 @@ def take_step(adam, rows, step, index, factor=1.0):
     adam.step(torch.tensor(index), batch, factor)
 
 
-def test_rows_learn_as_if_each_scene_were_alone():
+@pytest.mark.parametrize("beta2", [0.999, 0.9])
+def test_rows_learn_as_if_each_scene_were_alone(beta2):
     rows = made_rows()
     alone = {}
     for row in range(4):
         mine = {name: nn.Parameter(table[row].clone()) for name, table in rows.tables().items()}
-        alone[row] = (mine, torch.optim.Adam([{"params": [mine[name]], "lr": rate, "rate": rate} for name, rate in RATES.items()]))
-    adam = RowAdam(rows, RATES)
+        alone[row] = (mine, torch.optim.Adam([{"params": [mine[name]], "lr": rate, "rate": rate} for name, rate in RATES.items()], betas=(0.9, beta2)))
+    adam = RowAdam(rows, RATES, beta2=beta2)
     for step, index in enumerate(TURNS):
         factor = 0.8**step
         take_step(adam, rows, step, index, factor)
@@ -70,7 +71,7 @@ def test_rows_outside_the_batch_are_not_touched():
 def test_a_rate_of_zero_leaves_a_table_alone():
     rows = made_rows()
     micro, weights = rows.micro.clone(), rows.weights.clone()
-    adam = RowAdam(rows, {"micro": 0.0, "weights": 1e-2, "bias": 0.0})
+    adam = RowAdam(rows, {"micro": 0.0, "weights": 1e-2, "bias": 0.0, "mixing": 0.0})
     assert set(adam.state()) == {"rows.steps", "rows.first.weights", "rows.second.weights"}
     take_step(adam, rows, 0, [0, 1, 2, 3])
     assert torch.equal(rows.micro, micro) and not torch.equal(rows.weights, weights)

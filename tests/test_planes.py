@@ -41,6 +41,18 @@ def test_compose_against_loops(fusion, micro, macro, bias):
             assert planes[(scene, *place)].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_mixing_against_loops():
+    rows, bases, config = made(mixing=True)
+    plain = compose(rows, bases, "concat")
+    assert rows.mixing.shape == (3, 5, 5) and torch.equal(plain, compose(dataclasses.replace(rows, mixing=torch.zeros(3, 0, 0)), bases, "concat"))
+    rows.mixing.copy_(torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(9)))
+    mixed = compose(rows, bases, "concat")
+    for place in torch.cartesian_prod(*map(torch.arange, (3, 3, 4, 4))).tolist():
+        texel, matrix = plain[tuple(place)].tolist(), rows.mixing[place[0]].tolist()
+        expected = [texel[j] + sum(texel[i] * matrix[i][j] for i in range(5)) for j in range(5)]
+        assert mixed[tuple(place)].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_one_hot_weights_pick_a_base():
     rows, bases, _ = made(micro=0)
     rows = dataclasses.replace(rows, weights=torch.eye(5)[[3, 0, 4]])
@@ -48,7 +60,7 @@ def test_one_hot_weights_pick_a_base():
 
 
 def test_gathered_rows_are_copies_that_take_gradients():
-    rows, bases, _ = made(bias=True)
+    rows, bases, _ = made(bias=True, mixing=True)
     before = {name: table.clone() for name, table in rows.tables().items()}
     batch = rows.gather(torch.tensor([2, 0]))
     for name, leaf in batch.tables().items():

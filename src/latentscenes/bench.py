@@ -19,7 +19,7 @@ from latentscenes.bench_cases import LATENT, RGB, SIZE, Steps, Viewer
 from latentscenes.errors import UserError
 from latentscenes.kernels import native, native_planes
 from latentscenes.losses import total_variation_in_torch
-from latentscenes.planes import SceneRows, compose_in_torch
+from latentscenes.planes import fuse_in_torch
 from latentscenes.progress import console
 from latentscenes.tables import Table, bytes_text
 from latentscenes.timing import Timing, interleave
@@ -103,13 +103,9 @@ def bench_options(threads: int, rounds: int) -> Iterator[Result]:
     yield result
 
 
-def _fuse_in_torch(micro, weights, bias, bases, fusion):
-    return compose_in_torch(SceneRows(micro, weights, bias), bases, fusion)
-
-
 SWITCHES = {
     "skipping": (native, "SKIP", 0.0),
-    "native fusion": (native_planes, "compose", _fuse_in_torch),
+    "native fusion": (native_planes, "compose", fuse_in_torch),
     "native total variation": (native_planes, "total_variation", total_variation_in_torch),
 }
 """What turns each fast part of a step off."""

@@ -74,6 +74,8 @@ class PlanesConfig:
     """How a scene's micro and macro planes meet."""
     bias: bool = False
     """One learned number per scene, added to its macro planes."""
+    mixing: bool = False
+    """Let each scene own a linear mixing of its fused features: features² numbers."""
     aggregation: Aggregation = "sum"
     """How a point's three plane features meet."""
     axes: Axes = "xy,xz,yz"
@@ -156,6 +158,8 @@ class Rates:
     """Planes of the scenes themselves."""
     weights: float = 0.0
     """Scenes' weights over the base planes, and their bias."""
+    mixing: float = 0.0
+    """Scenes' mixing of features."""
     bases: float = 0.0
     """Base planes that all scenes share."""
     field: float = 0.0
@@ -182,6 +186,8 @@ class StageConfig:
     """Course of all rates: constant; × `decay` per epoch; or half a cosine down to `decay` of themselves."""
     decay: float = 1.0
     """What `schedule` multiplies with or goes down to."""
+    beta2: float = 0.999
+    """Adam's β₂: how slowly it forgets the squares of gradients."""
     field_epochs: int | None = None
     """Freeze the field after so many epochs; unset: never."""
 
@@ -251,12 +257,14 @@ def _check_stage(config: Config, stage: StageConfig) -> None:
     _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
     _require(not losses.edges or bool(losses.rgb or losses.autoencoder), f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight")
     _require(stage.rays >= 0, f"{where}: rays must not be negative")
+    _require(not stage.rates.mixing or config.planes.mixing, f"{where}: rates.mixing needs planes.mixing: true")
     codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
     _require(
         not codec_only or stage.rates.encoder > 0 or stage.rates.decoder > 0,
         f"{where}: its losses reach encoder and decoder alone, but their rates are 0",
     )
     _require(not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true")
+    _require(0 <= stage.beta2 < 1, f"{where}: beta2 must be in [0, 1)")
     _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
 
 

@@ -38,7 +38,7 @@ class Memory:
     bases: int
     field: int
     scene: int
-    """One scene: its micro planes, weights and bias."""
+    """One scene: its micro planes, weights, bias and mixing."""
 
     @property
     def shared(self) -> int:
@@ -101,7 +101,7 @@ def plane_bytes(planes: PlanesConfig) -> tuple[int, int]:
     """Bytes of one scene's rows, and of all base planes."""
     texels = 3 * planes.resolution**2
     bases = planes.bases if planes.macro else 0
-    scene = texels * planes.micro + bases + int(planes.bias and bases > 0)
+    scene = texels * planes.micro + bases + int(planes.bias and bases > 0) + planes.mixing * planes.features**2
     return FLOAT_BYTES * scene, FLOAT_BYTES * texels * planes.macro * bases
 
 

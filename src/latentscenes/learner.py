@@ -17,8 +17,9 @@ class Learner:
     def __init__(self, model: Model, rows: SceneRows, stage: StageConfig, files: RowFiles | None = None):
         self.model, self.rows, self.stage = model, rows, stage
         rates = stage.rates
-        self.shared = SharedAdam(model.parts(), rates)
-        self.own = RowAdam(rows, {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights}, files)
+        self.shared = SharedAdam(model.parts(), rates, stage.beta2)
+        own = {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights, "mixing": rates.mixing}
+        self.own = RowAdam(rows, own, files, stage.beta2)
 
     def state(self) -> dict[str, Tensor]:
         """The optimisers' tensors themselves, by name."""

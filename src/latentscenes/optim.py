@@ -17,7 +17,7 @@ from latentscenes.planes import SceneRows
 if TYPE_CHECKING:
     from latentscenes.row_files import RowFiles
 
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
 EPSILON = 1e-8
 
 
@@ -27,8 +27,8 @@ class RowAdam:
     With `files`, the moments of micro planes lie there, and rows are kept there before they change.
     """
 
-    def __init__(self, rows: SceneRows, rates: dict[str, float], files: "RowFiles | None" = None):
-        self.rows = rows
+    def __init__(self, rows: SceneRows, rates: dict[str, float], files: "RowFiles | None" = None, beta2: float = 0.999):
+        self.rows, self.beta2 = rows, beta2
         self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
         tables = {name: rows.tables()[name] for name in self.rates}
         self.files = files if "micro" in tables else None
@@ -48,10 +48,10 @@ class RowAdam:
             table, first, second = self.rows.tables()[name], self.first[name], self.second[name]
             for place, row in enumerate(index.tolist()):
                 gradient, count = gradients[name][place], int(self.steps[row])
-                first[row].lerp_(gradient, 1 - BETAS[0])
-                second[row].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-                denominator = (second[row] / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
-                table[row].addcdiv_(first[row], denominator, value=-rate * factor / (1 - BETAS[0] ** count))
+                first[row].lerp_(gradient, 1 - BETA1)
+                second[row].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+                denominator = (second[row] / (1 - self.beta2**count)).sqrt_().add_(EPSILON)
+                table[row].addcdiv_(first[row], denominator, value=-rate * factor / (1 - BETA1**count))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
@@ -64,7 +64,7 @@ class RowAdam:
 class SharedAdam:
     """Adam over the shared parts that learn in a stage. State: moments and step count per parameter."""
 
-    def __init__(self, parts: dict[str, list[tuple[str, nn.Parameter]]], rates: Rates):
+    def __init__(self, parts: dict[str, list[tuple[str, nn.Parameter]]], rates: Rates, beta2: float = 0.999):
         self.names, groups = [], []
         for part, parameters in parts.items():
             rate = getattr(rates, part)
@@ -74,7 +74,7 @@ class SharedAdam:
             if rate and parameters:
                 self.names += [f"{part}.{name}" for name, _ in parameters]
                 groups.append({"params": [parameter for _, parameter in parameters], "lr": rate, "rate": rate, "part": part})
-        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True) if groups else None
+        self.adam = torch.optim.Adam(groups, betas=(BETA1, beta2), eps=EPSILON, fused=True) if groups else None
         for parameter in self.parameters():
             self.adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -1,6 +1,7 @@
 """What a scene is made of: its own micro planes and a weighted sum of base planes that all scenes share.
 
-T_i = concat(T_i^mic, Σ_k w_i^k B_k) on the feature axis, or their sum (3Da-AE, arXiv 2403.11678, section 3.2).
+T_i = concat(T_i^mic, Σ_k w_i^k B_k) on the feature axis, or their sum (3Da-AE, arXiv 2403.11678, section 3.2). Ours may also
+own a mixing of features, T_i (I + A_i): few numbers that let a frozen field serve a scene as one of its own nearly would.
 
 Scenes are rows of plain tables, not parameters of a module: a step gathers the rows of its own scenes as leaves, and
 only those rows are ever updated, whatever the number of scenes.
@@ -25,8 +26,10 @@ class SceneRows:
     weights: Float[Tensor, "n k"]
     bias: Float[Tensor, "n b"]
     """b = 1 if scenes have a bias, else 0."""
+    mixing: Float[Tensor, "n q q"]
+    """A, what is added to the identity; q = f, the fused features, if scenes mix theirs, else 0."""
 
-    NAMES = ("micro", "weights", "bias")
+    NAMES = ("micro", "weights", "bias", "mixing")
 
     def __len__(self) -> int:
         return self.weights.shape[0]
@@ -61,7 +64,14 @@ def fresh_rows(count: int, config: PlanesConfig, generator: torch.Generator) -> 
         micro=torch.randn(shape, generator=generator).mul_(config.initial_std),
         weights=torch.randn(count, bases, generator=generator) / math.sqrt(max(bases, 1)),
         bias=torch.zeros(count, int(config.bias and bases > 0)),
+        mixing=fresh_mixing(count, config),
     )
+
+
+def fresh_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
+    """Zeros: nothing is mixed yet."""
+    side = config.features if config.mixing else 0
+    return torch.zeros(count, side, side)
 
 
 def mean_rows(count: int, learned: SceneRows) -> SceneRows:
@@ -70,19 +80,30 @@ def mean_rows(count: int, learned: SceneRows) -> SceneRows:
 
 
 def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
-    """Fused tri-planes of a batch of scenes; by the native kernel where it can."""
+    """Tri-planes of a batch of scenes as they are rendered: fused, by the native kernel where it can, then mixed."""
     if not rows.weights.shape[1]:
-        return rows.micro
-    if native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
-        return native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
-    return compose_in_torch(rows, bases, fusion)
+        planes = rows.micro
+    elif native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
+        planes = native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
+    else:
+        planes = fuse_in_torch(rows.micro, rows.weights, rows.bias, bases, fusion)
+    if not rows.mixing.numel():
+        return planes
+    texels = planes.flatten(1, 3)
+    return torch.baddbmm(texels, texels, rows.mixing).view_as(planes)
 
 
-def compose_in_torch(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
-    """`compose` for k > 0, readable, on any device."""
-    macro = (rows.weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
-    if rows.bias.shape[1]:
-        macro = macro + rows.bias[:, :, None, None, None]
-    if not rows.micro.shape[-1]:
+def fuse_in_torch(
+    micro: Float[Tensor, "s 3 r r m"],
+    weights: Float[Tensor, "s k"],
+    bias: Float[Tensor, "s b"],
+    bases: Float[Tensor, "k 3 r r g"],
+    fusion: str,
+) -> Float[Tensor, "s 3 r r f"]:
+    """Micro and macro planes fused for k > 0, readable, on any device."""
+    macro = (weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
+    if bias.shape[1]:
+        macro = macro + bias[:, :, None, None, None]
+    if not micro.shape[-1]:
         return macro
-    return torch.cat([rows.micro, macro], -1) if fusion == "concat" else rows.micro + macro
+    return torch.cat([micro, macro], -1) if fusion == "concat" else micro + macro

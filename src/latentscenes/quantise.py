@@ -2,7 +2,8 @@
 
 Integers: each micro plane and feature has its own step, its largest magnitude / (2^(bits − 1) − 1), and texels are
 rounded to it (uniform mid-tread quantisation). The codes are then deflated (RFC 1951, zlib): they gather around zero, so
-fewer bits make smaller streams even below the byte that holds each. Weights and bias are tiny and stay float32.
+fewer bits make smaller streams even below the byte that holds each. Weights and bias are tiny and stay float32; a scene's
+mixing of features is held in half precision.
 """
 
 import zlib
@@ -38,8 +39,10 @@ def check_precision(name: str) -> Precision:
 
 def pack(rows: SceneRows, precision: Precision) -> Payload:
     """What to store of one scene (n = 1). Empty tables are left out."""
-    payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in ("weights", "bias")}
-    micro = rows.micro[0].detach().cpu().float().contiguous()
+    payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneRows.NAMES}
+    micro = payload.pop("micro")
+    if precision != "float32":
+        payload["mixing"] = payload["mixing"].half()
     if precision == "float32" or not micro.numel():
         payload["micro"] = micro
     elif precision == "float16":
@@ -60,7 +63,8 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneRows:
     else:
         micro = payload.get("micro", torch.zeros(3, side, side, 0)).float()
     weights, bias = (payload.get(name, torch.zeros(0)) for name in ("weights", "bias"))
-    return SceneRows(micro[None], weights[None], bias[None])
+    mixing = payload.get("mixing", torch.zeros(0, 0)).float()
+    return SceneRows(micro[None], weights[None], bias[None], mixing[None])
 
 
 def payload_bytes(payload: Payload) -> int:

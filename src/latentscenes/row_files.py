@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentscenes.config import Config, PlanesConfig
 from latentscenes.errors import UserError
-from latentscenes.planes import SceneRows, fresh_rows
+from latentscenes.planes import SceneRows, fresh_mixing, fresh_rows
 from latentscenes.runtime import memory
 
 TABLES = ("micro", "first", "second")
@@ -115,7 +115,7 @@ def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torc
             files.micro[first : first + CHUNK] = config.initial_std * chunk
         files.flush()
         whole.touch()
-    return SceneRows(files.micro, small.weights, small.bias), files
+    return SceneRows(files.micro, small.weights, small.bias, fresh_mixing(count, config)), files
 
 
 def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:

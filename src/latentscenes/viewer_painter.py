@@ -186,8 +186,8 @@ def blended(first: SceneRows, second: SceneRows, blend: Blend) -> SceneRows:
     def mix(a: Tensor, b: Tensor) -> Tensor:
         return torch.lerp(a, b, blend.share)
 
-    micro = mix(first.micro, second.micro) if blend.micro else first.micro
-    return SceneRows(micro=micro, weights=mix(first.weights, second.weights), bias=mix(first.bias, second.bias))
+    kept = () if blend.micro else ("micro", "mixing")
+    return SceneRows(**{name: table if name in kept else mix(table, second.tables()[name]) for name, table in first.tables().items()})
 
 
 def along_axis(depth: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w"]:
