@@ -31,9 +31,9 @@ def shipped_models() -> list[str]:
 
 
 def find_model(name: Path) -> Path:
-    """The folder of a shipped model, if `name` is one and no such folder lies here; else `name` itself."""
-    inside = MODELS / name
-    return inside if not name.exists() and len(name.parts) == 1 and Store.exists(inside) else name
+    """The folder of a shipped model, if `name` is one and no run or library of that name lies here; else `name` itself."""
+    inside, taken = MODELS / name, Store.exists(name) or (name / "run.json").is_file()
+    return inside if not taken and len(name.parts) == 1 and Store.exists(inside) else name
 
 
 def open_parent(path: Path) -> Run | Store:
@@ -45,8 +45,12 @@ def open_parent(path: Path) -> Run | Store:
     found = find_model(path)
     if Store.exists(found):
         return Store.open(found)
-    if not found.exists() and len(path.parts) == 1:
-        raise UserError(f"{path}: neither a run, nor a library, nor a model that comes with the package ({', '.join(shipped_models())}).")
+    if not (found / "run.json").is_file():
+        names = ", ".join(shipped_models())
+        raise UserError(
+            f"{path}: neither a run, nor a library, nor a model that comes with the package ({names}): no run.json and no library.json there. "
+            "Name a folder that `latentscenes train` or `exploit` made."
+        )
     return Run.open(found)
 
 
