@@ -1,4 +1,5 @@
-"""Line charts as inline SVG: no library, colours by CSS classes s0 … s7, so that light and dark are the page's business."""
+"""Line charts as inline SVG: no library, colours by CSS classes s0 … s7, so that light and dark are the page's business.
+`standalone` makes a file of one, with colours for a white page."""
 
 import html
 import math
@@ -52,6 +53,30 @@ def line_chart(
     parts.append("</svg>")
     legend = "".join(f'<span><i class="b{one.colour % 8}"></i>{html.escape(one.label)}</span>' for one in kept)
     return f'<figure class="chart"><b>{html.escape(title)}</b><small>{html.escape(y_label)}</small>{"".join(parts)}<div class="legend">{legend}</div></figure>'
+
+
+PALETTE = ("#2f6bd0", "#d2772a", "#2b9468", "#8455bd", "#c9463f", "#8a8f99", "#1792a4", "#a8841d")
+
+
+def standalone(figure: str) -> str:
+    """The chart of `line_chart` as the text of an SVG file: title above, legend below, on white."""
+    drawing = figure[figure.index("<svg") : figure.index("</svg>")].partition(">")[2]
+    title, unit = (figure.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("b", "small"))
+    names = [part.partition('<i class="b')[2].partition('"></i>')[::2] for part in figure.split("<span>")[1:]]
+    names = [(int(colour), name.partition("</span>")[0]) for colour, name in names if name.partition("</span>")[0]]
+    height = HEIGHT + 40 + 18 * len(names)
+    style = "text{font:12px system-ui,sans-serif;fill:#555}.t{font-size:14px;font-weight:600;fill:#222}polyline{fill:none;stroke-width:2}.rule{stroke:#e3e3dd}.axis{stroke:#888}"
+    style += "".join(f".s{k}{{stroke:{colour}}}.b{k}{{fill:{colour}}}" for k, colour in enumerate(PALETTE))
+    legend = "".join(
+        f'<rect class="b{colour}" x="{LEFT}" y="{HEIGHT + 44 + 18 * k - 9:.0f}" width="10" height="10"/>'
+        f'<text x="{LEFT + 16}" y="{HEIGHT + 44 + 18 * k:.0f}">{name}</text>'
+        for k, (colour, name) in enumerate(names)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" width="{1.5 * WIDTH:.0f}"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/><text class="t" x="8" y="18">{title}</text><text x="8" y="34">{unit}</text>'
+        f'<g transform="translate(0 30)">{drawing}</g>{legend}</svg>\n'
+    )
 
 
 def smooth(values: Sequence[float], most: int = 160) -> list[float]:

@@ -235,6 +235,27 @@ def bench(
     save([time_to_quality(open_parent(run), Views.open(data), limit, ours, rgb, device)], out)
 
 
+def study(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions = MACHINE) -> None:
+    """Learn the same new scenes in many ways, as a YAML file lists them, into one table and chart. The same command again
+    goes on where it stopped.
+
+    Args:
+        study: YAML file with `title` and `rows`; docs/results/claims holds some.
+        data: datasets: a folder, or NAME=FOLDER where rows name several; the first is that of rows that name none.
+        out: folder for runs and libraries, the figures as JSON, the table as Markdown, the chart as SVG; several studies may share it.
+    """
+    from latentscenes.study import read_study, run_study, table
+
+    wanted, folders = read_study(study), {}
+    for given in data:
+        name, _, folder = given.rpartition("=")
+        folders[name or "data"] = Path(folder)
+    device = _start(machine)
+    from latentscenes.report import print_things
+
+    print_things(table(wanted, run_study(wanted, folders, out, device, study.stem)))
+
+
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     """Everything on made cars: data, stages 1 and 2, the RGB baseline, a table and a report to look at.
 
@@ -291,6 +312,7 @@ COMMANDS = {
     "export": export,
     "cost": cost,
     "bench": bench,
+    "study": study,
     "library": library,
     "search": search,
     "view": view,

@@ -32,9 +32,51 @@ def data_cars(
         seed: decides cars and cameras.
     """
     from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_cars
+    from latentscenes.datasets.shapes import make_shapes
 
-    make_cars(out, train=train, new=new, options=ViewOptions(views=views, size=size, held_out=held_out, seed=seed))
+    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed), train=train, new=new, kind="car")
+
+
+def data_chairs(
+    out: Path,
+    train: int = 24,
+    new: int = 8,
+    views: int = 40,
+    size: int = 128,
+    held_out: int = 4,
+    seed: int = 0,
+) -> None:
+    """Make a dataset of procedural chairs, stools and benches. No download.
+
+    Args:
+        out: folder of the new dataset.
+        train: chairs to learn from in stage 1.
+        new: chairs kept for stage 2.
+        views: pictures of each chair.
+        size: pixels along a side.
+        held_out: views of each chair kept for evaluation.
+        seed: decides chairs and cameras.
+    """
+    from latentscenes.datasets.embree import ViewOptions
+    from latentscenes.datasets.shapes import make_shapes
+
+    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed), train=train, new=new, kind="chair")
+
+
+def data_join(folders: tuple[Path, ...], out: Path) -> None:
+    """Join datasets into one, to learn several classes at once.
+
+    Args:
+        folders: the datasets, two or more. Their images must be of one size, their scenes' names must differ.
+        out: folder of the new dataset. Splits and held-out views stay as they are.
+    """
+    from latentscenes.datasets.joining import join
+    from latentscenes.progress import console
+    from latentscenes.views import Views
+
+    join(folders, out)
+    made = Views.open(out)
+    console.print(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}.", highlight=False)
 
 
 def data_meshes(
@@ -170,4 +212,7 @@ def _say_made(made: "Imported") -> None:
         console.print(f"Note: {note}", highlight=False)
 
 
-DATA_COMMANDS = {"cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms, "photos": data_photos}
+DATA_COMMANDS = {
+    "cars": data_cars, "chairs": data_chairs, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
+    "photos": data_photos, "join": data_join,
+}  # fmt: skip

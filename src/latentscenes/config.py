@@ -334,7 +334,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{where}: expected settings, got {tree!r}.")
     for override in overrides:
         _override(tree, override)
-    return _build(Config, tree, where)
+    return build(Config, tree, where)
 
 
 def dump(config: Config) -> str:
@@ -380,7 +380,7 @@ def _stage_index(stages: list, name: str, override: str) -> int:
     raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names)}.")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
+def build(kind: Any, value: Any, where: str) -> Any:
     """`value` (plain YAML) as `kind`, strictly."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
@@ -395,17 +395,17 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         for name in required:
             if name not in value:
                 raise UserError(f"{where}: {name!r} is missing.")
-        return kind(**{key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+        return kind(**{key: build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
     if origin is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where}: expected a list, got {value!r}.")
-        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(next(a for a in arguments if a is not type(None)), value, where)
+        return None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text

@@ -1,4 +1,5 @@
-"""The whole job on made cars: data, stage 1, stage 2, the RGB baseline, and a report of all of it."""
+"""The whole job on made cars: data, stage 1, stage 2, the same new cars on the model that comes with the package and as RGB
+tri-planes, and a report of all of it."""
 
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from latentscenes.learned import Learned
 from latentscenes.progress import console
 from latentscenes.report import Comparison, print_summary
 from latentscenes.report_html import write_report
+from latentscenes.shipped import open_parent
 from latentscenes.train import train
 from latentscenes.views import Views
 
@@ -34,16 +36,21 @@ def run_demo(out: Path, device: torch.device) -> None:
     trained = train(config.load("demo"), views, out / "train", device=device)
     _say(f"Stage 2: {NEW_CARS} new cars")
     exploit(out / "library", views, trained.config, trained, Options(), device)
+    _say("The same new cars on the model that comes with the package: no stage 1")
+    shipped = open_parent(Path("cars"))
+    exploit(out / "shipped", views, shipped.config, shipped, Options(), device)
     _say("Baseline: RGB tri-planes of the new cars")
     rgb = train(config.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
     _say("Scores on held-out views")
     old, new, baseline = Learned.of_run(trained), Learned.open(out / "library"), Learned.of_run(rgb)
+    ready = Learned.open(out / "shipped")
     content = Comparison(
-        train=old, new=new, rgb=baseline, views=views, device=device,
+        train=old, new=new, rgb=baseline, shipped=ready, views=views, device=device,
         evaluation_train=evaluate_learned(old, views, device),
         evaluation_new=evaluate_learned(new, views, device),
         evaluation_rgb=evaluate_learned(baseline, views, device),
+        evaluation_shipped=evaluate_learned(ready, views, device),
         title="Cars made, learned and looked at",
         introduction=f"{TRAIN_CARS} made cars taught base planes and the field; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",

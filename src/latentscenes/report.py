@@ -35,6 +35,9 @@ class Comparison:
     rgb: Learned | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
+    shipped: Learned | None = None
+    """The same new scenes on a model that comes with the package, without this stage 1."""
+    evaluation_shipped: Evaluation | None = None
     title: str = "latentscenes"
     introduction: str = ""
     """A sentence or two under the title."""
@@ -208,6 +211,8 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
         rows.append(line("RGB tri-planes", rgb, cost.account_learned(content.rgb), content.evaluation_rgb))
     rows.append(line("latentscenes, new scenes", scores, ours, content.evaluation_new))
     stressed = len(rows) - 1
+    if content.shipped and content.evaluation_shipped:
+        rows.append(line("… on the shipped model", content.mean(content.evaluation_shipped), cost.account_learned(content.shipped), content.evaluation_shipped))
     trained, empty = content.evaluation_train.mean, [""] * 4
     train_quality = quality(trained) if not perceptual or trained.perceptual is not None else [*quality(trained)[:2], "–"]
     rows.append(("… scenes of stage 1", *train_quality, *empty, f"{1000 * content.evaluation_train.render_seconds:.1f}"))
