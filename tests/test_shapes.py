@@ -8,6 +8,7 @@ from latentscenes.cameras import orbit
 from latentscenes.datasets.embree import OPAQUE, Caster, ViewOptions
 from latentscenes.datasets.shapes import make_car, make_cars
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
+from latentscenes.datasets.shapes_parts import in_turn
 from latentscenes.errors import UserError
 from latentscenes.views import Views
 
@@ -79,10 +80,8 @@ def test_a_dataset_of_cars_has_splits_box_and_different_cars(tmp_path):
 
 
 def test_kinds_take_turns():
-    from latentscenes.datasets.shapes import _kind
-
     for start in (0, len(KINDS)):
-        assert {_kind(number, 7) for number in range(start, start + len(KINDS))} == set(KINDS)
+        assert {in_turn(KINDS, number, 7) for number in range(start, start + len(KINDS))} == set(KINDS)
 
 
 def test_no_cars_at_all_is_refused(tmp_path):

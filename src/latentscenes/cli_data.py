@@ -72,11 +72,10 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
     """
     from latentscenes.datasets.joining import join
     from latentscenes.progress import console
-    from latentscenes.views import Views
 
-    join(folders, out)
-    made = Views.open(out)
-    console.print(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}.", highlight=False)
+    made = join(folders, out)
+    known = "" if made.alpha is not None else "; without silhouettes, as not all parts have them"
+    console.print(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{known}.", highlight=False)
 
 
 def data_meshes(

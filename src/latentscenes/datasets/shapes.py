@@ -1,11 +1,13 @@
-"""Made cars: as many different cars as one likes from a seed, without any download.
+"""Made objects, cars and chairs: as many different ones as one likes from a seed, without any download.
 
 Notable:
-- A car depends on the seed and its own number alone: dataset seed 0 with 10 or 1000 cars begins with the same ones.
+- An object depends on the seed and its own number alone: dataset seed 0 with 10 or 1000 cars begins with the same ones.
 - Kinds take turns, so small datasets hold all of them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -14,43 +16,52 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from latentscenes.datasets import shapes_parts as parts
 from latentscenes.datasets.embree import DEFAULT_VIEWS, Caster, Soup, ViewOptions, box_around, soup_from_mesh
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
+from latentscenes.datasets.shapes_chairs import make_chair
 from latentscenes.datasets.shapes_paint import draw_livery, paint_body
 from latentscenes.errors import UserError
 from latentscenes.views import ViewsWriter, spread
 
 
 def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16) -> None:
-    """Make cars and photograph them into a new dataset.
+    """Make cars and photograph them into a new dataset: `make_shapes` of class car."""
+    make_shapes(out, options, train=train, new=new, kind="car")
+
+
+def make_shapes(
+    out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16, kind: Literal["car", "chair"] = "car"
+) -> None:
+    """Make objects of one class and photograph them into a new dataset.
 
     Args:
         out: the dataset's folder; must not exist or be empty.
         options: views, size, held-out views, seed, camera distance.
-        train: cars to learn together with the codec (stage 1).
-        new: further cars, to be learned later (stage 2).
+        train: objects to learn together with the codec (stage 1).
+        new: further ones, to be learned later (stage 2).
+        kind: the class.
     """
     if train < 0 or new < 0 or train + new == 0:
-        raise UserError(f"train = {train}, new = {new}: ask for at least one car.")
-    console, bounds = Console(stderr=True), []
+        raise UserError(f"train = {train}, new = {new}: ask for at least one {kind}.")
+    make, console, bounds = MAKERS[kind], Console(stderr=True), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}") as writer,
+        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"made {kind}s, seed {options.seed}") as writer,
         Progress(*columns, console=console) as progress,
     ):
-        for number in progress.track(range(train + new), description="making cars"):
-            soup, name = make_car(number, options.seed), f"car_{number:04d}"
+        for number in progress.track(range(train + new), description=f"making {kind}s"):
+            soup, name = make(number, options.seed), f"{kind}_{number:04d}"
             cameras = options.cameras(name)
             rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
             split = "train" if number < train else "new"
             writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
         writer.finish(box_around(bounds))
-    console.print(f"{out}: {train + new} cars", highlight=False, markup=False)
+    console.print(f"{out}: {train + new} {kind}s", highlight=False, markup=False)
 
 
 def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
     """One car: nose toward +x, z up, the middle of its bounding box at the origin, the box's diagonal 1."""
     rng = np.random.default_rng([seed, number])
-    kind = kind or _kind(number, seed)
+    kind = kind or parts.in_turn(KINDS, number, seed)
     car = draw_car(rng, kind)
     livery = draw_livery(rng, car)
     skin = loft(car)
@@ -66,7 +77,5 @@ def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
     return parts.shadowed(Soup.joined(soups), rng).normalized()
 
 
-def _kind(number: int, seed: int) -> str:
-    """The kind of car `number`: every kind once in each round, in an order of its own."""
-    order = np.random.default_rng([seed, 1 << 20, number // len(KINDS)]).permutation(len(KINDS))
-    return KINDS[order[number % len(KINDS)]]
+MAKERS: dict[str, Callable[[int, int], Soup]] = {"car": make_car, "chair": make_chair}
+"""How each class makes its object of a number and a seed."""

@@ -1,8 +1,10 @@
-"""What is fixed to a made car's body: wheels, mirrors, wings, rails, seats, an open car's windscreen; and soft shadow.
+"""What is fixed to a made car's body: wheels, mirrors, wings, rails, seats, an open car's windscreen; and what made chairs
+share with made cars: turns of kinds, grids, rounded boxes, soft shadow.
 
 Metres, nose toward +x, z up, the ground at z = 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,12 @@ from latentscenes.datasets.shapes_body import Car, grid_normals, half_width
 
 Color = tuple[float, float, float]
 AROUND = 36
+
+
+def in_turn(kinds: Sequence[str], number: int, seed: int) -> str:
+    """The kind of object `number`: every kind once in each round, in an order of its own."""
+    order = np.random.default_rng([seed, 1 << 20, number // len(kinds)]).permutation(len(kinds))
+    return kinds[order[number % len(kinds)]]
 
 
 def grid_faces(rows: int, columns: int) -> Int[np.ndarray, "f 3"]:
