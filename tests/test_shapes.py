@@ -8,7 +8,7 @@ from latentscenes.cameras import orbit
 from latentscenes.datasets.embree import OPAQUE, Caster, ViewOptions
 from latentscenes.datasets.shapes import make_car, make_cars
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
-from latentscenes.datasets.shapes_parts import in_turn
+from latentscenes.datasets.shapes_parts import blob, in_turn
 from latentscenes.errors import UserError
 from latentscenes.views import Views
 
@@ -87,3 +87,11 @@ def test_kinds_take_turns():
 def test_no_cars_at_all_is_refused(tmp_path):
     with pytest.raises(UserError, match="at least one car"):
         make_cars(tmp_path / "none", train=0, new=0)
+
+
+def test_rounded_boxes_are_lit_from_outside():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        center, half = rng.uniform(-1, 1, 3), rng.uniform(0.02, 0.4, 3)
+        soup = blob(tuple(center), tuple(half), (0.5, 0.5, 0.5), rng.uniform(2, 8), rng.uniform(-0.5, 0.5))
+        assert ((soup.corners - center) * soup.normals).sum(-1).min() > 0

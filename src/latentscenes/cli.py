@@ -295,7 +295,7 @@ def export() -> None:
 
 
 def data() -> None:
-    """Make or import a dataset: data cars | meshes | srn | transforms."""
+    """Make, import or join datasets: data cars | chairs | meshes | srn | transforms | photos | join."""
 
 
 def library() -> None:

@@ -181,6 +181,4 @@ def cushion(
         flat = [axis for axis in (1, 0, 2) if axis != int(np.argmin(half))]
         uv = ((soup.corners - np.asarray(center, np.float32))[..., flat] / TILE).astype(np.float32)
         soup = replace(soup, uv=uv, textures=(finish.picture,))
-    # blobs leave open which side their normals point to
-    outward = ((soup.corners - np.asarray(center, np.float32)) * soup.normals).sum(-1, keepdims=True)
-    return replace(soup, normals=np.where(outward < 0, -soup.normals, soup.normals))
+    return soup

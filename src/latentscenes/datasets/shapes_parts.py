@@ -58,6 +58,7 @@ def blob(center: tuple[float, float, float], half: tuple[float, float, float], c
     points = points * np.asarray(half)
     points[..., 0] -= lean * points[..., 2]
     normals = grid_normals(points)
+    normals = np.where((points * normals).sum(-1, keepdims=True) < 0, -normals, normals)  # outward: it holds its middle
     normals[[0, -1]] = [[[0, 0, -1.0]], [[0, 0, 1.0]]]
     return soup_from_mesh(
         points.reshape(-1, 3) + np.asarray(center), grid_faces(*points.shape[:2]), normals=normals.reshape(-1, 3), colors=(*color, 1.0)
