@@ -256,6 +256,11 @@ def test_ply_opens_elsewhere(points, tmp_path):
 def test_wrong_endings_are_refused(tmp_path):
     with pytest.raises(UserError, match="written here is GLB; name a file that ends in .glb"):
         check_ending(tmp_path / "car.obj", ".glb")
+    (tmp_path / "car.glb").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        check_ending(tmp_path / "car.glb", ".glb")
+    check_ending(tmp_path / "new" / "folders" / "car.glb", ".glb")
+    assert not (tmp_path / "new").exists()
 
 
 def test_hidden_and_grazing_places_have_no_colour():

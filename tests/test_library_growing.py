@@ -239,7 +239,7 @@ def call(monkeypatch, capsys):
 def test_commands(library, tmp_path, call, solids_path):
     path = library.path
     status, out, _ = call("library", "list", path, "--match", "b*")
-    assert status == 0 and "blue_egg" in out and "brown_bar" in out and "red_ball" not in out and "2 of 4 scenes" in out
+    assert status == 0 and "blue_egg" in out and "brown_bar" in out and "red_ball" not in out and "2 of 4 scenes, " in out
     status, out, _ = call("library", "list", path, "--as-json", "--limit", 1)
     assert status == 0 and json.loads(out)["name"] == "red_ball" and json.loads(out)["split"] == "train"
     status, out, _ = call("library", "show", path)
@@ -275,6 +275,18 @@ def test_commands(library, tmp_path, call, solids_path):
         (["library", "remove", "{library}", "red_bal"], "the nearest names are 'red_ball'"),
         (["library", "rename", "{library}", "red_ball", "blue_egg"], "is there already"),
         (["library", "export", "{library}", "--out", "{tmp}/x"], "no scenes named"),
+        (["library", "export", "{library}", "red_ball", "--out", "{tmp}/file/x"], "file/x: cannot be written"),
+        (["library", "model", "{library}", "{tmp}/file/x"], "file/x: cannot be written"),
+        (["library", "remove", "{library}"], "no scenes named, so none is removed"),
+        (["library", "list", "{library}", "--limit", "-1"], "--limit -1: at least 1, or 0 for all"),
+        (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, 0 at least"),
+        (["library", "repack", "{library}", "--lost", "1", "--precision", "int8"], "--lost 1: goes without --precision"),
+        (["search", "{library}", "red_ball", "--count", "0"], "--count 0: at least 1"),
+        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"], "file/a.gif: cannot be made, for"),
+        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/folder.gif"], "folder.gif: is a folder"),
+        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/a.gif", "--elevation", "95"], "--elevation 95: degrees"),
+        (["export", "page", "--run", "{library}", "--match", "*", "--out", "{tmp}/a.html", "--elevations", "95"], "--elevations 95: degrees"),
+        (["export", "images", "--run", "{library}", "--match", "*", "--out", "{tmp}/file/x"], "file/x: cannot be made, for"),
         (["library", "repack", "{tmp}", "--precision", "int8"], "no library here"),
         (["search", "{library}", "x"], "the nearest names are"),
         (["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"], "the nearest name is 'red_ball'"),
@@ -285,6 +297,8 @@ def test_commands(library, tmp_path, call, solids_path):
 )
 def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids_path):
     places = {"tmp": tmp_path, "library": library.path, "data": solids_path}
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.gif").mkdir()
     status, out, err = call(*(argument.format(**places) for argument in arguments))
     assert status == 2 and out == "" and err.startswith("latentscenes: ") and told in err and err.count("\n") == 1
 

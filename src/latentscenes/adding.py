@@ -20,7 +20,7 @@ from latentscenes.config import Config, frozen
 from latentscenes.datasets.camera_checks import check_cameras
 from latentscenes.errors import UserError
 from latentscenes.exploit import learn_group, start_rows
-from latentscenes.files import locked
+from latentscenes.files import locked, writing_to
 from latentscenes.quantise import Precision, check_precision
 from latentscenes.run import Run, RunInfo
 from latentscenes.store import Store
@@ -68,8 +68,9 @@ def learn_from_pictures(
 @contextmanager
 def work_folder(store: Store) -> Iterator[Path]:
     """A folder for a passing piece of work in a library; removed at the end, and left alone by others until then."""
-    (store.path / "work").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="add-", dir=store.path / "work"))
+    with writing_to(store.path):
+        (store.path / "work").mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="add-", dir=store.path / "work"))
     try:
         with locked(folder / "lock", False, str(folder)):
             yield folder
@@ -140,9 +141,9 @@ def quick_weights(store: Store, views: Views, name: str, device: torch.device) -
         raise UserError(f"{views.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
     config = quick(store.config, len(found[0].views("fit")))
     model = store.model(device)
-    with work_folder(store) as work:
+    with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # not in the library, which may be only for reading
         info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
-        run = Run.create(work / "run", config, info)
+        run = Run.create(Path(work) / "run", config, info)
         rows = start_rows(config, store.start(), [name]).to(device)
         learn(run, model, rows, views, found, config.exploit, device, Tracker("none", run.path, {}), f"Fitting {name}")
     return rows.weights[0].cpu().numpy()

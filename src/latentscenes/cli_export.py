@@ -35,9 +35,10 @@ def render(
         path: camera path (JSON) of nerfstudio's; its cameras are used instead of the orbit's.
         fps: frames per second; unset: as the camera path says, 20 for an orbit.
     """
-    from latentscenes.pictures import camera_frames, check_film, save_frames, scaled
+    from latentscenes.pictures import camera_frames, check_elevation, check_film, save_frames, scaled
 
     check_film(out)
+    check_elevation("--elevation", elevation)
     if frames < 1:
         raise UserError(f"--frames {frames}: at least 1.")
     if fps is not None and fps <= 0:
@@ -57,6 +58,7 @@ def render(
         cameras, speed = film.at(wanted), fps or film.fps
     pictures = camera_frames(loaded, scene, cameras, wanted, mode)
     save_frames(out, _counted(pictures, len(cameras), "rendering"), speed)
+    _say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{f', {speed:g} a second' if out.suffix.lower() in ('.mp4', '.gif') else ''}.")
 
 
 def export_mesh(
@@ -152,8 +154,9 @@ def export_images(
         elevation: of the orbit, in degrees.
     """
     from latentscenes.export_images import write_views
-    from latentscenes.pictures import scaled
+    from latentscenes.pictures import check_elevation, scaled
 
+    check_elevation("--elevation", elevation)
     if views < 1:
         raise UserError(f"--views {views}: at least 1.")
     if not -90 <= lowest < 90:

@@ -31,6 +31,8 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
     """
     from latentscenes.tables import Table, bytes_text, seconds_text
 
+    if limit < 0:
+        raise UserError(f"--limit {limit}: at least 1, or 0 for all.")
     opened = _open(library)
     infos = opened.infos(match)
     shown = infos[:limit] if limit else infos
@@ -43,9 +45,9 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         for info in shown
     ]
     known = [info.psnr for info in infos if info.psnr is not None]
-    note = f"{len(infos):,} of {len(opened):,} scenes, {bytes_text(sum(info.bytes for info in infos))}".replace(",", " ", 2)
+    note = f"{_thousands(len(infos))} of {_thousands(len(opened))} scenes, {bytes_text(sum(info.bytes for info in infos))}"
     note += f"; mean {sum(known) / len(known):.2f} dB" if known else ""
-    note += f"; {len(infos) - len(shown)} not shown, --limit 0 shows all" if len(shown) < len(infos) else ""
+    note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all" if len(shown) < len(infos) else ""
     _print(Table(str(library), ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added"), tuple(rows), (), note))
 
 
@@ -87,7 +89,11 @@ def library_remove(library: Folder, scenes: Names) -> None:
         library: its folder.
         scenes: their names.
     """
-    _open(library).remove(*scenes)
+    if not scenes:
+        raise UserError(f"{library}: no scenes named, so none is removed. Name some; `latentscenes library list {library}` lists them.")
+    opened = _open(library)
+    opened.remove(*scenes)
+    _say(f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. `latentscenes library compact {library}` gives their room back.")
 
 
 def library_rename(library: Folder, scene: Name, new: Name) -> None:
@@ -99,6 +105,7 @@ def library_rename(library: Folder, scene: Name, new: Name) -> None:
         new: the name to be.
     """
     _open(library).rename(scene, new)
+    _say(f"{library}: {scene!r} is {new!r} now.")
 
 
 def library_export(library: Folder, scenes: Names = (), match: str | None = None, *, out: Path) -> None:
@@ -169,6 +176,8 @@ def library_repack(
     """
     from latentscenes.tables import bytes_text
 
+    if lost is not None and (precision is not None or not lost >= 0):
+        raise UserError(f"--lost {lost:g}: {'goes without --precision' if precision else 'dB, 0 at least'}.")
     opened = _open(library, machine)
     if precision is None:
         settings = opened.dial()
@@ -222,6 +231,8 @@ def search(
     """
     from latentscenes.tables import Table
 
+    if count < 1:
+        raise UserError(f"--count {count}: at least 1.")
     opened = _open(library, machine)
     if data is None:
         found = opened.nearest(scene, count)
@@ -239,6 +250,10 @@ def _open(path: Path, machine: Machine | None = None) -> "Library":
     from latentscenes.store import Store
 
     return Library(Store.open(path), start(machine) if machine else "cpu")
+
+
+def _thousands(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
 
 
 def _decibels(value: float | None, digits: int = 2) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentscenes import metrics
+from latentscenes.files import write_json
 from latentscenes.learned import Learned, Loaded
 from latentscenes.store import SCORES
 from latentscenes.views import Scene, Views
@@ -55,7 +56,7 @@ class Evaluation:
     mean: SceneScore
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1))
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

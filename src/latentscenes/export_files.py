@@ -17,7 +17,7 @@ from jaxtyping import Float
 import latentscenes
 from latentscenes.errors import UserError
 from latentscenes.export_mesh import Mesh, Points
-from latentscenes.files import write_bytes
+from latentscenes.files import check_place, write_bytes, writing_to
 
 UNSIGNED_SHORT, UNSIGNED_INT, FLOAT = 5123, 5125, 5126
 ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER = 34962, 34963
@@ -84,12 +84,16 @@ def _linear(colors: Float[np.ndarray, "p 3"]) -> np.ndarray:
 
 
 def check_ending(path: Path, ending: str) -> None:
-    """Refuse a file name of another kind, before any work is done."""
+    """Refuse a file name of another kind, or where no file can be, before any work is done."""
     if path.suffix.lower() != ending:
         raise UserError(f"{path}: what is written here is {ending[1:].upper()}; name a file that ends in {ending}.")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Name a file.")
+    check_place(path)
 
 
 def _write(path: str | Path, content: bytes) -> int:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(path), content)
     return len(content)

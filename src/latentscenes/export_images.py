@@ -18,6 +18,7 @@ from PIL import Image
 from latentscenes.cameras import OPENGL_TO_OPENCV, Cameras
 from latentscenes.datasets.images import white_background
 from latentscenes.errors import UserError
+from latentscenes.files import check_place, writing_to
 from latentscenes.learned import Loaded
 from latentscenes.pictures import Shown, look, to_pictures
 
@@ -49,20 +50,22 @@ def write_views(out: str | Path, loaded: Loaded, scenes: Iterable[str], cameras:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder. Name another, or remove it first.")
+    check_place(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        for scene in scenes:
-            folder = partial / scene.replace("/", "_")
-            (folder / "images").mkdir(parents=True)
-            files = [f"images/{place:05d}.png" for place in range(len(cameras))]
-            for file, picture in zip(files, with_alpha(look(loaded.model, loaded.planes(scene), cameras, size)), strict=True):
-                Image.fromarray(picture).save(folder / file)
-            (folder / "transforms.json").write_text(json.dumps(transforms(cameras, files, size), indent=1))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing_to(out):
+        try:
+            for scene in scenes:
+                folder = partial / scene.replace("/", "_")
+                (folder / "images").mkdir(parents=True)
+                files = [f"images/{place:05d}.png" for place in range(len(cameras))]
+                for file, picture in zip(files, with_alpha(look(loaded.model, loaded.planes(scene), cameras, size)), strict=True):
+                    Image.fromarray(picture).save(folder / file)
+                (folder / "transforms.json").write_text(json.dumps(transforms(cameras, files, size), indent=1))
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def transforms(cameras: Cameras, files: list[str], size: tuple[int, int]) -> dict:

@@ -18,9 +18,9 @@ from PIL import Image
 from latentscenes.cameras import Box, Cameras, Viewpoint
 from latentscenes.errors import UserError
 from latentscenes.export_images import with_alpha
-from latentscenes.files import write_bytes
+from latentscenes.files import write_bytes, writing_to
 from latentscenes.learned import Loaded
-from latentscenes.pictures import look, scaled
+from latentscenes.pictures import check_elevation, look, scaled
 
 TEMPLATE = Path(__file__).with_name("export_page.html")
 QUALITY = 80
@@ -58,6 +58,8 @@ def write_page(
     """
     if frames < 1 or not elevations:
         raise UserError(f"--frames {frames}, {len(elevations)} elevations: at least 1 of each.")
+    for elevation in elevations:
+        check_elevation("--elevations", elevation)
     height, width = size_shown = scaled(view.size, size, loaded.model.codec.downsampling)
     orbits = [view.orbit(frames, elevation, FIRST) for elevation in sorted(elevations)]
     cameras = Cameras(torch.cat([turn.cam2world for turn in orbits]), torch.cat([turn.intrinsics for turn in orbits]))
@@ -80,7 +82,8 @@ def write_page(
         "data": embedded,
     }  # fmt: skip
     content = re.sub(r"{{(\w+)}}", lambda slot: slots[slot[1]], TEMPLATE.read_text("utf-8")).encode()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(path), content)
     return len(content)
 

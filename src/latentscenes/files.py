@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever happens; locks; checksums."""
+"""Files that are complete or absent, whatever happens; what cannot be written; locks; checksums."""
 
 import fcntl
 import hashlib
@@ -17,9 +17,35 @@ from latentscenes.progress import console
 
 
 @contextmanager
+def writing_to(path: str | Path) -> Iterator[None]:
+    """Say in words that something could not be written there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}). Make room, see to permissions, or name another place.") from None
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse, before any work is done, the name of a file or new folder that cannot be made.
+
+    Raises:
+        UserError: what is to hold it is no folder, or may not be written to.
+    """
+    path = Path(path)
+    with writing_to(path):
+        home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not home.is_dir():
+        raise UserError(f"{path}: cannot be made, for {home} is a file, not a folder. Name another place.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be made, for {home} may not be written to. Name another place, or see to its permissions.")
+
+
+@contextmanager
 def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
     """Hold a lock file. Where another holds it: wait, saying so, or refuse."""
-    with open(path, "w") as stream:
+    with writing_to(path.parent):
+        stream = open(path, "w")  # noqa: SIM115 — closed below
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,16 +69,21 @@ def write_json(path: Path, content: object) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The same for any bytes."""
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
+    with writing_to(path):
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name
+        finally:
+            os.close(folder)
 
 
 def payload_checksum(payload: dict[str, Tensor]) -> str:

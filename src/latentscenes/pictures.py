@@ -26,6 +26,7 @@ from torch import Tensor
 from latentscenes import metrics
 from latentscenes.cameras import Cameras, Viewpoint
 from latentscenes.errors import UserError
+from latentscenes.files import check_place, writing_to
 from latentscenes.learned import Loaded
 from latentscenes.model import Model
 from latentscenes.tiles import Picture, Pictures, beside, captioned, colour_depth, enlarge, grey, grid, headed
@@ -218,6 +219,12 @@ def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, i
     return height, width
 
 
+def check_elevation(what: str, elevation: float) -> None:
+    """Refuse an elevation beyond straight above or below, degrees."""
+    if not -90 <= elevation <= 90:
+        raise UserError(f"{what} {elevation:g}: degrees above the horizon, from -90 to 90.")
+
+
 def _depth_range(shown: Shown) -> tuple[float, float]:
     """Nearest and farthest depth of what is solid, leaving out stray points."""
     solid = shown.depth[shown.opacity > 0.7]
@@ -268,8 +275,9 @@ def save_image(path: str | Path, picture: Picture) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
 
 
 def check_film(path: str | Path) -> None:
@@ -279,6 +287,9 @@ def check_film(path: str | Path) -> None:
         raise UserError(f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending).")
     if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty folder. Name another, or remove it first.")
+    if path.suffix and path.is_dir():
+        raise UserError(f"{path}: is a folder. Name a file, or for a folder of pictures a name without an ending.")
+    check_place(path)
     if path.suffix.lower() == ".mp4":
         try:
             import av  # noqa: F401
@@ -291,29 +302,30 @@ def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 
     new folder (a name without an ending)."""
     path = Path(path)
     check_film(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kind, partial = path.suffix.lower(), path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        if kind == ".mp4":
-            _save_mp4(partial, frames, fps)
-        elif kind == ".gif":
-            partial.write_bytes(gif_bytes(list(frames), fps))
-        elif kind == ".png":
-            shown = list(frames)
-            columns = math.ceil(math.sqrt(len(shown) * shown[0].shape[0] / shown[0].shape[1]))
-            save_image(partial, grid(shown, len(shown) if len(shown) <= 6 else max(1, columns)))
-        else:
-            partial.mkdir()
-            for place, frame in enumerate(frames):
-                save_image(partial / f"{place:05d}.png", frame)
-            if path.exists():
-                path.rmdir()
-        partial.replace(path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if kind == ".mp4":
+                _save_mp4(partial, frames, fps)
+            elif kind == ".gif":
+                partial.write_bytes(gif_bytes(list(frames), fps))
+            elif kind == ".png":
+                shown = list(frames)
+                columns = math.ceil(math.sqrt(len(shown) * shown[0].shape[0] / shown[0].shape[1]))
+                save_image(partial, grid(shown, len(shown) if len(shown) <= 6 else max(1, columns)))
+            else:
+                partial.mkdir()
+                for place, frame in enumerate(frames):
+                    save_image(partial / f"{place:05d}.png", frame)
+                if path.exists():
+                    path.rmdir()
+            partial.replace(path)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from latentscenes.config import Config
 from latentscenes.errors import UserError
-from latentscenes.files import file_checksum, now, write_json, write_tensors
+from latentscenes.files import file_checksum, now, write_json, write_tensors, writing_to
 from latentscenes.index import FILE, Index
 from latentscenes.quantise import Precision
 from latentscenes.run import Run
@@ -58,7 +58,8 @@ def export_model(source: Store, out: Path) -> int:
     """Write a library's shared parts alone, in half precision, into the folder `out`. Gives the bytes of both files."""
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder.")
-    (out / "model").mkdir(parents=True)
+    with writing_to(out):
+        (out / "model").mkdir(parents=True)
     for name in TENSORS:
         halves = {key: tensor.half() for key, tensor in load_file(source.path / "model" / name).items()}
         write_tensors(out / "model" / name, halves)

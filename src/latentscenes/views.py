@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentscenes.cameras import Box, Cameras
 from latentscenes.errors import UserError
+from latentscenes.files import check_place, writing_to
 
 FORMAT = "latentscenes-views-1"
 Split = Literal["train", "new"]
@@ -144,14 +145,15 @@ class ViewsWriter:
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path}: exists and is not an empty folder. Name another, or remove it first.")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_place(self.path)
         self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         self.size, self.has_alpha, self.origin = size, alpha, origin
         self.scenes: list[Scene] = []
         self.cameras: list[np.ndarray] = []
 
     def __enter__(self) -> "ViewsWriter":
-        self.partial.mkdir()
+        with writing_to(self.path):
+            self.partial.mkdir(parents=True)
         self._rgb = open(self.partial / "rgb.raw", "wb")
         self._alpha = open(self.partial / "alpha.raw", "wb") if self.has_alpha else None
         return self
