@@ -9,12 +9,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 from results import made_run
+from safetensors.torch import load_file, save_file
 
 import latentscenes
 from latentscenes import config as configuration
 from latentscenes.errors import UserError
+from latentscenes.quantise import pack
 from latentscenes.store import Store
 from latentscenes.views import Views
 
@@ -22,8 +25,6 @@ from latentscenes.views import Views
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
     """A finished stage 1 of four solids that nobody learned."""
-    from conftest import TINY
-
     return made_run(tmp_path_factory.mktemp("runs") / "run", configuration.parse(TINY, "tiny"), solids, "train")
 
 
@@ -171,6 +172,19 @@ def test_ultra_light_scenes_are_tiny(tmp_path, solids, tiny):
     assert alone.weights().shape == (4, 0) and alone["red_ball"].render(alone.orbit(1)).rgb.shape == (1, 32, 32, 3)
     with pytest.raises(UserError, match="no base planes in common"):
         alone.nearest("red_ball")
+
+
+@pytest.mark.parametrize("written", [{}, {"mixing": torch.zeros(1, 5, 5)}], ids=["nothing", "zeros"])
+def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
+    """Whatever the file says of it that new scenes start from: older libraries' say nothing."""
+    file = library.path / "model" / "start.safetensors"
+    tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
+    save_file(tables | written, file)
+    assert not library.config.planes.mixing and library.store.start().mixing.shape == (1, 0, 0)
+    settings = configuration.parse(TINY, "tiny", ["planes.mixing=true"])
+    mixed = Store(library.path, settings, library.store.info, library.store.model_checksum)
+    assert torch.equal(mixed.start().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
+    assert "mixing" not in pack(library.store.start(), "int8") and "mixing" in pack(mixed.start(), "int8")
 
 
 def test_verify_names_what_is_damaged(library):

@@ -32,10 +32,10 @@ from latentscenes import config as configuration
 from latentscenes.cameras import Box, Viewpoint
 from latentscenes.config import Config
 from latentscenes.errors import UserError
-from latentscenes.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors
+from latentscenes.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors, writing_to
 from latentscenes.index import FILE, Index, Place, SceneInfo
 from latentscenes.model import Model
-from latentscenes.planes import SceneRows
+from latentscenes.planes import SceneRows, fresh_mixing
 from latentscenes.quantise import STREAM, Payload, Precision, payload_kind, unpack
 from latentscenes.run import circumstances, fill_model
 
@@ -122,7 +122,8 @@ class Store:
         if cls.exists(path):
             raise UserError(f"{path}: holds a library already. Name another folder.")
         refuse_foreign(path)
-        path.mkdir(parents=True, exist_ok=True)
+        with writing_to(path):
+            path.mkdir(parents=True, exist_ok=True)
         with locked(path / "lock", True, f"{path}: another process is making it"):
             if cls.exists(path):  # it was, while this one waited
                 raise UserError(f"{path}: another process has just made a library there. The same command again goes on with it.")
@@ -169,8 +170,9 @@ class Store:
 
     def start(self) -> SceneRows:
         """Where new scenes start (n = 1)."""
-        tables = load_file(self.path / "model" / "start.safetensors")
-        return SceneRows(**{name: table.float() for name, table in tables.items()})
+        tables = {name: table.float() for name, table in load_file(self.path / "model" / "start.safetensors").items()}
+        mixing = fresh_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
+        return SceneRows(**tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing})
 
     # Scenes
 
