@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +16,7 @@ from conftest import SOLIDS, TINY, photograph
 from results import made_run
 
 import latentscenes
-from latentscenes import care, cli
+from latentscenes import care, cli, cli_library
 from latentscenes import config as configuration
 from latentscenes import train as loop
 from latentscenes.cameras import orbit
@@ -236,12 +238,17 @@ def call(monkeypatch, capsys):
     return called
 
 
-def test_commands(library, tmp_path, call, solids_path):
+def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     path = library.path
     status, out, _ = call("library", "list", path, "--match", "b*")
     assert status == 0 and "blue_egg" in out and "brown_bar" in out and "red_ball" not in out and "2 of 4 scenes, " in out
     status, out, _ = call("library", "list", path, "--as-json", "--limit", 1)
     assert status == 0 and json.loads(out)["name"] == "red_ball" and json.loads(out)["split"] == "train"
+    with monkeypatch.context() as fewer:
+        fewer.setattr(cli_library, "MANY", 3)
+        status, out, _ = call("library", "list", path, "--limit", 0)
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[0] for line in lines[1:5]] == NAMES and len({len(line) for line in lines[:5]}) == 1 and "4 of 4 scenes, " in lines[5]
     status, out, _ = call("library", "show", path)
     assert status == 0 and "4 (4 from stage 1)" in out and str(solids_path) in out and "32x32" in out
     status, out, _ = call("library", "show", path, "blue_egg")
@@ -266,6 +273,16 @@ def test_commands(library, tmp_path, call, solids_path):
         shard.unlink()
     status, out, _ = call("library", "verify", path)
     assert status == 1 and "green_box: its shard" in out
+
+
+def test_a_list_may_be_read_in_part(library):
+    read, write = os.pipe()
+    os.close(read)
+    words = ["latentscenes", "library", "list", str(library.path), "--as-json"]
+    script = f"import sys; from latentscenes import cli; sys.argv = {words!r}; cli.main()"
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 @pytest.mark.parametrize(

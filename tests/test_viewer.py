@@ -332,6 +332,9 @@ def test_mistakes_are_explained(car_library, tmp_path):
             Viewer(car_library, port=taken.getsockname()[1])
     with pytest.raises(UserError, match="another --host"):
         check_port("192.0.2.1", 0)
+    for port in (-1, 65536):  # the system would take 65536 for 0
+        with pytest.raises(UserError, match="ports are numbers up to 65535"):
+            check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="--moving 8 --still 384"):
         Viewer(car_library, port=0, moving=8)
     with pytest.raises(UserError, match="no dataset here"):

@@ -1,6 +1,10 @@
 """The command line's `library` commands, and `search`."""
 
+import itertools
 import json
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from latentscenes.library import Library
     from latentscenes.tables import Table
 
+MANY = 1000
+"""Rows from which a list is printed without the care that a table takes, which would be minutes for 100,000."""
 Folder = Annotated[Path, tyro.conf.Positional]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -37,8 +43,7 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
     infos = opened.infos(match)
     shown = infos[:limit] if limit else infos
     if as_json:
-        for info in shown:
-            print(json.dumps(asdict(info)))
+        _print_lines(json.dumps(asdict(info)) for info in shown)
         return
     rows = [
         (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr), _decibels(info.psnr_lost, 3), seconds_text(info.seconds), info.added[:10])
@@ -48,7 +53,13 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
     note = f"{_thousands(len(infos))} of {_thousands(len(opened))} scenes, {bytes_text(sum(info.bytes for info in infos))}"
     note += f"; mean {sum(known) / len(known):.2f} dB" if known else ""
     note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all" if len(shown) < len(infos) else ""
-    _print(Table(str(library), ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added"), tuple(rows), (), note))
+    columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added")
+    if len(rows) <= MANY:
+        _print(Table(str(library), columns, tuple(rows), (), note))
+        return
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows))
+    _print_lines(itertools.chain(lines, [note]))
 
 
 def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positional] = None) -> None:
@@ -250,6 +261,16 @@ def _open(path: Path, machine: Machine | None = None) -> "Library":
     from latentscenes.store import Store
 
     return Library(Store.open(path), start(machine) if machine else "cpu")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """As many as somebody reads: `head`, say, goes after some."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself still flushes
 
 
 def _thousands(count: int) -> str:

@@ -134,7 +134,9 @@ class Viewer:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port that is taken, or an address that is not this machine's; viser would try the next ones."""
+    """Refuse a port that is taken or none, or an address that is not this machine's; viser would try the next ones, or hang."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: ports are numbers up to 65535; 0 takes any free one.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, kind, protocol) as probe:
