@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import latentscenes
 from latentscenes import config as configuration
+from latentscenes.cost import account_learned
 from latentscenes.errors import UserError
+from latentscenes.learned import Learned
 from latentscenes.quantise import pack
 from latentscenes.store import Store
 from latentscenes.views import Views
@@ -211,6 +213,12 @@ def test_verify_names_what_is_damaged(library):
     model = library.path / "model" / "shared.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     assert library.verify()[0].name == "model/shared.safetensors"
+    for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):  # what helps is never to remove the library
+        spoil()
+        assert library.verify()[0].name == "model/shared.safetensors"
+        for ask in (library.store.model, lambda: account_learned(Learned.open_all(library.path))):
+            with pytest.raises(UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"):
+                ask()
     for one in (library, opened, torn, lost):
         one.close()
     (library.path / "index.sqlite").write_bytes(b"no database at all" * 100)

@@ -62,8 +62,11 @@ class Change:
 def verify(store: Store) -> list[Damage]:
     """Compare the model and every scene with the checksums taken when they were written."""
     found = []
-    if file_checksum(store.shared_file) != store.model_checksum:
-        found.append(Damage(str(store.shared_file.relative_to(store.path)), "its bytes have changed; every scene needs it"))
+    model = str(store.shared_file.relative_to(store.path))
+    if not store.shared_file.is_file():
+        found.append(Damage(model, "is absent; every scene needs it"))
+    elif file_checksum(store.shared_file) != store.model_checksum:
+        found.append(Damage(model, "its bytes have changed; every scene needs it"))
     for name, place in sorted(store.index.places().items(), key=lambda item: (item[1].shard, item[1].row)):
         file = store.shard_file(place.shard).name
         try:

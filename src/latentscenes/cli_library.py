@@ -76,6 +76,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         for key, value in asdict(opened[scene].metadata).items():
             print(f"{key:10} {value}")
         return
+    opened.store.check_model()
     info, infos = opened.store.info, opened.infos()
     origins = {origin: sum(entry.origin == origin for entry in infos) for origin in ("stage 1", "exploit", "add")}
     facts = {

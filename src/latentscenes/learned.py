@@ -155,8 +155,10 @@ class Learned:
         """Where the weights of what they share lie.
 
         Raises:
-            UserError: a run that has learned nothing yet.
+            UserError: a run that has learned nothing yet, or a library whose file is absent or torn.
         """
+        if isinstance(self.source, Store):
+            self.source.check_model()
         return self.source.shared_file
 
     @cached_property

@@ -165,12 +165,31 @@ class Store:
     def model(self, device: torch.device | str = "cpu") -> Model:
         """What all scenes share, frozen."""
         model = Model(self.config, self.info.box, pretrained=False)
+        self.check_model()
         fill_model(model, self.shared_file)
         return model.to(device).eval().requires_grad_(False)
 
+    def check_model(self) -> None:
+        """Refuse a model that cannot be read.
+
+        Raises:
+            UserError: its file is absent or torn.
+        """
+        self._readable(self.shared_file, "every scene needs it")
+
+    def _readable(self, file: Path, why: str) -> None:
+        try:
+            with safe_open(file, "pt"):
+                return
+        except (OSError, SafetensorError) as error:
+            what = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise UserError(f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model.") from None
+
     def start(self) -> SceneRows:
         """Where new scenes start (n = 1)."""
-        tables = {name: table.float() for name, table in load_file(self.path / "model" / "start.safetensors").items()}
+        file = self.path / "model" / "start.safetensors"
+        self._readable(file, "new scenes start from it")
+        tables = {name: table.float() for name, table in load_file(file).items()}
         mixing = fresh_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
         return SceneRows(**tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing})
 
