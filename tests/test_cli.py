@@ -156,3 +156,12 @@ def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("latentscenes.views.Views.open", lambda path: None)
     status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb")
     assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
+
+
+def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("latentscenes.views.Views.open", full)
+    status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb")
+    assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"

@@ -356,3 +356,8 @@ def main() -> None:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # disk full, no permission, …
+        if error.filename is None:
+            raise
+        print(f"latentscenes: {error.filename}: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
