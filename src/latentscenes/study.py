@@ -283,5 +283,5 @@ def chart(study: Study, found: list[Figures]) -> str:
     for colour, start in enumerate(wanted.series or ("",)):
         labels = list(dict.fromkeys(figures.label for figures in found if figures.label.startswith(start)))
         points = sorted((_mean(found, label, wanted.x)[0], _mean(found, label, "psnr")[0]) for label in labels)
-        lines.append(Series(start, tuple(x for x, _ in points), tuple(y for _, y in points), colour))
+        lines.append(Series(start.rstrip(" ,"), tuple(x for x, _ in points), tuple(y for _, y in points), colour))
     return standalone(line_chart(study.title, lines, wanted.label, "PSNR, dB", log_x=wanted.log))
