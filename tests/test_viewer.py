@@ -354,12 +354,15 @@ def test_without_viser_the_remedy_is_named():
 
 def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library):
     command = [sys.executable, "-c", "from latentscenes.cli import main; main()", "view", str(car_library.path), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def listen() -> None:  # children of a shell's background jobs are born deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     try:
         line = process.stdout.readline()
         assert "3 scenes at http://127.0.0.1:" in line, line + process.stderr.read()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out, err) == (0, "Ended.\n", "")
     finally:
         process.kill()
