@@ -158,6 +158,12 @@ def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
     assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
 
 
+def test_a_study_takes_each_dataset_by_its_own_name(monkeypatch, capsys, tmp_path):
+    (tmp_path / "s.yaml").write_text("title: t\nrows: [{label: a}]")
+    status, _, err = call(monkeypatch, capsys, "study", "--study", tmp_path / "s.yaml", "--data", "one", "two", "--out", tmp_path / "out")
+    assert status == 2 and err.startswith("latentscenes: --data two: the second of its name.") and not (tmp_path / "out").exists()
+
+
 def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
     def full(path):
         raise OSError(28, "No space left on device", str(path))

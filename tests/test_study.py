@@ -123,6 +123,7 @@ def test_studies_of_the_results_can_be_read(path):
         ("title: t\nrows: [{label: a, learns: 3}]", "the nearest known is 'learn_from'"),
         ("title: t\nrows: [{label: a, precisions: [int9]}]", "no 'int9'"),
         ("title: t\nrows: [{label: a, alone: true, finetune: true}]", "learns alone"),
+        ("title: t\nchart: {x: scene_size, label: b}\nrows: [{label: a}]", "no figure 'scene_size'"),
         ("rows: []", "'title' is missing"),
         ("title: [", "not valid YAML"),
     ],

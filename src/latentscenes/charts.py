@@ -1,5 +1,5 @@
 """Line charts as inline SVG: no library, colours by CSS classes s0 … s7, so that light and dark are the page's business.
-`standalone` makes a file of one, with colours for a white page."""
+`chart_file` writes the same as a file, with colours for a white page."""
 
 import html
 import math
@@ -26,13 +26,23 @@ def line_chart(
 ) -> str:
     """A <figure> with the chart and its legend. Points that a logarithm cannot take are left out; `mark` is a
     vertical line at that x."""
-    kept = [_drawable(one, log_x, log_y) for one in series]
-    kept = [one for one in kept if one.x]
+    kept = [one for one in (_drawable(one, log_x, log_y) for one in series) if one.x]
     if not kept:
         return ""
+    drawing = _drawing(kept, x_label, log_x, log_y, mark, mark_label)
+    legend = "".join(f'<span><i class="b{one.colour % 8}"></i>{html.escape(one.label)}</span>' for one in kept)
+    return (
+        f'<figure class="chart"><b>{html.escape(title)}</b><small>{html.escape(y_label)}</small>'
+        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{html.escape(title)}">{drawing}</svg>'
+        f'<div class="legend">{legend}</div></figure>'
+    )
+
+
+def _drawing(kept: list[Series], x_label: str, log_x: bool, log_y: bool, mark: float | None = None, mark_label: str = "") -> str:
+    """Axes and lines, WIDTH by HEIGHT."""
     x_axis = _Axis.around([x for one in kept for x in one.x], log_x, LEFT, WIDTH - RIGHT, padded=False)
     y_axis = _Axis.around([y for one in kept for y in one.y], log_y, HEIGHT - BOTTOM, TOP, padded=True)
-    parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{html.escape(title)}">']
+    parts = []
     for value in y_axis.ticks():
         at = y_axis.place(value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -50,31 +60,28 @@ def line_chart(
     for one in kept:
         points = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in zip(one.x, one.y, strict=True))
         parts.append(f'<polyline class="s{one.colour % 8}" points="{points}"/>' if len(one.x) > 1 else _dot(points, one.colour))
-    parts.append("</svg>")
-    legend = "".join(f'<span><i class="b{one.colour % 8}"></i>{html.escape(one.label)}</span>' for one in kept)
-    return f'<figure class="chart"><b>{html.escape(title)}</b><small>{html.escape(y_label)}</small>{"".join(parts)}<div class="legend">{legend}</div></figure>'
+    return "".join(parts)
 
 
 PALETTE = ("#2f6bd0", "#d2772a", "#2b9468", "#8455bd", "#c9463f", "#8a8f99", "#1792a4", "#a8841d")
 
 
-def standalone(figure: str) -> str:
-    """The chart of `line_chart` as the text of an SVG file: title above, legend below, on white."""
-    drawing = figure[figure.index("<svg") : figure.index("</svg>")].partition(">")[2]
-    title, unit = (figure.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("b", "small"))
-    names = [part.partition('<i class="b')[2].partition('"></i>')[::2] for part in figure.split("<span>")[1:]]
-    names = [(int(colour), name.partition("</span>")[0]) for colour, name in names if name.partition("</span>")[0]]
-    height = HEIGHT + 40 + 18 * len(names)
+def chart_file(title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False) -> str:
+    """The text of an SVG file: title above, legend below, on white."""
+    kept = [one for one in (_drawable(one, log_x, False) for one in series) if one.x]
     style = "text{font:12px system-ui,sans-serif;fill:#555}.t{font-size:14px;font-weight:600;fill:#222}polyline{fill:none;stroke-width:2}.rule{stroke:#e3e3dd}.axis{stroke:#888}"
     style += "".join(f".s{k}{{stroke:{colour}}}.b{k}{{fill:{colour}}}" for k, colour in enumerate(PALETTE))
     legend = "".join(
-        f'<rect class="b{colour}" x="{LEFT}" y="{HEIGHT + 44 + 18 * k - 9:.0f}" width="10" height="10"/>'
-        f'<text x="{LEFT + 16}" y="{HEIGHT + 44 + 18 * k:.0f}">{name}</text>'
-        for k, (colour, name) in enumerate(names)
+        f'<rect class="b{one.colour % 8}" x="{LEFT}" y="{HEIGHT + 35 + 18 * k:.0f}" width="10" height="10"/>'
+        f'<text x="{LEFT + 16}" y="{HEIGHT + 44 + 18 * k:.0f}">{html.escape(one.label)}</text>'
+        for k, one in enumerate(kept)
+        if one.label
     )
+    drawing = _drawing(kept, x_label, log_x, False) if kept else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" width="{1.5 * WIDTH:.0f}"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/><text class="t" x="8" y="18">{title}</text><text x="8" y="34">{unit}</text>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {HEIGHT + 40 + 18 * len(kept):.0f}" width="{1.5 * WIDTH:.0f}">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text class="t" x="8" y="18">{html.escape(title)}</text><text x="8" y="34">{html.escape(y_label)}</text>'
         f'<g transform="translate(0 30)">{drawing}</g>{legend}</svg>\n'
     )
 

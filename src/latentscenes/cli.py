@@ -249,6 +249,8 @@ def study(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions
     wanted, folders = read_study(study), {}
     for given in data:
         name, _, folder = given.rpartition("=")
+        if (name or "data") in folders:
+            raise UserError(f"--data {given}: the second of its name. Name datasets apart, for instance cars={folder}.")
         folders[name or "data"] = Path(folder)
     device = _start(machine)
     from latentscenes.report import print_things

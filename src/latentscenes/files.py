@@ -44,7 +44,7 @@ def check_place(path: str | Path) -> None:
 def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
     """Hold a lock file. Where another holds it: wait, saying so, or refuse."""
     with writing_to(path.parent):
-        stream = open(path, "w")  # noqa: SIM115 — closed below
+        stream = open(path, "w")
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

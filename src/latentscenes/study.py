@@ -24,7 +24,7 @@ import yaml
 
 from latentscenes import care, cost
 from latentscenes import config as configuration
-from latentscenes.charts import Series, line_chart, standalone
+from latentscenes.charts import Series, chart_file
 from latentscenes.config import Config
 from latentscenes.errors import UserError
 from latentscenes.evaluate import Evaluation, evaluate, evaluate_learned
@@ -39,6 +39,9 @@ from latentscenes.store import SCORES, Store
 from latentscenes.tables import Table, bytes_text, seconds_text
 from latentscenes.train import train
 from latentscenes.views import Views
+
+COUNTED = ("seconds", "scene_bytes", "stored_bytes", "shared_bytes", "stage_one_seconds", "view_ms")
+"""Figures that a chart can have along its x axis."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Study:
         for label in labels:
             if labels.count(label) > 1:
                 raise UserError(f"study: two rows are labelled {label!r}; labels must differ.")
+        if self.chart and self.chart.x not in COUNTED:
+            raise UserError(f"study: chart.x: no figure {self.chart.x!r}; there are {', '.join(COUNTED)}.")
         for row in self.rows:
             for precision in row.precisions:
                 check_precision(precision)
@@ -128,6 +133,7 @@ class Figures:
     """Render and decode one view."""
     codec_psnr: float | None
     """Encode and decode alone; None where the codec is exact."""
+    perceptual_metric: str | None
     old_psnr: float | None = None
     """Scenes of stage 1."""
 
@@ -224,6 +230,7 @@ def _measured(label: str, seed: int, learned: Learned, views: Views, device: tor
     return Figures(
         label, seed, mean.psnr, mean.ssim, mean.perceptual, time.scene or 0.0, account.memory.scene, learned.scene_bytes,
         account.memory.shared, time.stage_one, 1000 * evaluation.render_seconds, mean.codec_psnr if mean.codec_psnr < 99 else None,
+        evaluation.perceptual_metric,
     )  # fmt: skip
 
 
@@ -250,11 +257,11 @@ def _mean(found: list[Figures], label: str, name: str) -> tuple[float | None, fl
 def table(study: Study, found: list[Figures]) -> Table:
     """A line per row; where there are several seeds, PSNR with its standard deviation over them."""
     labels = list(dict.fromkeys(figures.label for figures in found))
-    several = len(study.seeds) > 1
+    several, metric = len(study.seeds) > 1, next((figures.perceptual_metric for figures in found if figures.perceptual_metric), "perceptual")
     columns = {
         "PSNR": lambda label: f"{{:.2f}}{' ± {:.2f}' if several else ''}".format(*_mean(found, label, "psnr")),
         "SSIM": lambda label: f"{_mean(found, label, 'ssim')[0]:.4f}",
-        "ST-LPIPS": lambda label: _text(_mean(found, label, "perceptual")[0], ".4f"),
+        metric: lambda label: _text(_mean(found, label, "perceptual")[0], ".4f"),
         "codec alone": lambda label: _text(_mean(found, label, "codec_psnr")[0], ".2f"),
         "old scenes": lambda label: _text(_mean(found, label, "old_psnr")[0], ".2f"),
         "time / scene": lambda label: seconds_text(_mean(found, label, "seconds")[0]),
@@ -264,7 +271,7 @@ def table(study: Study, found: list[Figures]) -> Table:
         "shared": lambda label: bytes_text(_mean(found, label, "shared_bytes")[0]),
         "ms / view": lambda label: f"{_mean(found, label, 'view_ms')[0]:.1f}",
     }
-    unused = {"ST-LPIPS": "perceptual", "codec alone": "codec_psnr", "old scenes": "old_psnr"}
+    unused = {metric: "perceptual", "codec alone": "codec_psnr", "old scenes": "old_psnr"}
     kept = {name: cell for name, cell in columns.items() if name not in unused or any(getattr(figures, unused[name]) is not None for figures in found)}
     rows = tuple((label, *(cell(label) for cell in kept.values())) for label in labels)
     return Table(study.title, ("", *kept), rows, note=study.note)
@@ -276,12 +283,9 @@ def _text(value: float | None, form: str) -> str:
 
 def chart(study: Study, found: list[Figures]) -> str:
     """PSNR over the figure that the study names, as an SVG file's text."""
-    wanted = study.chart
-    if found and not hasattr(found[0], wanted.x):
-        raise UserError(f"study: chart.x: no figure {wanted.x!r}; there are {', '.join(vars(found[0]))}.")
-    lines = []
+    wanted, lines = study.chart, []
     for colour, start in enumerate(wanted.series or ("",)):
         labels = list(dict.fromkeys(figures.label for figures in found if figures.label.startswith(start)))
         points = sorted((_mean(found, label, wanted.x)[0], _mean(found, label, "psnr")[0]) for label in labels)
         lines.append(Series(start.rstrip(" ,"), tuple(x for x, _ in points), tuple(y for _, y in points), colour))
-    return standalone(line_chart(study.title, lines, wanted.label, "PSNR, dB", log_x=wanted.log))
+    return chart_file(study.title, lines, wanted.label, "PSNR, dB", log_x=wanted.log)
