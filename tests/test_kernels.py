@@ -9,7 +9,7 @@ import torch
 
 from latentscenes import march
 from latentscenes.errors import UserError
-from latentscenes.field import Field
+from latentscenes.field import Field, mix
 from latentscenes.kernels import build, native
 from latentscenes.render import Rays, march_planes, render_rays
 
@@ -204,6 +204,32 @@ def test_render_rays_picks_the_kernel_and_counts_free_light_as_far():
     assert_close(by_torch.depth, composite.depth + (1 - composite.opacity) * rays.far, 1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize(("aggregation", "directed"), [("sum", False), ("sum", True), ("product", False)])
+def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypatch):
+    """By weights of each scene's own in the native kernel, texel by texel in the readable path."""
+    monkeypatch.setattr(native, "SKIP", 0.0)
+    planes, field, *rest = problem(scenes=3, rays=11, features=6, hidden=20, directed=directed)
+    mixing = torch.randn(3, 6, 6).mul_(0.3).requires_grad_()
+    inputs = [planes, mixing, *network(field)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = render_rays(planes, field, *rest, aggregation=aggregation, kernel="native", mixing=mixing)
+        upstream = [torch.randn_like(value) for value in found]
+        found_gradients = torch.autograd.grad(found, inputs, upstream)
+    finally:
+        torch.set_num_threads(before)
+    wanted = render_rays(planes, field, *rest, aggregation=aggregation, kernel="torch", mixing=mixing)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, 1e-5)
+    for a, b in zip(found_gradients, torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        assert_close(a, b, 1e-4)
+    mixed = render_rays(mix(planes, mixing), field, *rest, aggregation=aggregation, kernel="torch")
+    assert torch.equal(mixed.features, wanted.features)
+
+
 def test_native_demanded_but_impossible_says_why():
     planes, _, rays, u_coarse, u_fine = problem()
     encoded = Field(5, 3, frequencies=2)
@@ -236,7 +262,7 @@ def test_two_processes_build_at_once(tmp_path):
 def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
     code = """
 import torch, warnings
-from latentscenes.field import Field
+from latentscenes.field import Field, mix
 from latentscenes.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
 with warnings.catch_warnings(record=True) as caught:

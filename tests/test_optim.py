@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from latentscenes.config import LossWeights, PlanesConfig, Rates, StageConfig
+from latentscenes.kernels import native_planes
 from latentscenes.optim import RowAdam, SharedAdam, rate_factor
 from latentscenes.planes import fresh_rows
 
@@ -33,8 +34,11 @@ def take_step(adam, rows, step, index, factor=1.0):
     adam.step(torch.tensor(index), batch, factor)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("beta2", [0.999, 0.9])
-def test_rows_learn_as_if_each_scene_were_alone(beta2):
+def test_rows_learn_as_if_each_scene_were_alone(beta2, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(native_planes, "serves", lambda *tensors: False)
     rows = made_rows()
     alone = {}
     for row in range(4):

@@ -44,6 +44,12 @@ def sample_planes(
     return read[0] * read[1] * read[2]
 
 
+def mix(planes: Float[Tensor, "s 3 r r f"], mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s 3 r r f"]:
+    """T (I + A): every texel's features mixed by each scene's own A."""
+    texels = planes.flatten(1, 3)
+    return torch.baddbmm(texels, texels, mixing).view_as(planes)
+
+
 class Field(nn.Module):
     """Plane features → density ≥ 0 and c features in (−1, 1): one hidden layer with softplus.
 
@@ -57,6 +63,13 @@ class Field(nn.Module):
         inputs = plane_features + 6 * frequencies + 3 * view_direction
         self.hidden = nn.Linear(inputs, hidden)
         self.out = nn.Linear(hidden, 1 + channels)
+
+    def hidden_weight(self, mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s h i"]:
+        """For each scene, the weights of a hidden layer that does to features f what this one does to f (I + A): where
+        planes are summed, reading them is linear, so `mix` can wait until texels are read."""
+        weight, features = self.hidden.weight, mixing.shape[-1]
+        own = torch.matmul(weight[:, :features], mixing.transpose(1, 2))
+        return weight + nn.functional.pad(own, (0, weight.shape[1] - features))
 
     def forward(
         self,

@@ -33,8 +33,9 @@ class Learner:
         """Take one step at `factor` times the stage's rates; gives the terms of the objective before it, unweighted."""
         losses = self.stage.losses
         leaves = self.rows.gather(batch.scenes, self.model.bases.device) if needs_render(losses) or losses.tv else None
-        planes = self.model.compose(leaves) if leaves is not None else None
-        found = terms(self.model, planes, batch, losses, generator)
+        planes = self.model.fuse(leaves) if leaves is not None else None
+        mixing = leaves.mixing if leaves is not None and leaves.mixing.numel() else None
+        found = terms(self.model, planes, batch, losses, generator, mixing)
         total(found, losses).backward()
         if leaves is not None:
             self.own.step(batch.scenes, leaves, factor)

@@ -54,8 +54,10 @@ def terms(
     batch: Batch,
     weights: LossWeights,
     generator: torch.Generator,
+    mixing: Float[Tensor, "s f f"] | None = None,
 ) -> dict[str, Tensor]:
-    """Every term that has a weight, unweighted, by its name in LossWeights."""
+    """Every term that has a weight, unweighted, by its name in LossWeights. Planes are fused, and still to be mixed if
+    `mixing` is given."""
     found: dict[str, Tensor] = {}
     decoded: list[Tensor] = []
     images, encoded, cached = batch.images, None, batch.latents
@@ -73,7 +75,7 @@ def terms(
         found["equivariance"] = mean_square(model.decode(latents) - target)
 
     if needs_render(weights):
-        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
+        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, mixing)
         height, width = batch.background.shape[1:]
         if weights.latent:
             found["latent"] = mean_square(view.latents - (at_pixels(encoded, batch.pixels) if cached is None else cached))

@@ -17,7 +17,7 @@ from latentscenes.config import CodecConfig, Config
 from latentscenes.errors import UserError
 from latentscenes.field import Field
 from latentscenes.normalizer import Normalizer
-from latentscenes.planes import SceneRows, compose, fresh_bases
+from latentscenes.planes import SceneRows, compose, fresh_bases, fuse
 from latentscenes.render import camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
@@ -83,8 +83,12 @@ class Model(nn.Module):
         return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
 
     def compose(self, rows: SceneRows) -> Float[Tensor, "s 3 r r f"]:
-        """Fused tri-planes of some scenes."""
+        """Tri-planes of some scenes, fused and mixed."""
         return compose(rows, self.bases, self.config.planes.fusion)
+
+    def fuse(self, rows: SceneRows) -> Float[Tensor, "s 3 r r f"]:
+        """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn."""
+        return fuse(rows, self.bases, self.config.planes.fusion)
 
     def render(
         self,
@@ -93,11 +97,12 @@ class Model(nn.Module):
         background: Float[Tensor, "c h w"],
         generator: torch.Generator | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
+        mixing: Float[Tensor, "s f f"] | None = None,
     ) -> LatentView:
         """Views of s scenes, equally many of each, scene by scene, at the background's resolution.
 
         Samples are jittered with a generator and at the middles of their slices without. `pixels` picks the rays of
-        each view (row · w + column); all without.
+        each view (row · w + column); all without. `mixing` is that of the scenes, where planes are fused alone.
         """
         settings, planes_config = self.config.render, self.config.planes
         height, width = background.shape[1:]
@@ -112,7 +117,7 @@ class Model(nn.Module):
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
-            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision,
+            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision, mixing,
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)

@@ -8,10 +8,11 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentscenes.config import Rates, StageConfig
+from latentscenes.kernels import native_planes
 from latentscenes.planes import SceneRows
 
 if TYPE_CHECKING:
@@ -43,15 +44,13 @@ class RowAdam:
         self.steps[index] += 1
         if self.files is not None:
             self.files.keep(index.tolist())
-        gradients = {name: batch.tables()[name].grad.to(self.rows.tables()[name].device) for name in self.rates}
         for name, rate in self.rates.items():
-            table, first, second = self.rows.tables()[name], self.first[name], self.second[name]
-            for place, row in enumerate(index.tolist()):
-                gradient, count = gradients[name][place], int(self.steps[row])
-                first[row].lerp_(gradient, 1 - BETA1)
-                second[row].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-                denominator = (second[row] / (1 - self.beta2**count)).sqrt_().add_(EPSILON)
-                table[row].addcdiv_(first[row], denominator, value=-rate * factor / (1 - BETA1**count))
+            table, gradients = self.rows.tables()[name], batch.tables()[name].grad
+            adam = native_planes.adam if native_planes.serves(table, gradients) and table.is_contiguous() else adam_in_torch
+            adam(
+                table, self.first[name], self.second[name], index, gradients.to(table.device), self.steps[index],
+                rate * factor, (BETA1, self.beta2), EPSILON,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
@@ -59,6 +58,19 @@ class RowAdam:
         for name in self.rates:
             state |= {f"rows.first.{name}": self.first[name], f"rows.second.{name}": self.second[name]}
         return state
+
+
+def adam_in_torch(
+    table: Float[Tensor, "n *d"], first: Float[Tensor, "n *d"], second: Float[Tensor, "n *d"], index: Int[Tensor, "s"],
+    gradients: Float[Tensor, "s *d"], steps: Int[Tensor, "s"], rate: float, betas: tuple[float, float], epsilon: float,
+) -> None:  # fmt: skip
+    """One step of Adam, readable, on any device, for the rows of `table` at `index` and their moments, in place; `steps`
+    counts each row's steps, this one included."""
+    for row, gradient, count in zip(index.tolist(), gradients, steps.tolist(), strict=True):
+        first[row].lerp_(gradient, 1 - betas[0])
+        second[row].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        denominator = (second[row] / (1 - betas[1] ** count)).sqrt_().add_(epsilon)
+        table[row].addcdiv_(first[row], denominator, value=-rate / (1 - betas[0] ** count))
 
 
 class SharedAdam:

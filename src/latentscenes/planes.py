@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.config import PlanesConfig
+from latentscenes.field import mix
 from latentscenes.kernels import native_planes
 
 
@@ -80,17 +81,18 @@ def mean_rows(count: int, learned: SceneRows) -> SceneRows:
 
 
 def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
-    """Tri-planes of a batch of scenes as they are rendered: fused, by the native kernel where it can, then mixed."""
+    """Tri-planes of a batch of scenes as they are rendered: fused, then mixed."""
+    planes = fuse(rows, bases, fusion)
+    return mix(planes, rows.mixing) if rows.mixing.numel() else planes
+
+
+def fuse(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+    """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can."""
     if not rows.weights.shape[1]:
-        planes = rows.micro
-    elif native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
-        planes = native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
-    else:
-        planes = fuse_in_torch(rows.micro, rows.weights, rows.bias, bases, fusion)
-    if not rows.mixing.numel():
-        return planes
-    texels = planes.flatten(1, 3)
-    return torch.baddbmm(texels, texels, rows.mixing).view_as(planes)
+        return rows.micro
+    if native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
+        return native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
+    return fuse_in_torch(rows.micro, rows.weights, rows.bias, bases, fusion)
 
 
 def fuse_in_torch(

@@ -17,7 +17,7 @@ from torch import Tensor
 from latentscenes import march
 from latentscenes.cameras import Box, Cameras
 from latentscenes.errors import UserError
-from latentscenes.field import Aggregation, Axes, Field, sample_planes
+from latentscenes.field import Aggregation, Axes, Field, mix, sample_planes
 from latentscenes.kernels import native
 
 Kernel = Literal["auto", "native", "triton", "torch"]
@@ -168,12 +168,18 @@ def render_rays(
     aggregation: Aggregation = "sum",
     kernel: Kernel = "auto",
     precision: Precision = "float32",
+    mixing: Float[Tensor, "s f f"] | None = None,
 ) -> Rendered:
     """`march_planes` by the fastest kernel that can ("auto"), or the one demanded. A ray's light that nothing stopped
     counts as having travelled to far. `precision` is that of the GPU kernel's matrix products; the others know float32
-    alone."""
+    alone. `mixing` is what `mix` still has to do to the planes; the native kernel does it to the few weights instead."""
     chosen = choose(kernel, planes, field, rays, u_coarse)
-    network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
+    hidden = field.hidden.weight
+    if mixing is not None and chosen == "native" and aggregation == "sum":
+        hidden = field.hidden_weight(mixing)
+    elif mixing is not None:
+        planes = mix(planes, mixing)
+    network = (hidden, field.hidden.bias, field.out.weight, field.out.bias)
     if chosen == "native":
         features, depth, opacity = native.render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation)
     elif chosen == "triton":

@@ -15,12 +15,14 @@ constexpr int kOut = 8;        // network outputs are padded to a multiple of th
 
 // What to render; field by field the ctypes structure in native.py. Arrays as in `render` there.
 struct Problem {
-  int64_t scenes, rays, coarse, fine, resolution, features, directed, hidden, channels, product, threads;
+  int64_t scenes, rays, coarse, fine, resolution, features, directed, hidden, channels, product, networks, threads;
   int64_t column_axis[3], row_axis[3];
   float density_shift, feature_margin, blur_padding, skip, opaque;
   const float *planes, *hidden_w, *hidden_b, *out_w, *out_b;
   const float *origins, *directions, *near, *far, *u_coarse, *u_fine;
 
+  // Scenes share one network, or each has a hidden layer of its own (networks == scenes).
+  int64_t network(int64_t scene) const { return networks > 1 ? scene : 0; }
   // The network sees the planes' features and, if `directed`, the ray's unit direction.
   int64_t inputs() const { return features + 3 * directed; }
   int64_t outputs() const { return 1 + channels; }
@@ -33,7 +35,7 @@ struct Network {
   int64_t inputs, hidden, outputs;  // padded sizes
   Array hidden_w, hidden_wt, hidden_b, out_w, out_wt, out_b;
 
-  explicit Network(const Problem& p)
+  Network(const Problem& p, int64_t which)
       : inputs(padded(p.inputs(), kWide)),
         hidden(padded(p.hidden, kWide)),
         outputs(padded(p.outputs(), kOut)),
@@ -45,13 +47,20 @@ struct Network {
         out_b(outputs) {
     std::copy(p.hidden_b, p.hidden_b + p.hidden, hidden_b.begin());
     std::copy(p.out_b, p.out_b + p.outputs(), out_b.begin());
+    const float* weights = p.hidden_w + which * p.hidden * p.inputs();
     for (int64_t h = 0; h < p.hidden; ++h)
       for (int64_t f = 0; f < p.inputs(); ++f)
-        hidden_w[h * inputs + f] = hidden_wt[f * hidden + h] = p.hidden_w[h * p.inputs() + f];
+        hidden_w[h * inputs + f] = hidden_wt[f * hidden + h] = weights[h * p.inputs() + f];
     for (int64_t o = 0; o < p.outputs(); ++o)
       for (int64_t h = 0; h < p.hidden; ++h) out_w[o * hidden + h] = out_wt[h * outputs + o] = p.out_w[o * p.hidden + h];
   }
 };
+
+inline std::vector<Network> networks(const Problem& p) {
+  std::vector<Network> all;
+  for (int64_t which = 0; which < p.networks; ++which) all.emplace_back(p, which);
+  return all;
+}
 
 // One thread's workspace for a tile of points.
 struct Tile {
@@ -72,7 +81,7 @@ struct Tile {
         d_pre(backward ? kTile * n.hidden : 0) {}
 };
 
-// One thread's gradients of the network, in the padded layout of `Network`.
+// One thread's gradients of a network, in the padded layout of `Network`.
 struct NetworkGradient {
   Array hidden_wt, hidden_b, out_w, out_b;
 

@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "field.h"
@@ -94,9 +93,12 @@ void importance(const Problem& p, const float* t, const float* weight, const flo
 // Evaluates samples of any rays of one scene, a tile at a time, and writes density and features where they belong.
 class Evaluator {
  public:
-  Evaluator(const Problem& p, const Network& n) : p(p), n(n), tile(p, n, false) {}
+  Evaluator(const Problem& p, const std::vector<Network>& networks) : p(p), networks(networks), tile(p, networks[0], false) {}
 
-  void start(int64_t ray) { planes = p.planes + ray / p.rays * p.scene_size(); }
+  void start(int64_t ray) {
+    const int64_t scene = ray / p.rays;
+    planes = p.planes + scene * p.scene_size(), network = &networks[p.network(scene)];
+  }
 
   void add(int64_t ray, March& m, int64_t sample) {
     place(p, tile, tile.count, ray, m.t[sample]);
@@ -107,6 +109,7 @@ class Evaluator {
   void flush() {
     if (!tile.count) return;
     evaluated += tile.count;
+    const Network& n = *network;
     field_forward(p, n, planes, tile);
     float raw_density[kTile] = {};
     for (int64_t i = 0; i < tile.count; ++i) raw_density[i] = tile.raw[i * n.outputs] + p.density_shift;
@@ -126,9 +129,10 @@ class Evaluator {
 
  private:
   const Problem& p;
-  const Network& n;
+  const std::vector<Network>& networks;
   Tile tile;
   const float* planes = nullptr;
+  const Network* network = nullptr;
   float *density[kTile], *features[kTile];
 
  public:
@@ -264,25 +268,28 @@ void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Save
 struct Share {
   int64_t first, last, evaluated = 0;
   Array planes;  // gradient of the scene that the range starts in, if an earlier thread owns it
-  std::unique_ptr<NetworkGradient> network;
+  std::vector<NetworkGradient> networks;  // of its scenes, from the one on that the range starts in
 };
 
-void backward_share(const Problem& p, const Network& n, const Upstream& up, const Saved& saved, float threshold,
-                    Share& share, float* d_planes) {
-  Tile tile(p, n, true);
+void backward_share(const Problem& p, const std::vector<Network>& networks, const Upstream& up, const Saved& saved,
+                    float threshold, Share& share, float* d_planes) {
+  Tile tile(p, networks[0], true);
   March m(p);
   Array d_raw(p.samples() * p.outputs());
   int64_t scene = -1;
   float* d_scene = nullptr;
+  NetworkGradient* gradient = nullptr;
+  const int64_t outputs = networks[0].outputs;
   auto flush = [&] {
     share.evaluated += tile.count;
-    if (tile.count) field_backward(p, n, p.planes + scene * p.scene_size(), tile, share.network.get(), d_scene);
+    if (tile.count) field_backward(p, networks[p.network(scene)], p.planes + scene * p.scene_size(), tile, gradient, d_scene);
     tile.count = 0;
   };
   for (int64_t ray = share.first; ray < share.last; ++ray) {
     if (ray / p.rays != scene) {
       flush();
       scene = ray / p.rays;
+      if (!share.networks.empty()) gradient = &share.networks[p.network(scene) - p.network(share.first / p.rays)];
       if (d_planes) {
         const bool shared = ray % p.rays;
         if (shared) share.planes.assign(p.scene_size(), 0.0f);
@@ -298,16 +305,16 @@ void backward_share(const Problem& p, const Network& n, const Upstream& up, cons
       for (int64_t o = 0; o < p.outputs(); ++o) largest = std::max(largest, std::fabs(from[o]));
       if (largest <= threshold) continue;
       place(p, tile, tile.count, ray, saved.t[ray * p.samples() + i]);
-      std::copy_n(from, p.outputs(), &tile.raw[tile.count * n.outputs]);
+      std::copy_n(from, p.outputs(), &tile.raw[tile.count * outputs]);
       if (++tile.count == kTile) flush();
     }
   }
   flush();
 }
 
-// Private gradients of planes and network added up in thread order.
-void add_shares(const Problem& p, const Network& n, const std::vector<Share>& shares, float* d_planes, float* d_hidden_w,
-                float* d_hidden_b, float* d_out_w, float* d_out_b) {
+// Private gradients of planes and networks added up in thread order.
+void add_shares(const Problem& p, const std::vector<Share>& shares, float* d_planes, float* d_hidden_w, float* d_hidden_b,
+                float* d_out_w, float* d_out_b) {
   if (d_planes) {
     const int64_t block = 4096, blocks = (p.scene_size() + block - 1) / block;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -319,17 +326,21 @@ void add_shares(const Problem& p, const Network& n, const std::vector<Share>& sh
         }
   }
   if (!d_hidden_w) return;
-  std::fill_n(d_hidden_w, p.hidden * p.inputs(), 0.0f), std::fill_n(d_hidden_b, p.hidden, 0.0f);
+  const int64_t layer = p.hidden * p.inputs(), hidden = padded(p.hidden, kWide);
+  std::fill_n(d_hidden_w, p.networks * layer, 0.0f), std::fill_n(d_hidden_b, p.hidden, 0.0f);
   std::fill_n(d_out_w, p.outputs() * p.hidden, 0.0f), std::fill_n(d_out_b, p.outputs(), 0.0f);
   for (const Share& share : shares) {
-    const NetworkGradient& g = *share.network;
-    for (int64_t h = 0; h < p.hidden; ++h) {
-      d_hidden_b[h] += g.hidden_b[h];
-      for (int64_t f = 0; f < p.inputs(); ++f) d_hidden_w[h * p.inputs() + f] += g.hidden_wt[f * n.hidden + h];
-    }
-    for (int64_t o = 0; o < p.outputs(); ++o) {
-      d_out_b[o] += g.out_b[o];
-      for (int64_t h = 0; h < p.hidden; ++h) d_out_w[o * p.hidden + h] += g.out_w[o * n.hidden + h];
+    float* to = d_hidden_w + p.network(share.first / p.rays) * layer;
+    for (const NetworkGradient& g : share.networks) {
+      for (int64_t h = 0; h < p.hidden; ++h) {
+        d_hidden_b[h] += g.hidden_b[h];
+        for (int64_t f = 0; f < p.inputs(); ++f) to[h * p.inputs() + f] += g.hidden_wt[f * hidden + h];
+      }
+      for (int64_t o = 0; o < p.outputs(); ++o) {
+        d_out_b[o] += g.out_b[o];
+        for (int64_t h = 0; h < p.hidden; ++h) d_out_w[o * p.hidden + h] += g.out_w[o * hidden + h];
+      }
+      to += layer;
     }
   }
 }
@@ -349,12 +360,12 @@ extern "C" int64_t latentscenes_evaluated(int backward) { return backward ? eval
 extern "C" void latentscenes_forward(const Problem* problem, float* features, float* depth, float* opacity, float* t,
                                      float* density, float* sample_features) {
   const Problem& p = *problem;
-  const Network n(p);
+  const std::vector<Network> all = networks(p);
   const int64_t count = p.samples();
   int64_t evaluated = 0;
 #pragma omp parallel num_threads(p.threads)
   {
-    Evaluator evaluator(p, n);
+    Evaluator evaluator(p, all);
     std::vector<March> group(kGroup, March(p));
     const int64_t groups = (p.rays + kGroup - 1) / kGroup;  // of each scene
 #pragma omp for schedule(dynamic, 2)
@@ -381,13 +392,13 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
 }
 
 // From the gradients of features, depth and opacity (each may be null) and what forward wrote: writes d_planes
-// (may be null) and the gradients of the network (all four or none).
+// (may be null) and the gradients of the network (all four or none), of the hidden layer's weights for each network.
 extern "C" void latentscenes_backward(const Problem* problem, const float* up_features, const float* up_depth,
                                       const float* up_opacity, const float* t, const float* density,
                                       const float* sample_features, float* d_planes, float* d_hidden_w, float* d_hidden_b,
                                       float* d_out_w, float* d_out_b) {
   const Problem& p = *problem;
-  const Network n(p);
+  const std::vector<Network> all = networks(p);
   const Upstream up{up_features, up_depth, up_opacity};
   const Saved saved{t, density, sample_features};
   const int64_t rays = p.scenes * p.rays;
@@ -399,10 +410,13 @@ extern "C" void latentscenes_backward(const Problem* problem, const float* up_fe
   for (int64_t thread = 0; thread < p.threads; ++thread) {
     Share& share = shares[thread];
     share.first = rays * thread / p.threads, share.last = rays * (thread + 1) / p.threads;
-    if (d_hidden_w) share.network = std::make_unique<NetworkGradient>(n);
-    backward_share(p, n, up, saved, threshold, share, d_planes);
+    if (d_hidden_w && share.first < share.last) {
+      const int64_t touched = p.network((share.last - 1) / p.rays) - p.network(share.first / p.rays) + 1;
+      share.networks.assign(touched, NetworkGradient(all[0]));
+    }
+    backward_share(p, all, up, saved, threshold, share, d_planes);
   }
   evaluated_backward = 0;
   for (const Share& share : shares) evaluated_backward += share.evaluated;
-  add_shares(p, n, shares, d_planes, d_hidden_w, d_hidden_b, d_out_w, d_out_b);
+  add_shares(p, shares, d_planes, d_hidden_w, d_hidden_b, d_out_w, d_out_b);
 }

@@ -30,7 +30,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")),
-        *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "threads")),
+        *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "networks", "threads")),
         *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
         *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip", "opaque")),
         *((name, ctypes.c_void_p) for name in INPUTS),
@@ -63,8 +63,8 @@ def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> 
     columns, rows = zip(*PLANE_AXES[axes], strict=True)
     return _Problem(
         scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
-        hidden_w.shape[1] > planes.shape[-1], hidden_w.shape[0], out_w.shape[0] - 1,
-        aggregation == "product", torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
+        hidden_w.shape[-1] > planes.shape[-1], hidden_w.shape[-2], out_w.shape[0] - 1,
+        aggregation == "product", hidden_w.shape[0] if hidden_w.ndim == 3 else 1, torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
         DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, -math.log(skip) if skip else math.inf,
         *(tensor.data_ptr() for tensor in inputs),
     )  # fmt: skip
@@ -163,7 +163,7 @@ _render.register_autograd(_backward, setup_context=_setup_context)
 
 def render(
     planes: Float[Tensor, "s 3 r r f"],
-    hidden_w: Float[Tensor, "h i"],
+    hidden_w: Float[Tensor, "*s h i"],
     hidden_b: Float[Tensor, " h"],
     out_w: Float[Tensor, "o h"],
     out_b: Float[Tensor, " o"],
@@ -178,8 +178,8 @@ def render(
     skip: float | None = None,
 ) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
     """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32 on
-    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3). `skip` is
-    SKIP unless given.
+    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3); its first
+    weights may be each scene's own. `skip` is SKIP unless given.
 
     For a fixed torch thread count the same inputs give the same bits, gradients included.
     """

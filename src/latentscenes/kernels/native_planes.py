@@ -1,12 +1,14 @@
-"""Fusion of tri-planes and their total variation as differentiable torch operators; `planes.cpp` does the work.
+"""Fusion of tri-planes and their total variation as differentiable torch operators, and Adam by rows; `planes.cpp` does the
+work.
 
-The same meaning as `planes.compose` and `losses.total_variation`, which say it in torch and serve where this cannot.
+The same meaning as `planes.compose`, `losses.total_variation` and `optim.adam_in_torch`, which say it in torch and serve where
+this cannot.
 """
 
 import ctypes
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.kernels import native
@@ -117,3 +119,16 @@ _total_variation.register_autograd(_differentiate_variation, setup_context=_setu
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
     """`losses.total_variation`, r at least 2; its gradient is found in the same pass."""
     return _total_variation(planes)[0]
+
+
+def adam(
+    table: Float[Tensor, "n *d"], first: Float[Tensor, "n *d"], second: Float[Tensor, "n *d"], index: Int[Tensor, "s"],
+    gradients: Float[Tensor, "s *d"], steps: Int[Tensor, "s"], rate: float, betas: tuple[float, float], epsilon: float,
+) -> None:  # fmt: skip
+    """`optim.adam_in_torch`: the rows of `table` at `index` (all different) and their moments, in place."""
+    counts = steps.double()
+    rates, corrections = (rate / (1 - betas[0] ** counts)).float(), (1 - betas[1] ** counts).rsqrt().float()
+    sizes = [ctypes.c_int64(size) for size in (len(index), gradients[0].numel(), torch.get_num_threads())]
+    numbers = [*map(ctypes.c_double, betas), ctypes.c_float(epsilon)]
+    arrays = (index, rates, corrections, gradients.contiguous(), table, first, second)
+    native.library().latentscenes_adam(*sizes, *numbers, *map(native.pointer, arrays))

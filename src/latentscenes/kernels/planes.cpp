@@ -3,6 +3,7 @@
 //
 // Every sum is taken in an order that depends on the number of threads alone.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -162,4 +163,27 @@ extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t 
   double total = 0;
   for (double sum : sums) total += sum;
   *value = static_cast<float>(0.5 * scale * total);
+}
+
+// Adam over `count` rows of a table (`size` numbers each) at `index`: moments, then values. `rates` and `corrections` are
+// each row's rate / (1 − β₁^t) and 1 / √(1 − β₂^t); gradients lie row after row.
+extern "C" void latentscenes_adam(int64_t count, int64_t size, int64_t threads, double beta1, double beta2, float epsilon,
+                                  const int64_t* index, const float* rates, const float* corrections, const float* gradients,
+                                  float* table, float* first, float* second) {
+  const int64_t block = 4096, blocks = (size + block - 1) / block;
+  const float keep1 = beta1, new1 = 1 - beta1, keep2 = beta2, new2 = 1 - beta2;  // in double: 1 − 0.999f is off by 1e-5
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < count * blocks; ++b) {
+    const int64_t row = b / blocks, from = b % blocks * block, length = std::min(block, size - from);
+    const int64_t at = index[row] * size + from;
+    const float rate = rates[row], correction = corrections[row];
+    const float* __restrict gradient = gradients + row * size + from;
+    float *__restrict value = table + at, *__restrict m = first + at, *__restrict v = second + at;
+    for (int64_t j = 0; j < length; ++j) {
+      const float g = gradient[j];
+      m[j] = keep1 * m[j] + new1 * g;
+      v[j] = keep2 * v[j] + new2 * g * g;
+      value[j] -= rate * m[j] / (std::sqrt(v[j]) * correction + epsilon);
+    }
+  }
 }
