@@ -52,10 +52,10 @@ def test_steps_of_both_kernels_learn_the_same():
 def test_the_made_objects_can_be_learned():
     steps = Steps(small(RGB), 1)
     batch = steps.batch(0)
-    first = float(steps.learner.step(batch, 1.0, torch.Generator())["latent"].detach())
+    first = float(steps.learner.step(batch, 1.0, torch.Generator())[0]["latent"].detach())
     assert batch.latents.std() > 0.1
     for k in range(30):
-        last = float(steps.learner.step(batch, 1.0, torch.Generator().manual_seed(k))["latent"].detach())
+        last = float(steps.learner.step(batch, 1.0, torch.Generator().manual_seed(k))[0]["latent"].detach())
     assert last < 0.8 * first
 
 

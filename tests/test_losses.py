@@ -45,7 +45,7 @@ def square(a, b):
 def test_each_term_worked_out_with_numpy(model):
     batch, planes = made_batch(model), made_planes(model)
     weights = LossWeights(latent=1.0, rgb=1.0, autoencoder=1.0, preview=1.0, depth_tv=1.0, tv=1.0, edges=1.0)
-    found = {name: float(value.detach()) for name, value in terms(model, planes, batch, weights, step()).items()}
+    found = {name: float(value.detach()) for name, value in terms(model, planes, batch, weights, step())[0].items()}
     assert set(found) == {"latent", "rgb", "autoencoder", "preview", "depth_tv", "tv", "edges"}
 
     view = model.render(planes, batch.cameras, batch.background, step())  # the same randomness
@@ -69,7 +69,7 @@ def test_each_term_worked_out_with_numpy(model):
 
 @pytest.mark.parametrize("name", [entry.name for entry in dataclasses.fields(LossWeights) if entry.name != "edges"])
 def test_only_what_has_a_weight_is_computed(model, name):
-    found = terms(model, made_planes(model), made_batch(model), LossWeights(**{name: 0.5}), step())
+    found, _ = terms(model, made_planes(model), made_batch(model), LossWeights(**{name: 0.5}), step())
     assert set(found) == {name}
     assert torch.isfinite(found[name]) and found[name] > 0
 
@@ -84,7 +84,7 @@ def test_latent_warm_up_needs_neither_images_nor_codec(model, monkeypatch):
     monkeypatch.setattr(model.codec, "encode", refuse)
     monkeypatch.setattr(model.codec, "decode", refuse)
     planes = made_planes(model)
-    found = terms(model, planes, batch, LossWeights(latent=1.0, tv=1e-4), step())
+    found, _ = terms(model, planes, batch, LossWeights(latent=1.0, tv=1e-4), step())
     view = model.render(planes, batch.cameras, batch.background, step())
     assert float(found["latent"].detach()) == pytest.approx(square(view.image(4, 4), latents), rel=1e-5)
 
@@ -92,7 +92,7 @@ def test_latent_warm_up_needs_neither_images_nor_codec(model, monkeypatch):
 def test_some_rays_are_compared_with_their_own_pixels(model):
     pixels = torch.randint(16, (6, 5), generator=torch.Generator().manual_seed(5))
     batch, planes = made_batch(model, pixels=pixels), made_planes(model)
-    found = terms(model, planes, batch, LossWeights(latent=1.0, preview=1.0), step())
+    found, _ = terms(model, planes, batch, LossWeights(latent=1.0, preview=1.0), step())
     view = model.render(planes, batch.cameras, batch.background, step(), pixels)
     encoded, expected = model.encode(batch.images), 0.0
     for v in range(6):
@@ -104,7 +104,7 @@ def test_some_rays_are_compared_with_their_own_pixels(model):
 
 def test_total_is_the_weighted_sum(model):
     weights = LossWeights(latent=1.0, rgb=0.25, tv=1e-4)
-    found = terms(model, made_planes(model), made_batch(model), weights, step())
+    found, _ = terms(model, made_planes(model), made_batch(model), weights, step())
     expected = sum({"latent": 1, "rgb": 0.25, "tv": 1e-4}[name] * float(value.detach()) for name, value in found.items())
     assert float(total(found, weights).detach()) == pytest.approx(expected, rel=1e-6)
 
@@ -114,7 +114,7 @@ def test_gradients_reach_what_each_term_depends_on(model):
     reached = {}
     for name in ("latent", "rgb", "autoencoder", "equivariance", "preview"):
         model.zero_grad()
-        terms(model, planes, made_batch(model), LossWeights(**{name: 1.0}), step())[name].backward()
+        terms(model, planes, made_batch(model), LossWeights(**{name: 1.0}), step())[0][name].backward()
         reached[name] = {
             part for part, parameters in model.parts().items() if any(p.grad is not None and p.grad.abs().sum() > 0 for _, p in parameters)
         }

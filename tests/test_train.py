@@ -122,8 +122,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, 
 
     def spoiled(*arguments):
         calls.append(1)
-        found = true_terms(*arguments)
-        return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found
+        found, errors = true_terms(*arguments)
+        return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found, errors
 
     monkeypatch.setattr(learner, "terms", spoiled)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # a checkpoint is due at every step, between two logged ones

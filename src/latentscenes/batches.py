@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentscenes.cameras import Box, Cameras
 from latentscenes.config import StageConfig
+from latentscenes.focus import Focus
 from latentscenes.losses import Batch, at_pixels, needs_images
 from latentscenes.model import Model
 from latentscenes.runtime import memory, seeded
@@ -32,10 +33,14 @@ class BatchSource:
         self.scratch = scratch
         self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, device
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes]
+        every = torch.cat(self.fitted)
+        self._slot = torch.full((len(views.rgb),), -1)  # of each fitted view among all fitted ones
+        self._slot[every] = torch.arange(len(every))
+        self.focus = Focus(len(every), stage.focus, device) if stage.focus else None
         self.images_needed = needs_images(stage.losses)
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
-        self._latents, self._slot = None, None
+        self._latents = None
         self._frozen = frozen and encodings_only
         if self._frozen and model.codec.encoder_parameters():
             self._cache()
@@ -45,6 +50,10 @@ class BatchSource:
         self._background = model.background(*views.size) if frozen else None
         self.steps_per_epoch = len(self._order(0))
         self._epoch: tuple[int, list] = (-1, [])
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors themselves, by name: what the source remembers of earlier steps."""
+        return {"focus.errors": self.focus.errors} if self.focus else {}
 
     @property
     def steps(self) -> int:
@@ -61,8 +70,6 @@ class BatchSource:
 
     def _cache(self) -> None:
         index = torch.cat(self.fitted)
-        self._slot = torch.full((len(self.views.rgb),), -1)
-        self._slot[index] = torch.arange(len(index))
         chunks = index.split(ENCODE_CHUNK)
         if self.model.normalizer.untouched:
             self._settle(self._encoded(chunk) for chunk in chunks)
@@ -104,22 +111,33 @@ class BatchSource:
         index = torch.cat(chunks)
         background = self._background if self._background is not None else self.model.background(*self.views.size)
         cameras = self.views.cameras[index].to(self.device)
-        pixels = self._pixels(cameras, *background.shape[1:], step) if self.stage.rays else None
+        views = self._slot[index].to(self.device) if self.focus else None
+        pixels, cells = self._pixels(cameras, *background.shape[1:], step, views) if self.stage.rays else (None, None)
         latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
         missing = latents is None and bool(self.stage.losses.latent)
         images = self._images(index) if self.images_needed or missing else None
-        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels)
+        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels, views, cells)
 
-    def _pixels(self, cameras: Cameras, height: int, width: int, step: int) -> Int[Tensor, "v p"]:
+    def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:
+        """Take in what the rays of a batch were wrong by."""
+        if self.focus:
+            self.focus.learn(batch.views, batch.cells, errors)
+
+    def _pixels(
+        self, cameras: Cameras, height: int, width: int, step: int, views: Int[Tensor, "v"] | None
+    ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None]:
         """Random pixels of each view, among those that can see the scene box: within the rectangle around it, or of the
-        whole view where rays do not end at the box."""
+        whole view where rays do not end at the box. Where the source has a focus, also their cells."""
         generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
         count = min(self.stage.rays, height * width)
-        x, y = torch.rand(2, len(cameras), count, generator=generator).to(self.device)
+        x, y, cells = *torch.rand(2, len(cameras), count, generator=generator).to(self.device), None
+        if self.focus:
+            u = torch.rand(len(cameras), count, generator=generator).to(self.device)
+            x, y, cells = self.focus.draw(views, x, y, u)
         if self.model.config.render.near is not None:
-            return (y * height).long() * width + (x * width).long()
+            return (y * height).long() * width + (x * width).long(), cells
         left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
-        return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long()
+        return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long(), cells
 
     @torch.no_grad()
     def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:

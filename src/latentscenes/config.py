@@ -182,6 +182,8 @@ class StageConfig:
     rates: Rates
     rays: int = 0
     """Rays per view, drawn at random; 0: all (needed by losses that decode)."""
+    focus: float = 0.0
+    """Share of the rays that is drawn where rays were wrong before; the others are uniform."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
     """Course of all rates: constant; × `decay` per epoch; or half a cosine down to `decay` of themselves."""
     decay: float = 1.0
@@ -190,6 +192,8 @@ class StageConfig:
     """Adam's β₂: how slowly it forgets the squares of gradients."""
     field_epochs: int | None = None
     """Freeze the field after so many epochs; unset: never."""
+    weights_epochs: int | None = None
+    """Freeze scenes' weights after so many epochs; unset: never. With frozen base planes, steps are quicker from then on."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ def _check_stage(config: Config, stage: StageConfig) -> None:
     _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
     _require(not losses.edges or bool(losses.rgb or losses.autoencoder), f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight")
     _require(stage.rays >= 0, f"{where}: rays must not be negative")
+    _require(0 <= stage.focus <= 1, f"{where}: focus must be in [0, 1]")
+    _require(not stage.focus or bool(stage.rays and losses.latent), f"{where}: focus chooses rays by what they were wrong by; give rays and losses.latent")
     _require(not stage.rates.mixing or config.planes.mixing, f"{where}: rates.mixing needs planes.mixing: true")
     codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
     _require(

@@ -38,6 +38,10 @@ class Batch:
     """Normalised, of the rays' pixels; absent where the encoder learns, or no loss looks at them."""
     pixels: Int[Tensor, "v p"] | None
     """Latent pixels whose rays are rendered; all where absent."""
+    views: Int[Tensor, "v"] | None = None
+    cells: Int[Tensor, "v p"] | None = None
+    """Places of the views in the source's memory of errors, and the cells that pixels lie in; absent where rays are drawn
+    uniformly."""
 
 
 def needs_images(weights: LossWeights) -> bool:
@@ -55,10 +59,13 @@ def terms(
     weights: LossWeights,
     generator: torch.Generator,
     mixing: Float[Tensor, "s f f"] | None = None,
-) -> dict[str, Tensor]:
-    """Every term that has a weight, unweighted, by its name in LossWeights. Planes are fused, and still to be mixed if
-    `mixing` is given."""
+    micro: Float[Tensor, "s 3 r r m"] | None = None,
+) -> tuple[dict[str, Tensor], Float[Tensor, "v p"] | None]:
+    """Every term that has a weight, unweighted, by its name in LossWeights; and the rays' mean squared errors, where the
+    latent term was found. Planes are fused, and still to be mixed if `mixing` is given. If only their `micro` features learn,
+    total variation leaves out the constant of the others."""
     found: dict[str, Tensor] = {}
+    errors = None
     decoded: list[Tensor] = []
     images, encoded, cached = batch.images, None, batch.latents
     if weights.autoencoder or weights.equivariance or weights.latent and cached is None:
@@ -78,7 +85,9 @@ def terms(
         view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, mixing)
         height, width = batch.background.shape[1:]
         if weights.latent:
-            found["latent"] = mean_square(view.latents - (at_pixels(encoded, batch.pixels) if cached is None else cached))
+            target = at_pixels(encoded, batch.pixels) if cached is None else cached
+            errors = (view.latents - target).square().mean(-1)
+            found["latent"] = errors.mean()
         if weights.rgb:
             decoded.append(model.decode(view.image(height, width)))
             found["rgb"] = mean_square(decoded[-1] - images)
@@ -91,8 +100,9 @@ def terms(
     if weights.edges and decoded:
         found["edges"] = sum(edge_error(image, images) for image in decoded)
     if weights.tv:
-        found["tv"] = total_variation(planes)
-    return found
+        part = planes if micro is None else micro
+        found["tv"] = total_variation(part) * (part.shape[-1] / planes.shape[-1])
+    return found, errors if errors is None else errors.detach()
 
 
 def at_pixels(image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None = None) -> Float[Tensor, "v p c"]:

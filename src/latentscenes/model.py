@@ -86,9 +86,10 @@ class Model(nn.Module):
         """Tri-planes of some scenes, fused and mixed."""
         return compose(rows, self.bases, self.config.planes.fusion)
 
-    def fuse(self, rows: SceneRows) -> Float[Tensor, "s 3 r r f"]:
-        """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn."""
-        return fuse(rows, self.bases, self.config.planes.fusion)
+    def fuse(self, rows: SceneRows, macro: Float[Tensor, "s 3 r r g"] | None = None) -> Float[Tensor, "s 3 r r f"]:
+        """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn. `macro`
+        are their macro planes, if known."""
+        return fuse(rows, self.bases, self.config.planes.fusion, macro)
 
     def render(
         self,

@@ -38,6 +38,10 @@ class RowAdam:
         self.second = {name: filed[name][1] if name in filed else torch.zeros_like(table) for name, table in tables.items()}
         self.steps = torch.zeros(len(rows), dtype=torch.int64)
 
+    def freeze(self, *tables: str) -> None:
+        """Stop learning these tables; their moments stay part of the state."""
+        self.rates = {name: rate for name, rate in self.rates.items() if name not in tables}
+
     @torch.no_grad()
     def step(self, index: Int[Tensor, "s"], batch: SceneRows, factor: float) -> None:
         """Update the rows at `index` (all different) with the gradients of the leaves that `gather` gave."""
@@ -55,7 +59,7 @@ class RowAdam:
     def state(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
         state = {"rows.steps": self.steps}
-        for name in self.rates:
+        for name in self.first:
             state |= {f"rows.first.{name}": self.first[name], f"rows.second.{name}": self.second[name]}
         return state
 

@@ -86,10 +86,15 @@ def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> 
     return mix(planes, rows.mixing) if rows.mixing.numel() else planes
 
 
-def fuse(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
-    """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can."""
+def fuse(
+    rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str, macro: Float[Tensor, "s 3 r r g"] | None = None
+) -> Float[Tensor, "s 3 r r f"]:
+    """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can. `macro` is what
+    `macro_planes` gave, where that is known already."""
     if not rows.weights.shape[1]:
         return rows.micro
+    if macro is not None:
+        return join(rows.micro, macro, fusion)
     if native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
         return native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
     return fuse_in_torch(rows.micro, rows.weights, rows.bias, bases, fusion)
@@ -103,9 +108,17 @@ def fuse_in_torch(
     fusion: str,
 ) -> Float[Tensor, "s 3 r r f"]:
     """Micro and macro planes fused for k > 0, readable, on any device."""
+    return join(micro, macro_planes(weights, bias, bases), fusion)
+
+
+def macro_planes(weights: Float[Tensor, "s k"], bias: Float[Tensor, "s b"], bases: Float[Tensor, "k 3 r r g"]) -> Float[Tensor, "s 3 r r g"]:
+    """Σ_k w^k B_k, with the scene's bias if it has one."""
     macro = (weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
-    if bias.shape[1]:
-        macro = macro + bias[:, :, None, None, None]
+    return macro + bias[:, :, None, None, None] if bias.shape[1] else macro
+
+
+def join(micro: Float[Tensor, "s 3 r r m"], macro: Float[Tensor, "s 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+    """Beside each other, or their sum."""
     if not micro.shape[-1]:
         return macro
     return torch.cat([micro, macro], -1) if fusion == "concat" else micro + macro

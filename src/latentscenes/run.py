@@ -120,7 +120,7 @@ class Run:
         found = [path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()]
         return max(found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None)
 
-    def save(self, model: Model, rows: SceneRows, optimizer: dict[str, Tensor], position: Position) -> None:
+    def save(self, model: Model, rows: SceneRows, memory: dict[str, Tensor], position: Position) -> None:
         """Write a checkpoint and drop the one before."""
         target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}.partial")
@@ -128,7 +128,7 @@ class Run:
         partial.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), partial / "shared.safetensors")
         save_file(_contiguous(self._unfiled(rows.tables())), partial / "rows.safetensors")
-        save_file(_contiguous(self._unfiled(optimizer)), partial / "optimizer.safetensors")
+        save_file(_contiguous(self._unfiled(memory)), partial / "optimizer.safetensors")
         if self.files:
             self.files.flush()
         _write_json(partial / "state.json", asdict(position))
@@ -159,24 +159,27 @@ class Run:
         newest = self._newest()
         return Position(**json.loads((newest / "state.json").read_text())) if newest else Position()
 
-    def restore(self, model: Model, rows: SceneRows, optimizer: dict[str, Tensor] | None = None) -> None:
-        """Copy the newest checkpoint into the given tensors, if there is one."""
+    def restore(self, model: Model, rows: SceneRows) -> None:
+        """Copy the newest checkpoint into the given model and scenes, if there is one."""
         newest = self._newest()
         if self.files:
             self.files.go_back(self.position.total)
             if not self.position.step:  # a stage starts without moments
                 self.files.clear_moments()
-        if newest is None:
-            return
-        fill_model(model, newest / "shared.safetensors")
-        pairs = [(self._unfiled(rows.tables()), _load(newest / "rows.safetensors"))]
-        if optimizer is not None:
-            pairs.append((self._unfiled(optimizer), _load(newest / "optimizer.safetensors")))
-        for mine, saved in pairs:
-            for name, tensor in mine.items():
-                if name not in saved or saved[name].shape != tensor.shape:
-                    raise UserError(f"{newest}: {name} is absent or of another shape; this checkpoint belongs to other settings.")
-                tensor.copy_(saved[name])
+        if newest is not None:
+            fill_model(model, newest / "shared.safetensors")
+            self._fill(rows.tables(), newest / "rows.safetensors")
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        """Copy what a stage remembers of its steps, moments of optimisers say, from the newest checkpoint."""
+        self._fill(memory, self._newest() / "optimizer.safetensors")
+
+    def _fill(self, tensors: dict[str, Tensor], file: Path) -> None:
+        saved = _load(file)
+        for name, tensor in self._unfiled(tensors).items():
+            if name not in saved or saved[name].shape != tensor.shape:
+                raise UserError(f"{file.parent}: {name} is absent or of another shape; this checkpoint belongs to other settings.")
+            tensor.copy_(saved[name])
 
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneRows]:
         """The learned model and scenes, for use."""

@@ -117,8 +117,11 @@ def _learn_stage(
     begun = saved = time.monotonic()
     # What learns, and where it left off
     learner = Learner(model, rows, stage, run.files)
-    run.restore(model, rows, learner.state() if position.step else None)
+    run.restore(model, rows)
     source = BatchSource(model, views, scenes, stage, seed, device, run.path)
+    memory = learner.state() | source.state()
+    if position.step:
+        run.recall(memory)
 
     model.train()
     with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step, label) as bar:
@@ -126,10 +129,10 @@ def _learn_stage(
         while position.step < source.steps:
             batch = source.batch(position.step)
             generator = seeded(device, seed, stage.name, "step", position.step)
-            if stage.field_epochs is not None and position.step >= stage.field_epochs * source.steps_per_epoch:
-                learner.freeze("field")
+            learner.freeze_by(position.step // source.steps_per_epoch)
             factor = rate_factor(stage, position.step, source.steps_per_epoch)
-            found = learner.step(batch, factor, generator)
+            found, errors = learner.step(batch, factor, generator)
+            source.learn(batch, errors)
             position.step += 1
             position.total += 1
 
@@ -145,7 +148,7 @@ def _learn_stage(
             now = time.monotonic()
             position.seconds[stage.name] = spent + now - begun
             if save:
-                run.save(model, rows, learner.state(), position)
+                run.save(model, rows, memory, position)
                 saved = now
             if stop:
                 raise Interrupted

@@ -16,7 +16,7 @@ from latentscenes.field import DENSITY_SHIFT, FEATURE_MARGIN, PLANE_AXES
 from latentscenes.kernels import build
 from latentscenes.march import BLUR_PADDING
 
-SKIP = 1e-5
+SKIP = 1e-4
 """Forward leaves out samples behind which less than this fraction of light arrives. Backward leaves out those none of
 whose raw outputs has a gradient above this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
 0 keeps all."""

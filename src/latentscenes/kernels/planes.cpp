@@ -151,13 +151,12 @@ extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t 
   for (int64_t line = 0; line < planes * r; ++line) {
     const int64_t y = line % r;
     const float* here = texels + line * row;
-    float* to = gradient + line * row;
+    float* __restrict to = gradient + line * row;
     const float *above = y > 0 ? here - row : here, *below = y + 1 < r ? here + row : here;
-    for (int64_t j = 0; j < row; ++j) to[j] = scale * (2 * here[j] - above[j] - below[j]);
-    for (int64_t j = 0; j + f < row; ++j) {
-      const float difference = here[j + f] - here[j];
-      to[j] -= scale * difference, to[j + f] += scale * difference;
-    }
+    const int64_t last = row - f;
+    for (int64_t j = 0; j < f; ++j) to[j] = scale * (3 * here[j] - above[j] - below[j] - here[j + f]);
+    for (int64_t j = f; j < last; ++j) to[j] = scale * (4 * here[j] - above[j] - below[j] - here[j - f] - here[j + f]);
+    for (int64_t j = last; j < row; ++j) to[j] = scale * (3 * here[j] - above[j] - below[j] - here[j - f]);
     sums[line] = squared_distance(here, below, row) + squared_distance(here + f, here, row - f);
   }
   double total = 0;
