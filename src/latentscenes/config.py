@@ -5,21 +5,19 @@ what was expected, and settings that contradict each other are refused before an
 """
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from latentscenes.errors import UserError
 from latentscenes.field import Aggregation, Axes
 from latentscenes.render import Kernel, Precision
+from latentscenes.strict import build, change, plain
 
 
 @dataclass(frozen=True)
@@ -339,84 +337,10 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected settings, got {tree!r}.")
     for override in overrides:
-        _override(tree, override)
+        change(tree, override)
     return build(Config, tree, where)
 
 
 def dump(config: Config) -> str:
     """YAML text that `parse` reads back to an equal Config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, width=120)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _override(tree: Any, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override}: write it as key=value, for instance planes.resolution=32.")
-    *parents, last = key.split(".")
-    for name in parents:
-        if isinstance(tree, list):
-            tree = tree[_stage_index(tree, name, override)]
-        elif tree.get(name) is None:
-            tree[name] = {}
-            tree = tree[name]
-        else:
-            tree = tree[name]
-        if not isinstance(tree, dict | list):
-            raise UserError(f"--set {override}: {name} holds no further settings.")
-    if isinstance(tree, list):
-        raise UserError(f"--set {override}: {last} is a whole stage; name one of its settings.")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {value!r} is not valid YAML.") from None
-
-
-def _stage_index(stages: list, name: str, override: str) -> int:
-    names = [str(stage.get("name") if isinstance(stage, dict) else stage) for stage in stages]
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and int(name) < len(stages):
-        return int(name)
-    raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names)}.")
-
-
-def build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (plain YAML) as `kind`, strictly."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected settings, got {value!r}.")
-        hints = typing.get_type_hints(kind)
-        for key in value:
-            if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
-                raise UserError(f"{where}: unknown setting {key!r}; the nearest known is {near[0]!r}.")
-        required = [entry.name for entry in fields(kind) if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
-        for name in required:
-            if name not in value:
-                raise UserError(f"{where}: {name!r} is missing.")
-        return kind(**{key: build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list, got {value!r}.")
-        return tuple(build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            pass
-    if type(value) is not kind:
-        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return value
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)

@@ -36,6 +36,7 @@ from latentscenes.quantise import check_precision
 from latentscenes.run import Run
 from latentscenes.shipped import open_parent
 from latentscenes.store import SCORES, Store
+from latentscenes.strict import build
 from latentscenes.tables import Table, bytes_text, seconds_text
 from latentscenes.train import train
 from latentscenes.views import Views
@@ -146,7 +147,7 @@ def read_study(path: Path) -> Study:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return configuration.build(Study, tree, str(path))
+    return build(Study, tree, str(path))
 
 
 def run_study(study: Study, data: dict[str, Path], out: Path, device: torch.device, name: str = "study") -> list[Figures]:
