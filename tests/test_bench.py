@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latentscenes import bench as bench_module
+from latentscenes import bench_cases
 from latentscenes import config as configuration
 from latentscenes.bench import Result, bench, save
 from latentscenes.bench_cases import LATENT, RGB, Steps, Viewer
@@ -37,7 +38,8 @@ def test_a_ratio_is_the_median_over_rounds():
     assert found["long"].median == sorted(found["long"].seconds)[1]
 
 
-def test_steps_of_both_kernels_learn_the_same():
+def test_steps_of_both_kernels_learn_the_same(monkeypatch):
+    monkeypatch.setattr(native, "SKIP", 0.0)  # Adam makes full steps of what would be left out, where nothing else comes
     steps = Steps(small(LATENT), 6).warmed(3)
     twins = [steps.twin(kernel) for kernel in (("torch", "native") if native.available() else ("torch", "torch"))]
     for twin in twins:
@@ -47,6 +49,32 @@ def test_steps_of_both_kernels_learn_the_same():
     assert twins[0].count == twins[1].count == 4 and steps.count == 3
     changed = (twins[0].rows.micro != steps.rows.micro).flatten(1).any(1)
     assert changed.sum() == steps.stage.scenes
+
+
+@pytest.mark.parametrize("stage", bench_cases.STAGES)
+def test_every_stage_takes_steps(stage):
+    steps = Steps(small(bench_cases.stage_text(stage)), 5)
+    before = {name: value.clone() for name, value in steps.model.state_dict().items()}
+    rows = steps.rows.micro.clone()
+    steps.warmed(2)
+    rates = steps.stage.rates
+    assert torch.equal(rows, steps.rows.micro) == (not rates.micro)
+    for part, rate in (("codec.encoder", rates.encoder), ("codec.decoder", rates.decoder), ("field", rates.field), ("bases", rates.bases)):
+        names = [name for name in before if name.startswith(part)]
+        assert names and any(not torch.equal(before[name], steps.model.state_dict()[name]) for name in names) == bool(rate), part
+
+
+def test_fits_are_timed_as_the_preset_makes_them():
+    preset = configuration.load("small").exploit[0]
+    for resting in (False, True):
+        stage = configuration.parse(bench_cases.fitting_text(resting), "test").train[0]
+        assert (stage.scenes, stage.views, stage.rays, stage.losses) == (preset.scenes, preset.views, preset.rays, preset.losses)
+        assert (stage.rates.weights == 0) == resting and stage.rates.micro == preset.rates.micro
+    steps = Steps(bench_cases.fitting_text(True), 4)
+    batch = steps.batch(0)
+    every = steps.latents[(batch.scenes[:, None] * 4 + torch.arange(4)).flatten()]
+    for view in range(16):
+        assert torch.equal(batch.latents[view], every[view][batch.pixels[view]])
 
 
 def test_the_made_objects_can_be_learned():

@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
 from latentscenes import timing
-from latentscenes.bench_cases import LATENT, RGB, SIZE, Steps, Viewer
+from latentscenes.bench_cases import LATENT, RGB, SIZE, STAGES, Steps, Viewer, fitting_text, stage_text
 from latentscenes.errors import UserError
 from latentscenes.kernels import native, native_planes
+from latentscenes.learner import Learner
 from latentscenes.losses import total_variation_in_torch
+from latentscenes.optim import adam_in_torch
 from latentscenes.planes import fuse_in_torch
 from latentscenes.progress import console
 from latentscenes.tables import Table, bytes_text
@@ -92,34 +93,42 @@ def _hold_against_floor(result: Result, steps: Steps, seconds: float) -> None:
         result.figures[f"over floor, {name}"] = seconds / floor
 
 
+def bench_stages(threads: int, rounds: int) -> Iterator[Result]:
+    """Steps of the other stages in the sizes of step 1a, and of `small` where it fits new scenes: native against torch."""
+    texts = {f"step {name}": stage_text(name) for name in STAGES}
+    texts |= {f"step of `small`, new scenes, weights {word}": fitting_text(word == "at rest") for word in ("learning", "at rest")}
+    for case, text in texts.items():
+        result = Result(case, threads)
+        steps = Steps(text, 20).warmed(20)
+        kernels = ("torch", "native") if native.available() else ("torch",)
+        result.compare(interleave({kernel: steps.twin(kernel).step for kernel in kernels}, rounds), "torch")
+        yield result
+
+
 def bench_options(threads: int, rounds: int) -> Iterator[Result]:
     """Each fast part of a step on and off."""
     if not native.available():
         return
-    result = Result("options of step 1a", threads)
-    steps = Steps(LATENT, 20).warmed(WARM_STEPS)
-    timings = interleave({"all on": steps.twin("native").step, **{f"without {name}": _switched(steps, name) for name in SWITCHES}}, rounds)
-    result.compare(timings, "all on")
-    yield result
+    for case, text, warm in (("step 1a", LATENT, WARM_STEPS), ("the step of `small`, new scenes", fitting_text(True), 20)):
+        result = Result(f"options of {case}", threads)
+        steps = Steps(text, 20).warmed(warm)
+        switches = SWITCHES if text == LATENT else SWITCHES | SWITCHES_OF_FITS
+        variants = {f"without {name}": steps.switched(switch) for name, switch in switches.items()}
+        result.compare(interleave({"all on": steps.twin("native").step, **variants}, rounds), "all on")
+        yield result
 
 
 SWITCHES = {
     "skipping": (native, "SKIP", 0.0),
     "native fusion": (native_planes, "compose", fuse_in_torch),
     "native total variation": (native_planes, "total_variation", total_variation_in_torch),
+    "native Adam by rows": (native_planes, "adam", adam_in_torch),
 }
 """What turns each fast part of a step off."""
-
-
-def _switched(steps: Steps, name: str) -> Callable[[], None]:
-    """A step with one fast part off."""
-    twin = steps.twin("native")
-
-    def step() -> None:
-        with patch.object(*SWITCHES[name]):
-            twin.step()
-
-    return step
+SWITCHES_OF_FITS = {
+    "mixing by weights and macro planes kept": (Learner, "_planes", lambda self, leaves, batch: (self.model.compose(leaves), None, None)),
+}
+"""The same where scenes mix their features and base planes are frozen."""
 
 
 def bench_views(threads: int, rounds: int) -> Iterator[Result]:
@@ -188,6 +197,7 @@ def bench_memory(threads: int, rounds: int, count: int = 1000) -> Iterator[Resul
 
 CASES: dict[str, Callable[[int, int], Iterator[Result]]] = {
     "step": bench_steps,
+    "stages": bench_stages,
     "options": bench_options,
     "view": bench_views,
     "codec": bench_codec,

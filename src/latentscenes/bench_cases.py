@@ -5,7 +5,9 @@ import dataclasses
 import json
 import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from latentscenes.cameras import Box, Cameras, orbit, upper_hemisphere
 from latentscenes.config import Config
 from latentscenes.kernels import native
 from latentscenes.learner import Learner
-from latentscenes.losses import Batch
+from latentscenes.losses import Batch, needs_images
 from latentscenes.model import Model
 from latentscenes.planes import fresh_rows
 from latentscenes.render import Kernel
@@ -52,6 +54,17 @@ train:
 """
 """RGB tri-planes: one view of 128x128 rays a step."""
 
+STAGES = {
+    "codec": "losses: {autoencoder: 1, equivariance: 1}\n    rates: {encoder: 1e-3, decoder: 1e-3}",
+    "1b, joint": "losses: {latent: 1, rgb: 1, autoencoder: 0.1, tv: 1e-4}\n"
+    "    rates: {encoder: 1e-4, decoder: 1e-4, micro: 1e-3, weights: 1e-2, bases: 1e-2, field: 1e-3}",
+    "2a, latent fit, as published": "losses: {latent: 1}\n    rates: {micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}",
+    "2a, latent fit, shared parts frozen": "losses: {latent: 1}\n    rates: {micro: 1e-2, weights: 1e-2}",
+    "2b, RGB alignment, as published": "losses: {rgb: 1}\n    rates: {decoder: 1e-4, micro: 1e-3, weights: 1e-2, bases: 1e-2, field: 1e-3}",
+    "2b, RGB alignment, shared parts frozen": "losses: {rgb: 1}\n    rates: {micro: 1e-3, weights: 1e-2}",
+}
+"""The other stages, in the sizes of step 1a."""
+
 SIZE = 128
 BOX = Box((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
 POOL = 20
@@ -76,14 +89,24 @@ class Steps:
         made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
         self.cameras = Cameras(torch.cat([views.cam2world for views, _ in made]), torch.cat([views.intrinsics for views, _ in made]))
         self.latents = torch.cat([latents for _, latents in made])
+        self.images = None
+        if needs_images(self.stage.losses) or self.stage.rates.encoder:
+            white = torch.ones(3, SIZE, SIZE)
+            seen = torch.cat([_made_views(self.stage.views, scene, white)[1] for scene in range(POOL)])
+            self.images = (seen.transpose(1, 2).unflatten(2, (SIZE, SIZE)) + 1) / 2
         self.count = 0
 
     def batch(self, step: int) -> Batch:
-        """Scenes drawn afresh, their views."""
+        """Scenes drawn afresh, their views; some rays of each where the stage says so."""
         generator = seeded("cpu", "order", step)
         index = torch.randperm(len(self.rows), generator=generator)[: self.stage.scenes]
         views = (index[:, None] % POOL * self.stage.views + torch.arange(self.stage.views)).flatten()
-        return Batch(index, self.cameras[views], self.background, None, self.latents[views], None)
+        images = None if self.images is None else self.images[views]
+        latents, pixels = None if self.stage.rates.encoder else self.latents[views], None
+        if self.stage.rays:
+            pixels = torch.randint(self.latents.shape[1], (len(views), self.stage.rays), generator=generator)
+            latents = latents.gather(1, pixels[..., None].expand(-1, -1, latents.shape[2]))
+        return Batch(index, self.cameras[views], self.background, images, latents, pixels)
 
     def step(self) -> None:
         self.learner.step(self.batch(self.count), 1.0, seeded("cpu", "step", self.count))
@@ -104,6 +127,16 @@ class Steps:
         return other
 
 
+    def switched(self, switch: tuple[object, str, object]) -> Callable[[], None]:
+        """Steps with (owner, name) replaced: one fast part off."""
+        twin = self.twin("native")
+
+        def step() -> None:
+            with patch.object(*switch):
+                twin.step()
+
+        return step
+
     def rendering_cost(self) -> tuple[StepCost, float, float]:
         """What rendering in a step costs, and the fractions of samples that forward and backward evaluate."""
         self.twin("native").step()
@@ -120,6 +153,19 @@ class Steps:
         fused = self.stage.scenes * 3 * self.config.planes.resolution**2 * self.config.planes.features
         adam = 7 * (shared + self.stage.scenes * scene)  # reads value, gradient and two moments; writes all but the gradient
         return 4 * (3 * shared + 2 * self.stage.scenes * scene + 5 * fused + adam)
+
+
+def stage_text(stage: str) -> str:
+    """LATENT with another stage."""
+    return LATENT[: LATENT.index("    losses:")] + f"    {STAGES[stage]}\n"
+
+
+def fitting_text(resting: bool) -> str:
+    """How preset `small` fits new scenes, with weights that learn or, as for most of a stage, that rest."""
+    config = configuration.load("small")
+    stage = config.exploit[0]
+    rates = dataclasses.replace(stage.rates, weights=0.0 if resting else stage.rates.weights)
+    return configuration.dump(dataclasses.replace(config, train=(dataclasses.replace(stage, rates=rates),), exploit=()))
 
 
 class Viewer:

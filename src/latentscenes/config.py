@@ -296,14 +296,15 @@ def frozen(config: Config) -> Config:
 
 def learning_shared(config: Config) -> Config:
     """As published: base planes and field learn in every exploit stage, and the decoder where images are compared, at
-    the rates of the last stage of `train`. Stages that have rates for shared parts keep theirs."""
+    the rates of the last stage of `train`, and weights never rest. Stages that have rates for shared parts keep theirs."""
     if shared_rates(config.exploit) or not config.train:
         return config
     last = config.train[-1].rates
     stages = []
     for stage in config.exploit:
         decoder = last.decoder if stage.losses.rgb else 0.0
-        stages.append(dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, bases=last.bases, field=last.field, decoder=decoder)))
+        rates = dataclasses.replace(stage.rates, bases=last.bases, field=last.field, decoder=decoder)
+        stages.append(dataclasses.replace(stage, rates=rates, weights_epochs=None))
     return dataclasses.replace(config, exploit=tuple(stages))
 
 
