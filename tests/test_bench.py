@@ -111,7 +111,7 @@ def test_results_are_saved_with_the_machine(tmp_path, capsys):
 
 
 def test_an_unknown_case_is_refused():
-    with pytest.raises(UserError, match="no such case. There are: step, options"):
+    with pytest.raises(UserError, match="no such case. There are: step, stages, options"):
         bench(("stpe",), (1,), 1, None)
 
 

@@ -138,3 +138,10 @@ def test_macro_planes_that_rest_are_summed_once_to_the_same_end(solids, tiny, tm
     monkeypatch.setattr(learner, "memory", lambda: 0)  # no room to keep them
     summed = train(config, solids, tmp_path / "summed", device=CPU)
     torch.testing.assert_close(kept.load()[1].micro, summed.load()[1].micro, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_do_not_rest_where_shared_parts_learn():
+    config = configuration.load("small")
+    assert config.exploit[0].weights_epochs == configuration.frozen(config).exploit[0].weights_epochs == 8
+    learning = configuration.learning_shared(config).exploit[0]
+    assert learning.weights_epochs is None and learning.rates.bases > 0 and learning.focus == config.exploit[0].focus

@@ -173,7 +173,7 @@ def test_skipping_loses_little():
         gradients([run_native(*arguments, skip=skip)[0].sum()], None, *arguments[:2]) for skip in (0.0, native.SKIP)
     )
     for a, b in zip(skipped, exact, strict=True):
-        assert (a - b).norm() <= 1e-3 * b.norm()
+        assert (a - b).norm() <= 3e-3 * b.norm()
     assert not torch.equal(skipped[0], exact[0])
 
 
