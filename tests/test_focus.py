@@ -40,6 +40,14 @@ def test_cells_come_by_their_chances_and_places_lie_in_them(share):
     assert inside.mean() == pytest.approx(0.5, abs=0.01) and inside.var() == pytest.approx(1 / 12, rel=0.05)
 
 
+def test_a_view_without_errors_is_seen_evenly():
+    focus = Focus(2, 1.0, CPU)
+    focus.errors[:] = 0
+    x, y, cells = focus.draw(torch.tensor([1]), uniform(1, 1, CELLS), uniform(2, 1, CELLS), uniform(3, 1, CELLS))
+    assert torch.isfinite(x).all() and torch.isfinite(y).all()
+    assert (torch.bincount(cells[0], minlength=CELLS) - 1).abs().max() <= 1
+
+
 def test_errors_are_remembered_by_cell():
     focus = Focus(4, 0.5, CPU)
     focus.errors[:] = uniform(0, 4, CELLS)

@@ -262,7 +262,7 @@ def test_two_processes_build_at_once(tmp_path):
 def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
     code = """
 import torch, warnings
-from latentscenes.field import Field, mix
+from latentscenes.field import Field
 from latentscenes.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
 with warnings.catch_warnings(record=True) as caught:

@@ -16,6 +16,9 @@ EXPONENT = 0.7
 MEMORY = 0.5
 """How much of a cell's old error stays when new rays went through it."""
 
+LEAST = 1e-12
+"""Errors below this count as this: where all of a view is right, its cells are alike."""
+
 
 class Focus:
     """The cells of n views. `errors` is its state."""
@@ -30,7 +33,7 @@ class Focus:
     ) -> tuple[Float[Tensor, "v p"], Float[Tensor, "v p"], Int[Tensor, "v p"]]:
         """From uniform numbers in [0, 1): places in the rectangle, as fractions of its sides, and their cells. Each view's
         cells come in order, one from each p-th of their chances, so that chance leaves none of them out."""
-        wrong = self.errors[views] ** EXPONENT
+        wrong = self.errors[views].clamp(min=LEAST) ** EXPONENT
         chances = (1 - self.share) / wrong.shape[1] + self.share * wrong / wrong.sum(1, keepdim=True)
         upper = chances.cumsum(1)
         strata = (torch.arange(u.shape[1], device=u.device) + u) / u.shape[1]
