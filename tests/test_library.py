@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 import time
@@ -184,9 +185,27 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     save_file(tables | written, file)
     assert not library.config.planes.mixing and library.store.start().mixing.shape == (1, 0, 0)
     settings = configuration.parse(TINY, "tiny", ["planes.mixing=true"])
-    mixed = Store(library.path, settings, library.store.info, library.store.model_checksum)
+    mixed = Store(library.path, settings, library.store.info, library.store.checksums)
     assert torch.equal(mixed.start().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
     assert "mixing" not in pack(library.store.start(), "int8") and "mixing" in pack(mixed.start(), "int8")
+
+
+def test_verify_knows_where_new_scenes_start(library):
+    file = library.path / "model" / "start.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert [(damage.name, damage.what) for damage in library.verify()] == [("model/start.safetensors", "its bytes have changed; new scenes start from it")]
+    facts = json.loads((library.path / "library.json").read_text())
+    facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]  # as earlier versions wrote it
+    (library.path / "library.json").write_text(json.dumps(facts))
+    assert latentscenes.open_library(library.path, device="cpu").verify() == []
+    file.unlink()
+    assert library.verify()[0].what == "is absent; new scenes start from it"
+
+
+def test_library_without_its_settings_says_what_to_do(library):
+    (library.path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config.yaml: absent, .* Restore it from a copy of this library"):
+        latentscenes.open_library(library.path, device="cpu")
 
 
 def test_verify_names_what_is_damaged(library):

@@ -208,7 +208,7 @@ def test_a_split_file_decides_and_what_it_leaves_out_is_said(tmp_path, capsys):
     (tmp_path / "split.json").write_text(json.dumps({"train": ["c"], "new": ["a"]}))
     make_meshes(tmp_path, tmp_path / "out", FEW, split=tmp_path / "split.json")
     assert {scene.name: scene.split for scene in Views.open(tmp_path / "out").scenes} == {"c": "train", "a": "new"}
-    assert "not in the split file: b" in capsys.readouterr().err
+    assert "1 left out, as the split file does not name them: b" in capsys.readouterr().err
     (tmp_path / "split.json").write_text(json.dumps({"train": ["d"], "new": []}))
     with pytest.raises(UserError, match="'d'"):
         make_meshes(tmp_path, tmp_path / "other", FEW, split=tmp_path / "split.json")

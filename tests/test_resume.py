@@ -36,7 +36,7 @@ def learn_all(config, solids, folder):
 
 
 def assert_same_library(a, b):
-    assert a.index.names() == b.index.names() and a.model_checksum == b.model_checksum
+    assert a.index.names() == b.index.names() and a.checksums == b.checksums
     for name in a.index.names():
         assert a.index.place(name) == b.index.place(name)  # checksums among them
     assert [{k: v for k, v in line.items() if k != "time"} for line in a.metrics()] == [{k: v for k, v in line.items() if k != "time"} for line in b.metrics()]

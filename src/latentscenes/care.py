@@ -20,7 +20,7 @@ from latentscenes.model import Model
 from latentscenes.pictures import look, spread_evenly
 from latentscenes.planes import SceneRows
 from latentscenes.quantise import PRECISIONS, Payload, Precision, check_precision, pack, payload_bytes, payload_kind, unpack
-from latentscenes.store import NewScene, Store
+from latentscenes.store import SHARED, START, NewScene, Store
 
 SHARD_BYTES = 64 << 20
 """Shards are merged to about this size."""
@@ -62,11 +62,12 @@ class Change:
 def verify(store: Store) -> list[Damage]:
     """Compare the model and every scene with the checksums taken when they were written."""
     found = []
-    model = str(store.shared_file.relative_to(store.path))
-    if not store.shared_file.is_file():
-        found.append(Damage(model, "is absent; every scene needs it"))
-    elif file_checksum(store.shared_file) != store.model_checksum:
-        found.append(Damage(model, "its bytes have changed; every scene needs it"))
+    for name, need in ((SHARED, "every scene needs it"), (START, "new scenes start from it")):
+        file = store.path / "model" / name
+        if not file.is_file():
+            found.append(Damage(f"model/{name}", f"is absent; {need}"))
+        elif name in store.checksums and file_checksum(file) != store.checksums[name]:
+            found.append(Damage(f"model/{name}", f"its bytes have changed; {need}"))
     for name, place in sorted(store.index.places().items(), key=lambda item: (item[1].shard, item[1].row)):
         file = store.shard_file(place.shard).name
         try:
@@ -159,7 +160,7 @@ def export(store: Store, names: Sequence[str], out: str | Path) -> int:
     """
     if Store.exists(out):
         target = Store.open(out)
-        if target.model_checksum != store.model_checksum:
+        if target.checksums[SHARED] != store.checksums[SHARED]:
             raise UserError(f"{out}: a library of another model, which cannot render scenes of {store.path}. Name a new folder.")
     else:
         target = Store.create(out, store.config, store.info, store.model(), store.start())

@@ -19,6 +19,7 @@ def data_cars(
     size: int = 128,
     held_out: int = 4,
     seed: int = 0,
+    box: str | None = None,
 ) -> None:
     """Make a dataset of procedural cars. No download.
 
@@ -30,11 +31,12 @@ def data_cars(
         size: pixels along a side.
         held_out: views of each car kept for evaluation.
         seed: decides cars and cameras.
+        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
     """
     from latentscenes.datasets.embree import ViewOptions
     from latentscenes.datasets.shapes import make_shapes
 
-    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed), train=train, new=new, kind="car")
+    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new, kind="car")
 
 
 def data_chairs(
@@ -45,6 +47,7 @@ def data_chairs(
     size: int = 128,
     held_out: int = 4,
     seed: int = 0,
+    box: str | None = None,
 ) -> None:
     """Make a dataset of procedural chairs, stools and benches. No download.
 
@@ -56,11 +59,12 @@ def data_chairs(
         size: pixels along a side.
         held_out: views of each chair kept for evaluation.
         seed: decides chairs and cameras.
+        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
     """
     from latentscenes.datasets.embree import ViewOptions
     from latentscenes.datasets.shapes import make_shapes
 
-    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed), train=train, new=new, kind="chair")
+    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new, kind="chair")
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
@@ -88,6 +92,7 @@ def data_meshes(
     new: int = 0,
     up: Literal["auto", "y", "z"] = "auto",
     seed: int = 0,
+    box: str | None = None,
     limit: int | None = None,
     strict: bool = False,
 ) -> None:
@@ -103,13 +108,14 @@ def data_meshes(
         new: without `split`: the last so many meshes, by name, are kept for stage 2.
         up: the axis that points up in the files.
         seed: decides the cameras.
+        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
         limit: at most so many meshes of each split.
         strict: stop at the first file that cannot be read.
     """
     from latentscenes.datasets.embree import ViewOptions
     from latentscenes.datasets.meshes import make_meshes
 
-    options = ViewOptions(views=views, size=size, held_out=held_out, seed=seed)
+    options = ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box)
     make_meshes(folder, out, options, split=split, new=new, up=up, limit=limit, strict=strict)
 
 

@@ -19,10 +19,9 @@ from latentscenes.files import file_checksum, now, write_json, write_tensors, wr
 from latentscenes.index import FILE, Index
 from latentscenes.quantise import Precision
 from latentscenes.run import Run
-from latentscenes.store import Store
+from latentscenes.store import SHARED, START, Store
 
 MODELS = Path(str(resources.files("latentscenes"))) / "models"
-TENSORS = ("shared.safetensors", "start.safetensors")
 
 
 def shipped_models() -> list[str]:
@@ -60,7 +59,7 @@ def export_model(source: Store, out: Path) -> int:
         raise UserError(f"{out}: exists already. Name another folder.")
     with writing_to(out):
         (out / "model").mkdir(parents=True)
-    for name in TENSORS:
+    for name in (SHARED, START):
         halves = {key: tensor.half() for key, tensor in load_file(source.path / "model" / name).items()}
         write_tensors(out / "model" / name, halves)
     Index.create(out / FILE).close()
@@ -70,9 +69,9 @@ def export_model(source: Store, out: Path) -> int:
     (out / "config.yaml").write_text((source.path / "config.yaml").read_text())
     known = json.loads((source.path / "library.json").read_text())
     kept = {key: known[key] for key in ("format", "box", "view", "precision", "parent_seconds", "parent_scenes", "finetuned_from", "versions")}
-    checksum = file_checksum(out / "model" / TENSORS[0])
-    write_json(out / "library.json", kept | {"parent": out.name, "model_checksum": checksum, "made": now()})
-    return sum((out / "model" / name).stat().st_size for name in TENSORS)
+    checksums = {name: file_checksum(out / "model" / name) for name in (SHARED, START)}
+    write_json(out / "library.json", kept | {"parent": out.name, "checksums": checksums, "made": now()})
+    return sum((out / "model" / name).stat().st_size for name in (SHARED, START))
 
 
 def library_from_model(out: Path, source: Store, config: Config, precision: Precision | None) -> Store:

@@ -40,6 +40,8 @@ from latentscenes.quantise import STREAM, Payload, Precision, payload_kind, unpa
 from latentscenes.run import circumstances, fill_model
 
 FORMAT = "latentscenes-library-1"
+SHARED, START = "shared.safetensors", "start.safetensors"
+"""Files of the folder `model`."""
 OPEN_SHARDS = 64
 """Shards kept open for reading."""
 TRIES = 5
@@ -81,8 +83,9 @@ class NewScene:
 class Store:
     """An opened library folder. Threads may share it; writers take `writing` by themselves."""
 
-    def __init__(self, path: Path, config: Config, info: LibraryInfo, model_checksum: str):
-        self.path, self.config, self.info, self.model_checksum = path, config, info, model_checksum
+    def __init__(self, path: Path, config: Config, info: LibraryInfo, checksums: dict[str, str]):
+        """`checksums` are those of the files in `model`, by name."""
+        self.path, self.config, self.info, self.checksums = path, config, info, checksums
         self.index = Index(path / FILE)
         self.wait = True
         """Whether to wait for other writers; else they are told of by a UserError."""
@@ -106,10 +109,12 @@ class Store:
             values = {name: raw[name] for name in LibraryInfo.__dataclass_fields__ if name in raw}
             tuples = {part: {name: tuple(value) if isinstance(value, list) else value for name, value in raw[part].items()} for part in ("box", "view")}
             info = LibraryInfo(**values | {"box": Box(**tuples["box"]), "view": Viewpoint(**tuples["view"])})
-            checksum = raw["model_checksum"]
+            checksums = raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}  # of earlier versions
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from None
-        return cls(path, configuration.load(path / "config.yaml"), info, checksum)
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path / 'config.yaml'}: absent, and nothing here can be read without it. Restore it from a copy of this library.")
+        return cls(path, configuration.load(path / "config.yaml"), info, checksums)
 
     @classmethod
     def create(cls, path: str | Path, config: Config, info: LibraryInfo, model: Model, start: SceneRows, scenes: Sequence[NewScene] = ()) -> "Store":
@@ -132,15 +137,15 @@ class Store:
                 leftover.mkdir()
             for leftover in path.glob(f"{FILE}*"):
                 leftover.unlink()
-            write_tensors(path / "model" / "shared.safetensors", model.state_dict())
-            write_tensors(path / "model" / "start.safetensors", start.tables())
+            write_tensors(path / "model" / SHARED, model.state_dict())
+            write_tensors(path / "model" / START, start.tables())
             (path / "config.yaml").write_text(configuration.dump(config))
             Index.create(path / FILE).close()
-            checksum = file_checksum(path / "model" / "shared.safetensors")
-            store = cls(path, config, info, checksum)
+            checksums = {name: file_checksum(path / "model" / name) for name in (SHARED, START)}
+            store = cls(path, config, info, checksums)
             if scenes:
                 store._append(scenes)
-            write_json(path / "library.json", {"format": FORMAT, **asdict(info), "model_checksum": checksum, "made": now(), **circumstances()})
+            write_json(path / "library.json", {"format": FORMAT, **asdict(info), "checksums": checksums, "made": now(), **circumstances()})
         return store
 
     def close(self) -> None:
@@ -160,7 +165,7 @@ class Store:
 
     @property
     def shared_file(self) -> Path:
-        return self.path / "model" / "shared.safetensors"
+        return self.path / "model" / SHARED
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """What all scenes share, frozen."""
@@ -187,7 +192,7 @@ class Store:
 
     def start(self) -> SceneRows:
         """Where new scenes start (n = 1)."""
-        file = self.path / "model" / "start.safetensors"
+        file = self.path / "model" / START
         self._readable(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
         mixing = fresh_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any

@@ -20,6 +20,7 @@ from embreex.mesh_construction import TriangleMesh
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from latentscenes.cameras import Box, Cameras, upper_hemisphere
+from latentscenes.datasets.boxes import parse_box
 from latentscenes.errors import UserError
 
 LAYERS = 12
@@ -262,8 +263,11 @@ class ViewOptions:
     """Lowest camera elevation above the horizon, radians."""
     samples: int = 3
     """samples² rays are averaged into each pixel."""
+    box: Box | str | None = None
+    """The scene box: half side of a cube around the origin, or "cx,cy,cz,hx,hy,hz". None: the smallest around all objects."""
 
     def __post_init__(self) -> None:
+        self.chosen_box()
         for name in ("views", "size", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
@@ -276,6 +280,23 @@ class ViewOptions:
         """The cameras of one object. They depend on the seed and its name, not on its neighbours."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))  # torch uses 32 bits
         return upper_hemisphere(self.views, generator, self.distance, self.focal, self.lowest)
+
+    def chosen_box(self) -> Box | None:
+        return None if self.box is None else parse_box(self.box)
+
+    def check_fits(self, name: str, bounds: Float32[np.ndarray, "2 3"]) -> None:
+        """Refuse an object that the chosen box would cut off."""
+        box = self.chosen_box()
+        if box is None:
+            return
+        reach = np.abs(bounds - np.array(box.center)).max(0)
+        if (reach > np.array(box.half) + 1e-6).any():
+            sides = ", ".join(f"{side:.3f}" for side in reach)
+            raise UserError(f"box={self.box!r}: {name} reaches {sides} from its centre along x, y and z and would be cut off. Give a larger one.")
+
+    def scene_box(self, bounds: list[Float32[np.ndarray, "2 3"]]) -> Box:
+        """The chosen box, or the one around all objects."""
+        return self.chosen_box() or box_around(bounds)
 
 
 DEFAULT_VIEWS = ViewOptions()

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from latentscenes.datasets.embree import BLEND, DEFAULT_VIEWS, OPAQUE, Caster, Soup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.datasets.embree import BLEND, DEFAULT_VIEWS, OPAQUE, Caster, Soup, ViewOptions, soup_from_mesh
 from latentscenes.datasets.splits import choose_splits
 from latentscenes.errors import UserError
 from latentscenes.views import Split, ViewsWriter, spread
@@ -45,7 +45,7 @@ def make_meshes(
     Args:
         folder: a folder (searched with its subfolders), or one file, of GLB, glTF, OBJ or PLY.
         out: the dataset's folder; must not exist or be empty.
-        options: views, size, held-out views, seed, camera distance.
+        options: views, size, held-out views, seed, camera distance, scene box.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
         new: without `split`, how many meshes, the last by name, are new scenes instead of training ones.
         up: the axis that points up in the files. auto: y in glTF and OBJ, z in PLY.
@@ -70,13 +70,14 @@ def make_meshes(
                     raise
                 failed[name] = str(error)
                 continue
+            options.check_fits(name, soup.bounds)
             cameras = options.cameras(name)
             rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
             writer.add(name, rgb, cameras, splits[name], spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
         if not bounds:
             raise UserError(f"{folder}: none of {len(splits)} meshes could be read.\n" + "\n".join(failed.values()))
-        writer.finish(box_around(bounds))
+        writer.finish(options.scene_box(bounds))
     _report(console, out, len(bounds), failed, remarks, unlisted)
 
 
@@ -93,7 +94,8 @@ def _report(
         for line in lines:
             say(f"remark: {name}: {line}")
     if unlisted:
-        say(f"left out, not in the split file: {', '.join(unlisted)}")
+        some = ", ".join(unlisted[:3]) + (" …" if len(unlisted) > 3 else "")
+        say(f"{len(unlisted)} left out, as the split file does not name them: {some}")
     if failed:
         say(f"{len(failed)} of {len(failed) + count} could not be read:")
         for reason in failed.values():

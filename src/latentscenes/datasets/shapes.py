@@ -14,17 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentscenes.datasets import shapes_parts as parts
-from latentscenes.datasets.embree import DEFAULT_VIEWS, Caster, Soup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.datasets.embree import DEFAULT_VIEWS, Caster, Soup, ViewOptions, soup_from_mesh
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
 from latentscenes.datasets.shapes_chairs import make_chair
 from latentscenes.datasets.shapes_paint import draw_livery, paint_body
 from latentscenes.errors import UserError
 from latentscenes.views import ViewsWriter, spread
-
-
-def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16) -> None:
-    """Make cars and photograph them into a new dataset: `make_shapes` of class car."""
-    make_shapes(out, options, train=train, new=new, kind="car")
 
 
 def make_shapes(
@@ -34,7 +29,7 @@ def make_shapes(
 
     Args:
         out: the dataset's folder; must not exist or be empty.
-        options: views, size, held-out views, seed, camera distance.
+        options: views, size, held-out views, seed, camera distance, scene box.
         train: objects to learn together with the codec (stage 1).
         new: further ones, to be learned later (stage 2).
         kind: the class.
@@ -49,12 +44,13 @@ def make_shapes(
     ):
         for number in progress.track(range(train + new), description=f"making {kind}s"):
             soup, name = make(number, options.seed), f"{kind}_{number:04d}"
+            options.check_fits(name, soup.bounds)
             cameras = options.cameras(name)
             rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
             split = "train" if number < train else "new"
             writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
-        writer.finish(box_around(bounds))
+        writer.finish(options.scene_box(bounds))
     console.print(f"{out}: {train + new} {kind}s", highlight=False, markup=False)
 
 
