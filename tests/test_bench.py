@@ -11,7 +11,7 @@ from latentscenes import bench_cases
 from latentscenes import config as configuration
 from latentscenes.bench import Result, bench, save
 from latentscenes.bench_cases import LATENT, RGB, Steps, Viewer
-from latentscenes.bench_quality import Point, lengthened, nearly, time_to_quality
+from latentscenes.bench_quality import Point, lengthened, many_scenes, nearly, time_to_quality
 from latentscenes.errors import UserError
 from latentscenes.kernels import build, native
 from latentscenes.timing import interleave, machine
@@ -134,6 +134,13 @@ def test_the_quickest_that_comes_near_counts():
     points = [Point(10, 1.0, 25.0, 0.9), Point(40, 4.0, 29.8, 0.9), Point(20, 2.0, 29.75, 0.9), Point(80, 8.0, 30.0, 0.9)]
     assert nearly(points, 30.0).epochs == 20
     assert nearly(points, 31.0) is None
+
+
+def test_many_scenes_are_learned_in_one_process_and_in_several(solids, tiny, tmp_path):
+    parent = train(tiny, solids, tmp_path / "run", device=torch.device("cpu"))
+    result = many_scenes(parent, solids, 1, torch.device("cpu"))
+    assert [row[0] for row in result.rows] == ["one process", "a process per thread"]
+    assert result.figures["several.speedup"] == pytest.approx(result.figures["one.seconds"] / result.figures["several.seconds"])
 
 
 def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):

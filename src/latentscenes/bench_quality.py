@@ -1,11 +1,14 @@
-"""Seconds per new scene until quality is near where it ends, ours and RGB tri-planes': what a user waits for.
+"""What a user waits for: seconds per new scene until quality is near where it ends, ours and RGB tri-planes'; and the time
+that many new scenes take in one process and in several.
 
 Each point is a whole training of its own length, rates and all, of the same new scenes, scored on their held-out views.
 `converged` is the best of the lengths tried; what counts is the shortest that comes within 0.3 dB of it.
 """
 
 import dataclasses
+import statistics
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,28 @@ def time_to_quality(
             result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}")
             result.figures |= {f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()}
     _conclude(result, curves)
+    return result
+
+
+def many_scenes(parent: Run | Store, views: Views, rounds: int, device: torch.device) -> Result:
+    """Learn as many new scenes as fill two groups for each thread, with all threads in one process and with one process
+    per thread; the start of processes counts."""
+    threads = torch.get_num_threads()
+    limit = min(2 * threads * parent.config.exploit[0].scenes, len(views.select("new")))
+    result = Result(f"{limit} new scenes", threads)
+
+    def learn(workers: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.monotonic()
+            exploit(Path(folder) / "library", views, parent.config, parent, Options(stage_one=False, limit=limit, workers=workers), device)
+            return time.monotonic() - begun
+
+    turns = [[learn(workers) for workers in (1, 0)] for _ in range(rounds)]
+    alone, together = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    ratio = statistics.median(one / several for one, several in turns)
+    result.add("one process", f"{alone / limit:.2f} s a scene")
+    result.add("a process per thread", f"{together / limit:.2f} s a scene", f"{ratio:.2f}x as fast")
+    result.figures |= {"one.seconds": alone / limit, "several.seconds": together / limit, "several.speedup": ratio}
     return result
 
 

@@ -65,6 +65,7 @@ def exploit(
     stage_one: bool = True,
     finetune: bool = False,
     limit: int | None = None,
+    workers: int = 0,
     wait: bool = True,
     track: TrackerName = "none",
     print_config: bool = False,
@@ -84,6 +85,7 @@ def exploit(
         stage_one: a new library starts with the scenes of the run.
         finetune: as published: go on learning base planes, field and decoder with the new scenes, into a new library of these alone.
         limit: learn only the first so many scenes.
+        workers: processes that learn groups side by side, each on its share of the threads; 0: one per thread, as far as groups and memory go.
         wait: wait for another process that learns into this library; --no-wait: stop instead.
         track: also send metrics to a tracker.
         print_config: print every setting as YAML and stop.
@@ -98,7 +100,7 @@ def exploit(
     from latentscenes.exploit import Options, learn_new
     from latentscenes.views import Views
 
-    store = learn_new(out, Views.open(data), settings, run, finetune, Options(group, precision, stage_one, limit, wait, track), device)
+    store = learn_new(out, Views.open(data), settings, run, finetune, Options(group, precision, stage_one, limit, wait, workers, track), device)
     _say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
@@ -205,15 +207,15 @@ def bench(
     out: Path | None = None,
 ) -> None:
     """Measure steps, views, codec, scaling and memory on this machine, variants in turns: medians and ratios. With a run and
-    data, measure the time to quality instead: new scenes learned at several lengths, beside RGB tri-planes.
+    data, measure what new scenes take instead: time to quality at several lengths, beside RGB tri-planes; and many at once.
 
     Args:
-        only: cases to run, of step, options, view, codec, scaling, memory; unset: all.
+        only: cases to run, of step, stages, options, view, codec, scaling, memory; with a run, of quality and processes; unset: all.
         threads: numbers of CPU threads to run them with; unset: one, and all cores.
         rounds: turns of each variant.
-        run: finished run of `latentscenes train`, library or `cars`, for the time to quality …
+        run: finished run of `latentscenes train`, library or `cars`, to learn new scenes with …
         data: … and the dataset whose new scenes are learned.
-        limit: of these, only the first so many.
+        limit: of these, only the first so many for the time to quality.
         ours: epochs of the first exploit stage to try.
         rgb: epochs of RGB tri-planes to try.
         out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
@@ -228,11 +230,18 @@ def bench(
     if run is None:
         measure(only, threads, rounds, out)
         return
-    from latentscenes.bench_quality import time_to_quality
+    if unknown := set(only) - {"quality", "processes"}:
+        raise UserError(f"bench --only {min(unknown)}: with --run there are quality and processes.")
+    from latentscenes.bench_quality import many_scenes, time_to_quality
     from latentscenes.shipped import open_parent
     from latentscenes.views import Views
 
-    save([time_to_quality(open_parent(run), Views.open(data), limit, ours, rgb, device)], out)
+    parent, views, results = open_parent(run), Views.open(data), []
+    if "quality" in (only or ("quality",)):
+        results.append(time_to_quality(parent, views, limit, ours, rgb, device))
+    if "processes" in (only or ("processes",)):
+        results.append(many_scenes(parent, views, rounds, device))
+    save(results, out)
 
 
 def study(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions = MACHINE) -> None:

@@ -51,7 +51,7 @@ def _stage_index(stages: list, name: str, override: str) -> int:
         return names.index(name)
     if name.isdigit() and int(name) < len(stages):
         return int(name)
-    raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names)}.")
+    raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names) or 'none'}.")
 
 
 def build(kind: Any, value: Any, where: str) -> Any:

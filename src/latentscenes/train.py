@@ -5,11 +5,9 @@ what learns, from which losses, on which scenes.
 """
 
 import math
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 from jaxtyping import Float
@@ -27,6 +25,7 @@ from latentscenes.planes import SceneRows
 from latentscenes.progress import StageProgress
 from latentscenes.run import Position, Run, RunInfo
 from latentscenes.runtime import seeded
+from latentscenes.signals import StopFlag
 from latentscenes.track import Tracker, TrackerKind
 from latentscenes.views import Scene, Split, Views
 
@@ -93,7 +92,7 @@ def learn(
     try:
         position = run.position
         run.cut_metrics(position.total)
-        with _SignalFlag() as stopped:
+        with StopFlag() as stopped:
             while position.stage < len(stages):
                 _learn_stage(run, model, rows, views, scenes, stages, device, tracker, label, position, stopped)
     finally:
@@ -111,7 +110,7 @@ def _learn_stage(
     tracker: Tracker,
     label: str,
     position: Position,
-    stopped: "_SignalFlag",
+    stopped: StopFlag,
 ) -> None:
     stage, seed = stages[position.stage], run.config.seed
     begun = saved = time.monotonic()
@@ -163,28 +162,3 @@ def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Po
             f"stage {stage.name!r}, step {position.step}: a loss is no longer finite ({values}). "
             "The last checkpoint is good; lower this stage's rates with --set and start again in a new folder."
         )
-
-
-class _SignalFlag:
-    """True once SIGINT or SIGTERM came in; a second one has its usual effect."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    def __bool__(self) -> bool:
-        return self.raised
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-        signal.signal(number, self._before[number])
-
-    def __enter__(self) -> "_SignalFlag":
-        try:
-            self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are someone else's business
-            self._before = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
