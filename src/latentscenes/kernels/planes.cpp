@@ -12,21 +12,40 @@
 namespace latentscenes {
 namespace {
 
-constexpr int64_t kTexels = 256;  // texels handled together: their macro features of all scenes stay in cache
+constexpr int64_t kTexels = 64;  // texels handled together: their macro features of all scenes stay in cache
 
-// c (rows x size) = initial per row + a·b with a (rows x inner) and b (inner x size); rows of b and c lie apart as said.
-void multiply(int64_t rows, int64_t size, int64_t inner, Strided a, const float* b, ptrdiff_t b_row, const float* initial,
-              float* c, ptrdiff_t c_row) {
+// to_s += Σ_q w_s^q base_q for `count` base planes, at most kTogether, whose rows lie `stride` apart: a run of `size` features of
+// each. A few at a time: enough that sums are not stored too often, so few that each is read as one stream.
+template <int kCount>
+void add_bases(int64_t scenes, int64_t size, const float* weights, ptrdiff_t weights_row, const float* bases, ptrdiff_t stride, float* to) {
   const int64_t whole = size / kWide * kWide;
-  product<kWide>(rows, whole, inner, a, b, b_row, nullptr, 0, [=](int64_t i, int64_t j, Vec<kWide> sum) {
-    store<kWide>(c + i * c_row + j, initial ? sum + initial[i] : sum);
-  });
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = whole; j < size; ++j) {
-      float sum = initial ? initial[i] : 0.0f;
-      for (int64_t k = 0; k < inner; ++k) sum += a.data[i * a.row + k * a.column] * b[k * b_row + j];
-      c[i * c_row + j] = sum;
+  for (int64_t j = 0; j < whole; j += kWide) {
+    Vec<kWide> base[kCount];
+    for (int q = 0; q < kCount; ++q) base[q] = load<kWide>(bases + q * stride + j);
+    for (int64_t s = 0; s < scenes; ++s) {
+      auto sum = load<kWide>(to + s * size + j);
+      for (int q = 0; q < kCount; ++q) sum += weights[s * weights_row + q] * base[q];
+      store<kWide>(to + s * size + j, sum);
     }
+  }
+  for (int64_t s = 0; s < scenes; ++s)
+    for (int64_t j = whole; j < size; ++j)
+      for (int q = 0; q < kCount; ++q) to[s * size + j] += weights[s * weights_row + q] * bases[q * stride + j];
+}
+
+// d_base = Σ_s w_s d_s for one base plane, a run of `size` features.
+void combine(int64_t scenes, int64_t size, const float* weights, ptrdiff_t weights_row, const float* d_macro, float* d_base) {
+  const int64_t whole = size / kWide * kWide;
+  for (int64_t j = 0; j < whole; j += kWide) {
+    Vec<kWide> sum{};
+    for (int64_t s = 0; s < scenes; ++s) sum += weights[s * weights_row] * load<kWide>(d_macro + s * size + j);
+    store<kWide>(d_base + j, sum);
+  }
+  for (int64_t j = whole; j < size; ++j) {
+    float sum = 0;
+    for (int64_t s = 0; s < scenes; ++s) sum += weights[s * weights_row] * d_macro[s * size + j];
+    d_base[j] = sum;
+  }
 }
 
 // to[i · to_row] += Σ_j a(i, j) b(j) for `rows` rows of a.
@@ -83,10 +102,15 @@ extern "C" void latentscenes_compose(const Fusion* fusion, const float* micro, c
 #pragma omp parallel num_threads(f.threads)
   {
     Array macro(f.scenes * kTexels * f.macro);
+    const int64_t stride = f.texels * f.macro;
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < f.blocks(); ++block) {
       const int64_t first = block * kTexels, count = std::min(kTexels, f.texels - first), size = count * f.macro;
-      multiply(f.scenes, size, f.bases, {weights, f.bases, 1}, bases + first * f.macro, f.texels * f.macro, bias, macro.data(), size);
+      for (int64_t s = 0; s < f.scenes; ++s) std::fill_n(&macro[s * size], size, bias ? bias[s] : 0.0f);
+      const float* run = bases + first * f.macro;
+      int64_t k = 0;
+      for (; k + 4 <= f.bases; k += 4) add_bases<4>(f.scenes, size, weights + k, f.bases, run + k * stride, stride, macro.data());
+      for (; k < f.bases; ++k) add_bases<1>(f.scenes, size, weights + k, f.bases, run + k * stride, stride, macro.data());
       for (int64_t s = 0; s < f.scenes; ++s)
         for (int64_t x = 0; x < count; ++x) {
           const int64_t texel = s * f.texels + first + x;
@@ -123,9 +147,10 @@ extern "C" void latentscenes_compose_backward(const Fusion* fusion, const float*
           std::copy_n(from + f.macro_at(), f.macro, &macro[s * size + x * f.macro]);
         }
       const int64_t at = first * f.macro, stride = f.texels * f.macro;
-      for (int64_t k = 0; k < f.bases && d_weights; ++k)
-        add_dots(f.scenes, size, macro.data(), bases + at + k * stride, &share[k], f.bases + 1);
-      if (d_bases) multiply(f.bases, size, f.scenes, {weights, 1, f.bases}, macro.data(), size, nullptr, d_bases + at, stride);
+      for (int64_t k = 0; k < f.bases; ++k) {
+        if (d_weights) add_dots(f.scenes, size, macro.data(), bases + at + k * stride, &share[k], f.bases + 1);
+        if (d_bases) combine(f.scenes, size, weights + k, f.bases, macro.data(), d_bases + at + k * stride);
+      }
       for (int64_t s = 0; s < f.scenes && d_bias; ++s)
         for (int64_t j = 0; j < size; ++j) share[s * (f.bases + 1) + f.bases] += macro[s * size + j];
     }
