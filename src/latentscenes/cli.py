@@ -207,10 +207,10 @@ def bench(
     out: Path | None = None,
 ) -> None:
     """Measure steps, views, codec, scaling and memory on this machine, variants in turns: medians and ratios. With a run and
-    data, measure what new scenes take instead: time to quality at several lengths, beside RGB tri-planes; and many at once.
+    data, measure what new scenes take instead: time to quality at several lengths, beside RGB tri-planes; or many at once.
 
     Args:
-        only: cases to run, of step, stages, options, view, codec, scaling, memory; with a run, of quality and processes; unset: all.
+        only: cases to run, of step, stages, options, view, codec, scaling, memory; unset: all. With a run: quality (unset), processes.
         threads: numbers of CPU threads to run them with; unset: one, and all cores.
         rounds: turns of each variant.
         run: finished run of `latentscenes train`, library or `cars`, to learn new scenes with …
@@ -236,12 +236,12 @@ def bench(
     from latentscenes.shipped import open_parent
     from latentscenes.views import Views
 
-    parent, views, results = open_parent(run), Views.open(data), []
-    if "quality" in (only or ("quality",)):
-        results.append(time_to_quality(parent, views, limit, ours, rgb, device))
-    if "processes" in (only or ("processes",)):
-        results.append(many_scenes(parent, views, rounds, device))
-    save(results, out)
+    parent, views = open_parent(run), Views.open(data)
+    cases = {
+        "quality": lambda: time_to_quality(parent, views, limit, ours, rgb, device),
+        "processes": lambda: many_scenes(parent, views, rounds, device),
+    }
+    save([cases[name]() for name in only or ("quality",)], out)
 
 
 def study(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions = MACHINE) -> None:

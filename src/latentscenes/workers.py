@@ -46,10 +46,9 @@ def side_by_side(prepare: Prepare, items: Sequence[Item], count: int) -> Iterato
         workers = _started(prepare, min(count, len(waiting)))
         try:
             while waiting or busy:
-                for pipe in workers.keys() - busy.keys() if waiting else ():
-                    if waiting:
-                        busy[pipe] = waiting.pop(0)
-                        _send(pipe, workers[pipe], busy[pipe])
+                for pipe in [pipe for pipe in workers if pipe not in busy][: len(waiting)]:
+                    busy[pipe] = waiting.pop(0)
+                    _send(pipe, workers[pipe], busy[pipe])
                 if stopped:
                     raise Interrupted
                 for pipe in connection.wait(list(busy), LOOK_SECONDS):
