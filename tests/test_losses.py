@@ -64,7 +64,7 @@ def test_each_term_worked_out_with_numpy(model):
         for axis in (2, 3):
             edges += np.mean(np.abs(np.diff(image.detach().double().numpy(), axis=axis) - np.diff(truth, axis=axis)))
     assert found["edges"] == pytest.approx(edges, rel=1e-5)
-    assert found["tv"] == pytest.approx(float(total_variation(planes)), rel=1e-6)
+    assert found["tv"] == pytest.approx(float(total_variation(planes).detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in dataclasses.fields(LossWeights) if entry.name != "edges"])
