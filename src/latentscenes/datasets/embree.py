@@ -292,7 +292,7 @@ class ViewOptions:
         reach = np.abs(bounds - np.array(box.center)).max(0)
         if (reach > np.array(box.half) + 1e-6).any():
             sides = ", ".join(f"{side:.3f}" for side in reach)
-            raise UserError(f"box={self.box!r}: {name} reaches {sides} from its centre along x, y and z and would be cut off. Give a larger one.")
+            raise UserError(f"box={self.box!r}: {name} reaches {sides} from the box's centre along x, y and z and would be cut off. Give a larger one.")
 
     def scene_box(self, bounds: list[Float32[np.ndarray, "2 3"]]) -> Box:
         """The chosen box, or the one around all objects."""
