@@ -22,7 +22,7 @@ from PIL import Image
 from latentscenes.cameras import Box, Cameras
 from latentscenes.datasets.images import over_white, white_background
 from latentscenes.datasets.importing import Options
-from latentscenes.datasets.srn import download_cars, make_srn
+from latentscenes.datasets.srn import make_srn
 from latentscenes.datasets.transforms import make_transforms
 from latentscenes.errors import UserError
 from latentscenes.views import Views, spread
@@ -243,28 +243,6 @@ def test_transforms_with_absent_images_or_bad_matrices(tmp_path):
         make_transforms(tmp_path / "one", tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
-
-# -- the published archive ---------------------------------------------------------------------------------------------
-
-
-def test_download_unpacks_and_says_what_failed(tmp_path):
-    import zipfile
-
-    with zipfile.ZipFile(tmp_path / "cars.zip", "w") as archive:
-        archive.writestr("cars_train/a/intrinsics.txt", "x")
-    found = download_cars(tmp_path / "cars", url=(tmp_path / "cars.zip").as_uri())
-    assert found == tmp_path / "cars" / "cars_train" and (found / "a" / "intrinsics.txt").is_file()
-    with pytest.raises(UserError, match="exists already"):
-        download_cars(tmp_path / "cars")
-    (tmp_path / "cut.zip").write_bytes((tmp_path / "cars.zip").read_bytes()[:-30])
-    with pytest.raises(UserError, match="not a whole zip archive"):
-        download_cars(tmp_path / "new", url=(tmp_path / "cut.zip").as_uri())
-    with pytest.raises(UserError, match="cannot be reached.*by hand"):
-        download_cars(tmp_path / "new", url="http://127.0.0.1:9/cars.zip")
-    (tmp_path / "page.html").write_text("quota")
-    with pytest.raises(UserError, match="web page instead"):
-        download_cars(tmp_path / "new", url=(tmp_path / "page.html").as_uri())
-    assert not [entry for entry in tmp_path.iterdir() if "partial" in entry.name]
 
 
 # -- shared data -------------------------------------------------------------------------------------------------------

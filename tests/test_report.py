@@ -136,7 +136,8 @@ def test_report_is_whole_and_alone(page):
     outline = Outline()
     outline.feed(page)
     assert not outline.open and not outline.outside and outline.headings == 8
-    assert "http" not in page and "url(" not in page and "@import" not in page
+    text = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page)  # pictures may spell any word
+    assert "http" not in text and "url(" not in text and "@import" not in text
     kinds = []
     for source in outline.images:
         with Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) as image:

@@ -8,7 +8,7 @@ import torch
 
 from latentscenes.cameras import orbit
 from latentscenes.datasets.embree import OPAQUE, Caster, ViewOptions
-from latentscenes.datasets.shapes import make_car, make_shapes
+from latentscenes.datasets.shapes import make_car, make_cars
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
 from latentscenes.datasets.shapes_parts import blob, in_turn
 from latentscenes.errors import UserError
@@ -70,23 +70,23 @@ def test_bodies_are_symmetric_and_their_normals_point_outward():
 
 def test_a_dataset_of_cars_has_splits_box_and_different_cars(tmp_path):
     options = ViewOptions(views=3, size=32, held_out=1, samples=1)
-    make_shapes(tmp_path / "cars", options, train=2, new=1)
+    make_cars(tmp_path / "cars", options, train=2, new=1)
     views = Views.open(tmp_path / "cars")
     assert [scene.split for scene in views.scenes] == ["train", "train", "new"]
     assert all(len(scene.held_out) == 1 for scene in views.scenes) and views.alpha is not None
     half = np.array(views.box.half)
     assert (half < 0.52).all() and half[0] > half[1] > 0.1
     assert not np.array_equal(views.rgb[0], views.rgb[3])
-    make_shapes(tmp_path / "fewer", options, train=1, new=0)
+    make_cars(tmp_path / "fewer", options, train=1, new=0)
     assert np.array_equal(Views.open(tmp_path / "fewer").rgb, views.rgb[:3])  # a car does not depend on its neighbours
 
 
 def test_a_box_can_be_chosen_but_must_hold_every_object(tmp_path):
     options = ViewOptions(views=2, size=16, held_out=1, samples=1, box="0,0,0,0.49,0.25,0.3")
-    make_shapes(tmp_path / "cars", options, train=1, new=0)
+    make_cars(tmp_path / "cars", options, train=1, new=0)
     assert Views.open(tmp_path / "cars").box.half == (0.49, 0.25, 0.3)
     with pytest.raises(UserError, match=r"box='0.3': car_0000 reaches 0\.4\d+, .* would be cut off"):
-        make_shapes(tmp_path / "small", dataclasses.replace(options, box="0.3"), train=1, new=0)
+        make_cars(tmp_path / "small", dataclasses.replace(options, box="0.3"), train=1, new=0)
     assert not (tmp_path / "small").exists()
     with pytest.raises(UserError, match="give a half side above 0"):
         ViewOptions(box="wide")
@@ -99,7 +99,7 @@ def test_kinds_take_turns():
 
 def test_no_cars_at_all_is_refused(tmp_path):
     with pytest.raises(UserError, match="at least one car"):
-        make_shapes(tmp_path / "none", train=0, new=0)
+        make_cars(tmp_path / "none", train=0, new=0)
 
 
 def test_rounded_boxes_are_lit_from_outside():

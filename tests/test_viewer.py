@@ -62,12 +62,12 @@ def solid_library(tmp_path_factory, solids):
 def car_library(tmp_path_factory):
     """Three made cars, learned for three seconds."""
     from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_shapes
+    from latentscenes.datasets.shapes import make_cars
     from latentscenes.train import train
     from latentscenes.views import Views
 
     folder = tmp_path_factory.mktemp("cars")
-    make_shapes(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
+    make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
     train(configuration.parse(CAR, "car"), Views.open(folder / "data"), folder / "run", device=torch.device("cpu"))
     return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
 

@@ -306,7 +306,7 @@ def export() -> None:
 
 
 def data() -> None:
-    """Make, import or join datasets: data cars | chairs | meshes | srn | transforms | photos | join."""
+    """Make, import or join datasets: data cars | meshes | srn | transforms | photos | join."""
 
 
 def library() -> None:

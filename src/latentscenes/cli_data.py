@@ -34,37 +34,9 @@ def data_cars(
         box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
     """
     from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_shapes
+    from latentscenes.datasets.shapes import make_cars
 
-    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new, kind="car")
-
-
-def data_chairs(
-    out: Path,
-    train: int = 24,
-    new: int = 8,
-    views: int = 40,
-    size: int = 128,
-    held_out: int = 4,
-    seed: int = 0,
-    box: str | None = None,
-) -> None:
-    """Make a dataset of procedural chairs, stools and benches. No download.
-
-    Args:
-        out: folder of the new dataset.
-        train: chairs to learn from in stage 1.
-        new: chairs kept for stage 2.
-        views: pictures of each chair.
-        size: pixels along a side.
-        held_out: views of each chair kept for evaluation.
-        seed: decides chairs and cameras.
-        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
-    """
-    from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_shapes
-
-    make_shapes(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new, kind="chair")
+    make_cars(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new)
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
@@ -145,7 +117,7 @@ ImportOptions = Annotated[Import, tyro.conf.arg(name="")]
 
 
 def data_srn(
-    folder: Path, out: Path, above: bool = False, intrinsics_size: int | None = None, download: bool = False, options: ImportOptions = Import()
+    folder: Path, out: Path, above: bool = False, intrinsics_size: int | None = None, options: ImportOptions = Import()
 ) -> None:
     """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
 
@@ -154,12 +126,9 @@ def data_srn(
         out: folder of the new dataset.
         above: keep only views whose camera height is above -0.5.
         intrinsics_size: the image size that intrinsics.txt is stated for, where its last line is wrong.
-        download: first fetch the published SRN cars into `folder` (needs the network; ShapeNet's terms apply).
     """
-    from latentscenes.datasets.srn import download_cars, make_srn
+    from latentscenes.datasets.srn import make_srn
 
-    if download:
-        folder = download_cars(folder)
     _import(make_srn, folder, out, options, "opencv", above=above, intrinsics_size=intrinsics_size)
 
 
@@ -218,6 +187,6 @@ def _say_made(made: "Imported") -> None:
 
 
 DATA_COMMANDS = {
-    "cars": data_cars, "chairs": data_chairs, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
+    "cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
     "photos": data_photos, "join": data_join,
 }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from latentscenes import config
 from latentscenes.datasets.embree import ViewOptions
-from latentscenes.datasets.shapes import make_shapes
+from latentscenes.datasets.shapes import make_cars
 from latentscenes.evaluate import evaluate_learned
 from latentscenes.exploit import Options, exploit
 from latentscenes.learned import Learned
@@ -29,7 +29,7 @@ def run_demo(out: Path, device: torch.device) -> None:
     _say(f"Making {TRAIN_CARS + NEW_CARS} cars")
     cars = out / "cars"
     if not cars.exists():
-        make_shapes(cars, ViewOptions(), train=TRAIN_CARS, new=NEW_CARS)
+        make_cars(cars, ViewOptions(), train=TRAIN_CARS, new=NEW_CARS)
     views = Views.open(cars)
 
     _say(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")

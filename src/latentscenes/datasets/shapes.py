@@ -1,13 +1,11 @@
-"""Made objects, cars and chairs: as many different ones as one likes from a seed, without any download.
+"""Procedural cars: any number of different ones from a seed, without a download.
 
 Notable:
-- An object depends on the seed and its own number alone: dataset seed 0 with 10 or 1000 cars begins with the same ones.
-- Kinds take turns, so small datasets hold all of them.
+- A car depends only on the seed and its own number: datasets of 10 and of 1000 cars begin with the same ones.
+- Kinds of cars take turns, so small datasets hold all of them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -16,34 +14,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from latentscenes.datasets import shapes_parts as parts
 from latentscenes.datasets.embree import DEFAULT_VIEWS, Caster, Soup, ViewOptions, soup_from_mesh
 from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
-from latentscenes.datasets.shapes_chairs import make_chair
 from latentscenes.datasets.shapes_paint import draw_livery, paint_body
 from latentscenes.errors import UserError
 from latentscenes.views import ViewsWriter, spread
 
 
-def make_shapes(
-    out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16, kind: Literal["car", "chair"] = "car"
-) -> None:
-    """Make objects of one class and photograph them into a new dataset.
+def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16) -> None:
+    """Make cars and render views of them into a new dataset.
 
     Args:
-        out: the dataset's folder; must not exist or be empty.
+        out: folder of the dataset; must not exist or be empty.
         options: views, size, held-out views, seed, camera distance, scene box.
-        train: objects to learn together with the codec (stage 1).
-        new: further ones, to be learned later (stage 2).
-        kind: the class.
+        train: cars to learn in stage 1.
+        new: further cars, to learn in stage 2.
+
+    Raises:
+        UserError: the counts are negative or both 0, or a car does not fit the chosen box.
     """
     if train < 0 or new < 0 or train + new == 0:
-        raise UserError(f"train = {train}, new = {new}: ask for at least one {kind}.")
-    make, console, bounds = MAKERS[kind], Console(stderr=True), []
+        raise UserError(f"train = {train}, new = {new}: ask for at least one car.")
+    console, bounds = Console(stderr=True), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"made {kind}s, seed {options.seed}") as writer,
+        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}") as writer,
         Progress(*columns, console=console) as progress,
     ):
-        for number in progress.track(range(train + new), description=f"making {kind}s"):
-            soup, name = make(number, options.seed), f"{kind}_{number:04d}"
+        for number in progress.track(range(train + new), description="making cars"):
+            soup, name = make_car(number, options.seed), f"car_{number:04d}"
             options.check_fits(name, soup.bounds)
             cameras = options.cameras(name)
             rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
@@ -51,7 +48,7 @@ def make_shapes(
             writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
         writer.finish(options.scene_box(bounds))
-    console.print(f"{out}: {train + new} {kind}s", highlight=False, markup=False)
+    console.print(f"{out}: {train + new} cars", highlight=False, markup=False)
 
 
 def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
@@ -71,7 +68,3 @@ def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
     if kind == "open":
         soups += parts.cockpit(rng, car)
     return parts.shadowed(Soup.joined(soups), rng).normalized()
-
-
-MAKERS: dict[str, Callable[[int, int], Soup]] = {"car": make_car, "chair": make_chair}
-"""How each class makes its object of a number and a seed."""

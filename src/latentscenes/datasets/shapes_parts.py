@@ -1,5 +1,5 @@
-"""What is fixed to a made car's body: wheels, mirrors, wings, rails, seats, an open car's windscreen; and what made chairs
-share with made cars: turns of kinds, grids, rounded boxes, soft shadow.
+"""What is fixed to a made car's body: wheels, mirrors, wings, rails, seats, an open car's windscreen; grids, rounded boxes,
+soft shadow.
 
 Metres, nose toward +x, z up, the ground at z = 0.
 """

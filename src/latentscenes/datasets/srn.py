@@ -8,10 +8,6 @@ The size in intrinsics.txt need not be the images': the published cars state 512
 """
 
 import json
-import shutil
-import urllib.error
-import urllib.request
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +23,6 @@ from latentscenes.errors import UserError
 
 ABOVE = -0.5
 """Camera height above which a view belongs to the "Above" subset."""
-CARS = {
-    "cars_train": "1bThUNtIHx4xEQyffVBSf82ABDDh2HlFn",
-    "srn_cars": "19yDsEJjx9zNpOKz9o6AaK-E8ED6taJWU",
-}
-"""Public Google Drive files: the SRN authors' training cars (which EG3D and 3Da-AE use), and pixelNeRF's cars_train,
-cars_val and cars_test."""
 IMAGES = {".png", ".jpg", ".jpeg"}
 
 
@@ -210,67 +200,3 @@ def _text(file: Path) -> str:
         raise UserError(f"{file}: no such file. Complete the object, or move it away.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as text ({error}).") from None
-
-
-def download_cars(target: str | Path, archive: str = "cars_train", url: str | None = None) -> Path:
-    """Fetch and unpack the published SRN cars; gives the folder, ready for `make_srn`.
-
-    Args:
-        target: where to unpack; must not exist yet.
-        archive: `cars_train` (the SRN authors' 2458 training cars) or `srn_cars` (pixelNeRF's train, val and test).
-        url: fetch this address instead of the archive's public one.
-
-    The renderings derive from ShapeNet, whose terms of use apply (https://shapenet.org/terms).
-    """
-    target = Path(target)
-    if target.exists():
-        raise UserError(f"{target}: exists already. Import it with `latentscenes data srn`, or name another folder.")
-    if url is None and archive not in CARS:
-        raise UserError(f"archive={archive!r}: there are {', '.join(CARS)}.")
-    page = f"https://drive.google.com/file/d/{CARS[archive]}/view" if url is None else url
-    url = url or f"https://drive.usercontent.google.com/download?id={CARS[archive]}&export=download&confirm=t"
-    by_hand = f"Fetch it by hand from {page}, unpack it, and import that folder."
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial, unpacked = target.with_name(f"{target.name}.zip.partial"), target.with_name(f"{target.name}.partial")
-    try:
-        _fetch(url, partial, by_hand)
-        shutil.rmtree(unpacked, ignore_errors=True)
-        with zipfile.ZipFile(partial) as opened:
-            opened.extractall(unpacked)
-        unpacked.rename(target)
-    except zipfile.BadZipFile:
-        raise UserError(f"{url}: what came is not a whole zip archive. Try again. {by_hand}") from None
-    except OSError as error:
-        raise UserError(f"{target}: could not be written ({error}). Is there room on the disk?") from None
-    finally:
-        partial.unlink(missing_ok=True)
-        shutil.rmtree(unpacked, ignore_errors=True)
-    inside = subfolders(target)
-    return inside[0] if len(inside) == 1 else target
-
-
-def _fetch(url: str, file: Path, by_hand: str) -> None:
-    """Copy what lies at `url` into `file`, with a progress bar."""
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    try:
-        reply = urllib.request.urlopen(url, timeout=60)  # noqa: S310
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise UserError(f"{url}: cannot be reached ({getattr(error, 'reason', error)}). Is there a network? {by_hand}") from None
-    with reply, open(file, "wb") as out:
-        if reply.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"{url}: answered with a web page instead of the archive (too many downloads today, or it moved). {by_hand}"
-            )
-        size = int(reply.headers.get("Content-Length") or 0)
-        with Bars("cars", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bars:
-            task = bars.add_task("cars", total=size or None)
-            try:
-                while block := reply.read(1 << 20):
-                    out.write(block)
-                    bars.update(task, advance=len(block))
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                raise UserError(f"{url}: the download broke off ({error}). Try again. {by_hand}") from None
-        if size and out.tell() != size:
-            raise UserError(f"{url}: the download broke off at {out.tell()} of {size} bytes. Try again. {by_hand}")

@@ -1,0 +1,55 @@
+"""Files of earlier versions still open: tests/formats holds a dataset, a run and a library of each version that changed one.
+
+Each folder was made by that version's command line: `data cars`, `train`, `exploit` at three precisions. `views.npy` holds
+two views of every scene of the library, as that version rendered them.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import latentscenes
+from latentscenes.learned import Learned
+from latentscenes.run import Run
+from latentscenes.views import Views
+
+VERSIONS = sorted((Path(__file__).parent / "formats").iterdir())
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
+def kept(request, tmp_path) -> Path:
+    """A copy of one version's files."""
+    return Path(shutil.copytree(request.param, tmp_path / "kept"))
+
+
+def test_datasets_open(kept):
+    views = Views.open(kept / "cars")
+    assert [scene.split for scene in views.scenes] == ["train", "train", "new", "new", "new"]
+    assert views.rgb.shape == (20, 16, 16, 3) and views.alpha is not None and views.alpha.max() == 255
+    assert views.images([0]).float().mean() < 255
+
+
+def test_runs_open_and_are_finished(kept):
+    run = Run.open(kept / "run")
+    model, rows = run.load()
+    assert run.finished and len(rows) == 2 and rows.micro.abs().sum() > 0
+    assert model.bases.shape == (2, 3, 8, 8, 4)
+    assert Learned.open(kept / "run").names == ("car_0000", "car_0001")
+
+
+def test_libraries_open_and_look_as_they_did(kept):
+    library = latentscenes.open_library(kept / "library", device="cpu")
+    assert library.verify() == []
+    assert [info.precision for info in library.infos()] == ["int8", "int8", "int8", "int4", "float16"]
+    shown = np.stack([scene.render(library.orbit(2)).images for scene in library])
+    assert np.abs(shown.astype(int) - np.load(kept / "views.npy")).max() <= 1  # kernels of other machines may round otherwise
+
+
+def test_libraries_grow(kept):
+    library = latentscenes.open_library(kept / "library", device="cpu")
+    views = Views.open(kept / "cars")
+    index = views.select("new")[0].views("all")
+    library.add("again", views.rgb[index], views.cameras[index])
+    assert library.names[-1] == "again" and library.verify() == []
