@@ -17,7 +17,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 lint: $(READY)
-	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff check src tests benchmarks docs
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentscenes.cameras import Cameras, look_at
-from latentscenes.datasets.embree import Caster, Lights, Soup
+from latentscenes.core.cameras import Cameras, look_at
+from latentscenes.data.raycast import Caster, Lights, Soup
 
 LENSES = {
     "PINHOLE": (1.3, 1.25, 0.52, 0.47),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes.cameras import Box, Cameras, orbit
-from latentscenes.views import Views, ViewsWriter
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import Box, Cameras, orbit
+from latentscenes.data.dataset import Views, ViewsWriter
 
 SHARED = Path(os.environ.get("LATENTSCENES_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 """Data and weights that are too large for the repository."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentscenes.cameras import OPENGL_TO_OPENCV, Box, Cameras, upper_hemisphere
-from latentscenes.views import Views
+from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, upper_hemisphere
+from latentscenes.data.dataset import Views
 
 SIDE = 48
 CENTER, SEMI = np.array([0.05, -0.04, 0.08]), np.array([0.42, 0.2, 0.15])

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentscenes import config as configuration
-from latentscenes.cameras import Box, Viewpoint
-from latentscenes.learned import Loaded
-from latentscenes.model import Model
-from latentscenes.planes import SceneRows
-from latentscenes.run import Position, Run, RunInfo
-from latentscenes.views import Views
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import Box, Viewpoint
+from latentscenes.data.dataset import Views
+from latentscenes.model.model import Model
+from latentscenes.model.planes import SceneRows
+from latentscenes.storage.run import Position, Run, RunInfo
+from latentscenes.storage.scene_set import Loaded
 
 BOX = Box((0.05, -0.1, 0.02), (0.5, 0.3, 0.25))
 CENTER = np.array([0.07, -0.11, 0.03])

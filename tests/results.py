@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from latentscenes import config as configuration
-from latentscenes.appending import library_from_run, new_scene
-from latentscenes.evaluate import evaluate
-from latentscenes.learned import Learned
-from latentscenes.model import Model
-from latentscenes.planes import fresh_rows
-from latentscenes.report import Comparison
-from latentscenes.run import Position, Run, RunInfo
-from latentscenes.store import Store
-from latentscenes.views import Views
+from latentscenes.core import config as configuration
+from latentscenes.data.dataset import Views
+from latentscenes.evaluation.evaluate import evaluate
+from latentscenes.evaluation.tables import Comparison
+from latentscenes.model.model import Model
+from latentscenes.model.planes import fresh_rows
+from latentscenes.storage.library import Store
+from latentscenes.storage.run import Position, Run, RunInfo
+from latentscenes.storage.scene_set import Learned
+from latentscenes.training.append import library_from_run, new_scene
 
 
 def made_run(path: Path, settings: configuration.Config, views: Views, split: str, count: int | None = None) -> Run:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentscenes import batches as batches_module
-from latentscenes import config as configuration
-from latentscenes.batches import BatchSource, window
-from latentscenes.cameras import orbit
-from latentscenes.losses import at_pixels
-from latentscenes.model import Model
-from latentscenes.render import camera_rays
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import orbit
+from latentscenes.model.model import Model
+from latentscenes.rendering.render import camera_rays
+from latentscenes.training import batches as batches_module
+from latentscenes.training.batches import BatchSource, window
+from latentscenes.training.losses import at_pixels
 
 CPU = torch.device("cpu")
 

@@ -6,16 +6,16 @@ import time
 import pytest
 import torch
 
-from latentscenes import bench as bench_module
-from latentscenes import bench_cases
-from latentscenes import config as configuration
-from latentscenes.bench import Result, bench, save
-from latentscenes.bench_cases import LATENT, RGB, Steps, Viewer
-from latentscenes.bench_quality import Point, lengthened, many_scenes, nearly, time_to_quality
-from latentscenes.errors import UserError
-from latentscenes.kernels import build, native
-from latentscenes.timing import interleave, machine
-from latentscenes.train import train
+from benchmarks import cases as bench_cases
+from benchmarks import speed as bench_module
+from benchmarks.cases import LATENT, RGB, Steps, Viewer
+from benchmarks.quality import Point, lengthened, many_scenes, nearly, time_to_quality
+from benchmarks.speed import Result, main, save
+from benchmarks.timing import interleave, machine
+from latentscenes.core import config as configuration
+from latentscenes.core.errors import UserError
+from latentscenes.rendering.kernels import build, native
+from latentscenes.training.loop import train
 
 needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 SMALL = ["planes.resolution=8", "planes.bases=2", "render.coarse=4", "render.fine=4", "train.0.views=2"]
@@ -112,7 +112,7 @@ def test_results_are_saved_with_the_machine(tmp_path, capsys):
 
 def test_an_unknown_case_is_refused():
     with pytest.raises(UserError, match="no such case. There are: step, stages, options"):
-        bench(("stpe",), (1,), 1, None)
+        main(("stpe",), (1,), 1, None)
 
 
 def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_module, "CASES", {"case": case})
     before = torch.get_num_threads()
-    bench((), (1, 2), 4, tmp_path / "out.json")
+    main((), (1, 2), 4, tmp_path / "out.json")
     torch.set_num_threads(before)
     assert seen == [(1, 4, 1), (2, 4, 2)]
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2

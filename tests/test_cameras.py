@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latentscenes.cameras import OPENGL_TO_OPENCV, Box, Cameras, look_at, orbit, upper_hemisphere
+from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, look_at, orbit, upper_hemisphere
 
 
 def test_rays_of_a_camera_worked_out_by_hand():

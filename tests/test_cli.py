@@ -7,10 +7,11 @@ from typing import get_args
 
 import pytest
 
-from latentscenes import cli, config
-from latentscenes.cli_shared import PrecisionName
-from latentscenes.quantise import PRECISIONS
-from latentscenes.store import Store
+from latentscenes.cli import main as cli
+from latentscenes.cli.common import PrecisionName
+from latentscenes.core import config
+from latentscenes.storage.library import Store
+from latentscenes.storage.quantize import PRECISIONS
 
 GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
 COMMANDS = [[], *([name] for name in cli.COMMANDS), *([group, name] for group, commands in GROUPS.items() for name in commands)]
@@ -32,7 +33,7 @@ def test_help_of_every_command_answers_without_torch():
     # all in one process, which must still be without torch at its end
     script = f"""
 import sys
-from latentscenes.cli import main
+from latentscenes.cli.main import main
 for command in {COMMANDS!r}:
     sys.argv = ["latentscenes", *command, "--help"]
     try:
@@ -147,27 +148,21 @@ def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, 
 
 
 def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
-    from latentscenes.train import Interrupted
+    from latentscenes.training.loop import Interrupted
 
     def stopped(*_, **__):
         raise Interrupted
 
-    monkeypatch.setattr("latentscenes.train.train", stopped)
-    monkeypatch.setattr("latentscenes.views.Views.open", lambda path: None)
+    monkeypatch.setattr("latentscenes.training.loop.train", stopped)
+    monkeypatch.setattr("latentscenes.data.dataset.Views.open", lambda path: None)
     status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb")
     assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
-
-
-def test_a_study_takes_each_dataset_by_its_own_name(monkeypatch, capsys, tmp_path):
-    (tmp_path / "s.yaml").write_text("title: t\nrows: [{label: a}]")
-    status, _, err = call(monkeypatch, capsys, "study", "--study", tmp_path / "s.yaml", "--data", "one", "two", "--out", tmp_path / "out")
-    assert status == 2 and err.startswith("latentscenes: --data two: the second of its name.") and not (tmp_path / "out").exists()
 
 
 def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("latentscenes.views.Views.open", full)
+    monkeypatch.setattr("latentscenes.data.dataset.Views.open", full)
     status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb")
     assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"

@@ -9,9 +9,9 @@ from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latentscenes.codecs import Codec
-from latentscenes.codecs.identity import IdentityCodec
-from latentscenes.errors import UserError
+from latentscenes.core.errors import UserError
+from latentscenes.model.codec import Codec
+from latentscenes.model.identity import IdentityCodec
 
 
 def check_contract(codec: Codec, size: int = 32):
@@ -77,7 +77,7 @@ def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[di
 
 
 def test_tiny_infers_its_architecture():
-    from latentscenes.codecs.tiny import TinyCodec
+    from latentscenes.model.tiny import TinyCodec
 
     torch.manual_seed(0)
     codec = TinyCodec(*taesd_states())
@@ -91,7 +91,7 @@ def test_tiny_infers_its_architecture():
 
 
 def test_tiny_files_and_their_mistakes(tmp_path):
-    from latentscenes.codecs.tiny import TinyCodec
+    from latentscenes.model.tiny import TinyCodec
 
     encoder, decoder = taesd_states()
     save_file(encoder, tmp_path / "encoder.safetensors")
@@ -119,8 +119,8 @@ def test_tiny_files_and_their_mistakes(tmp_path):
 
 
 def test_tiny_reconstructs_cars_with_real_weights():
-    from latentscenes.codecs.tiny import TinyCodec
-    from latentscenes.metrics import psnr
+    from latentscenes.model.metrics import psnr
+    from latentscenes.model.tiny import TinyCodec
 
     weights, pictures = SHARED / "weights" / "taef2", SHARED / "data" / "srn_sample"
     if not weights.is_dir() or not pictures.is_dir():
@@ -153,7 +153,7 @@ def tiny_taesd():
 
 @pytest.mark.parametrize("make, factor", [(tiny_kl, 2), (tiny_taesd, 4)])
 def test_diffusers_folder(make, factor, tmp_path):
-    from latentscenes.codecs.diffusers import DiffusersCodec
+    from latentscenes.model.diffusers import DiffusersCodec
 
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "pipeline" / "vae")
@@ -170,7 +170,7 @@ def test_diffusers_folder(make, factor, tmp_path):
 
 
 def test_diffusers_kl_mean_sample_and_range():
-    from latentscenes.codecs.diffusers import DiffusersCodec
+    from latentscenes.model.diffusers import DiffusersCodec
 
     autoencoder = tiny_kl()
     codec, images = DiffusersCodec(autoencoder), torch.rand(2, 3, 16, 16)
@@ -185,8 +185,8 @@ def test_diffusers_kl_mean_sample_and_range():
 
 def test_diffusers_tiny_equals_tiny_codec():
     """The same weights through diffusers' AutoencoderTiny and through our own loader."""
-    from latentscenes.codecs.diffusers import DiffusersCodec
-    from latentscenes.codecs.tiny import TinyCodec
+    from latentscenes.model.diffusers import DiffusersCodec
+    from latentscenes.model.tiny import TinyCodec
 
     autoencoder = tiny_taesd()
     encoder = {name.removeprefix("layers."): value for name, value in autoencoder.encoder.state_dict().items()}
@@ -200,7 +200,7 @@ def test_diffusers_tiny_equals_tiny_codec():
 
 
 def test_diffusers_mistakes(tmp_path):
-    from latentscenes.codecs.diffusers import DiffusersCodec
+    from latentscenes.model.diffusers import DiffusersCodec
 
     if importlib.util.find_spec("diffusers") is None:
         with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):

@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from latentscenes import config as configuration
-from latentscenes.config import Config, PlanesConfig, dump, load, parse, presets
-from latentscenes.errors import UserError
+from latentscenes.core import config as configuration
+from latentscenes.core.config import Config, PlanesConfig, dump, load, parse, presets
+from latentscenes.core.errors import UserError
 
 
 @pytest.mark.parametrize("name", presets())

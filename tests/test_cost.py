@@ -7,13 +7,14 @@ import pytest
 import torch
 from results import made_library, made_run
 
-from latentscenes import config, cost
-from latentscenes.cost import MIB, Memory, Time
-from latentscenes.errors import UserError
-from latentscenes.learned import Learned
-from latentscenes.model import Model
-from latentscenes.planes import fresh_rows
-from latentscenes.run import Run
+from latentscenes.core import config
+from latentscenes.core.errors import UserError
+from latentscenes.evaluation import cost
+from latentscenes.evaluation.cost import MIB, Memory, Time
+from latentscenes.model.model import Model
+from latentscenes.model.planes import fresh_rows
+from latentscenes.storage.run import Run
+from latentscenes.storage.scene_set import Learned
 
 
 def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:

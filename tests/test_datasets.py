@@ -19,13 +19,13 @@ from drawn_scenes import (
 )
 from PIL import Image
 
-from latentscenes.cameras import Box, Cameras
-from latentscenes.datasets.images import over_white, white_background
-from latentscenes.datasets.importing import Options
-from latentscenes.datasets.srn import make_srn
-from latentscenes.datasets.transforms import make_transforms
-from latentscenes.errors import UserError
-from latentscenes.views import Views, spread
+from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views, spread
+from latentscenes.data.images import over_white, white_background
+from latentscenes.data.importing import Options
+from latentscenes.data.srn import make_srn
+from latentscenes.data.transforms import make_transforms
 
 DATA = SHARED / "data"
 

@@ -1,16 +1,19 @@
 """The documentation against the tree: the map of the house, commands, links, the page of settings."""
 
-import ast
 import dataclasses
 import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
-from latentscenes import cli, config, config_docs
+from docs import settings
+from latentscenes.cli import main as cli
+from latentscenes.core import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,55 +34,42 @@ def commands(page: Path, program: str) -> list[str]:
     return [line.split("   #")[0] for line in lines if line.startswith(f"{program} ")]
 
 
+BENCHMARKS = [(name(page), line) for page in PAGES for line in commands(page, "python") if " -m benchmarks." in line]
 LATENTSCENES = [(name(page), line) for page in PAGES for line in commands(page, "latentscenes")]
 
 
 # The map
 
+LAYERS = ["cli", "viewer", "evaluation api", "export training", "storage", "model", "rendering data", "core"]
+"""From top to bottom; what stands on one line is apart. Everything may import from below its own line."""
+RESOURCES = {"presets", "pretrained"}
 
-def house_map() -> dict[str, int]:
-    """Files of the package, with their floors, as the README maps them."""
-    text = (ROOT / "README.md").read_text().split("<!-- map -->")[1].split("<!-- /map -->")[0]
-    floors, floor = {}, -1
+
+def mapped_files() -> set[str]:
+    """Files of package and benchmarks as docs/architecture.md lists them."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("<!-- map -->")[1].split("<!-- /map -->")[0]
+    found, folder = set(), ""
     for line in text.splitlines():
-        if found := re.match(r"  (\d) \w+$", line):
-            floor = int(found[1])
-        elif found := re.match(r"    (\S+)  +\S", line):
-            floors[found[1]] = floor
-    return floors
+        if re.match(r"\S+/$", line):
+            folder = "" if "src" in line else line
+        elif section := re.match(r"  (\S+/)$", line):
+            folder = section[1]
+        elif file := re.match(r" +(\S+)  +\S", line):
+            found.add(folder + file[1])
+    return found
 
 
 def source_files() -> set[str]:
-    files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    return {f"models/{file.parts[1]}/" if file.parts[0] == "models" else str(file) for file in files}
+    """Files of package and benchmarks, without the docstrings of packages; a pretrained model is one folder."""
+    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    names = {f"pretrained/{file.parts[1]}/" if file.parts[0] == "pretrained" else str(file) for file in found if str(file) == "__init__.py" or file.name != "__init__.py"}
+    return names | {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"}
 
 
 def test_map_and_tree_agree():
-    mapped, present = set(house_map()), source_files()
-    assert present - mapped == set(), "add these to the README's map"
-    assert mapped - present == set(), "remove these from the README's map"
-
-
-def test_files_import_only_from_their_floor_or_below():
-    floors = house_map()
-    for file in sorted(source_files()):
-        if not file.endswith(".py"):
-            continue
-        for module in imported(PACKAGE / file):
-            path = next(p for p in (f"{module}.py", f"{module}/__init__.py") if p in floors)
-            assert floors[path] <= floors[file], f"{file} (floor {floors[file]}) imports {path} (floor {floors[path]})"
-
-
-def imported(file: Path) -> set[str]:
-    """Modules of the package that a file imports, as paths without ending."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latentscenes"):
-            base = node.module.removeprefix("latentscenes").lstrip(".").replace(".", "/")
-            for alias in node.names:
-                longer = f"{base}/{alias.name}".lstrip("/")
-                found.add(longer if (PACKAGE / f"{longer}.py").is_file() or (PACKAGE / longer).is_dir() else base)
-    return found - {""}
+    mapped, present = mapped_files(), source_files()
+    assert present - mapped == set(), "add these to the map in docs/architecture.md"
+    assert mapped - present == set(), "remove these from the map in docs/architecture.md"
 
 
 # Commands
@@ -117,6 +107,25 @@ def test_commands_in_pages_parse(page, line, capsys):
     if preset is not None and not preset.endswith(".yaml"):
         assert preset in config.presets()
         config.load(preset, values.get("overrides", ()))
+
+
+@pytest.mark.parametrize(("page", "line"), BENCHMARKS)
+def test_benchmarks_in_pages_parse(page, line, capsys):
+    _, _, module, *arguments = shlex.split(line)
+    with pytest.raises(Parsed):
+        tyro.cli(parsed(importlib.import_module(module).main), args=arguments)
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+def parsed(command):
+    @functools.wraps(command)
+    def stop(**_):
+        raise Parsed
+
+    return stop
 
 
 def test_every_command_is_in_some_page():
@@ -173,12 +182,12 @@ def test_links_lead_somewhere(page):
 
 def test_page_of_settings_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == config_docs.updated(page), "run: python -m latentscenes.config_docs docs/configuration.md"
+    assert page == settings.updated(page), "run: python docs/settings.py docs/configuration.md"
 
 
 def test_page_of_settings_leaves_no_section_out():
     known = {value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)}
-    assert {kind for kind, _ in config_docs.SECTIONS} == known
+    assert {kind for kind, _ in settings.SECTIONS} == known
 
 
 def test_every_preset_is_explained():

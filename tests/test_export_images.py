@@ -11,15 +11,15 @@ import torch
 from egg import BOX, CENTER, SEMI, VIEW, egg, egg_run
 from PIL import Image
 
-from latentscenes import cli
-from latentscenes.camera_path import read_camera_path
-from latentscenes.cameras import OPENGL_TO_OPENCV
-from latentscenes.datasets.images import read_image
-from latentscenes.datasets.transforms import make_transforms
-from latentscenes.errors import UserError
-from latentscenes.export_images import transforms, with_alpha, write_views
-from latentscenes.pictures import Shown, camera_frames, look, to_pictures
-from latentscenes.views import Views
+from latentscenes.cli import main as cli
+from latentscenes.core.cameras import OPENGL_TO_OPENCV
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.data.images import read_image
+from latentscenes.data.transforms import make_transforms
+from latentscenes.export.camera_path import read_camera_path
+from latentscenes.export.images import transforms, with_alpha, write_views
+from latentscenes.export.pictures import Shown, camera_frames, look, to_pictures
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_frames_into_a_folder(tmp_path, run, monkeypatch, capsys):
 
 
 def test_films_are_the_same_in_portions(monkeypatch):
-    from latentscenes import pictures
+    from latentscenes.export import pictures
 
     loaded = egg()
     whole = list(camera_frames(loaded, "egg", VIEW.orbit(6), (16, 20), "dashboard"))
@@ -198,7 +198,7 @@ def test_films_are_the_same_in_portions(monkeypatch):
 
 
 def test_what_was_begun_is_removed(tmp_path):
-    from latentscenes.pictures import save_frames
+    from latentscenes.export.pictures import save_frames
 
     def frames():
         yield np.zeros((8, 8, 3), np.uint8)

@@ -15,11 +15,11 @@ from browser import PROGRAM, browser
 from egg import BOX, VIEW, egg, egg_run
 from PIL import Image
 
-from latentscenes import cli
-from latentscenes.errors import UserError
-from latentscenes.export_images import with_alpha
-from latentscenes.export_page import FIRST, sheet, window_on, write_page
-from latentscenes.pictures import look
+from latentscenes.cli import main as cli
+from latentscenes.core.errors import UserError
+from latentscenes.export.images import with_alpha
+from latentscenes.export.pages import FIRST, sheet, window_on, write_page
+from latentscenes.export.pictures import look
 
 
 def embedded(text: str) -> dict:
@@ -83,7 +83,7 @@ def test_page_command(tmp_path, solids, monkeypatch, capsys):
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
 def test_page_in_a_browser(tmp_path):
     pytest.importorskip("websockets")
-    from latentscenes.learned import Loaded
+    from latentscenes.storage.scene_set import Loaded
 
     one = egg()
     many = Loaded("", one.model, tuple(f"egg {k}" for k in range(12)), lambda name: one.rows("egg"))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latentscenes.field import Field, sample_planes
+from latentscenes.rendering.field import Field, sample_planes
 
 DOUBLE = torch.float64
 

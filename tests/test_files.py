@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latentscenes.errors import UserError
-from latentscenes.files import check_place, locked, write_bytes
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import check_place, locked, write_bytes
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes import train as loop
-from latentscenes.batches import BatchSource, window
-from latentscenes.errors import UserError
-from latentscenes.focus import EXPONENT, MEMORY, SIDE, Focus
-from latentscenes.model import Model
-from latentscenes.run import Run
-from latentscenes.train import train
+from latentscenes.core import config as configuration
+from latentscenes.core.errors import UserError
+from latentscenes.model.model import Model
+from latentscenes.storage.run import Run
+from latentscenes.training import loop
+from latentscenes.training.batches import BatchSource, window
+from latentscenes.training.focus import EXPONENT, MEMORY, SIDE, Focus
+from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
 CELLS = SIDE * SIDE
@@ -138,7 +138,7 @@ def test_weights_rest_after_their_epochs(solids, tiny, tmp_path, fusion):
 
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
 def test_macro_planes_that_rest_are_summed_once_to_the_same_end(solids, tiny, tmp_path, monkeypatch, fusion):
-    from latentscenes import learner
+    from latentscenes.training import learner
 
     settings = ["planes.micro=3", f"planes.fusion={fusion}", "planes.bias=true", "train.scenes.rates={micro: 1e-2}", "train.scenes.losses.tv=0.1"]
     config = stage_of(tiny, *settings)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import latentscenes
-from latentscenes.learned import Learned
-from latentscenes.run import Run
-from latentscenes.views import Views
+from latentscenes.data.dataset import Views
+from latentscenes.storage.run import Run
+from latentscenes.storage.scene_set import Learned
 
 VERSIONS = sorted((Path(__file__).parent / "formats").iterdir())
 

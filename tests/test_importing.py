@@ -22,16 +22,16 @@ from drawn_scenes import (
 )
 from PIL import Image
 
-from latentscenes.cameras import Box, Cameras, look_at
-from latentscenes.datasets.boxes import fit_box, parse_box
-from latentscenes.datasets.camera_checks import check_cameras
-from latentscenes.datasets.images import over_white, read_image, white_background
-from latentscenes.datasets.importing import Options
-from latentscenes.datasets.splits import choose_splits, natural_key, read_split
-from latentscenes.datasets.srn import make_srn
-from latentscenes.datasets.transforms import make_transforms
-from latentscenes.errors import UserError
-from latentscenes.views import Views
+from latentscenes.core.cameras import Box, Cameras, look_at
+from latentscenes.core.errors import UserError
+from latentscenes.data.boxes import fit_box, parse_box
+from latentscenes.data.checks import check_cameras
+from latentscenes.data.dataset import Views
+from latentscenes.data.images import over_white, read_image, white_background
+from latentscenes.data.importing import Options
+from latentscenes.data.splits import choose_splits, natural_key, read_split
+from latentscenes.data.srn import make_srn
+from latentscenes.data.transforms import make_transforms
 
 # -- mistakes in files -------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def test_opaque_alpha_is_no_silhouette(tmp_path):
 
 
 def test_scenes_too_large_for_memory_go_through_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentscenes.datasets.importing.IN_MEMORY", 1000)
+    monkeypatch.setattr("latentscenes.data.importing.IN_MEMORY", 1000)
     cameras = around(6)
     write_object(tmp_path / "one", cameras, pictures(cameras))
     make_srn(tmp_path / "one", tmp_path / "set", options=Options(alpha_from_white=True))

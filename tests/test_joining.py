@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes.cameras import Box, orbit
-from latentscenes.datasets.joining import box_of, join
-from latentscenes.errors import UserError
-from latentscenes.views import Views, ViewsWriter
+from latentscenes.core.cameras import Box, orbit
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views, ViewsWriter
+from latentscenes.data.joining import box_of, join
 
 
 def dataset(path, prefix, counts, *, size=(6, 8), alpha=True, seed=0):

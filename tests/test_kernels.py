@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from latentscenes import march
-from latentscenes.errors import UserError
-from latentscenes.field import Field, mix
-from latentscenes.kernels import build, native
-from latentscenes.render import Rays, march_planes, render_rays
+from latentscenes.core.errors import UserError
+from latentscenes.rendering import march
+from latentscenes.rendering.field import Field, mix
+from latentscenes.rendering.kernels import build, native
+from latentscenes.rendering.render import Rays, march_planes, render_rays
 
 needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 
@@ -250,7 +250,7 @@ def run_python(code, **environment):
 
 @needs_compiler
 def test_two_processes_build_at_once(tmp_path):
-    code = "from latentscenes.kernels import build; build.ctypes.CDLL(str(build.build())).latentscenes_forward"
+    code = "from latentscenes.rendering.kernels import build; build.ctypes.CDLL(str(build.build())).latentscenes_forward"
     both = [run_python(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
     for process in both:
         _, errors = process.communicate(timeout=120)
@@ -262,8 +262,8 @@ def test_two_processes_build_at_once(tmp_path):
 def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
     code = """
 import torch, warnings
-from latentscenes.field import Field
-from latentscenes.render import Rays, render_rays
+from latentscenes.rendering.field import Field
+from latentscenes.rendering.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

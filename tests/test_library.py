@@ -16,13 +16,13 @@ from results import made_run
 from safetensors.torch import load_file, save_file
 
 import latentscenes
-from latentscenes import config as configuration
-from latentscenes.cost import account_learned
-from latentscenes.errors import UserError
-from latentscenes.learned import Learned
-from latentscenes.quantise import pack
-from latentscenes.store import Store
-from latentscenes.views import Views
+from latentscenes.core import config as configuration
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.evaluation.cost import account_learned
+from latentscenes.storage.library import Store
+from latentscenes.storage.quantize import pack
+from latentscenes.storage.scene_set import Learned
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +275,9 @@ def test_two_writers_wait_or_are_told(library):
 
 
 def test_a_failed_append_leaves_nothing(library, monkeypatch):
-    from latentscenes.index import Index
+    from latentscenes.storage.index import Index
 
-    again = latentscenes.store.NewScene(dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball"))
+    again = latentscenes.storage.library.NewScene(dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball"))
     twice = [dataclasses.replace(again, info=dataclasses.replace(again.info, name=name)) for name in ("a", "a")]
     with pytest.raises(UserError, match="scene 'a' is there already"):
         library.store.append(twice)

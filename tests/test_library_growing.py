@@ -16,13 +16,15 @@ from conftest import SOLIDS, TINY, photograph
 from results import made_run
 
 import latentscenes
-from latentscenes import care, cli, cli_library
-from latentscenes import config as configuration
-from latentscenes import train as loop
-from latentscenes.cameras import orbit
-from latentscenes.errors import UserError
-from latentscenes.quantise import PRECISIONS, pack, unpack
-from latentscenes.store import NewScene, Store
+from latentscenes.cli import library as cli_library
+from latentscenes.cli import main as cli
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import orbit
+from latentscenes.core.errors import UserError
+from latentscenes.storage import maintenance as care
+from latentscenes.storage.library import NewScene, Store
+from latentscenes.storage.quantize import PRECISIONS, pack, unpack
+from latentscenes.training import loop
 
 NAMES = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
@@ -120,7 +122,7 @@ def test_searching_for_a_scene_of_a_dataset(library, solids):
 def test_what_is_packed_is_unpacked(precision, tiny):
     generator = torch.Generator().manual_seed(3)
     planes = dataclasses.replace(tiny.planes, bias=True)
-    rows = latentscenes.planes.fresh_rows(1, planes, generator)
+    rows = latentscenes.model.planes.fresh_rows(1, planes, generator)
     rows.micro[0, 1, :, :, 1] = 0  # a plane of zeros has no largest magnitude
     again = unpack(pack(rows, precision), planes)
     bound = {"float32": 0.0, "float16": 2**-11}.get(precision)
@@ -149,7 +151,7 @@ def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
     scene, model = solids.select("train")[0], library.model
     index = scene.views("all")
     fine, coarse = (pack(library["red_ball"].rows, precision) for precision in ("float32", "int3"))
-    from latentscenes.appending import measure
+    from latentscenes.training.append import measure
 
     psnr = [measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)]
     assert care.loss(library.store, model, fine, coarse, psnr[0]) == pytest.approx(psnr[0] - psnr[1], abs=0.05)
@@ -174,13 +176,13 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
         library.export(["disc"], tmp_path / "two")
     config = configuration.parse(TINY, "tiny", ["seed=6"])
-    other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.views.Views.open(run.info.data), "train").path, device="cpu")
+    other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.data.dataset.Views.open(run.info.data), "train").path, device="cpu")
     with pytest.raises(UserError, match="a library of another model"):
         library.export(["disc"], other.path)
 
 
 def test_compact_clears_what_stopped_work_left_but_not_what_is_at_work(library):
-    from latentscenes.adding import work_folder
+    from latentscenes.training.add import work_folder
 
     (library.path / "work" / "stale").mkdir(parents=True)
     (library.path / "work" / "stale" / "lock").touch()
@@ -279,7 +281,7 @@ def test_a_list_may_be_read_in_part(library):
     read, write = os.pipe()
     os.close(read)
     words = ["latentscenes", "library", "list", str(library.path), "--as-json"]
-    script = f"import sys; from latentscenes import cli; sys.argv = {words!r}; cli.main()"
+    script = f"import sys; from latentscenes.cli import main as cli; sys.argv = {words!r}; cli.main()"
     done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 0 and done.stderr == ""

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes.cameras import Box, orbit
-from latentscenes.config import LossWeights
-from latentscenes.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
-from latentscenes.model import Model
-from latentscenes.planes import fresh_rows
-from latentscenes.runtime import seeded
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import Box, orbit
+from latentscenes.core.config import LossWeights
+from latentscenes.core.runtime import seeded
+from latentscenes.model.model import Model
+from latentscenes.model.planes import fresh_rows
+from latentscenes.training.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
 
 SIZE = 16
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latentscenes import march
+from latentscenes.rendering import march
 
 DOUBLE = torch.float64
 

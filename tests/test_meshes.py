@@ -10,11 +10,11 @@ import trimesh
 from conftest import SHARED
 from PIL import Image
 
-from latentscenes.cameras import Cameras, look_at, orbit
-from latentscenes.datasets.embree import BLEND, Caster, Lights, Soup, ViewOptions, box_around, soup_from_mesh
-from latentscenes.datasets.meshes import find_meshes, make_meshes, read_mesh
-from latentscenes.errors import UserError
-from latentscenes.views import Views
+from latentscenes.core.cameras import Cameras, look_at, orbit
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.data.meshes import find_meshes, make_meshes, read_mesh
+from latentscenes.data.raycast import BLEND, Caster, Lights, Soup, ViewOptions, box_around, soup_from_mesh
 
 FLAT = Lights(ambient=1.0, sky=0.0, directions=(), strengths=())
 """Light under which colours stay what they are."""

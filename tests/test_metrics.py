@@ -10,9 +10,9 @@ from conftest import SHARED
 from PIL import Image, ImageFilter
 from torch.nn import functional
 
-from latentscenes import metrics
-from latentscenes.errors import UserError
-from latentscenes.metrics import FOLDER_VARIABLE, PSNR_CAP, Perceptual, psnr, ssim
+from latentscenes.core.errors import UserError
+from latentscenes.model import metrics
+from latentscenes.model.metrics import FOLDER_VARIABLE, PSNR_CAP, Perceptual, psnr, ssim
 
 
 def photos(count: int = 3) -> torch.Tensor:

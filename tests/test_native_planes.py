@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latentscenes.kernels import build, native_planes
-from latentscenes.losses import total_variation_in_torch
-from latentscenes.planes import SceneRows, fuse_in_torch
+from latentscenes.model.planes import SceneRows, fuse_in_torch
+from latentscenes.rendering.kernels import build, native_planes
+from latentscenes.training.losses import total_variation_in_torch
 
 pytestmark = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentscenes.errors import UserError
-from latentscenes.normalizer import DEVIATIONS, REACH, Normalizer
+from latentscenes.core.errors import UserError
+from latentscenes.model.normalizer import DEVIATIONS, REACH, Normalizer
 
 KINDS = ["none", "tanh", "minmax", "meanstd", "meanstd_tanh"]
 WINDOWED = KINDS[2:]

@@ -4,8 +4,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from latentscenes import config as configuration
-from latentscenes import shipped
+from latentscenes.core import config as configuration
+from latentscenes.storage import pretrained as shipped
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebook.ipynb"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from latentscenes.config import LossWeights, PlanesConfig, Rates, StageConfig
-from latentscenes.kernels import native_planes
-from latentscenes.optim import RowAdam, SharedAdam, rate_factor
-from latentscenes.planes import fresh_rows
+from latentscenes.core.config import LossWeights, PlanesConfig, Rates, StageConfig
+from latentscenes.model.planes import fresh_rows
+from latentscenes.rendering.kernels import native_planes
+from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
 SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True, mixing=True)
 RATES = {"micro": 1e-2, "weights": 3e-2, "bias": 3e-2, "mixing": 2e-2}

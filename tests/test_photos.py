@@ -11,11 +11,11 @@ import trimesh
 from captures import LENSES, any_world, walk_around, write_capture
 from PIL import Image, ImageOps
 
-from latentscenes.cameras import Cameras
-from latentscenes.datasets.embree import Caster, Lights, Soup, soup_from_mesh
-from latentscenes.datasets.photos import make_photos, read_capture
-from latentscenes.errors import UserError
-from latentscenes.views import Views
+from latentscenes.core.cameras import Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.data.photos.importer import make_photos, read_capture
+from latentscenes.data.raycast import Caster, Lights, Soup, soup_from_mesh
 
 pycolmap = pytest.importorskip("pycolmap")
 KNOWN = "EQUIRECTANGULAR" in pycolmap.CameraModelId.__members__

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from results import made_run
 
-from latentscenes import pictures, tiles
-from latentscenes.cameras import Box, Viewpoint, orbit
-from latentscenes.errors import UserError
-from latentscenes.learned import Learned, Loaded
+from latentscenes.core.cameras import Box, Viewpoint, orbit
+from latentscenes.core.errors import UserError
+from latentscenes.export import pictures, tiles
+from latentscenes.storage.scene_set import Learned, Loaded
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from latentscenes.config import PlanesConfig
-from latentscenes.planes import SceneRows, compose, fresh_bases, fresh_rows, mean_rows
+from latentscenes.core.config import PlanesConfig
+from latentscenes.model.planes import SceneRows, compose, fresh_bases, fresh_rows, mean_rows
 
 
 def made(scenes=3, seed=0, **settings):

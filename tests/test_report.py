@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from results import made_comparison
 
-from latentscenes.charts import Series, line_chart, smooth
-from latentscenes.errors import UserError
-from latentscenes.evaluate import Evaluation, SceneScore, mean_score
-from latentscenes.report import print_cost, print_scores, scores_table, summary_table
-from latentscenes.report_html import write_report
-from latentscenes.tables import Table, bytes_text, percent_text, seconds_text
+from latentscenes.core.errors import UserError
+from latentscenes.core.tables import Table, bytes_text, percent_text, seconds_text
+from latentscenes.evaluation.charts import Series, line_chart, smooth
+from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
+from latentscenes.evaluation.report import write_report
+from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
 
 
 def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: float = 30.0) -> Evaluation:
@@ -75,7 +75,7 @@ def test_print_cost_needs_something():
 def content(tmp_path_factory, solids):
     from conftest import TINY
 
-    from latentscenes import config
+    from latentscenes.core import config
 
     return made_comparison(tmp_path_factory.mktemp("results"), config.parse(TINY, "tiny"), solids)
 

@@ -11,15 +11,14 @@ import time
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes import learner
-from latentscenes import run as run_module
-from latentscenes import train as loop
-from latentscenes.cameras import Box
-from latentscenes.errors import UserError
-from latentscenes.exploit import Options, exploit
-from latentscenes.run import Run
-from latentscenes.train import train
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import Box
+from latentscenes.core.errors import UserError
+from latentscenes.storage import run as run_module
+from latentscenes.storage.run import Run
+from latentscenes.training import learner, loop
+from latentscenes.training.exploit import Options, exploit
+from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -143,8 +142,9 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentscenes import config, train
-from latentscenes.views import Views
+from latentscenes.core import config
+from latentscenes.training import loop as train
+from latentscenes.data.dataset import Views
 train.SAVE_SECONDS = 0.02
 train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
 """
@@ -230,7 +230,7 @@ def test_two_processes_on_one_run_are_refused(solids, tiny, tmp_path):
     out = tmp_path / "run"
     config = dataclasses.replace(tiny, train=tiny.train[:1])
     holder = (
-        "import sys; from latentscenes.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
+        "import sys; from latentscenes.storage.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
     )
     train(config, solids, out, device=CPU)
     process = subprocess.Popen([sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

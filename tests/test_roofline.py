@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentscenes.field import Field
-from latentscenes.roofline import Cost, step_cost
+from benchmarks.roofline import Cost, step_cost
+from latentscenes.rendering.field import Field
 
 
 def test_one_sample_of_the_smallest_field_counted_by_hand():

@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes import train as loop
-from latentscenes.config import PlanesConfig
-from latentscenes.errors import UserError
-from latentscenes.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
-from latentscenes.run import Run
-from latentscenes.runtime import memory, seeded
-from latentscenes.train import train
+from latentscenes.core import config as configuration
+from latentscenes.core.config import PlanesConfig
+from latentscenes.core.errors import UserError
+from latentscenes.core.runtime import memory, seeded
+from latentscenes.storage.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
+from latentscenes.storage.run import Run
+from latentscenes.training import loop
+from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
 PLANES = PlanesConfig(resolution=3, micro=2, macro=1, bases=2)
@@ -109,14 +109,14 @@ def unbroken(solids, tiny, tmp_path):
 def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path, monkeypatch):
     config, on_disk = unbroken
     fresh, _ = rows_on_disk(tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows"))
-    monkeypatch.setattr("latentscenes.run.fresh_rows", lambda *_: fresh)  # the order of random numbers differs
+    monkeypatch.setattr("latentscenes.storage.run.fresh_rows", lambda *_: fresh)  # the order of random numbers differs
     in_memory = train(dataclasses.replace(tiny, storage="memory"), solids, tmp_path / "run", device=CPU)
     assert all(torch.equal(a, b) for a, b in zip(state(on_disk), state(in_memory), strict=True))
 
 
 @pytest.mark.parametrize("every_step_saved", [True, False])
 def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_step_saved):
-    from latentscenes import learner
+    from latentscenes.training import learner
 
     config, expected = unbroken
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
@@ -145,8 +145,9 @@ def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_s
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from latentscenes import config, train
-from latentscenes.views import Views
+from latentscenes.core import config
+from latentscenes.training import loop as train
+from latentscenes.data.dataset import Views
 torch.set_num_threads(1)
 train.SAVE_SECONDS = 0.05
 train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes.cameras import orbit
-from latentscenes.datasets.embree import OPAQUE, Caster, ViewOptions
-from latentscenes.datasets.shapes import make_car, make_cars
-from latentscenes.datasets.shapes_body import KINDS, draw_car, loft
-from latentscenes.datasets.shapes_parts import blob, in_turn
-from latentscenes.errors import UserError
-from latentscenes.views import Views
+from latentscenes.core.cameras import orbit
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.data.raycast import OPAQUE, Caster, ViewOptions
+from latentscenes.data.synthetic.body import KINDS, draw_car, loft
+from latentscenes.data.synthetic.cars import make_car, make_cars
+from latentscenes.data.synthetic.parts import blob, in_turn
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from latentscenes import study as module
-from latentscenes.cost import account_learned
-from latentscenes.errors import UserError
-from latentscenes.evaluate import evaluate
-from latentscenes.learned import Learned
-from latentscenes.study import read_study, run_study, table
-from latentscenes.views import Views
+from benchmarks import study as module
+from benchmarks.study import read_study, run_study, table
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views
+from latentscenes.evaluation.cost import account_learned
+from latentscenes.evaluation.evaluate import evaluate
+from latentscenes.storage.scene_set import Learned
 
 ALONE = """
 codec: {kind: identity}
@@ -103,7 +103,7 @@ def test_a_second_call_learns_nothing(folder, found, solids, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("learned again")
 
-    monkeypatch.setattr("latentscenes.train._learn_stage", refuse)
+    monkeypatch.setattr("latentscenes.training.loop._learn_stage", refuse)
     again = run_study(read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu"))
     assert [(figures.label, figures.psnr, figures.seconds) for figures in again] == [(figures.label, figures.psnr, figures.seconds) for figures in found]
     assert len(table(read_study(folder / "study.yaml"), again).rows) == 5

@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from latentscenes import config as configuration
-from latentscenes.errors import UserError
-from latentscenes.evaluate import evaluate
-from latentscenes.kernels import build
-from latentscenes.learned import Learned
-from latentscenes.planes import fresh_rows
-from latentscenes.run import Run
-from latentscenes.runtime import seeded
-from latentscenes.train import train
+from latentscenes.core import config as configuration
+from latentscenes.core.errors import UserError
+from latentscenes.core.runtime import seeded
+from latentscenes.evaluation.evaluate import evaluate
+from latentscenes.model.planes import fresh_rows
+from latentscenes.rendering.kernels import build
+from latentscenes.storage.run import Run
+from latentscenes.storage.scene_set import Learned
+from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def test_same_seed_same_result_and_other_seed_another(trained, solids, tiny, tmp
 @pytest.fixture
 def only_two_batches(monkeypatch):
     """Each stage ends after its first batch, which holds two of the four scenes."""
-    from latentscenes.batches import BatchSource
+    from latentscenes.training.batches import BatchSource
 
     monkeypatch.setattr(BatchSource, "steps", property(lambda self: 1))
 
@@ -115,8 +115,7 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, tmp_path, monkeypatch):
-    from latentscenes import learner
-    from latentscenes import train as loop
+    from latentscenes.training import learner, loop
 
     calls, true_terms = [], learner.terms
 

@@ -18,11 +18,15 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton: pip install t
 
 from test_kernels import assert_close, gradients, network, problem  # noqa: E402
 
-from latentscenes import march  # noqa: E402
-from latentscenes.errors import UserError  # noqa: E402
-from latentscenes.field import Field  # noqa: E402
-from latentscenes.kernels import native, triton_march, triton_render  # noqa: E402
-from latentscenes.render import Rays, march_planes, render_rays  # noqa: E402
+from latentscenes.core.errors import UserError  # noqa: E402
+from latentscenes.rendering import march  # noqa: E402
+from latentscenes.rendering.field import Field  # noqa: E402
+from latentscenes.rendering.kernels import (  # noqa: E402
+    native,
+    triton_march,
+    triton_ops,  # noqa: E402
+)
+from latentscenes.rendering.render import Rays, march_planes, render_rays  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -31,9 +35,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 def large_blocks(monkeypatch):
     """The interpreter's time goes by programs, whatever their size."""
     if not CUDA:
-        monkeypatch.setattr(triton_render, "FORWARD_BLOCK", 1024)
-        monkeypatch.setattr(triton_render, "BACKWARD_BLOCK", 1024)
-        monkeypatch.setattr(triton_render, "LANES", 4096)
+        monkeypatch.setattr(triton_ops, "FORWARD_BLOCK", 1024)
+        monkeypatch.setattr(triton_ops, "BACKWARD_BLOCK", 1024)
+        monkeypatch.setattr(triton_ops, "LANES", 4096)
 
 
 def on_device(arguments):
@@ -47,7 +51,7 @@ def small(**sizes):
 
 
 def run(planes, field, rays, u_coarse, u_fine, axes="xy,xz,yz", aggregation="sum", precision="float32", skip=0.0):
-    return triton_render.render(planes, *network(field), *rays, u_coarse, u_fine, axes, aggregation, precision, skip)
+    return triton_ops.render(planes, *network(field), *rays, u_coarse, u_fine, axes, aggregation, precision, skip)
 
 
 def both_ways(arguments, axes="xy,xz,yz", aggregation="sum", precision="float32"):
@@ -240,9 +244,9 @@ def test_without_triton_it_says_what_to_install():
     code = """
 import sys, torch
 sys.modules["triton"] = None  # as if it were not installed
-from latentscenes.errors import UserError
-from latentscenes.field import Field
-from latentscenes.render import Rays, render_rays
+from latentscenes.core.errors import UserError
+from latentscenes.rendering.field import Field
+from latentscenes.rendering.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
 arguments = torch.ones(1, 3, 4, 4, 2), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4)
 try:
@@ -257,7 +261,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from latentscenes.kernels import triton_field as field, triton_march as march
+from latentscenes.rendering.kernels import triton_field as field, triton_march as march
 
 POINTERS = {"kept": "*i64", "keep": "*i8", "order": "*i32"}
 NUMBERS = "points first count rays samples resolution plane_features inputs hidden channels coarse fine".split()

@@ -21,16 +21,16 @@ from PIL import Image
 from results import made_run
 
 import latentscenes
-from latentscenes import config as configuration
-from latentscenes.cameras import Cameras, orbit
-from latentscenes.errors import UserError
-from latentscenes.viewer_painter import FAR_AWAY, Blend, Frame, Painter, Wish, along_axis, blended, picture_size
-from latentscenes.viewer_renderer import Renderer
+from latentscenes.core import config as configuration
+from latentscenes.core.cameras import Cameras, orbit
+from latentscenes.core.errors import UserError
+from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Wish, along_axis, blended, picture_size
+from latentscenes.viewer.renderer import Renderer
 
 viser = pytest.importorskip("viser")
 
-from latentscenes import viewer_gallery  # noqa: E402 — needs viser
-from latentscenes.viewer import Viewer, check_port  # noqa: E402
+from latentscenes.viewer import gallery as viewer_gallery  # noqa: E402 — needs viser
+from latentscenes.viewer.server import Viewer, check_port  # noqa: E402
 
 CAR = """
 codec: {kind: identity}
@@ -61,10 +61,10 @@ def solid_library(tmp_path_factory, solids):
 @pytest.fixture(scope="module")
 def car_library(tmp_path_factory):
     """Three made cars, learned for three seconds."""
-    from latentscenes.datasets.embree import ViewOptions
-    from latentscenes.datasets.shapes import make_cars
-    from latentscenes.train import train
-    from latentscenes.views import Views
+    from latentscenes.data.dataset import Views
+    from latentscenes.data.raycast import ViewOptions
+    from latentscenes.data.synthetic.cars import make_cars
+    from latentscenes.training.loop import train
 
     folder = tmp_path_factory.mktemp("cars")
     make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
@@ -126,7 +126,7 @@ def test_blends_run_from_one_scene_to_the_other(solid_library):
 
 
 def test_what_others_change_is_seen(solid_library, tmp_path):
-    from latentscenes.store import Store
+    from latentscenes.storage.library import Store
 
     solid_library.export(solid_library.names, tmp_path / "copy")
     library = latentscenes.open_library(tmp_path / "copy", device="cpu")
@@ -347,13 +347,13 @@ def test_mistakes_are_explained(car_library, tmp_path):
 
 
 def test_without_viser_the_remedy_is_named():
-    script = "import sys; sys.modules['viser'] = None; import latentscenes.viewer"
+    script = "import sys; sys.modules['viser'] = None; import latentscenes.viewer.server"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "UserError: view needs viser. Run: pip install latentscenes[viewer]" in done.stderr
 
 
 def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library):
-    command = [sys.executable, "-c", "from latentscenes.cli import main; main()", "view", str(car_library.path), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-c", "from latentscenes.cli.main import main; main()", "view", str(car_library.path), "--port", "0", "--threads", "1"]
     def listen() -> None:  # children of a shell's background jobs are born deaf to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes.cameras import Box, orbit
-from latentscenes.errors import UserError
-from latentscenes.views import Views, ViewsWriter, spread
+from latentscenes.core.cameras import Box, orbit
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Views, ViewsWriter, spread
 
 BOX = Box((0.0, 0.1, 0.2), (0.5, 0.6, 0.7))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from latentscenes.errors import Interrupted, UserError
-from latentscenes.signals import StopFlag
-from latentscenes.workers import side_by_side
+from latentscenes.core.errors import Interrupted, UserError
+from latentscenes.core.signals import StopFlag
+from latentscenes.training.workers import side_by_side
 
 
 def squarer():
@@ -74,8 +74,8 @@ import sys
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from latentscenes.errors import Interrupted
-from latentscenes.workers import side_by_side
+from latentscenes.core.errors import Interrupted
+from latentscenes.training.workers import side_by_side
 from test_workers import patient
 try:
     list(side_by_side(partial(patient, Path(sys.argv[2])), ["a", "b"], 2))

@@ -6,20 +6,20 @@ What programs need is here, and is imported when first asked for: `import latent
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from latentscenes.cameras import Box, Cameras, look_at, orbit
-    from latentscenes.errors import UserError
-    from latentscenes.library import LearnedScene, Library, RenderedViews, create_library, open_library
+from latentscenes.core.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from latentscenes.api import LearnedScene, Library, RenderedViews, create_library, open_library
+    from latentscenes.core.cameras import Box, Cameras, look_at, orbit
+    from latentscenes.core.errors import UserError
 
 _HOMES = {
-    "Box": "cameras", "Cameras": "cameras", "look_at": "cameras", "orbit": "cameras",
-    "LearnedScene": "library", "Library": "library", "RenderedViews": "library", "create_library": "library", "open_library": "library",
-    "UserError": "errors",
+    "Box": "core.cameras", "Cameras": "core.cameras", "look_at": "core.cameras", "orbit": "core.cameras",
+    "LearnedScene": "api", "Library": "api", "RenderedViews": "api", "create_library": "api", "open_library": "api",
+    "UserError": "core.errors",
 }  # fmt: skip
 
-__all__ = ["Box", "Cameras", "LearnedScene", "Library", "RenderedViews", "UserError", "create_library", "look_at", "open_library", "orbit"]
+__all__ = ["Box", "Cameras", "LearnedScene", "Library", "RenderedViews", "UserError", "__version__", "create_library", "look_at", "open_library", "orbit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,110 @@
+"""How far an exported mesh lies from the one that its scene was rendered from.
+
+    python -m benchmarks.mesh_error --run libraries/cars --scene car_7 --source car_7.glb
+
+Notable:
+- Compared is what cameras see: photographs tell nothing about seats behind dark windows or about a car's floor.
+- Distances are between random points, uniform over each surface's area: Chamfer distance, in both directions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from latentscenes.cli.common import MACHINE, MachineOptions, run_program, start
+from latentscenes.core.cameras import Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.data.meshes import read_mesh
+from latentscenes.data.raycast import Caster, Soup, soup_from_mesh
+from latentscenes.export.mesh import VIEWS, Mesh, random_places, scene_mesh
+from latentscenes.storage.scene_set import Learned
+
+DENSE, TESTED = 400_000, 50_000
+"""Points that stand for a whole surface, and points whose distance to it is taken."""
+CLEAR = 2e-3
+"""A point is seen if nothing is in the way from so far before it, world units (the source's diagonal is 1)."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Means, as fractions of the source's longest side."""
+
+    to_source: float
+    """From the exported surface to the source."""
+    to_export: float
+    """From the source to the exported surface."""
+    hidden: float
+    """Share of the source's area that no camera sees, which is left out."""
+
+    @property
+    def chamfer(self) -> float:
+        return (self.to_source + self.to_export) / 2
+
+
+def compare(mesh: Mesh, source: str | Path, cameras: Cameras) -> Distances:
+    """A mesh beside the file that `data meshes` photographed, brought to the same place and size as there.
+
+    Raises:
+        UserError: the file cannot be read, or cameras see nothing of one of both.
+    """
+    original, _ = read_mesh(Path(source))
+    exported = soup_from_mesh(mesh.vertices, mesh.faces)
+    (ours, ours_seen), (theirs, theirs_seen) = (_seen_points(soup, cameras) for soup in (exported, original))
+    for seen, what in ((ours_seen, "the exported mesh"), (theirs_seen, source)):
+        if not seen.any():
+            raise UserError(f"{what}: no camera sees it, so there is nothing to compare.")
+    length = float((original.bounds[1] - original.bounds[0]).max())
+    return Distances(_mean_distance(ours[:TESTED][ours_seen], theirs) / length, _mean_distance(theirs[:TESTED][theirs_seen], ours) / length, 1 - float(theirs_seen.mean()))
+
+
+def _seen_points(soup: Soup, cameras: Cameras) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
+    """Points all over a surface, and which of the first n some camera sees."""
+    face, weights = random_places(soup.corners, DENSE, np.random.default_rng(0))
+    points = (weights * soup.corners[face]).sum(1).astype(np.float32)
+    caster, seen = Caster(soup), np.zeros(TESTED, bool)
+    for eye in cameras.positions.numpy():
+        left = np.flatnonzero(~seen)
+        toward = eye - points[left]
+        distance = np.linalg.norm(toward, axis=1, keepdims=True)
+        toward /= distance
+        seen[left] = ~caster.reached(points[left] + np.float32(CLEAR) * toward, toward, float(distance.max()))
+    return points, seen
+
+
+def _mean_distance(points: Float[np.ndarray, "n 3"], to: Float[np.ndarray, "d 3"]) -> float:
+    from scipy.spatial import cKDTree
+
+    return float(cKDTree(to).query(points)[0].mean())
+
+
+def main(
+    run: Path,
+    scene: str,
+    source: Path,
+    cells: int = 128,
+    lowest: float = 0.0,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Export a scene's mesh and print its Chamfer distance to the mesh that `data meshes` rendered.
+
+    Args:
+        run: library, or run folder of train.
+        scene: name of the scene.
+        source: the mesh file.
+        cells: along the longest side of the scene box.
+        lowest: elevation in degrees of the lowest camera that colors come from.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: no such file. Name the mesh that `data meshes` rendered.")
+    learned = Learned.open_all(run)
+    learned.check(scene)
+    mesh = scene_mesh(learned.load(start(machine)), scene, learned.view, cells, lowest)
+    apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
+    print(f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
+          f"{apart.hidden:.0%} of the source is hidden from all cameras and left out.")
+
+
+if __name__ == "__main__":
+    run_program(main)

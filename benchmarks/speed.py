@@ -1,0 +1,255 @@
+"""What a step, a view and a scene cost on this machine, always as ratios of variants that run in turns.
+
+    python -m benchmarks.speed --only step view --threads 1 2
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import timing
+from benchmarks.cases import LATENT, RGB, SIZE, STAGES, Steps, Viewer, fitting_text, stage_text
+from benchmarks.timing import Timing, interleave
+from latentscenes.cli.common import Machine, run_program, start
+from latentscenes.core.errors import UserError
+from latentscenes.core.progress import console
+from latentscenes.core.tables import Table, bytes_text
+from latentscenes.model.planes import fuse_in_torch
+from latentscenes.rendering.kernels import native, native_planes
+from latentscenes.training.learner import Learner
+from latentscenes.training.losses import total_variation_in_torch
+from latentscenes.training.optim import adam_in_torch
+
+WARM_STEPS = 200
+"""Steps before a step is timed: samples that matter have become few by then, as for most of a training."""
+FUNCTION_FLOPS = 20
+"""What one softplus or sigmoid counts as in the floor: its operations in simd.h, a polynomial for e^x, one for log(1 + x)."""
+MILLISECOND = 1e-3
+FILE_BYTES = 1_500_000
+"""Of a scene of step 1a: micro planes and two moments."""
+
+
+@dataclass
+class Result:
+    """What one case found: rows for the table, and everything for the JSON."""
+
+    case: str
+    threads: int
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    """(what, median, ratio to the first variant or a remark)."""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return Table(f"{self.case}, {threads}", ("", "median", ""), tuple(self.rows))
+
+    def add(self, name: str, value: str, remark: str = "") -> None:
+        self.rows.append((name, value, remark))
+
+    def compare(self, timings: dict[str, Timing], baseline: str, unit: str = "ms") -> None:
+        """A row per variant; the baseline's time over each variant's, as the median over rounds."""
+        for name, found in timings.items():
+            ratio = found.ratio(timings[baseline])
+            self.figures |= {f"{name}.seconds": found.median, f"{name}.speedup": ratio}
+            remark = "" if name == baseline else f"{ratio:.2f}x as fast as {baseline}"
+            self.add(name, f"{found.median / MILLISECOND:.2f} {unit}", remark)
+
+
+def bench_steps(threads: int, rounds: int) -> Iterator[Result]:
+    """Step 1a as published and the RGB step: native against torch, and against the floor."""
+    for case, text in (("step 1a", LATENT), ("RGB step", RGB)):
+        result = Result(case, threads)
+        ours = Steps(text, 20).warmed(WARM_STEPS)
+        variants = {"torch": ours.twin("torch").step}
+        if native.available():
+            variants["native"] = ours.twin("native").step
+        timings = interleave(variants, rounds)
+        result.compare(timings, "torch")
+        if "native" in timings:
+            _hold_against_floor(result, ours, timings["native"].median)
+        yield result
+
+
+def _hold_against_floor(result: Result, steps: Steps, seconds: float) -> None:
+    """The step's time over max(operations / peak, bytes / bandwidth), both peaks measured here."""
+    counted, forward, backward = steps.rendering_cost()
+    cost, other = counted.total, steps.other_bytes()
+    flops, bandwidth = timing.peak_flops(), timing.peak_bandwidth()
+    moved = (cost.bytes + other) / bandwidth
+    floors = {
+        "matrix products": max(cost.flops / flops, moved),
+        "and activations": max((cost.flops + FUNCTION_FLOPS * cost.functions) / flops, moved),
+    }
+    result.add("samples evaluated", f"{100 * forward:.0f} %", f"backward {100 * backward:.0f} %; operations and bytes count all forward")
+    result.add("operations", f"{cost.flops / 1e9:.2f} G", f"peak {flops / 1e9:.0f} G/s; and {cost.functions / 1e6:.0f} M softplus, sigmoid, exp")
+    result.add("bytes", bytes_text(cost.bytes + other), f"bandwidth {bandwidth / 1e9:.0f} GB/s; {bytes_text(other)} of these beside rendering")
+    for name, floor in floors.items():
+        result.add(f"floor, {name}", f"{floor / MILLISECOND:.1f} ms", f"native takes {seconds / floor:.2f}x as long")
+        result.figures[f"over floor, {name}"] = seconds / floor
+
+
+def bench_stages(threads: int, rounds: int) -> Iterator[Result]:
+    """Steps of the other stages in the sizes of step 1a, and of `small` where it fits new scenes: native against torch."""
+    texts = {f"step {name}": stage_text(name) for name in STAGES}
+    texts |= {f"step of `small`, new scenes, weights {word}": fitting_text(word == "at rest") for word in ("learning", "at rest")}
+    for case, text in texts.items():
+        result = Result(case, threads)
+        steps = Steps(text, 20).warmed(20)
+        kernels = ("torch", "native") if native.available() else ("torch",)
+        result.compare(interleave({kernel: steps.twin(kernel).step for kernel in kernels}, rounds), "torch")
+        yield result
+
+
+def bench_options(threads: int, rounds: int) -> Iterator[Result]:
+    """Each fast part of a step on and off."""
+    if not native.available():
+        return
+    for case, text, warm in (("step 1a", LATENT, WARM_STEPS), ("the step of `small`, new scenes", fitting_text(True), 20)):
+        result = Result(f"options of {case}", threads)
+        steps = Steps(text, 20).warmed(warm)
+        switches = SWITCHES if text == LATENT else SWITCHES | SWITCHES_OF_FITS
+        variants = {f"without {name}": steps.switched(switch) for name, switch in switches.items()}
+        result.compare(interleave({"all on": steps.twin("native").step, **variants}, rounds), "all on")
+        yield result
+
+
+SWITCHES = {
+    "skipping": (native, "SKIP", 0.0),
+    "native fusion": (native_planes, "compose", fuse_in_torch),
+    "native total variation": (native_planes, "total_variation", total_variation_in_torch),
+    "native Adam by rows": (native_planes, "adam", adam_in_torch),
+}
+"""What turns each fast part of a step off."""
+SWITCHES_OF_FITS = {
+    "mixing by weights and macro planes kept": (Learner, "_planes", lambda self, leaves, batch: (self.model.compose(leaves), None, None)),
+}
+"""The same where scenes mix their features and base planes are frozen."""
+
+
+def bench_views(threads: int, rounds: int) -> Iterator[Result]:
+    """A new 128x128 view: render and decode, as a viewer does for a scene whose planes are fused."""
+    result = Result("new view", threads)
+    viewers = {name: Viewer(name) for name in ("paper", "latent", "small", "rgb")}
+    timings = interleave({name: viewer.view for name, viewer in viewers.items()}, 4 * rounds)
+    for name, found in timings.items():
+        result.figures[f"{name}.views_per_second"] = 1 / found.median
+        result.add(f"{name}: {viewers[name].describe()}", f"{found.median / MILLISECOND:.1f} ms", f"{1 / found.median:.0f} views a second")
+    yield result
+
+
+def bench_codec(threads: int, rounds: int) -> Iterator[Result]:
+    """Own codec on one 128x128 image and on a batch of 32, in bfloat16 and float32."""
+    for count in (1, 32):
+        result = Result(f"codec, {count} image{'s' * (count > 1)}", threads)
+        images = torch.rand(count, 3, SIZE, SIZE)
+        for name in ("paper", "latent"):
+            codec = Viewer(name, 0).model.codec
+            plain = copy.deepcopy(codec)
+            plain.bfloat16 = False
+            with torch.inference_mode():
+                latents = codec.encode(images)
+                for verb, given in (("encode", images), ("decode", latents)):
+                    fast, slow = getattr(codec, verb), getattr(plain, verb)
+                    timings = interleave({"float32": lambda f=slow, x=given: f(x), "bfloat16": lambda f=fast, x=given: f(x)}, rounds)
+                    label = f"f = {codec.downsampling}, {codec.channels} channels: {verb}"
+                    result.add(label, f"{timings['bfloat16'].median / MILLISECOND:.2f} ms", f"{timings['bfloat16'].ratio(timings['float32']):.2f}x as fast as float32")
+                    result.figures[f"{label}.seconds"] = timings["bfloat16"].median
+        yield result
+
+
+def bench_scaling(threads: int, rounds: int, counts: tuple[int, ...] = (20, 200, 1000), on_disk: int = 10_000) -> Iterator[Result]:
+    """Step 1a with more and more scenes, the most of them in memory-mapped files (about 5 GB for 10,000)."""
+    result = Result("scaling with N", threads)
+    with tempfile.TemporaryDirectory() as folder:
+        made = {f"N = {count}": Steps(LATENT, count) for count in counts}
+        if shutil.disk_usage(folder).free > 3 * FILE_BYTES * on_disk:
+            made[f"N = {on_disk}, rows in files"] = Steps(LATENT, on_disk, folder=Path(folder))
+        else:
+            result.add(f"N = {on_disk}, rows in files", "", f"not measured: {folder} has no room for them")
+        first = next(iter(made))
+        for steps in made.values():
+            steps.warmed(20)
+        timings = interleave({name: steps.step for name, steps in made.items()}, 3 * rounds)
+    for name, found in timings.items():
+        ratio = timings[first].ratio(found)
+        result.figures |= {f"{name}.seconds": found.median, f"{name}.ratio": ratio}
+        result.add(name, f"{found.median / MILLISECOND:.1f} ms", "" if name == first else f"{ratio:.3f}x the time of {first}")
+    yield result
+
+
+def bench_memory(threads: int, rounds: int, count: int = 1000) -> Iterator[Result]:
+    """Peak memory of step 1a in a process of its own."""
+    result = Result(f"peak memory, N = {count}", threads)
+    ran = subprocess.run([sys.executable, "-c", f"from benchmarks.cases import report_memory; report_memory({threads}, {count})"], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise UserError(f"memory: the process that measures memory failed: {ran.stderr.strip().splitlines()[-1]}")
+    found = json.loads(ran.stdout)
+    result.figures |= found
+    result.add("rows and their Adam moments", bytes_text(found["rows"]))
+    result.add("peak", bytes_text(found["peak"]), f"{bytes_text(found['peak'] - found['rows'])} beside the rows")
+    yield result
+
+
+CASES: dict[str, Callable[[int, int], Iterator[Result]]] = {
+    "step": bench_steps,
+    "stages": bench_stages,
+    "options": bench_options,
+    "view": bench_views,
+    "codec": bench_codec,
+    "scaling": bench_scaling,
+    "memory": bench_memory,
+}
+
+
+def main(only: tuple[str, ...] = (), threads: tuple[int, ...] = (), rounds: int = 7, out: Path | None = None) -> None:
+    """Measure steps, views, codec, scaling and memory on this machine: medians, and ratios of variants that run in turns.
+
+    Args:
+        only: cases to run, of step, stages, options, view, codec, scaling, memory; unset: all.
+        threads: numbers of CPU threads to run them with; unset: one, and all cores.
+        rounds: turns of each variant.
+        out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
+    """
+    start(Machine(threads=threads[-1] if threads else None))
+    if unknown := [name for name in only if name not in CASES]:
+        raise UserError(f"--only {unknown[0]}: no such case. There are: {', '.join(CASES)}.")
+    results = []
+    for count in threads or sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(count)
+        for name in only or CASES:
+            for result in CASES[name](count, rounds):
+                results.append(result)
+                _show(result)
+    save(results, out, shown=True)
+
+
+def _show(result: Result) -> None:
+    console.print(result.table().rich(), width=max(console.width, 120))
+
+
+def save(results: list[Result], out: Path | None, shown: bool = False) -> None:
+    """Print results, and write all figures with the machine's description to `out` (JSON) and, beside it, the tables."""
+    machine = timing.machine()
+    for result in [] if shown else results:
+        _show(result)
+    where = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; load {machine['load']:.1f} at the end"
+    console.print(where, highlight=False)
+    if out is None:
+        return
+    out.write_text(json.dumps({"machine": machine, "results": [asdict(result) for result in results]}, indent=1) + "\n")
+    tables = (f"**{result.table().title}**\n\n{result.table().markdown()}" for result in results)
+    out.with_suffix(".md").write_text("\n".join([*tables, where + ".\n"]))
+    console.print(f"{out} and {out.with_suffix('.md').name} written.", highlight=False)
+
+
+if __name__ == "__main__":
+    run_program(main)

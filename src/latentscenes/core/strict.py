@@ -1,0 +1,90 @@
+"""Plain values, as YAML gives them, to dataclasses and back. Strictly: an unknown key is refused with the nearest known one, a
+value of the wrong type with what was expected.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+import yaml
+
+from latentscenes.core.errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as dictionaries and lists."""
+    if is_dataclass(value):
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def change(tree: Any, override: str) -> None:
+    """Set one value of a tree of settings, as `key.key=value` says; in a list, a number or a name picks the entry."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: write it as key=value, for instance planes.resolution=32.")
+    *parents, last = key.split(".")
+    for name in parents:
+        if isinstance(tree, list):
+            tree = tree[_stage_index(tree, name, override)]
+        elif tree.get(name) is None:
+            tree[name] = {}
+            tree = tree[name]
+        else:
+            tree = tree[name]
+        if not isinstance(tree, dict | list):
+            raise UserError(f"--set {override}: {name} holds no further settings.")
+    if isinstance(tree, list):
+        raise UserError(f"--set {override}: {last} is a whole stage; name one of its settings.")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not valid YAML.") from None
+
+
+def _stage_index(stages: list, name: str, override: str) -> int:
+    names = [str(stage.get("name") if isinstance(stage, dict) else stage) for stage in stages]
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(stages):
+        return int(name)
+    raise UserError(f"--set {override}: no stage {name!r}; there are {', '.join(names) or 'none'}.")
+
+
+def build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (plain YAML) as `kind`, strictly."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected settings, got {value!r}.")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
+                raise UserError(f"{where}: unknown setting {key!r}; the nearest known is {near[0]!r}.")
+        required = [entry.name for entry in fields(kind) if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+        for name in required:
+            if name not in value:
+                raise UserError(f"{where}: {name!r} is missing.")
+        return kind(**{key: build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list, got {value!r}.")
+        return tuple(build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return value

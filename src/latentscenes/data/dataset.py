@@ -1,0 +1,218 @@
+"""Packed posed images: the only thing training reads.
+
+A dataset is a folder of plain arrays that are memory-mapped, never decoded:
+
+    views.json    format, scenes (name, first view, number of views, split, held-out views), box, origin
+    rgb.npy       uint8   (v, H, W, 3)  over white
+    alpha.npy     uint8   (v, H, W)     where the object's silhouette is known; else absent
+    cameras.npy   float32 (v, 16)       camera-to-world 3x4 row by row, then fx fy cx cy as fractions of the image
+
+Views of one scene lie together. Splits and held-out views are fixed when a dataset is made, and stored.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import check_place, writing_to
+
+FORMAT = "latentscenes-views-1"
+Split = Literal["train", "new"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object: views first … first + count − 1 of the dataset."""
+
+    name: str
+    first: int
+    count: int
+    split: Split
+    """`train`: learned together with the codec (stage 1). `new`: learned later, never seen before (stage 2)."""
+    held_out: tuple[int, ...]
+    """Views (0 … count − 1) kept for evaluation; never trained on."""
+
+    def views(self, part: Literal["fit", "held_out", "all"]) -> list[int]:
+        """Dataset indices of the views to fit, of those held out, or of all."""
+        held = set(self.held_out)
+        keep = {"fit": lambda k: k not in held, "held_out": lambda k: k in held, "all": lambda k: True}[part]
+        return [self.first + k for k in range(self.count) if keep(k)]
+
+
+@dataclass(frozen=True)
+class Views:
+    """An opened dataset. Arrays are memory-mapped; `images` copies out what is asked for."""
+
+    path: Path
+    scenes: tuple[Scene, ...]
+    box: Box
+    cameras: Cameras
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    origin: str
+    """The command or folder the dataset came from, for people."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Views":
+        path = Path(path)
+        index = path / "views.json"
+        if not index.is_file():
+            raise UserError(f"{path}: no dataset here (views.json is absent). Make one with `latentscenes data …`.")
+        try:
+            meta = json.loads(index.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the dataset again.")
+        try:
+            scenes = tuple(Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"])
+            height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
+            box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{index}: incomplete ({type(error).__name__}: {error}). Make the dataset again.") from None
+        count = sum(scene.count for scene in scenes)
+        rgb = _open_array(path / "rgb.npy", (count, height, width, 3), np.uint8)
+        alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if has_alpha else None
+        packed = torch.from_numpy(np.array(_open_array(path / "cameras.npy", (count, 16), np.float32)))
+        cameras = Cameras(packed[:, :12].reshape(-1, 3, 4).contiguous(), packed[:, 12:].contiguous())
+        return cls(path, scenes, box, cameras, rgb, alpha, origin)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+        return self.rgb.shape[1], self.rgb.shape[2]
+
+    def images(self, index: Int[Tensor, "n"] | list[int]) -> UInt8[Tensor, "n 3 H W"]:
+        """Images by dataset index, over white."""
+        return torch.from_numpy(self.rgb[np.asarray(index)]).permute(0, 3, 1, 2)
+
+    def pixels(self, index: Int[Tensor, "n"], pixels: Int[Tensor, "n k"]) -> UInt8[Tensor, "n k 3"]:
+        """Some pixels (row · W + column) of each of some images."""
+        flat = self.rgb.reshape(len(self.rgb), -1, 3)
+        return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
+
+    def select(self, split: Split, names: list[str] | None = None, limit: int | None = None) -> list[Scene]:
+        """The scenes of a split in stored order, or those named, at most `limit`."""
+        chosen = [scene for scene in self.scenes if scene.split == split]
+        if names:
+            known = {scene.name: scene for scene in chosen}
+            if missing := [name for name in names if name not in known]:
+                raise UserError(f"{self.path}: no scene {missing[0]!r} in split {split!r}. It has: {', '.join(list(known)[:8])} …")
+            chosen = [known[name] for name in names]
+        if not chosen:
+            raise UserError(f"{self.path}: no scene has split {split!r}. Make the dataset again with some, see `latentscenes data --help`.")
+        return chosen[:limit]
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); it may be truncated. Make the dataset again.") from None
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(f"{path}: holds {array.dtype} {array.shape}, views.json says {np.dtype(dtype)} {shape}. Make the dataset again.")
+    return array
+
+
+def spread(count: int, held_out: int) -> tuple[int, ...]:
+    """`held_out` of `count` views, evenly spread, deterministic."""
+    if held_out >= count:
+        raise UserError(f"{held_out} views held out of {count} leaves none to learn from; hold out fewer.")
+    return tuple(sorted({int((k + 0.5) * count / held_out) for k in range(held_out)}))
+
+
+class ViewsWriter:
+    """Writes a dataset scene by scene; nothing appears under its final name until `finish`.
+
+        with ViewsWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
+            writer.add("car_0001", images, cameras, "train", held_out=spread(40, 4), alpha=alphas)
+            writer.finish(box)
+    """
+
+    def __init__(self, path: str | Path, size: tuple[int, int], alpha: bool, origin: str):
+        self.path = Path(path)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path}: exists and is not an empty folder. Name another, or remove it first.")
+        check_place(self.path)
+        self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
+        self.size, self.has_alpha, self.origin = size, alpha, origin
+        self.scenes: list[Scene] = []
+        self.cameras: list[np.ndarray] = []
+
+    def __enter__(self) -> "ViewsWriter":
+        with writing_to(self.path):
+            self.partial.mkdir(parents=True)
+        self._rgb = open(self.partial / "rgb.raw", "wb")
+        self._alpha = open(self.partial / "alpha.raw", "wb") if self.has_alpha else None
+        return self
+
+    def add(
+        self,
+        name: str,
+        images: UInt8[np.ndarray, "v H W 3"],
+        cameras: Cameras,
+        split: Split,
+        held_out: tuple[int, ...],
+        alpha: UInt8[np.ndarray, "v H W"] | None = None,
+    ) -> None:
+        """Append one scene."""
+        if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
+            raise UserError(f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with {len(cameras)} cameras; the dataset holds {self.size[1]}x{self.size[0]}.")
+        if self.has_alpha and (alpha is None or alpha.shape != images.shape[:3]):
+            raise UserError(f"scene {name!r}: this dataset holds silhouettes, but this scene has none of its images' number and size.")
+        if any(scene.name == name for scene in self.scenes):
+            raise UserError(f"scene {name!r} appears twice; names must differ.")
+        first = sum(scene.count for scene in self.scenes)
+        self.scenes.append(Scene(name, first, len(images), split, tuple(held_out)))
+        self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
+        if self._alpha is not None:
+            self._alpha.write(np.ascontiguousarray(alpha).data)
+        self.cameras.append(torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1).float().numpy())
+
+    def finish(self, box: Box) -> None:
+        """Write the index and move the folder into place."""
+        if not self.scenes:
+            raise UserError(f"{self.path}: no scene was added; there is nothing to write.")
+        count, (height, width) = sum(scene.count for scene in self.scenes), self.size
+        self._close()
+        _raw_to_npy(self.partial / "rgb.raw", self.partial / "rgb.npy", (count, height, width, 3))
+        if self.has_alpha:
+            _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
+        np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
+        meta = {
+            "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha, "origin": self.origin,
+            "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
+        }  # fmt: skip
+        (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
+        if self.path.exists():
+            self.path.rmdir()
+        self.partial.rename(self.path)
+
+    def _close(self) -> None:
+        for stream in (self._rgb, self._alpha):
+            if stream is not None:
+                stream.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
+    """Give a raw dump of uint8 its npy header."""
+    with open(raw, "rb") as source, open(target, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        shutil.copyfileobj(source, out, 16 << 20)
+    raw.unlink()

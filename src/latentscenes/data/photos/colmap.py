@@ -1,0 +1,180 @@
+"""COLMAP reconstructions, read through pycolmap: photographs with their lenses and poses.
+
+Notable:
+- COLMAP's poses are world-to-camera in OpenCV axes. The corner of its first pixel is (0, 0), as ours is.
+- COLMAP reads pixels as they lie in the file, and ignores what phones note about their orientation (EXIF). So that note
+  says which side of a photograph is up.
+- pycolmap itself projects, so all its lenses that are not panoramas are understood.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from latentscenes.core.errors import UserError
+from latentscenes.data.images import image_size
+from latentscenes.data.importing import subfolders
+from latentscenes.data.splits import natural_key
+
+PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+"""Endings by which photographs are counted."""
+FEWEST = 10
+"""Photographs that an object needs at least."""
+WIDEST = 3.0
+"""Tangent of the largest angle from the optical axis that is looked at; a rectilinear picture of more is all rim."""
+
+
+class Lens:
+    """Where directions appear in the photographs of one COLMAP camera."""
+
+    def __init__(self, camera: Any, source: Path):
+        """`camera`: a pycolmap.Camera. `source`: the model it came from, for messages."""
+        self.camera = camera
+        self.focal = float(camera.mean_focal_length()) / camera.width
+        """As a fraction of the photograph's width."""
+        steps = np.linspace(0, 1, 65)
+        ends = np.zeros_like(steps), np.ones_like(steps)
+        border = np.concatenate([np.stack(line, -1) for end in ends for line in ((steps, end), (end, steps))])
+        rays = np.asarray(camera.cam_from_img(border * (camera.width, camera.height)))
+        rays = rays[np.isfinite(rays).all(-1)]
+        if not len(rays):
+            raise UserError(
+                f"{source}: the lens of camera {camera.camera_id} ({camera.model.name} {camera.params.tolist()}) cannot be "
+                "undone at the photograph's border. Run COLMAP again with a simpler lens model, SIMPLE_RADIAL say."
+            )
+        self.reach = float(min(np.hypot(*rays.T).max(), WIDEST))
+        """Tangent of the largest angle from the optical axis at which anything is shown."""
+
+    def project(self, toward: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 2"]:
+        """Where directions in camera axes appear, as fractions (x, y) of the photograph; NaN where it does not show them.
+
+        Distortion polynomials turn back far outside the photograph; what lies beyond its border is not asked of them.
+        """
+        ahead = toward[:, 2] > 1e-9
+        plane = toward / np.where(ahead, toward[:, 2], 1)[:, None]
+        places = np.asarray(self.camera.img_from_cam(plane)) / (self.camera.width, self.camera.height)
+        shown = ahead & (np.hypot(*plane[:, :2].T) <= self.reach) & (places >= 0).all(-1) & (places <= 1).all(-1)
+        return np.where(shown[:, None], places, np.nan)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph that COLMAP placed."""
+
+    name: str
+    """As COLMAP calls it: its path inside images/."""
+    file: Path
+    lens: Lens
+    rotation: Float[np.ndarray, "3 3"]
+    """Camera-to-world, OpenCV axes, in COLMAP's world."""
+    position: Float[np.ndarray, "3"]
+    up: Float[np.ndarray, "3"]
+    """What is up in the upright photograph, in camera axes: one of ±x, ±y."""
+    pixel_focal: float
+    """Focal length in pixels of the file, which may be a reduced copy of what COLMAP saw."""
+
+
+def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
+    """The placed photographs of the capture in `folder` (images/ and sparse/), in natural order of names, and how many
+    files in images/ the reconstruction lacks."""
+    images = folder / "images"
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder. Each object's folder holds its photographs in images/.")
+    source, model = _read_model(folder)
+    lenses = {number: _lens(camera, source) for number, camera in model.cameras.items()}
+    photographs = []
+    for number in model.reg_image_ids():
+        image = model.image(number)
+        pose = image.cam_from_world().inverse()
+        file = images / image.name
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such photograph, though {source} lists it. Put it back; to leave a photograph out, give it a "
+                "mask that is black all over."
+            )
+        lens = lenses[image.camera_id]
+        width = _checked_width(file, lens)
+        rotation, position = np.asarray(pose.rotation.matrix()), np.asarray(pose.translation)
+        if not (np.isfinite(rotation).all() and np.isfinite(position).all()):
+            raise UserError(f"{source}: the pose of {image.name} is not finite. Run COLMAP again.")
+        photographs.append(Photograph(image.name, file, lens, rotation, position, _up(file), lens.focal * width))
+    present = sum(file.suffix.lower() in PHOTOGRAPHS for file in images.rglob("*"))
+    if len(photographs) < max(FEWEST, present / 2):
+        raise UserError(
+            f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} and half of them "
+            "are needed. Photographs that COLMAP cannot place overlap too little, are blurred, or show too little texture: "
+            "take more, with a patterned cloth or newspaper under the object, and run COLMAP again. Or move the "
+            "photographs that it left out out of images/."
+        )
+    photographs.sort(key=lambda photograph: natural_key(photograph.name))
+    return photographs, present - len(photographs)
+
+
+def _read_model(folder: Path) -> tuple[Path, Any]:
+    """The capture's one model: its folder, and the pycolmap.Reconstruction."""
+    pycolmap = _pycolmap()
+    sparse = folder / "sparse"
+    found = [entry for entry in (sparse, *subfolders(sparse)) if _holds_model(entry)] if sparse.is_dir() else []
+    if not found:
+        raise UserError(
+            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in sparse/0). "
+            f"Make one: colmap automatic_reconstructor --image_path {folder / 'images'} --workspace_path {folder} --dense 0"
+        )
+    models = {}
+    for source in found:
+        try:
+            models[source] = pycolmap.Reconstruction(str(source))
+        except Exception as error:  # a broken file may break its reader in any way
+            raise UserError(
+                f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it is newer, update pycolmap."
+            ) from None
+    if len(models) > 1:
+        sizes = ", ".join(f"{source.name} with {model.num_reg_images()} photographs" for source, model in models.items())
+        raise UserError(
+            f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep the right one alone "
+            "and move the others away; or add photographs that overlap both and run COLMAP again."
+        )
+    return next(iter(models.items()))
+
+
+def _pycolmap() -> Any:
+    try:
+        import pycolmap
+    except ImportError:
+        raise UserError(
+            "COLMAP models are read by pycolmap, which is not installed: pip install 'latentscenes[photos]'"
+        ) from None
+    return pycolmap
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / f"{name}{ending}").is_file() for name in ("cameras", "images") for ending in (".bin", ".txt"))
+
+
+def _lens(camera: Any, source: Path) -> Lens:
+    if camera.model.name == "EQUIRECTANGULAR":
+        raise UserError(f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR), which are not supported.")
+    return Lens(camera, source)
+
+
+def _checked_width(file: Path, lens: Lens) -> int:
+    """The photograph's width in pixels. It is the one that COLMAP saw, or a reduced copy of it."""
+    (height, width), (seen_height, seen_width) = image_size(file), (lens.camera.height, lens.camera.width)
+    if abs(width * seen_height - height * seen_width) > max(seen_height, seen_width):  # more than rounding to whole pixels
+        raise UserError(
+            f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}: another shape. Put the "
+            "photographs that COLMAP saw into images/, neither cropped nor turned."
+        )
+    return width
+
+
+def _up(file: Path) -> Float[np.ndarray, "3"]:
+    """Up in camera axes, by the photograph's EXIF orientation (tag 274: which sides the first row and column are)."""
+    with Image.open(file) as image:
+        orientation = image.getexif().get(274, 1)
+    side = {3: (0, 1), 4: (0, 1), 5: (-1, 0), 6: (-1, 0), 7: (1, 0), 8: (1, 0)}.get(orientation, (0, -1))
+    return np.array([*side, 0.0])

@@ -1,0 +1,130 @@
+"""Scores on held-out views, deterministic: samples at the middles of their slices, latent means, images clamped.
+
+Every score is taken per view, then averaged per scene, then over scenes. The error is split:
+`codec` is the ceiling D(E(x)) against x, `total` the full method D(render) against x, `latent` the mean squared
+error of rendered against encoded latents.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentscenes.core.files import write_json
+from latentscenes.data.dataset import Scene, Views
+from latentscenes.model import metrics
+from latentscenes.storage.library import SCORES
+from latentscenes.storage.scene_set import Learned, Loaded
+
+CHUNK = 16
+"""Views rendered and decoded at once."""
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """Means over one scene's views (or, as `mean`, over scenes). dB for PSNR; None where a metric is not at hand."""
+
+    name: str
+    psnr: float
+    ssim: float
+    perceptual: float | None
+    codec_psnr: float
+    codec_ssim: float
+    codec_perceptual: float | None
+    latent_error: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a set of scenes."""
+
+    data: str
+    part: str
+    """`held_out` views or `fit` views."""
+    views: int
+    perceptual_metric: str | None
+    """Which perceptual metric `perceptual` is."""
+    render_seconds: float
+    """Render and decode, per view."""
+    scenes: list[SceneScore]
+    mean: SceneScore
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Evaluation":
+        raw = json.loads(path.read_text())
+        return cls(**raw | {"scenes": [SceneScore(**score) for score in raw["scenes"]], "mean": SceneScore(**raw["mean"])})
+
+
+@torch.no_grad()
+def evaluate(loaded: Loaded, views: Views, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
+    """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
+    spread."""
+    perceptual = metrics.Perceptual.find()
+    model, device = loaded.model, loaded.device
+    background = model.background(*views.size)
+    scores, seconds, count = [], 0.0, 0
+    for scene in scenes:
+        index = scene.views(part)
+        if limit is not None and limit < len(index):
+            index = [index[int((k + 0.5) * len(index) / limit)] for k in range(limit)]
+        planes = loaded.planes(scene.name)
+        table: list[list[Tensor]] = []
+        for chunk in torch.tensor(index).split(CHUNK):
+            images, cameras = views.images(chunk).to(device).float() / 255, views.cameras[chunk].to(device)
+            if not count:  # kernels are built and memory is fetched before the clock starts
+                model.decode(model.render(planes, cameras, background).image(*background.shape[1:]))
+            begun = _now(device)
+            latents = model.render(planes, cameras, background).image(*background.shape[1:])
+            rendered = model.decode(latents)
+            seconds += _now(device) - begun
+            encoded = model.encode(images)
+            decoded = model.decode(encoded)
+            missing = torch.full((len(chunk),), math.nan)
+            table.append([
+                metrics.psnr(rendered, images), metrics.ssim(rendered, images),
+                perceptual(rendered, images) if perceptual else missing,
+                metrics.psnr(decoded, images), metrics.ssim(decoded, images),
+                perceptual(decoded, images) if perceptual else missing,
+                (latents - encoded).square().mean((1, 2, 3)),
+            ])  # fmt: skip
+        means = [float(torch.cat([column.cpu() for column in columns]).double().mean()) for columns in zip(*table, strict=True)]
+        scores.append(SceneScore(scene.name, *(None if math.isnan(value) else value for value in means)))
+        count += len(index)
+    kind = perceptual.name if perceptual else None
+    return Evaluation(str(views.path), part, count, kind, seconds / max(count, 1), scores, mean_score(scores))
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def evaluate_learned(learned: Learned, views: Views, device: torch.device | str) -> Evaluation:
+    """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
+    long as it is of the same scenes."""
+    path = learned.path / SCORES
+    if path.exists():
+        known = Evaluation.read(path)
+        if [score.name for score in known.scenes] == list(learned.names):
+            return known
+    found = evaluate(learned.load(device), views, learned.scenes(views))
+    found.save(path)
+    return found
+
+
+def mean_score(scores: Sequence[SceneScore]) -> SceneScore:
+    """Mean over scenes."""
+    names = [entry.name for entry in fields(SceneScore)][1:]
+    columns = {name: [getattr(score, name) for score in scores] for name in names}
+    return SceneScore("mean", **{name: None if None in values else statistics.fmean(values) for name, values in columns.items()})

@@ -1,0 +1,108 @@
+"""Our own codec: principal components of image patches, and small convolutional networks that add what those miss.
+
+Notable:
+- Latents start as the principal components of f x f patches, from which patches are recovered linearly. That alone
+  beats minutes of training from random weights; the networks beside it start at zero and only ever improve on it.
+- Components are orthonormal and share one scale, so an error in latents weighs what it weighs in pixels, and latents
+  of images in [0, 1] start inside (−1, 1).
+- Nothing has a bias, and everything sees 1 − image. So white is 0 in every layer, plain zero padding is exact for it,
+  its latent is 0 up to the last pixel, and 0 decodes to white: empty space needs no learning, whatever the weights.
+  (With biases, zero padding gives edges and corners other latents than the middle, which no rendered background can
+  match.)
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentscenes.model.codec import Codec
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+class Residual(nn.Module):
+    """x + conv(silu(conv(silu(x))))"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = _convolution(width, width), _zeroed(_convolution(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(nn.functional.silu(self.first(nn.functional.silu(x))))
+
+
+class ConvolutionalCodec(Codec):
+    """Downsampling f of 2, 4 or 8. The networks beside the linear part: a pixel shuffle by 2, then strided
+    convolutions; `width` channels at latent resolution, half as many at each finer one (never under 32, or `width` if smaller)."""
+
+    def __init__(self, downsampling: int, channels: int, width: int, bfloat16: bool = True):
+        super().__init__()
+        self.downsampling, self.channels = downsampling, channels
+        self.bfloat16 = bfloat16
+        levels = {2: 1, 4: 2, 8: 3}[downsampling]
+        widths = [max(min(width, 32), width >> level) for level in range(levels)][::-1]  # finest first
+
+        encoder: list[nn.Module] = [nn.PixelUnshuffle(2), _convolution(12, widths[0])]
+        for finer, coarser in zip(widths, widths[1:], strict=False):
+            encoder += [Residual(finer), _convolution(finer, coarser, stride=2)]
+        encoder += [Residual(width), Residual(width), nn.SiLU(), _zeroed(_convolution(width, channels))]
+        self.encoder = nn.Sequential(*encoder)
+
+        decoder: list[nn.Module] = [_convolution(channels, width), Residual(width), Residual(width), Residual(width)]
+        for coarser, finer in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            decoder += [_convolution(coarser, 4 * finer), nn.PixelShuffle(2), Residual(finer)]
+        decoder += [nn.SiLU(), _zeroed(_convolution(widths[0], 12)), nn.PixelShuffle(2)]
+        self.decoder = nn.Sequential(*decoder)
+
+        basis = torch.linalg.qr(torch.randn(3 * downsampling**2, channels))[0]
+        self.analysis = nn.Parameter(basis.t().contiguous()[:, :, None, None])
+        self.synthesis = nn.Parameter(basis.contiguous()[:, :, None, None])
+        self.scale = 1 / math.sqrt(3 * downsampling**2)
+        """No unit vector reaches further than 1 / scale over a patch of values in [0, 1]."""
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def fit_components(self, images: Float[Tensor, "n 3 H W"]) -> None:
+        """Set the linear part to the principal components of these images' patches (about white, not about their
+        mean, so that white stays 0)."""
+        patches = nn.functional.pixel_unshuffle(1 - images, self.downsampling).transpose(0, 1).flatten(1).double()
+        _, vectors = torch.linalg.eigh(patches @ patches.t() / patches.shape[1])
+        largest = vectors[:, -self.channels :].flip(1)
+        largest = largest * largest.sum(0).sign()  # the sign of an eigenvector is arbitrary: more ink, more latent
+        self.synthesis.copy_(largest.float()[:, :, None, None])
+        self.analysis.copy_(largest.t().float()[:, :, None, None])
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        fast = x.is_cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and fast)
+
+    def encode(self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None) -> Float[Tensor, "n c h w"]:
+        ink = (1 - images).contiguous(memory_format=torch.channels_last)
+        linear = nn.functional.conv2d(nn.functional.pixel_unshuffle(ink, self.downsampling), self.analysis * self.scale)
+        with self._autocast(ink):
+            return linear + self.encoder(ink).float() * self.scale
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        linear = nn.functional.pixel_shuffle(nn.functional.conv2d(latents, self.synthesis / self.scale), self.downsampling)
+        with self._autocast(latents):
+            return 1 - linear - self.decoder(latents / (self.scale * self.downsampling)).float()
+
+    def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
+        rows, columns = self.latent_size(height, width)
+        return torch.zeros(self.channels, rows, columns, device=self.analysis.device)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return [self.analysis, *self.encoder.parameters()]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        return [self.synthesis, *self.decoder.parameters()]

@@ -1,0 +1,165 @@
+"""The one place where the parts meet: codec, normaliser, field and base planes, built from a Config.
+
+Scenes are not in here (see planes.py): a Model is what all of them share.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.config import CodecConfig, Config
+from latentscenes.core.errors import UserError
+from latentscenes.model.codec import Codec
+from latentscenes.model.normalizer import Normalizer
+from latentscenes.model.planes import SceneRows, compose, fresh_bases, fuse
+from latentscenes.rendering.field import Field
+from latentscenes.rendering.render import camera_rays, render_rays
+
+PREVIEW_CHANNELS = 3
+
+
+class LatentView(NamedTuple):
+    """Rendered views, p latent pixels each, over the background."""
+
+    latents: Float[Tensor, "v p c"]
+    """In (−1, 1)."""
+    preview: Float[Tensor, "v p q"]
+    """Low-resolution RGB in (−1, 1), q = 3; q = 0 unless the configuration asks for it."""
+    depth: Float[Tensor, "v p"]
+    """Expected distance along the ray, world units."""
+    opacity: Float[Tensor, "v p"]
+
+    def image(self, height: int, width: int) -> Float[Tensor, "v c h w"]:
+        """The latents as images, where every pixel was rendered."""
+        return self.latents.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Model(nn.Module):
+    """What scenes share. Latents here are always normalised, in (−1, 1)."""
+
+    def __init__(self, config: Config, box: Box, pretrained: bool = True):
+        """With `pretrained` off, `codec.path` is not read where the architecture is known without it: the weights are
+        about to come from a checkpoint."""
+        super().__init__()
+        self.config, self.box = config, box
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.codec = build_codec(config.codec, pretrained)
+            self.normalizer = Normalizer(config.normalizer.kind, self.codec.channels, scale=config.normalizer.scale, window=config.normalizer.window)
+            self.field = self.fresh_field()
+        self.bases = nn.Parameter(fresh_bases(config.planes, generator))
+
+    def fresh_field(self) -> Field:
+        """A field with random weights (from torch's global generator)."""
+        field = self.config.field
+        channels = self.codec.channels + PREVIEW_CHANNELS * self.config.render.preview
+        return Field(self.config.planes.features, channels, field.hidden, field.frequencies, field.view_direction)
+
+    def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Parameters by the part that a stage learns or freezes, each with a unique name."""
+        return {
+            "encoder": [(str(k), parameter) for k, parameter in enumerate(self.codec.encoder_parameters())],
+            "decoder": [(str(k), parameter) for k, parameter in enumerate(self.codec.decoder_parameters())],
+            "field": list(self.field.named_parameters()),
+            "bases": [("bases", self.bases)] if self.bases.numel() else [],
+        }
+
+    def encode(self, images: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c h w"]:
+        """Images in [0, 1] to normalised latents."""
+        return self.normalizer.normalize(self.codec.encode(images))
+
+    def decode(self, latents: Float[Tensor, "v c h w"]) -> Float[Tensor, "v 3 H W"]:
+        """Normalised latents to images, about [0, 1]."""
+        return self.codec.decode(self.normalizer.denormalize(latents))
+
+    def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
+        """Normalised latent of a white image of that size in pixels."""
+        return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
+
+    def compose(self, rows: SceneRows) -> Float[Tensor, "s 3 r r f"]:
+        """Tri-planes of some scenes, fused and mixed."""
+        return compose(rows, self.bases, self.config.planes.fusion)
+
+    def fuse(self, rows: SceneRows, macro: Float[Tensor, "s 3 r r g"] | None = None) -> Float[Tensor, "s 3 r r f"]:
+        """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn. `macro`
+        are their macro planes, if known."""
+        return fuse(rows, self.bases, self.config.planes.fusion, macro)
+
+    def render(
+        self,
+        planes: Float[Tensor, "s 3 r r f"],
+        cameras: Cameras,
+        background: Float[Tensor, "c h w"],
+        generator: torch.Generator | None = None,
+        pixels: Int[Tensor, "v p"] | None = None,
+        mixing: Float[Tensor, "s f f"] | None = None,
+    ) -> LatentView:
+        """Views of s scenes, equally many of each, scene by scene, at the background's resolution.
+
+        Samples are jittered with a generator and at the middles of their slices without. `pixels` picks the rays of
+        each view (row · w + column); all without. `mixing` is that of the scenes, where planes are fused alone.
+        """
+        settings, planes_config = self.config.render, self.config.planes
+        height, width = background.shape[1:]
+        bounds = None if settings.near is None else (settings.near, settings.far)
+        rays = camera_rays(cameras, len(planes), height, width, self.box, bounds, pixels)
+        shape = rays.near.shape
+
+        def numbers(count: int) -> Tensor:
+            if generator is None:
+                return torch.full((*shape, count), 0.5, device=planes.device)
+            return torch.rand(*shape, count, generator=generator, device=planes.device)
+
+        rendered = render_rays(
+            planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
+            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision, mixing,
+        )  # fmt: skip
+        views = len(cameras)
+        features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
+        behind = background.flatten(1).t()
+        behind = behind[None] if pixels is None else behind[pixels]
+        empty = 1 - opacity[..., None]
+        channels = self.codec.channels
+        return LatentView(features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity)
+
+
+def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
+    """The codec that a configuration names."""
+    if config.kind == "convolutional":
+        from latentscenes.model.convolutional import ConvolutionalCodec
+
+        codec = ConvolutionalCodec(config.downsampling, config.channels, config.width, config.bfloat16)
+        if config.path and pretrained:
+            _load_from_run(codec, Path(config.path))
+        return codec
+    if config.kind == "identity":
+        from latentscenes.model.identity import IdentityCodec
+
+        return IdentityCodec()
+    if config.kind == "diffusers":
+        from latentscenes.model.diffusers import DiffusersCodec
+
+        return DiffusersCodec.load(config.path, config.subfolder, config.allow_download)
+    if config.kind == "tiny":
+        from latentscenes.model.tiny import TinyCodec
+
+        return TinyCodec.from_folder(config.path)
+    raise UserError(f"codec.kind: {config.kind!r} is not known.")
+
+
+def _load_from_run(codec: Codec, path: Path) -> None:
+    """Weights of the same codec learned by another run."""
+    files = sorted(path.glob("checkpoints/*/shared.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError(f"codec.path: {path} holds no checkpoint of a run. Name a run folder of `latentscenes train`.")
+    state = {name.removeprefix("codec."): tensor for name, tensor in load_file(files[-1]).items() if name.startswith("codec.")}
+    try:
+        codec.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"codec.path: {path} learned another codec ({str(error).splitlines()[1].strip()[:120]}). Use the same codec settings.") from None

@@ -1,0 +1,189 @@
+"""The fused CPU kernel as differentiable torch operators; same meaning as `render.march_planes`.
+
+`native.cpp` does the work, by hand in both directions. Here its functions become custom operators, so that autograd
+and torch.compile treat them like torch's own. Gradients reach planes and network, not rays nor random numbers.
+"""
+
+import ctypes
+import math
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentscenes.rendering.field import DENSITY_SHIFT, FEATURE_MARGIN, PLANE_AXES
+from latentscenes.rendering.kernels import build
+from latentscenes.rendering.march import BLUR_PADDING
+
+SKIP = 1e-4
+"""Forward leaves out samples behind which less than this fraction of light arrives. Backward leaves out those none of
+whose raw outputs has a gradient above this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
+0 keeps all."""
+
+INPUTS = ("planes", "hidden_w", "hidden_b", "out_w", "out_b")
+INPUTS += ("origins", "directions", "near", "far", "u_coarse", "u_fine")
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` in field.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")),
+        *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "networks", "threads")),
+        *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
+        *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip", "opaque")),
+        *((name, ctypes.c_void_p) for name in INPUTS),
+    ]
+
+
+_warned = False
+
+
+def available() -> bool:
+    """Whether the kernel could be compiled and loaded; warns once per process if not."""
+    global _warned
+    loaded, why = build.load()
+    if loaded is None and not _warned:
+        _warned = True
+        warnings.warn(
+            f"The fast CPU kernel is off: {why}. Rendering goes the slower torch way; install a C++17 compiler or set CXX.",
+            stacklevel=2,
+        )
+    return loaded is not None
+
+
+def why_unavailable() -> str:
+    return build.load()[1]
+
+
+def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> _Problem:
+    planes, hidden_w, _, out_w, _, _, _, _, _, u_coarse, u_fine = inputs
+    scenes, rays, coarse = u_coarse.shape
+    columns, rows = zip(*PLANE_AXES[axes], strict=True)
+    return _Problem(
+        scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
+        hidden_w.shape[-1] > planes.shape[-1], hidden_w.shape[-2], out_w.shape[0] - 1,
+        aggregation == "product", hidden_w.shape[0] if hidden_w.ndim == 3 else 1, torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
+        DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, -math.log(skip) if skip else math.inf,
+        *(tensor.data_ptr() for tensor in inputs),
+    )  # fmt: skip
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a contiguous tensor's numbers start; null for none or an empty one."""
+    return ctypes.c_void_p(None if tensor is None or not tensor.numel() else tensor.data_ptr())
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library; ask `available` first."""
+    loaded, why = build.load()
+    if loaded is None:
+        raise RuntimeError(f"the native kernel is not available: {why}")
+    return loaded
+
+
+def evaluated(backward: bool) -> int:
+    """Samples that the last pass of `render` in this process evaluated; the others were left out."""
+    function = library().latentscenes_evaluated
+    function.restype = ctypes.c_int64
+    return function(int(backward))
+
+
+def call(name: str, problem: ctypes.Structure, tensors: list[Tensor | None]) -> None:
+    """Call a function of the library that takes a structure of sizes, then arrays."""
+    getattr(library(), name)(ctypes.byref(problem), *map(pointer, tensors))
+
+
+def _outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
+    """Uninitialised features, depth, opacity; then t, density and features of samples, empty unless kept."""
+    (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
+    samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
+    shapes = [(scenes, rays, channels), (scenes, rays), (scenes, rays), samples, samples, (*samples, channels)]
+    return [u_coarse.new_empty(shape) for shape in shapes]
+
+
+@torch.library.custom_op("latentscenes::render", mutates_args=(), device_types="cpu")
+def _render(
+    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor, directions: Tensor,
+    near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str, aggregation: str, skip: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine)
+    inputs = [tensor.contiguous() for tensor in given]
+    outputs = _outputs(u_coarse, u_fine, out_w, keep)
+    if near.numel():
+        call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), outputs)
+    return tuple(outputs)
+
+
+@_render.register_fake
+def _(planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes, aggregation, skip, keep):
+    return tuple(_outputs(u_coarse, u_fine, out_w, keep))
+
+
+@torch.library.custom_op("latentscenes::render_backward", mutates_args=(), device_types="cpu")
+def _render_backward(
+    upstream: list[Tensor], saved: list[Tensor], given: list[Tensor], axes: str, aggregation: str, skip: float,
+    planes_too: bool, network_too: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
+    inputs = [tensor.contiguous() for tensor in given]
+    gradients = [torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0) for k in range(5)]
+    if inputs[INPUTS.index("near")].numel():
+        arguments = [*(tensor.contiguous() for tensor in upstream), *saved, *gradients]
+        call("latentscenes_backward", _problem(inputs, axes, aggregation, skip), arguments)
+        return gradients
+    return [gradient.zero_() for gradient in gradients]
+
+
+@_render_backward.register_fake
+def _(upstream, saved, given, axes, aggregation, skip, planes_too, network_too):
+    wanted = [planes_too] + 4 * [network_too]
+    return [given[k].new_empty(given[k].shape if wanted[k] else 0) for k in range(5)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.axes, ctx.aggregation, ctx.skip, ctx.keep = inputs
+    ctx.set_materialize_grads(False)  # else zeros as large as all samples would be made for the saved outputs
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+def _backward(ctx, *upstream):
+    tensors = ctx.saved_tensors
+    planes_too, network_too = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+    given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
+    results = [gradient if gradient is not None else given[0].new_empty(0) for gradient in upstream[:3]]
+    gradients = _render_backward(results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, planes_too, network_too)
+    wanted = [planes_too] + 4 * [network_too]
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *10 * [None]
+
+
+_render.register_autograd(_backward, setup_context=_setup_context)
+
+
+def render(
+    planes: Float[Tensor, "s 3 r r f"],
+    hidden_w: Float[Tensor, "*s h i"],
+    hidden_b: Float[Tensor, " h"],
+    out_w: Float[Tensor, "o h"],
+    out_b: Float[Tensor, " o"],
+    origins: Float[Tensor, "s p 3"],
+    directions: Float[Tensor, "s p 3"],
+    near: Float[Tensor, "s p"],
+    far: Float[Tensor, "s p"],
+    u_coarse: Float[Tensor, "s p n"],
+    u_fine: Float[Tensor, "s p m"],
+    axes: str = "xy,xz,yz",
+    aggregation: str = "sum",
+    skip: float | None = None,
+) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
+    """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32 on
+    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3); its first
+    weights may be each scene's own. `skip` is SKIP unless given.
+
+    For a fixed torch thread count the same inputs give the same bits, gradients included.
+    """
+    trained = (planes, hidden_w, hidden_b, out_w, out_b)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
+    return _render(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]

@@ -1,0 +1,244 @@
+"""The GPU kernels as differentiable torch operators; same meaning as `render.march_planes`, as native.py has on the CPU.
+
+`triton_field.py` and `triton_march.py` do the work. A pass is a few launches: the field at coarse samples, fine samples
+placed, the field at those, all sorted and composited. Between them only places, densities and features of samples are in
+memory, which is also what backward needs. Gradients reach planes and network, not rays nor random numbers.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+
+from latentscenes.rendering import march
+from latentscenes.rendering.kernels import triton_field, triton_march
+from latentscenes.rendering.kernels.native import INPUTS, SKIP
+
+FORWARD_BLOCK, BACKWARD_BLOCK, WARPS = 64, 32, 8
+"""Points that a program of the field's kernels takes together, and its warps. With more points, or fewer warps, the
+compiler runs out of registers at the usual sizes (32 features, 64 hidden units)."""
+LANES = 512
+"""Samples that a program of the kernels along rays takes together, in whole rays."""
+PROGRAMS_PER_PROCESSOR = 4
+"""Programs that sum the network's gradients, for each of a GPU's multiprocessors."""
+
+
+class _Sizes(NamedTuple):
+    """What the kernels are told about the arrays; rays are counted over all scenes, but `per_scene`."""
+
+    rays: int
+    per_scene: int
+    coarse: int
+    fine: int
+    resolution: int
+    features: int
+    inputs: int
+    hidden: int
+    channels: int
+
+    @property
+    def samples(self) -> int:
+        return self.coarse + self.fine
+
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes that all of the field's kernels take, in their order."""
+        return self.per_scene, self.samples, self.resolution, self.features, self.inputs, self.hidden, self.channels
+
+    def options(self, axes: str, aggregation: str, precision: str) -> dict[str, bool | int | str]:
+        """What the field's kernels are compiled for."""
+        widths = {"INPUTS": self.inputs, "HIDDEN": self.hidden, "OUTPUTS": 1 + self.channels}
+        padded = {name: max(16, triton.next_power_of_2(width)) for name, width in widths.items()}
+        kind = {"EG3D": axes == "eg3d", "PRODUCT": aggregation == "product", "DIRECTED": self.inputs > self.features}
+        return {**kind, **padded, "PRECISION": precision, "num_warps": WARPS, "num_stages": 1}
+
+    def rows(self, columns: int, name: str) -> dict[str, int]:
+        """Padded columns and rays together of a kernel along rays."""
+        padded = triton.next_power_of_2(columns)
+        return {"R": max(1, LANES // padded), name: padded}
+
+
+def _sizes(given: list[Tensor]) -> _Sizes:
+    planes, hidden_w, _, out_w, _, _, _, _, _, u_coarse, u_fine = given
+    scenes, per_scene, coarse = u_coarse.shape
+    if scenes * per_scene * (coarse + u_fine.shape[-1]) >= 2**31:
+        raise ValueError("the GPU kernels number samples with 32 bits: render fewer rays at once")
+    return _Sizes(
+        scenes * per_scene, per_scene, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
+        hidden_w.shape[1], hidden_w.shape[0], out_w.shape[0] - 1,
+    )  # fmt: skip
+
+
+def _on(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _readable(planes: Tensor, precision: str) -> Tensor:
+    return planes.to(torch.bfloat16) if precision == "bfloat16" else planes
+
+
+def _results(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
+    """Uninitialised features, depth, opacity; then t, density, features and order of samples, empty unless kept."""
+    (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
+    samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
+    shapes = [(scenes, rays, channels), (scenes, rays), (scenes, rays), samples, samples, (*samples, channels)]
+    return [u_coarse.new_empty(shape) for shape in shapes] + [u_coarse.new_empty(samples, dtype=torch.int32)]
+
+
+@torch.library.custom_op("latentscenes::render_triton", mutates_args=())
+def _render(
+    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor, directions: Tensor,
+    near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str, aggregation: str, precision: str, skip: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = [planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine]
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = (x.contiguous() for x in given)
+    size = _sizes(given)
+    results = _results(u_coarse, u_fine, out_w, keep)
+    if not size.rays:
+        return tuple(results)
+    out_features, depth, opacity = results[:3]
+    _, _, _, t, density, features, order = results if keep else _results(u_coarse, u_fine, out_w, True)
+    t[..., : size.coarse] = march.stratified(near, far, u_coarse)
+    density.zero_(), features.zero_()  # what rays that miss keep
+    planes = _readable(planes, precision)
+    options = size.options(axes, aggregation, precision)
+
+    def evaluate(first: int, count: int) -> None:
+        points = size.rays * count
+        triton_field.field_forward[(triton.cdiv(points, FORWARD_BLOCK),)](
+            planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, t, density, features,
+            points, first, count, *size.kernel(), BLOCK=FORWARD_BLOCK, **options,
+        )  # fmt: skip
+
+    with _on(planes):
+        evaluate(0, size.coarse)
+        if size.fine:
+            block = size.rows(size.fine, "M")
+            grid = (triton.cdiv(size.rays, block["R"]),)
+            triton_march.place_fine[grid](t, density, u_fine, size.rays, size.coarse, size.fine, **block)
+            evaluate(size.coarse, size.fine)
+        block = size.rows(size.samples, "N")
+        grid = (triton.cdiv(size.rays, block["R"]),)
+        triton_march.sort_samples[grid](t, order, size.rays, size.samples, **block)
+        triton_march.composite[grid](
+            t, density, features, order, out_features, depth, opacity, size.rays, size.samples, size.channels, **block
+        )
+    return tuple(results)
+
+
+@_render.register_fake
+def _(
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes, aggregation, precision,
+    skip, keep,
+):  # fmt: skip
+    return tuple(_results(u_coarse, u_fine, out_w, keep))
+
+
+@torch.library.custom_op("latentscenes::render_triton_backward", mutates_args=())
+def _render_backward(
+    upstream: list[Tensor], saved: list[Tensor], given: list[Tensor], axes: str, aggregation: str, precision: str,
+    skip: float, planes_too: bool, network_too: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = (x.contiguous() for x in given)
+    size = _sizes(given)
+    wanted = [planes_too] + 4 * [network_too]
+    gradients = [torch.zeros_like(x) if want else x.new_empty(0) for x, want in zip(given[:5], wanted, strict=True)]
+    if not size.rays:
+        return gradients
+    up_features, up_depth, up_opacity = (x.contiguous() for x in upstream)
+    t, density, features, order = saved
+    threshold = skip * (up_features.abs().sum(-1) + up_depth.abs() * far + up_opacity.abs()).mean()
+    d_raw = t.new_empty((*t.shape, 1 + size.channels))
+    keep = torch.empty_like(t, dtype=torch.int8)
+    with _on(planes):
+        block = size.rows(size.samples, "N")
+        triton_march.composite_backward[(triton.cdiv(size.rays, block["R"]),)](
+            t, density, features, order, up_features, up_depth, up_opacity, threshold, d_raw, keep,
+            size.rays, size.samples, size.channels, **block,
+        )  # fmt: skip
+        kept = keep.flatten().nonzero().flatten()
+        if not len(kept):
+            return gradients
+        read = (_readable(planes, precision), hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept)
+        options = {"BLOCK": BACKWARD_BLOCK, **size.options(axes, aggregation, precision)}
+        blocks = triton.cdiv(len(kept), BACKWARD_BLOCK)
+        if planes_too:
+            triton_field.field_backward_planes[(blocks,)](*read, gradients[0], len(kept), *size.kernel(), **options)
+        if network_too:
+            programs = min(blocks, _programs(planes.device))
+            shares = [x.new_empty((programs, *x.shape)) for x in given[1:5]]
+            triton_field.field_backward_network[(programs,)](*read, *shares, len(kept), *size.kernel(), **options)
+            gradients[1:] = [share.sum(0) for share in shares]
+    return gradients
+
+
+@_render_backward.register_fake
+def _(upstream, saved, given, axes, aggregation, precision, skip, planes_too, network_too):
+    wanted = [planes_too] + 4 * [network_too]
+    return [given[k].new_empty(given[k].shape if wanted[k] else 0) for k in range(5)]
+
+
+def _programs(device: torch.device) -> int:
+    """The most programs that sum the network's gradients; two where kernels are interpreted."""
+    if device.type != "cuda":
+        return 2
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, ctx.keep = inputs
+    ctx.set_materialize_grads(False)  # else zeros as large as all samples would be made for the saved outputs
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+def _backward(ctx, *upstream):
+    tensors = ctx.saved_tensors
+    planes_too, network_too = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+    given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
+    near = given[INPUTS.index("near")]
+    shapes = [(*near.shape, saved[2].shape[-1]), near.shape, near.shape]
+    results = [near.new_zeros(shape) if up is None else up for up, shape in zip(upstream[:3], shapes, strict=True)]
+    gradients = _render_backward(
+        results, saved, given, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, planes_too, network_too
+    )
+    wanted = [planes_too] + 4 * [network_too]
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *11 * [None]
+
+
+_render.register_autograd(_backward, setup_context=_setup_context)
+
+
+def render(
+    planes: Float[Tensor, "s 3 r r f"],
+    hidden_w: Float[Tensor, "h i"],
+    hidden_b: Float[Tensor, " h"],
+    out_w: Float[Tensor, "o h"],
+    out_b: Float[Tensor, " o"],
+    origins: Float[Tensor, "s p 3"],
+    directions: Float[Tensor, "s p 3"],
+    near: Float[Tensor, "s p"],
+    far: Float[Tensor, "s p"],
+    u_coarse: Float[Tensor, "s p n"],
+    u_fine: Float[Tensor, "s p m"],
+    axes: str = "xy,xz,yz",
+    aggregation: str = "sum",
+    precision: str = "float32",
+    skip: float | None = None,
+) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
+    """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32, on
+    one CUDA device. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3).
+
+    `precision` is that of the numbers that the network multiplies: "float32", "tf32" or "bfloat16"; with the last, texels
+    are read in it too. All sums, compositing and all gradients are float32. Gradients of planes are summed in no fixed
+    order, so their last bits may differ from run to run. Backward leaves out samples whose gradient is below `skip`, as the
+    native kernel does; SKIP unless given.
+    """
+    trained = (planes, hidden_w, hidden_b, out_w, out_b)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
+    return _render(*trained, *fixed, axes, aggregation, precision, SKIP if skip is None else skip, keep)[:3]

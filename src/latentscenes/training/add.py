@@ -1,0 +1,149 @@
+"""A scene from pictures at hand: checked, packed as a small dataset in the library's `work`, learned, appended."""
+
+import dataclasses
+import difflib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import ArrayLike
+
+from latentscenes.core.cameras import Cameras
+from latentscenes.core.config import Config, frozen
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import locked, writing_to
+from latentscenes.data.checks import check_cameras
+from latentscenes.data.dataset import Views, ViewsWriter
+from latentscenes.storage.library import Store
+from latentscenes.storage.quantize import Precision, check_precision
+from latentscenes.storage.run import Run, RunInfo
+from latentscenes.training.exploit import learn_group, start_rows
+from latentscenes.training.loop import learn
+from latentscenes.training.track import Tracker
+
+QUICK_STEPS = 60
+"""Steps that a scene gets which is only looked for."""
+WHITE = 250
+"""From this byte on a pixel counts as white."""
+LEAST_WHITE = 0.1
+"""Pictures without masks must have at least this share of white along their edges."""
+
+
+def learn_from_pictures(
+    store: Store,
+    name: str,
+    images: ArrayLike,
+    cameras: Cameras,
+    masks: ArrayLike | None,
+    precision: Precision | None,
+    tags: dict[str, Any] | None,
+    device: torch.device,
+) -> str:
+    """Learn one scene and append it; gives its name. See Library.add."""
+    config = frozen(store.config)
+    if not config.exploit:
+        raise UserError(f"{store.path}: its configuration lists no exploit stages, so it does not say how to learn a scene. Add some to config.yaml.")
+    if not name.strip() or store.index.known([name]):
+        raise UserError(f"{store.path}: {f'a scene {name!r} is there already' if name.strip() else 'the name is empty'}. Choose another name.")
+    model = store.model(device)
+    pictures = checked_pictures(images, masks, model.codec.downsampling)
+    _check_cameras(store, cameras, len(pictures))
+    with work_folder(store) as work:
+        with ViewsWriter(work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python") as writer:
+            writer.add(name, pictures, cameras, "new", held_out=())
+            writer.finish(store.info.box)
+        views = Views.open(work / "views")
+        chosen = check_precision(precision or store.info.precision)
+        learn_group(store, model, config, views, views.select("new"), chosen, "add", device, f"Learning {name}", work, tags)
+    return name
+
+
+@contextmanager
+def work_folder(store: Store) -> Iterator[Path]:
+    """A folder for a passing piece of work in a library; removed at the end, and left alone by others until then."""
+    with writing_to(store.path):
+        (store.path / "work").mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="add-", dir=store.path / "work"))
+    try:
+        with locked(folder / "lock", False, str(folder)):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> UInt8[np.ndarray, "v H W 3"]:
+    """Pictures as bytes over white, of sides that are multiples of `step`."""
+    try:
+        pictures = np.asarray(images)
+    except ValueError:
+        raise UserError("images: pictures of different sizes. Bring them to one size first.") from None
+    if pictures.ndim != 4 or pictures.shape[3] != 3 or not len(pictures):
+        raise UserError(f"images: must be (v, H, W, 3), RGB, one picture at least; got {pictures.shape}.")
+    height, width = pictures.shape[1:3]
+    if height % step or width % step:
+        raise UserError(f"images: {width}x{height} pixels, but sides must be multiples of the codec's downsampling, {step}. Shrink or crop them.")
+    pictures = _as_bytes(pictures, "images")
+    if masks is not None:
+        share = np.asarray(masks)
+        if share.shape != pictures.shape[:3]:
+            raise UserError(f"masks: must be {pictures.shape[:3]}, as many and as large as the images; got {share.shape}.")
+        solid = _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")[..., None].astype(np.float32) / 255
+        return np.round(pictures * solid + 255 * (1 - solid)).astype(np.uint8)
+    edges = np.concatenate([pictures[:, [0, -1]].reshape(-1, 3), pictures[:, :, [0, -1]].reshape(-1, 3)])
+    if (edges >= WHITE).all(1).mean() < LEAST_WHITE:
+        raise UserError("images: their edges are not white, but scenes are learned over white. Give `masks`, where the object is.")
+    return np.ascontiguousarray(pictures)
+
+
+def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
+    if values.dtype == np.uint8:
+        return values
+    if not np.issubdtype(values.dtype, np.floating):
+        raise UserError(f"{what}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise UserError(f"{what}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. Bytes must be uint8.")
+    return np.round(255 * values).astype(np.uint8)
+
+
+def _check_cameras(store: Store, cameras: Cameras, count: int) -> None:
+    if not isinstance(cameras, Cameras):
+        raise UserError(f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. Cameras.from_matrices takes camera-to-world matrices.")
+    if len(cameras) != count:
+        raise UserError(f"cameras: {len(cameras)} of them for {count} images; give one each.")
+    check_cameras(cameras, [f"camera {place}" for place in range(count)], store.info.box)
+
+
+def quick(config: Config, views: int) -> Config:
+    """The first exploit stage that learns weights from latents, for QUICK_STEPS steps over so many views of one scene.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    stages = [stage for stage in frozen(config).exploit if stage.rates.weights and stage.losses.latent]
+    if not stages:
+        raise UserError("search: no exploit stage of this library's configuration learns weights from latents.")
+    epochs = math.ceil(QUICK_STEPS / math.ceil(views / stages[0].views))
+    return dataclasses.replace(frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean")
+
+
+def quick_weights(store: Store, views: Views, name: str, device: torch.device) -> Float[np.ndarray, "M"]:
+    """Weights over the base planes of a dataset's scene, learned for a second or two; nothing is stored."""
+    found = [scene for scene in views.scenes if scene.name == name]
+    if not found:
+        near = difflib.get_close_matches(name, [scene.name for scene in views.scenes], n=1, cutoff=0)
+        raise UserError(f"{views.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
+    config = quick(store.config, len(found[0].views("fit")))
+    model = store.model(device)
+    with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # not in the library, which may be only for reading
+        info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
+        run = Run.create(Path(work) / "run", config, info)
+        rows = start_rows(config, store.start(), [name]).to(device)
+        learn(run, model, rows, views, found, config.exploit, device, Tracker("none", run.path, {}), f"Fitting {name}")
+    return rows.weights[0].cpu().numpy()

@@ -1,0 +1,105 @@
+"""From learned rows to scenes of a library: quantised, what that costs measured, a thumbnail taken, all noted."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import track
+
+from latentscenes.core.cameras import Cameras, Viewpoint
+from latentscenes.core.config import Config
+from latentscenes.core.errors import UserError
+from latentscenes.core.progress import console
+from latentscenes.data.dataset import Scene, Split, Views
+from latentscenes.export.pictures import look, spread_evenly, to_pictures
+from latentscenes.model import metrics
+from latentscenes.model.model import Model
+from latentscenes.model.planes import SceneRows, mean_rows
+from latentscenes.storage.index import Origin, SceneInfo
+from latentscenes.storage.library import LibraryInfo, NewScene, Store, now
+from latentscenes.storage.quantize import Precision, check_precision, pack, payload_bytes, unpack
+from latentscenes.storage.run import Run
+
+MEASURED_VIEWS = 4
+"""Views of a scene that its loss is measured on."""
+THUMBNAIL = 96
+"""Pixels along a thumbnail's longer side."""
+THUMBNAIL_ANGLES = 25.0, 40.0
+"""Elevation and azimuth of its camera, degrees."""
+
+
+def library_from_run(out: str | Path, run: Run, views: Views, config: Config, precision: str, scenes: bool, device: torch.device | str) -> Store:
+    """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes, which
+    `views` shows. `config` says how further ones will be learned; its model must be that of the run."""
+    chosen = check_precision(precision)
+    if not run.finished:
+        raise UserError(f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped.")
+    if Store.exists(out):
+        raise UserError(f"{out}: holds a library already. Name another folder.")
+    model, rows = run.load(device)
+    info = library_info(run, views, chosen)
+    found = []
+    if scenes:
+        known = views.select(run.info.split, run.info.scenes)
+        for place, scene in enumerate(track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)):
+            one = rows.gather(torch.tensor([place]))
+            found.append(new_scene(model, one, info.view, views, scene, chosen, origin="stage 1", split=run.info.split))
+    return Store.create(out, config, info, model, mean_rows(1, rows), found)
+
+
+def library_info(run: Run, views: Views, precision: Precision) -> LibraryInfo:
+    """What a library of a run's model is."""
+    view = Viewpoint.of(views.cameras, views.size, run.info.box)
+    return LibraryInfo(run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
+
+
+def new_scene(
+    model: Model,
+    rows: SceneRows,
+    view: Viewpoint,
+    views: Views,
+    scene: Scene,
+    precision: Precision,
+    *,
+    origin: Origin,
+    split: Split | None,
+    seconds: float | None = None,
+    tags: dict[str, Any] | None = None,
+) -> NewScene:
+    """A learned scene (n = 1) ready to be stored. Its PSNR is measured as learned and as stored, on up to
+    MEASURED_VIEWS held-out views (on fitted ones, if none is held out)."""
+    payload = pack(rows, precision)
+    stored = unpack(payload, model.config.planes).to(rows.weights.device)
+    index = spread_evenly(scene.views("held_out") or scene.views("fit"), MEASURED_VIEWS)
+    before = measure(model, rows, views, index)
+    lost = 0.0 if precision == "float32" else before - measure(model, stored, views, index)
+    dataset = str(views.path.resolve()) if split else None
+    info = SceneInfo(
+        scene.name, precision, payload_bytes(payload), origin, dataset, split, scene.name, now(), seconds, round(before, 3), round(lost, 4), tags or {}
+    )
+    return NewScene(info, payload, thumbnail(model, stored, view))
+
+
+@torch.no_grad()
+def measure(model: Model, rows: SceneRows, views: Views, index: Sequence[int]) -> float:
+    """Mean PSNR (dB) of a scene's decoded renders on views of a dataset."""
+    device = rows.weights.device
+    shown = look(model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False)
+    return metrics.psnr(shown.images, views.images(list(index)).float() / 255).mean().item()
+
+
+def thumbnail(model: Model, rows: SceneRows, view: Viewpoint) -> bytes:
+    """A small picture of a scene, as PNG: from the same camera for all, so near that the scene box just fits."""
+    camera = view.orbit(1, *THUMBNAIL_ANGLES)
+    corners = torch.tensor(model.box.center) + torch.cartesian_prod(*(torch.tensor([-half, half]) for half in model.box.half))
+    reach = (camera.project(corners)[0] - 0.5).abs().max()
+    near = Cameras(camera.cam2world, camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]))
+    picture = to_pictures(look(model, model.compose(rows), near, view.size, geometry=False).images)[0]
+    image = Image.fromarray(picture)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()

@@ -1,0 +1,220 @@
+"""One picture for the viewer: a scene of a library, or a blend of two, from any camera, in one of four modes.
+
+Notable:
+- Rays that miss the box are not marched, the others in portions, so that a long picture can be given up half way.
+- Tri-planes and what else is dear to make are kept for the scenes looked at last. A scene is known by its checksum, so
+  what others change in the library is seen.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentscenes.api import Library
+from latentscenes.core.cameras import Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.export.pictures import look, to_pictures
+from latentscenes.export.tiles import Picture, colour_depth, enlarge, grey
+from latentscenes.model.model import LatentView, Model
+from latentscenes.model.planes import SceneRows
+from latentscenes.rendering.render import camera_rays
+
+T = TypeVar("T")
+Mode = Literal["rgb", "depth", "opacity", "latent"]
+
+RAYS = 16384
+"""Marched before asking again whether to give up."""
+KEPT = 32
+"""Scenes whose tri-planes are kept, and as many of everything else."""
+LONGEST = 3.0
+"""A picture's longer side is at most so many times its shorter one, however narrow the window."""
+FAR_AWAY = 100.0
+"""Depth given to pixels that show nothing, world units."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Part of another scene."""
+
+    other: str
+    share: float
+    """Of the other one in the weights over base planes, and in the bias; in [0, 1]."""
+    micro: bool = False
+    """Blend micro planes too, which otherwise stay those of the first scene."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wish:
+    """What somebody wants to see."""
+
+    scene: str
+    camera: Cameras
+    """v = 1."""
+    canvas: tuple[int, int]
+    """Height and width of where it is shown, pixels; they bound the picture's size and give its shape."""
+    mode: Mode = "rgb"
+    channel: int = 0
+    """Of the latent, in mode `latent`."""
+    blend: Blend | None = None
+    depth: bool = False
+    """Whether depth is wanted beside the picture."""
+
+
+class Frame(NamedTuple):
+    """What is shown. Depth may be coarser than the picture; both fill the same rectangle."""
+
+    picture: Picture
+    depth: Float[np.ndarray, "h w"] | None
+    """Along the camera's z axis, world units; FAR_AWAY where nothing solid is."""
+
+
+class Painter:
+    """Draws what is wished for. One thread at a time."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        self._rows: OrderedDict[object, SceneRows] = OrderedDict()
+        self._planes: OrderedDict[object, Tensor] = OrderedDict()
+        self._ends: OrderedDict[object, list[tuple[float, float]]] = OrderedDict()
+        self._backgrounds: OrderedDict[object, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def draw(self, wish: Wish, side: int, give_up: Callable[[], bool] = lambda: False) -> Frame | None:
+        """A picture whose shorter side is about `side` pixels, or None once `give_up` says so.
+
+        Raises:
+            UserError: the library has no such scene, or it cannot be read.
+        """
+        model = self.library.model
+        height, width = picture_size(wish.canvas, side, model.codec.downsampling)
+        background = self._background(height, width)
+        if wish.mode in ("depth", "opacity"):  # marched for every pixel
+            background = background.new_zeros(background.shape[0], height, width)
+        camera = wish.camera.to(self.library.device)
+        view = march(model, self.planes(wish.scene, wish.blend), camera, background, give_up)
+        if view is None:
+            return None
+        depth, opacity = (value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity))
+        along = along_axis(depth, camera).where(opacity > 0.5, FAR_AWAY).numpy() if wish.depth else None
+        return Frame(self._picture(wish, view, depth, opacity, background, (height, width)), along)
+
+    def _picture(
+        self, wish: Wish, view: LatentView, depth: Float[Tensor, "a b"], opacity: Float[Tensor, "a b"], background: Tensor, size: tuple[int, int]
+    ) -> Picture:
+        if wish.mode == "depth":
+            return colour_depth(depth[None].numpy(), opacity[None].numpy(), self._depth_ends(wish.camera))[0]
+        if wish.mode == "opacity":
+            return grey(opacity[None].numpy(), (1.0, 0.0))[0]
+        latents = view.image(*background.shape[1:])
+        if wish.mode == "rgb":
+            return to_pictures(self.library.model.decode(latents).float())[0]
+        return enlarge(grey(latents[:, wish.channel].float().cpu().numpy(), self._channel_ends(wish.scene)[wish.channel]), size)[0]
+
+    # What is kept
+
+    def planes(self, scene: str, blend: Blend | None = None) -> Float[Tensor, "1 3 r r f"]:
+        """Fused tri-planes of a scene or a blend."""
+        key = (self._mark(scene), blend and (self._mark(blend.other), blend.share, blend.micro))
+
+        def compose() -> Tensor:
+            rows = self.rows(scene)
+            if blend is not None:
+                rows = blended(rows, self.rows(blend.other), blend)
+            with torch.no_grad():
+                return self.library.model.compose(rows)
+
+        return _kept(self._planes, key, compose)
+
+    def rows(self, scene: str) -> SceneRows:
+        """What a scene owns (n = 1)."""
+        return _kept(self._rows, self._mark(scene), lambda: self.library[scene].rows)
+
+    def _mark(self, scene: str) -> str:
+        """What tells a stored scene from every other one, and from itself as it was before."""
+        place = self.library.store.index.place(scene)
+        if place is None:
+            raise UserError(f"{self.library.path}: scene {scene!r} was removed or renamed meanwhile.")
+        return place.checksum
+
+    def _channel_ends(self, scene: str) -> list[tuple[float, float]]:
+        """For each latent channel of a scene what is shown black and what white: the same from every side."""
+
+        def measure() -> list[tuple[float, float]]:
+            shown = look(self.library.model, self.planes(scene), self.library.orbit(4), self.library.size, geometry=False)
+            channels = shown.latents.transpose(0, 1).flatten(1)
+            low, high = torch.quantile(channels[:, :: max(1, channels.shape[1] // 100_000)], torch.tensor([0.005, 0.995]), dim=1).tolist()
+            return list(zip(low, high, strict=True))
+
+        return _kept(self._ends, self._mark(scene), measure)
+
+    def _background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
+        return _kept(self._backgrounds, (height, width), lambda: self.library.model.background(height, width))
+
+    def _depth_ends(self, camera: Cameras) -> tuple[float, float]:
+        """Nearest and farthest corner of the scene box."""
+        distances = (self.library.box.corners() - camera.positions[0]).norm(dim=1)
+        return distances.min().item(), distances.max().item()
+
+
+@torch.no_grad()
+def march(
+    model: Model, planes: Float[Tensor, "1 3 r r f"], camera: Cameras, background: Float[Tensor, "c h w"], give_up: Callable[[], bool] = lambda: False
+) -> LatentView | None:
+    """`model.render` for one camera, some rays at a time and only those that meet the box; None once `give_up` says so."""
+    height, width = background.shape[1:]
+    bounds = None if model.config.render.near is None else (model.config.render.near, model.config.render.far)
+    rays = camera_rays(camera, 1, height, width, model.box, bounds)
+    latents, opacity = background.flatten(1).t()[None].clone(), torch.zeros_like(rays.near)
+    whole = LatentView(latents, latents.new_ones(*opacity.shape, 0), rays.far.clone(), opacity)
+    for some in (rays.far > rays.near)[0].nonzero()[:, 0].split(RAYS):
+        if give_up():
+            return None
+        part = model.render(planes, camera, background, pixels=some[None])
+        whole.latents[:, some], whole.depth[:, some], whole.opacity[:, some] = part.latents, part.depth, part.opacity
+    return whole
+
+
+def blended(first: SceneRows, second: SceneRows, blend: Blend) -> SceneRows:
+    """Rows between those of two scenes (n = 1 each)."""
+
+    def mix(a: Tensor, b: Tensor) -> Tensor:
+        return torch.lerp(a, b, blend.share)
+
+    kept = () if blend.micro else ("micro", "mixing")
+    return SceneRows(**{name: table if name in kept else mix(table, second.tables()[name]) for name, table in first.tables().items()})
+
+
+def along_axis(depth: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w"]:
+    """Distances along rays as distances along the camera's z axis."""
+    _, directions = camera.rays(*depth.shape)
+    cosine = (directions[0] @ camera.cam2world[0, :, 2]).unflatten(0, depth.shape).cpu()
+    return depth * cosine
+
+
+def picture_size(canvas: tuple[int, int], side: int, step: int) -> tuple[int, int]:
+    """Height and width, multiples of `step`: the shorter about `side`, or that of the canvas if that is less; the other
+    as the canvas is shaped."""
+    height, width = (max(1, pixels) for pixels in canvas)
+    shorter = min(side, height, width)
+    scale = shorter / min(height, width)
+
+    def fitting(pixels: int) -> int:
+        return max(step, round(min(pixels * scale, LONGEST * shorter) / step) * step)
+
+    return fitting(height), fitting(width)
+
+
+def _kept(store: OrderedDict[object, T], key: object, make: Callable[[], T]) -> T:
+    """What is kept under a key; made, if it is not there, in the place of what was not asked for longest."""
+    if key not in store:
+        store[key] = make()
+        if len(store) > KEPT:
+            store.popitem(last=False)
+    store.move_to_end(key)
+    return store[key]

@@ -1,0 +1,211 @@
+"""The photographs that a scene was learned from: their cameras in space, and each beside what the scene shows there."""
+
+import html
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from viser import CameraFrustumHandle, ClientHandle
+from viser.transforms import SO3
+
+from latentscenes.api import Library
+from latentscenes.core.cameras import Cameras
+from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import Scene, Views
+from latentscenes.export.pictures import look, spread_evenly, to_pictures
+from latentscenes.export.tiles import Picture, beside
+from latentscenes.model import metrics
+from latentscenes.viewer.callbacks import Callbacks
+from latentscenes.viewer.painter import Painter
+from latentscenes.viewer.renderer import Renderer
+
+SHOWN = 32
+"""Cameras shown of one scene, at most; of those held out a quarter as many."""
+SMALL = 64
+"""Pixels along the longer side of a photograph shown in its camera."""
+LEARNED, HELD_OUT = (34, 139, 230), (245, 124, 0)
+"""Colours of cameras."""
+
+
+class Datasets:
+    """Finds the views that a scene was learned from. Datasets are opened when first needed and shared by all."""
+
+    def __init__(self, library: Library, data: Path | None = None):
+        """`data`: where the scenes' dataset lies; unset: where the library says. It is opened at once."""
+        self._library, self._data = library, data
+        self._opened: dict[Path, tuple[Views, dict[str, Scene]]] = {}
+        if data is not None:
+            self._open(data)
+
+    def find(self, name: str) -> tuple[Views, Scene]:
+        """A scene's dataset and its place there.
+
+        Raises:
+            UserError: it has none, or that is not where it was.
+        """
+        info = self._library[name].metadata
+        path = self._data or (info.dataset and Path(info.dataset))
+        if not path:
+            raise UserError("Learned from pictures that were not kept.")
+        if not (path / "views.json").is_file():
+            raise UserError(f"They are not at {path} any more. Say where they are: --data FOLDER.")
+        views, scenes = self._open(path)
+        if info.source not in scenes:
+            raise UserError(f"{path} holds no scene {info.source!r}.")
+        return views, scenes[info.source]
+
+    def _open(self, path: Path) -> tuple[Views, dict[str, Scene]]:
+        if path not in self._opened:
+            views = Views.open(path)
+            self._opened[path] = views, {scene.name: scene for scene in views.scenes}
+        return self._opened[path]
+
+
+class Photographs:
+    """One browser's panel of them. `changed` is called when their cameras appear or go."""
+
+    def __init__(
+        self, client: ClientHandle, callbacks: Callbacks, library: Library, renderer: Renderer, datasets: Datasets, changed: Callable[[], None]
+    ):
+        self._client, self._callbacks, self._library, self._renderer, self._datasets = client, callbacks, library, renderer, datasets
+        self._changed = changed
+        self._name = ""
+        self._views: Views | None = None
+        self._index: list[int] = []
+        """Views that can be chosen."""
+        self._held_out: set[int] = set()
+        self._frusta: dict[int, CameraFrustumHandle] = {}
+        self._turn = threading.Lock()
+        """Held while cameras are hidden, shown or taken away."""
+        self._near = 0.0
+        """Cameras nearer than this to who looks are not drawn; they would hide everything. World units."""
+        gui = client.gui
+        self._note = gui.add_html("", visible=False)
+        self._show = gui.add_checkbox("Show cameras", False, hint="Blue: learned from. Orange: held out. Click one to look through it.")
+        self._which = gui.add_slider("Photograph", 1, 2, 1, 1)
+        self._pair = gui.add_image(np.full((1, 2, 3), 255, np.uint8), visible=False)
+        self._show.on_update(callbacks(self._toggle))
+        self._which.on_update(callbacks(self._look_through))
+
+    @property
+    def shown(self) -> bool:
+        """Whether cameras are in the picture."""
+        return bool(self._frusta)
+
+    def follow(self, name: str) -> None:
+        """Show those of another scene."""
+        self._name, self._views, self._index = name, None, []
+        try:
+            self._views, scene = self._datasets.find(name)
+            self._held_out = set(scene.views("held_out"))
+            chosen = {*spread_evenly(scene.views("fit"), SHOWN), *spread_evenly(scene.views("held_out"), SHOWN // 4)}
+            self._index = sorted(chosen)
+            self._note.visible = False
+        except UserError as error:
+            self._note.content = f'<div style="padding: 0 14px 8px; font-size: 12px; opacity: 0.75">{html.escape(str(error))}</div>'
+            self._note.visible = True
+        for control in (self._show, self._which):
+            control.visible = len(self._index) > 1
+        self._pair.visible = False
+        if len(self._index) > 1:
+            self._which.max = len(self._index)
+            self._which.value = 1
+        self._draw_frusta()
+
+    def moved(self, position: np.ndarray) -> None:
+        """Who looks is here now."""
+        with self._turn:
+            for frustum in self._frusta.values():
+                frustum.visible = bool(np.linalg.norm(position - np.asarray(frustum.position)) > self._near)
+
+    # Cameras in space
+
+    def _toggle(self) -> None:
+        if self._show.value:  # step back, so that they are in sight
+            camera, center = self._client.camera, np.array(self._library.box.center)
+            outward = camera.position - center
+            with self._client.atomic():
+                camera.position = center + outward / np.linalg.norm(outward) * 2.2 * self._distances().max().item()
+                camera.look_at = center
+        self._draw_frusta()
+
+    def _distances(self) -> Float[Tensor, "n"]:
+        """Of the cameras from the middle of the box."""
+        return (self._views.cameras.positions[self._index] - torch.tensor(self._library.box.center)).norm(dim=1)
+
+    def _draw_frusta(self) -> None:
+        with self._turn:
+            for frustum in self._frusta.values():
+                frustum.remove()
+            self._frusta = {}
+        if self._show.value and self._views is not None:
+            self._near = 0.5 * self._distances().median().item()
+            self._frusta = {view: self._frustum(self._views, number, view) for number, view in enumerate(self._index)}
+            self.moved(self._client.camera.position)
+        self._changed()
+
+    def _frustum(self, views: Views, number: int, view: int) -> CameraFrustumHandle:
+        matrix, (fx, fy, _, _) = views.cameras.cam2world[view].double().numpy(), views.cameras.intrinsics[view].tolist()
+        frustum = self._client.scene.add_camera_frustum(
+            f"/photographs/{view}",
+            fov=2 * math.atan(0.5 / fy),
+            aspect=fy / fx,
+            scale=0.22 * float(np.linalg.norm(self._library.box.half)),
+            thickness=1.5,
+            thickness_units="screen",
+            color=HELD_OUT if view in self._held_out else LEARNED,
+            image=_shrunk(views.rgb[view]),
+            wxyz=SO3.from_matrix(matrix[:, :3]).wxyz,
+            position=matrix[:, 3],
+            cast_shadow=False,
+            receive_shadow=False,
+        )
+
+        def clicked() -> None:
+            self._which.value = number + 1
+            self._look_through()
+
+        frustum.on_click(self._callbacks(clicked))
+        return frustum
+
+    # One photograph
+
+    def _look_through(self) -> None:
+        """Stand where the chosen photograph was taken, and show it beside what the scene shows there."""
+        if self._views is None:
+            return
+        views, view = self._views, self._index[min(self._which.value, len(self._index)) - 1]
+        self._stand(views.cameras[torch.tensor([view])])
+        picture, decibels = self._renderer.run(lambda painter: compare(painter, self._name, views, view)).result()
+        part = "held out" if view in self._held_out else "learned from"
+        self._pair.image = picture
+        self._pair.label = f"Truth | scene, {decibels:.1f} dB, {part}"
+        self._pair.visible = True
+
+    def _stand(self, camera: Cameras) -> None:
+        """Move the browser's camera to another one, so that all that is in its picture is in sight."""
+        position, forward = camera.positions[0].double().numpy(), camera.cam2world[0, :, 2].double().numpy()
+        fx, fy = camera.intrinsics[0, :2].tolist()
+        middle = np.array(self._library.box.center)
+        with self._client.atomic():
+            self._client.camera.position = position
+            self._client.camera.look_at = position + forward * max(1e-3, float(forward @ (middle - position)))
+            self._client.camera.fov = 2 * math.atan(max(0.5 / fy, 0.5 / fx / self._client.camera.aspect))
+
+
+def compare(painter: Painter, name: str, views: Views, view: int) -> tuple[Picture, float]:
+    """A photograph and what the scene shows there, side by side, and the PSNR (dB)."""
+    camera, truth = views.cameras[torch.tensor([view])], views.images([view])
+    shown = look(painter.library.model, painter.planes(name), camera, views.size, geometry=False).images
+    return beside([to_pictures(truth / 255)[0], to_pictures(shown)[0]]), metrics.psnr(shown, truth.float() / 255).item()
+
+
+def _shrunk(picture: Picture) -> Picture:
+    """Every so many pixels of it, about SMALL along the longer side."""
+    step = max(1, max(picture.shape[:2]) // SMALL)
+    return np.ascontiguousarray(picture[::step, ::step])
