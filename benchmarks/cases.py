@@ -14,16 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.roofline import StepCost, step_cost
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit, upper_hemisphere
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, Kernel
 from latentscenes.core.runtime import seeded, start
 from latentscenes.model.model import Model
 from latentscenes.model.planes import fresh_rows
 from latentscenes.rendering.kernels import native
-from latentscenes.rendering.render import Kernel
 from latentscenes.storage.row_files import rows_on_disk
-from latentscenes.training.learner import Learner
+from latentscenes.training.loop import Learner
 from latentscenes.training.losses import Batch, needs_images
 
 LATENT = """
@@ -76,7 +75,7 @@ class Steps:
 
     def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", folder: Path | None = None):
         """With a folder, micro planes and their moments lie there, as they do for more scenes than memory holds."""
-        self.config = configuration.parse(text, "bench", [f"render.kernel={kernel}"])
+        self.config = config_io.parse(text, "bench", [f"render.kernel={kernel}"])
         self.stage = self.config.train[0]
         self.model = Model(self.config, BOX)
         self.model.train()
@@ -162,10 +161,10 @@ def stage_text(stage: str) -> str:
 
 def fitting_text(resting: bool) -> str:
     """How preset `small` fits new scenes, with weights that learn or, as for most of a stage, that rest."""
-    config = configuration.load("small")
+    config = config_io.load("small")
     stage = config.exploit[0]
     rates = dataclasses.replace(stage.rates, weights=0.0 if resting else stage.rates.weights)
-    return configuration.dump(dataclasses.replace(config, train=(dataclasses.replace(stage, rates=rates),), exploit=()))
+    return config_io.dump(dataclasses.replace(config, train=(dataclasses.replace(stage, rates=rates),), exploit=()))
 
 
 class Viewer:
@@ -173,11 +172,11 @@ class Viewer:
 
     def __init__(self, preset: str, steps: int = 60):
         own = ["codec.kind=convolutional", "codec.path=null", "codec.downsampling=8", "codec.channels=4"]
-        config = configuration.load(preset, own if preset == "paper" else [])  # the published sizes, our own codec
-        stage = configuration.parse(LATENT, "bench").train[0]
+        config = config_io.load(preset, own if preset == "paper" else [])  # the published sizes, our own codec
+        stage = config_io.parse(LATENT, "bench").train[0]
         stage = dataclasses.replace(stage, scenes=1, views=2, rates=dataclasses.replace(stage.rates, micro=0.3))
         alone = dataclasses.replace(config, train=(stage,), exploit=(), exploit_fresh_field=False)
-        learned = Steps(configuration.dump(alone), 1).warmed(steps)
+        learned = Steps(config_io.dump(alone), 1).warmed(steps)
         self.config, self.background = config, learned.background
         self.model = learned.model.eval().requires_grad_(False)
         self.planes = self.model.compose(learned.rows)

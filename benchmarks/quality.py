@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.speed import Result, save
 from latentscenes.cli.common import Machine, run_program, start
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.config import Config
-from latentscenes.core.progress import console
+from latentscenes.core.console import console
 from latentscenes.data.dataset import Views
 from latentscenes.evaluation.evaluate import evaluate_learned
 from latentscenes.storage.library import Store
@@ -59,7 +59,7 @@ def time_to_quality(
             exploit(out, views, config, parent, Options(stage_one=False, precision="float32", limit=limit), device)
             curves["ours"].append(_point(Learned.open(out), views, epochs, device))
         for epochs in rgb:
-            config = lengthened(configuration.load("rgb"), "train", epochs)
+            config = lengthened(config_io.load("rgb"), "train", epochs)
             run = train(config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device)
             curves["RGB"].append(_point(Learned.of_run(run), views, epochs, device))
     for name, points in curves.items():

@@ -20,12 +20,11 @@ from benchmarks import timing
 from benchmarks.cases import LATENT, RGB, SIZE, STAGES, Steps, Viewer, fitting_text, stage_text
 from benchmarks.timing import Timing, interleave
 from latentscenes.cli.common import Machine, run_program, start
+from latentscenes.core.console import Table, bytes_text, console
 from latentscenes.core.errors import UserError
-from latentscenes.core.progress import console
-from latentscenes.core.tables import Table, bytes_text
 from latentscenes.model.planes import fuse_in_torch
-from latentscenes.rendering.kernels import native, native_planes
-from latentscenes.training.learner import Learner
+from latentscenes.rendering.kernels import native
+from latentscenes.training.loop import Learner
 from latentscenes.training.losses import total_variation_in_torch
 from latentscenes.training.optim import adam_in_torch
 
@@ -124,9 +123,9 @@ def bench_options(threads: int, rounds: int) -> Iterator[Result]:
 
 SWITCHES = {
     "skipping": (native, "SKIP", 0.0),
-    "native fusion": (native_planes, "compose", fuse_in_torch),
-    "native total variation": (native_planes, "total_variation", total_variation_in_torch),
-    "native Adam by rows": (native_planes, "adam", adam_in_torch),
+    "native fusion": (native, "compose", fuse_in_torch),
+    "native total variation": (native, "total_variation", total_variation_in_torch),
+    "native Adam by rows": (native, "adam", adam_in_torch),
 }
 """What turns each fast part of a step off."""
 SWITCHES_OF_FITS = {

@@ -24,16 +24,16 @@ import yaml
 
 from latentscenes.cli.common import MACHINE, MachineOptions, run_program, start
 from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.config import Config
+from latentscenes.core.config_io import build
+from latentscenes.core.console import Table, bytes_text, console, seconds_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
-from latentscenes.core.progress import console
-from latentscenes.core.strict import build
-from latentscenes.core.tables import Table, bytes_text, seconds_text
 from latentscenes.data.dataset import Views
 from latentscenes.evaluation import cost
-from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_learned
+from latentscenes.evaluation.report import Series, chart_file
 from latentscenes.evaluation.tables import print_things
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.library import SCORES, Store
@@ -182,7 +182,7 @@ def run_study(study: Study, data: dict[str, Path], out: Path, device: torch.devi
 
 def _settings(row: Row, seed: int) -> Config:
     source = str(open_parent(Path(row.run)).path / "config.yaml") if row.run else row.config
-    settings = configuration.load(source, (*row.set, f"seed={seed}"))
+    settings = config_io.load(source, (*row.set, f"seed={seed}"))
     return configuration.learning_shared(settings) if row.finetune else settings
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
 from latentscenes.data.dataset import Views, ViewsWriter
 
@@ -133,4 +134,4 @@ def solids(solids_path) -> Views:
 @pytest.fixture
 def tiny() -> configuration.Config:
     """A configuration with every kind of stage that is learned in a few seconds."""
-    return configuration.parse(TINY, "tiny")
+    return config_io.parse(TINY, "tiny")

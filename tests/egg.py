@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.data.dataset import Views
 from latentscenes.model.model import Model
@@ -31,7 +31,7 @@ render: {coarse: 48, fine: 48}
 
 def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER) -> tuple[Model, SceneRows]:
     """Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates; density and colours follow from them."""
-    settings = configuration.parse(CONFIG, "egg")
+    settings = config_io.parse(CONFIG, "egg")
     model = Model(settings, box)
     side = settings.planes.resolution
     texels = (torch.arange(side) * 2 + 1) / side - 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
 from latentscenes.model.model import Model
 from latentscenes.rendering.render import camera_rays
@@ -165,7 +166,7 @@ def test_a_cache_too_large_for_memory_is_a_file_that_is_gone_with_it(solids, tin
 @pytest.mark.parametrize("kind", ["minmax", "meanstd", "meanstd_tanh"])
 @pytest.mark.parametrize("codec", ["convolutional", "identity"])
 def test_a_frozen_codec_gives_latents_and_background_one_normaliser(solids, tiny, codec, kind):
-    config = configuration.parse(configuration.dump(tiny), "tiny", [f"normalizer.kind={kind}", f"codec.kind={codec}"])
+    config = config_io.parse(config_io.dump(tiny), "tiny", [f"normalizer.kind={kind}", f"codec.kind={codec}"])
     batches = source(config, solids)
     model, batch = batches.model, batches.batch(0)
     assert not model.normalizer.untouched

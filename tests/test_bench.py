@@ -12,7 +12,7 @@ from benchmarks.cases import LATENT, RGB, Steps, Viewer
 from benchmarks.quality import Point, lengthened, many_scenes, nearly, time_to_quality
 from benchmarks.speed import Result, main, save
 from benchmarks.timing import interleave, machine
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.rendering.kernels import build, native
 from latentscenes.training.loop import train
@@ -22,7 +22,7 @@ SMALL = ["planes.resolution=8", "planes.bases=2", "render.coarse=4", "render.fin
 
 
 def small(text: str) -> str:
-    return configuration.dump(configuration.parse(text, "test", SMALL if "macro: 22" in text else SMALL[:1] + SMALL[2:]))
+    return config_io.dump(config_io.parse(text, "test", SMALL if "macro: 22" in text else SMALL[:1] + SMALL[2:]))
 
 
 def test_variants_take_turns_and_each_round_starts_with_another():
@@ -65,9 +65,9 @@ def test_every_stage_takes_steps(stage):
 
 
 def test_fits_are_timed_as_the_preset_makes_them():
-    preset = configuration.load("small").exploit[0]
+    preset = config_io.load("small").exploit[0]
     for resting in (False, True):
-        stage = configuration.parse(bench_cases.fitting_text(resting), "test").train[0]
+        stage = config_io.parse(bench_cases.fitting_text(resting), "test").train[0]
         assert (stage.scenes, stage.views, stage.rays, stage.losses) == (preset.scenes, preset.views, preset.rays, preset.losses)
         assert (stage.rates.weights == 0) == resting and stage.rates.micro == preset.rates.micro
     steps = Steps(bench_cases.fitting_text(True), 4)

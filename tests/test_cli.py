@@ -9,7 +9,7 @@ import pytest
 
 from latentscenes.cli import main as cli
 from latentscenes.cli.common import PrecisionName
-from latentscenes.core import config
+from latentscenes.core import config_io
 from latentscenes.storage.library import Store
 from latentscenes.storage.quantize import PRECISIONS
 
@@ -78,7 +78,7 @@ def test_precisions_are_those_that_exist():
 def test_configurations_that_commands_take_by_default_exist():
     for command in (cli.train, cli.exploit, cli.cost):
         for name, parameter in inspect.signature(command).parameters.items():
-            assert name not in ("config", "baseline") or parameter.default in (None, *config.presets())
+            assert name not in ("config", "baseline") or parameter.default in (None, *config_io.presets())
 
 
 MISTAKES = {
@@ -121,13 +121,13 @@ def test_mistakes_of_spelling_are_refused(monkeypatch, capsys):
     assert status == 2 and "trian" in err
 
 
-@pytest.mark.parametrize("preset", config.presets())
+@pytest.mark.parametrize("preset", config_io.presets())
 def test_printed_settings_read_back(preset, monkeypatch, capsys, tmp_path):
     base = ["train", "--data", tmp_path, "--out", tmp_path / "run", "--print-config"]
     status, out, _ = call(monkeypatch, capsys, *base, "--config", preset, "--set", "seed=7", "planes.resolution=33")
     assert status == 0
-    printed = config.parse(out, "printed")
-    assert printed == config.load(preset, ["seed=7", "planes.resolution=33"])
+    printed = config_io.parse(out, "printed")
+    assert printed == config_io.load(preset, ["seed=7", "planes.resolution=33"])
     (tmp_path / "mine.yaml").write_text(out)
     _, again, _ = call(monkeypatch, capsys, *base, "--config", tmp_path / "mine.yaml")
     assert again == out and not (tmp_path / "run").exists()
@@ -135,7 +135,7 @@ def test_printed_settings_read_back(preset, monkeypatch, capsys, tmp_path):
 
 def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, solids_path, tiny):
     settings = tmp_path / "tiny.yaml"
-    settings.write_text(config.dump(tiny))
+    settings.write_text(config_io.dump(tiny))
     one, two = tmp_path / "one", tmp_path / "two"
     train = ["train", "--data", solids_path, "--out", one, "--config", settings, "--limit", 2, "--device", "cpu", "--threads", 1]
     status, _, err = call(monkeypatch, capsys, *train)

@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentscenes.core.errors import UserError
-from latentscenes.model.codec import Codec
-from latentscenes.model.identity import IdentityCodec
+from latentscenes.model.codec import Codec, IdentityCodec
 
 
 def check_contract(codec: Codec, size: int = 32):

@@ -7,7 +7,8 @@ import inspect
 import pytest
 
 from latentscenes.core import config as configuration
-from latentscenes.core.config import Config, PlanesConfig, dump, load, parse, presets
+from latentscenes.core.config import Config, PlanesConfig
+from latentscenes.core.config_io import dump, load, parse, presets
 from latentscenes.core.errors import UserError
 
 

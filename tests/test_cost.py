@@ -7,7 +7,7 @@ import pytest
 import torch
 from results import made_library, made_run
 
-from latentscenes.core import config
+from latentscenes.core import config, config_io
 from latentscenes.core.errors import UserError
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import MIB, Memory, Time
@@ -43,7 +43,7 @@ def test_known_codec_is_counted_layer_by_layer():
 
 
 def test_published_memory():
-    ours, rgb = cost.account(config.load("paper")).memory, cost.account(config.load("rgb")).memory
+    ours, rgb = cost.account(config_io.load("paper")).memory, cost.account(config_io.load("rgb")).memory
     assert rgb.scene == 3 * 32 * 64 * 64 * 4 == 1.5 * MIB
     assert ours.scene == 3 * 10 * 64 * 64 * 4 + 50 * 4
     assert ours.scene / MIB == pytest.approx(0.469, abs=5e-4)
@@ -81,7 +81,7 @@ def test_break_even_is_where_the_costs_meet():
     ],
 )
 def test_memory_is_that_of_the_real_parts(change, solids):
-    settings = config.parse(change, "test")
+    settings = config_io.parse(change, "test")
     model, generator = Model(settings, solids.box), torch.Generator()
     memory = cost.account(settings).memory
     assert memory.codec == sum(4 * p.numel() for p in model.codec.parameters())

@@ -13,7 +13,7 @@ import yaml
 
 from docs import settings
 from latentscenes.cli import main as cli
-from latentscenes.core import config
+from latentscenes.core import config, config_io
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,8 +105,8 @@ def test_commands_in_pages_parse(page, line, capsys):
         pytest.fail(f"{page}: {line}\n{''.join(capsys.readouterr())}")
     preset = values.get("config")
     if preset is not None and not preset.endswith(".yaml"):
-        assert preset in config.presets()
-        config.load(preset, values.get("overrides", ()))
+        assert preset in config_io.presets()
+        config_io.load(preset, values.get("overrides", ()))
 
 
 @pytest.mark.parametrize(("page", "line"), BENCHMARKS)
@@ -192,11 +192,11 @@ def test_page_of_settings_leaves_no_section_out():
 
 def test_every_preset_is_explained():
     told = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text().split("## Changing")[0], re.M))
-    assert told == set(config.presets())
+    assert told == set(config_io.presets())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_configurations_in_pages_are_valid(page):
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text)
-        config.parse(text, name(page))
+        config_io.parse(text, name(page))

@@ -18,8 +18,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.meshes import Y_TO_Z, read_mesh
 from latentscenes.export import mesh as export_mesh
 from latentscenes.export import surface as export_surface
-from latentscenes.export.files import check_ending, write_glb, write_ply
-from latentscenes.export.mesh import Mesh, Points, scene_mesh, scene_points
+from latentscenes.export.mesh import Mesh, Points, check_ending, scene_mesh, scene_points, write_glb, write_ply
 from latentscenes.export.surface import Grid, large_parts, most_light, seen_as_ground
 
 pytest.importorskip("skimage")

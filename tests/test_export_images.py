@@ -17,9 +17,9 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Views
 from latentscenes.data.images import read_image
 from latentscenes.data.transforms import make_transforms
-from latentscenes.export.camera_path import read_camera_path
-from latentscenes.export.images import transforms, with_alpha, write_views
-from latentscenes.export.pictures import Shown, camera_frames, look, to_pictures
+from latentscenes.export.pages import transforms, with_alpha, write_views
+from latentscenes.export.video import camera_frames, read_camera_path
+from latentscenes.model.model import Shown, look, to_pictures
 
 
 @pytest.fixture
@@ -188,17 +188,17 @@ def test_frames_into_a_folder(tmp_path, run, monkeypatch, capsys):
 
 
 def test_films_are_the_same_in_portions(monkeypatch):
-    from latentscenes.export import pictures
+    from latentscenes.export import video
 
     loaded = egg()
     whole = list(camera_frames(loaded, "egg", VIEW.orbit(6), (16, 20), "dashboard"))
-    monkeypatch.setattr(pictures, "PIXELS", 400)
+    monkeypatch.setattr(video, "PIXELS", 400)
     portions = list(camera_frames(loaded, "egg", VIEW.orbit(6), (16, 20), "dashboard"))
     assert len(whole) == 6 and all(np.array_equal(a, b) for a, b in zip(whole, portions, strict=True))
 
 
 def test_what_was_begun_is_removed(tmp_path):
-    from latentscenes.export.pictures import save_frames
+    from latentscenes.export.video import save_frames
 
     def frames():
         yield np.zeros((8, 8, 3), np.uint8)

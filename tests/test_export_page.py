@@ -17,9 +17,8 @@ from PIL import Image
 
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
-from latentscenes.export.images import with_alpha
-from latentscenes.export.pages import FIRST, sheet, window_on, write_page
-from latentscenes.export.pictures import look
+from latentscenes.export.pages import FIRST, sheet, window_on, with_alpha, write_page
+from latentscenes.model.model import look
 
 
 def embedded(text: str) -> dict:

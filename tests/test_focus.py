@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.model.model import Model
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.batches import BatchSource, window
-from latentscenes.training.focus import EXPONENT, MEMORY, SIDE, Focus
+from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, Focus, window
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_errors_are_remembered_by_cell():
 def stage_of(tiny, *settings):
     """The pixels' errors are what they are wrong by: no codec between."""
     base = ["codec.kind=identity", "train.scenes.rays=40", "train.scenes.focus=0.9", "train.scenes.epochs=3"]
-    config = configuration.parse(configuration.dump(tiny), "test", [*base, *settings])
+    config = config_io.parse(config_io.dump(tiny), "test", [*base, *settings])
     return dataclasses.replace(config, train=(config.train[1],), exploit=())
 
 
@@ -138,18 +138,17 @@ def test_weights_rest_after_their_epochs(solids, tiny, tmp_path, fusion):
 
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
 def test_macro_planes_that_rest_are_summed_once_to_the_same_end(solids, tiny, tmp_path, monkeypatch, fusion):
-    from latentscenes.training import learner
 
     settings = ["planes.micro=3", f"planes.fusion={fusion}", "planes.bias=true", "train.scenes.rates={micro: 1e-2}", "train.scenes.losses.tv=0.1"]
     config = stage_of(tiny, *settings)
     kept = train(config, solids, tmp_path / "kept", device=CPU)
-    monkeypatch.setattr(learner, "memory", lambda: 0)  # no room to keep them
+    monkeypatch.setattr(loop, "memory", lambda: 0)  # no room to keep them
     summed = train(config, solids, tmp_path / "summed", device=CPU)
     torch.testing.assert_close(kept.load()[1].micro, summed.load()[1].micro, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_do_not_rest_where_shared_parts_learn():
-    config = configuration.load("small")
+    config = config_io.load("small")
     assert config.exploit[0].weights_epochs == configuration.frozen(config).exploit[0].weights_epochs == 8
     learning = configuration.learning_shared(config).exploit[0]
     assert learning.weights_epochs is None and learning.rates.bases > 0 and learning.focus == config.exploit[0].focus

@@ -28,8 +28,7 @@ from latentscenes.data.boxes import fit_box, parse_box
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import Views
 from latentscenes.data.images import over_white, read_image, white_background
-from latentscenes.data.importing import Options
-from latentscenes.data.splits import choose_splits, natural_key, read_split
+from latentscenes.data.importing import Options, choose_splits, natural_key, read_split
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 

@@ -6,8 +6,7 @@ import torch
 
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views, ViewsWriter
-from latentscenes.data.joining import box_of, join
+from latentscenes.data.dataset import Views, ViewsWriter, box_of, join
 
 
 def dataset(path, prefix, counts, *, size=(6, 8), alpha=True, seed=0):

@@ -16,7 +16,7 @@ from results import made_run
 from safetensors.torch import load_file, save_file
 
 import latentscenes
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Views
 from latentscenes.evaluation.cost import account_learned
@@ -28,7 +28,7 @@ from latentscenes.storage.scene_set import Learned
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
     """A finished stage 1 of four solids that nobody learned."""
-    return made_run(tmp_path_factory.mktemp("runs") / "run", configuration.parse(TINY, "tiny"), solids, "train")
+    return made_run(tmp_path_factory.mktemp("runs") / "run", config_io.parse(TINY, "tiny"), solids, "train")
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
     save_file(tables | written, file)
     assert not library.config.planes.mixing and library.store.start().mixing.shape == (1, 0, 0)
-    settings = configuration.parse(TINY, "tiny", ["planes.mixing=true"])
+    settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
     mixed = Store(library.path, settings, library.store.info, library.store.checksums)
     assert torch.equal(mixed.start().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
     assert "mixing" not in pack(library.store.start(), "int8") and "mixing" in pack(mixed.start(), "int8")
@@ -313,7 +313,7 @@ def test_a_hundred_thousand_scenes_are_listed_at_once(library):
 
 
 def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
-    usual = configuration.parse(configuration.dump(tiny), "usual", ["planes.resolution=64", "planes.micro=10"])
+    usual = config_io.parse(config_io.dump(tiny), "usual", ["planes.resolution=64", "planes.micro=10"])
     library = latentscenes.create_library(tmp_path / "library", made_run(tmp_path / "run", usual, solids, "train").path, device="cpu")
     times = []
     for _ in range(20):

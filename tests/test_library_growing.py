@@ -18,7 +18,7 @@ from results import made_run
 import latentscenes
 from latentscenes.cli import library as cli_library
 from latentscenes.cli import main as cli
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
 from latentscenes.storage import maintenance as care
@@ -31,7 +31,7 @@ NAMES = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    lively = configuration.parse(TINY, "tiny", ["planes.initial_std=3"])  # so that rounding shows in pictures
+    lively = config_io.parse(TINY, "tiny", ["planes.initial_std=3"])  # so that rounding shows in pictures
     return made_run(tmp_path_factory.mktemp("runs") / "run", lively, solids, "train")
 
 
@@ -175,7 +175,7 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
     two.rename("blue_egg", "disc")
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
         library.export(["disc"], tmp_path / "two")
-    config = configuration.parse(TINY, "tiny", ["seed=6"])
+    config = config_io.parse(TINY, "tiny", ["seed=6"])
     other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.data.dataset.Views.open(run.info.data), "train").path, device="cpu")
     with pytest.raises(UserError, match="a library of another model"):
         library.export(["disc"], other.path)

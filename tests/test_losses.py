@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.config import LossWeights
 from latentscenes.core.runtime import seeded
@@ -19,7 +19,7 @@ SIZE = 16
 
 @pytest.fixture
 def model(tiny):
-    config = configuration.parse(configuration.dump(tiny), "tiny", ["render.preview=true"])
+    config = config_io.parse(config_io.dump(tiny), "tiny", ["render.preview=true"])
     return Model(config, Box((0.0, 0.0, 0.0), (0.45, 0.45, 0.45)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentscenes.model.planes import SceneRows, fuse_in_torch
-from latentscenes.rendering.kernels import build, native_planes
+from latentscenes.rendering.kernels import build, native
 from latentscenes.training.losses import total_variation_in_torch
 
 pytestmark = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
@@ -36,7 +36,7 @@ def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, fusion)
+        found = native.compose(rows.micro, rows.weights, rows.bias, shared, fusion)
         upstream = torch.randn_like(found)
         found_gradients = gradients(found, inputs, upstream)
     finally:
@@ -50,7 +50,7 @@ def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
 def test_only_wanted_gradients_of_a_fusion():
     rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
     shared = shared.detach()
-    planes = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
+    planes = native.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
     planes.square().sum().backward()
     wanted = gradients(fuse_in_torch(rows.micro, rows.weights, rows.bias, shared, "concat").square().sum(), [rows.micro, rows.weights], None)
     torch.testing.assert_close(rows.micro.grad, wanted[0])
@@ -60,7 +60,7 @@ def test_only_wanted_gradients_of_a_fusion():
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5, 7), (1, 3, 2, 2, 1), (3, 3, 16, 16, 32)])
 def test_total_variation(shape):
     planes = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    found, wanted = native_planes.total_variation(planes), total_variation_in_torch(planes)
+    found, wanted = native.total_variation(planes), total_variation_in_torch(planes)
     torch.testing.assert_close(found, wanted)
     (mine,), (theirs,) = gradients(3 * found, [planes], None), gradients(3 * wanted, [planes], None)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
@@ -78,7 +78,7 @@ def test_same_inputs_same_bits():
     upstream = torch.randn(3, 3, 20, 20, 10)
 
     def once():
-        planes = native_planes.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
+        planes = native.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
         return [planes, *gradients(planes, [rows.micro, rows.weights, shared], upstream)]
 
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))

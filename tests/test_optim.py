@@ -9,7 +9,7 @@ from torch import nn
 
 from latentscenes.core.config import LossWeights, PlanesConfig, Rates, StageConfig
 from latentscenes.model.planes import fresh_rows
-from latentscenes.rendering.kernels import native_planes
+from latentscenes.rendering.kernels import native
 from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
 SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True, mixing=True)
@@ -34,11 +34,11 @@ def take_step(adam, rows, step, index, factor=1.0):
     adam.step(torch.tensor(index), batch, factor)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("beta2", [0.999, 0.9])
-def test_rows_learn_as_if_each_scene_were_alone(beta2, native, monkeypatch):
-    if not native:
-        monkeypatch.setattr(native_planes, "serves", lambda *tensors: False)
+def test_rows_learn_as_if_each_scene_were_alone(beta2, fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(native, "serves", lambda *tensors: False)
     rows = made_rows()
     alone = {}
     for row in range(4):

@@ -12,7 +12,8 @@ from results import made_run
 
 from latentscenes.core.cameras import Box, Viewpoint, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.export import pictures, tiles
+from latentscenes.export import sheets, video
+from latentscenes.model import model as model_module
 from latentscenes.storage.scene_set import Learned, Loaded
 
 
@@ -24,47 +25,47 @@ def run(tmp_path, tiny, solids):
 def test_comparison_sheet(run, tmp_path, tiny, solids):
     ours = Learned.of_run(run).load()
     scenes = solids.select("train")
-    alone = pictures.comparison_sheet(ours, solids, scenes, limit=2)
+    alone = sheets.comparison_sheet(ours, solids, scenes, limit=2)
     other = Learned.of_run(made_run(tmp_path / "other", tiny, solids, "train", count=1)).load(label="RGB")
-    both = pictures.comparison_sheet(ours, solids, scenes, limit=2, others=[other])
-    assert alone.dtype == np.uint8 and both.shape[0] == alone.shape[0] and both.shape[1] == alone.shape[1] + 32 + tiles.GAP
+    both = sheets.comparison_sheet(ours, solids, scenes, limit=2, others=[other])
+    assert alone.dtype == np.uint8 and both.shape[0] == alone.shape[0] and both.shape[1] == alone.shape[1] + 32 + sheets.GAP
     index = torch.tensor(scenes[0].views("held_out"))
-    left, top = 2 * tiles.GAP, 2 * tiles.GAP + tiles.CAPTION + 1
+    left, top = 2 * sheets.GAP, 2 * sheets.GAP + sheets.CAPTION + 1
     assert np.array_equal(alone[top : top + 32, left : left + 32], solids.rgb[index[0]])  # the truth, untouched
-    mine = pictures.look(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
-    third = left + 2 * (32 + tiles.GAP)
-    assert np.array_equal(alone[top : top + 32, third : third + 32], pictures.to_pictures(mine)[0])
+    mine = model_module.look(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
+    third = left + 2 * (32 + sheets.GAP)
+    assert np.array_equal(alone[top : top + 32, third : third + 32], model_module.to_pictures(mine)[0])
 
 
 def test_rows_belong_to_scenes(run, solids):
     """The sheet of scene 1 alone shows what the sheet of all shows for it."""
     model, rows = run.load()
     scenes = solids.select("train")
-    all_of_them = pictures.comparison_sheet(Learned.of_run(run).load(), solids, scenes, across=1)
+    all_of_them = sheets.comparison_sheet(Learned.of_run(run).load(), solids, scenes, across=1)
     alone = Loaded.of_table(model, rows.gather(torch.tensor([1])), [scenes[1].name])
-    second = pictures.comparison_sheet(alone, solids, scenes[1:2], across=1)
-    height = second.shape[0] - 4 * tiles.GAP  # of one group without the margins
-    start = 2 * tiles.GAP + height + 2 * tiles.GAP
-    assert np.array_equal(all_of_them[start : start + height], second[2 * tiles.GAP : -2 * tiles.GAP])
+    second = sheets.comparison_sheet(alone, solids, scenes[1:2], across=1)
+    height = second.shape[0] - 4 * sheets.GAP  # of one group without the margins
+    start = 2 * sheets.GAP + height + 2 * sheets.GAP
+    assert np.array_equal(all_of_them[start : start + height], second[2 * sheets.GAP : -2 * sheets.GAP])
 
 
 def test_dashboard_sheet(run, solids):
     scenes = solids.select("train")
-    one, two = (pictures.dashboard_sheet(Learned.of_run(run).load(), solids, scenes, limit=limit) for limit in (1, 2))
+    one, two = (sheets.dashboard_sheet(Learned.of_run(run).load(), solids, scenes, limit=limit) for limit in (1, 2))
     assert one.shape[1] == two.shape[1] and two.shape[0] > 1.7 * one.shape[0]
 
 
 @pytest.mark.parametrize("mode", ["rgb", "depth", "opacity", "latent", "dashboard"])
 def test_orbit_frames(run, mode):
     learned = Learned.of_run(run)
-    frames = pictures.orbit_frames(learned.load(), "green_box", learned.view, frames=3, size=16, mode=mode)
+    frames = video.orbit_frames(learned.load(), "green_box", learned.view, frames=3, size=16, mode=mode)
     assert len(frames) == 3 and all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
     if mode in ("rgb", "depth", "opacity"):
         assert frames[0].shape == (16, 16, 3)
     elif mode == "latent":
         assert frames[0].shape[0] == 16
     else:
-        assert frames[0].shape[0] == 16 + tiles.CAPTION and frames[0].shape[1] > 4 * 16
+        assert frames[0].shape[0] == 16 + sheets.CAPTION and frames[0].shape[1] > 4 * 16
 
 
 def test_orbit_of_unknown_scene_or_size(run):
@@ -72,7 +73,7 @@ def test_orbit_of_unknown_scene_or_size(run):
     with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest name is 'green_box'"):
         learned.check("green_bx")
     with pytest.raises(UserError, match="multiple of the codec's downsampling, 4; try 20"):
-        pictures.orbit_frames(learned.load(), "green_box", learned.view, size=18 + 1)
+        video.orbit_frames(learned.load(), "green_box", learned.view, size=18 + 1)
 
 
 def test_orbit_cameras_are_like_those_of_the_data():
@@ -91,15 +92,15 @@ def test_orbit_cameras_are_like_those_of_the_data():
 def test_depth_and_opacity_of_a_known_scene(run, solids):
     """Where nothing is solid, both pictures are white; a wall twice as far has another colour."""
     depth, opacity = np.array([[[1.0, 2.0, 1.5]]], np.float32), np.array([[[1.0, 1.0, 0.0]]], np.float32)
-    near, far, nothing = tiles.colour_depth(depth, opacity, (1.0, 2.0))[0, 0]
-    assert np.array_equal(near, tiles.DEPTH_COLOURS[0]) and np.array_equal(far, tiles.DEPTH_COLOURS[-1])
+    near, far, nothing = sheets.colour_depth(depth, opacity, (1.0, 2.0))[0, 0]
+    assert np.array_equal(near, sheets.DEPTH_COLOURS[0]) and np.array_equal(far, sheets.DEPTH_COLOURS[-1])
     assert np.array_equal(nothing, [255, 255, 255])
-    assert tiles.grey(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
+    assert sheets.grey(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
 
 
 def test_enlarge_keeps_squares():
     small = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
-    assert np.array_equal(tiles.enlarge(small, (4, 6)), small.repeat(2, 1).repeat(3, 2))
+    assert np.array_equal(sheets.enlarge(small, (4, 6)), small.repeat(2, 1).repeat(3, 2))
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def moving() -> list[np.ndarray]:
 
 
 def test_gif(tmp_path, moving):
-    pictures.save_frames(tmp_path / "a" / "x.gif", moving, fps=10)
+    video.save_frames(tmp_path / "a" / "x.gif", moving, fps=10)
     with Image.open(tmp_path / "a" / "x.gif") as file:
         assert file.n_frames == 5 and file.size == (45, 31) and file.info["duration"] == 100 and file.info["loop"] == 0
         for k, frame in enumerate(moving):
@@ -123,14 +124,14 @@ def test_gif(tmp_path, moving):
 
 
 def test_gif_of_nothing_but_white(tmp_path):
-    pictures.save_frames(tmp_path / "x.gif", [np.full((4, 4, 3), 255, np.uint8)] * 2)
+    video.save_frames(tmp_path / "x.gif", [np.full((4, 4, 3), 255, np.uint8)] * 2)
     with Image.open(tmp_path / "x.gif") as file:
         assert np.array(file.convert("RGB")).min() == 255
 
 
 def test_mp4(tmp_path, moving):
     pytest.importorskip("av")
-    pictures.save_frames(tmp_path / "x.mp4", moving)
+    video.save_frames(tmp_path / "x.mp4", moving)
     found = imageio.imread(tmp_path / "x.mp4", plugin="pyav")
     assert found.shape == (5, 32, 46, 3)  # padded to even sides
     assert np.abs(found[0][:31, :45].astype(int) - moving[0]).mean() < 10
@@ -139,17 +140,17 @@ def test_mp4(tmp_path, moving):
 def test_mp4_without_pyav(tmp_path, moving, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"pip install latentscenes\[export\]"):
-        pictures.save_frames(tmp_path / "x.mp4", moving)
+        video.save_frames(tmp_path / "x.mp4", moving)
 
 
 def test_strip_and_image(tmp_path, moving):
-    pictures.save_frames(tmp_path / "x.png", moving)
+    video.save_frames(tmp_path / "x.png", moving)
     with Image.open(tmp_path / "x.png") as file:
         strip = np.array(file)
     assert strip.shape[1] > 5 * 45 and np.array_equal(strip[8 : 8 + 31, 8 : 8 + 45], moving[0])
-    pictures.save_image(tmp_path / "one.png", moving[1])
+    sheets.save_image(tmp_path / "one.png", moving[1])
     with Image.open(tmp_path / "one.png") as file:
         assert np.array_equal(np.array(file), moving[1])
-    for save in (lambda: pictures.save_frames(tmp_path / "x.avi", moving), lambda: pictures.save_image(tmp_path / "x.txt", moving[0])):
+    for save in (lambda: video.save_frames(tmp_path / "x.avi", moving), lambda: sheets.save_image(tmp_path / "x.txt", moving[0])):
         with pytest.raises(UserError, match="are written as"):
             save()

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from results import made_comparison
 
+from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
 from latentscenes.core.errors import UserError
-from latentscenes.core.tables import Table, bytes_text, percent_text, seconds_text
-from latentscenes.evaluation.charts import Series, line_chart, smooth
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
-from latentscenes.evaluation.report import write_report
+from latentscenes.evaluation.report import Series, line_chart, smooth, write_report
 from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
 
 
@@ -75,9 +74,9 @@ def test_print_cost_needs_something():
 def content(tmp_path_factory, solids):
     from conftest import TINY
 
-    from latentscenes.core import config
+    from latentscenes.core import config_io
 
-    return made_comparison(tmp_path_factory.mktemp("results"), config.parse(TINY, "tiny"), solids)
+    return made_comparison(tmp_path_factory.mktemp("results"), config_io.parse(TINY, "tiny"), solids)
 
 
 def test_print_cost_of_runs(content, capsys):

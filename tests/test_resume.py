@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.errors import UserError
 from latentscenes.storage import run as run_module
 from latentscenes.storage.run import Run
-from latentscenes.training import learner, loop
+from latentscenes.training import loop
 from latentscenes.training.exploit import Options, exploit
 from latentscenes.training.loop import train
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def windowed(tiny):
     """All stages, with a normaliser that has a state of its own."""
-    return configuration.parse(configuration.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"])
+    return config_io.parse(config_io.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"])
 
 
 def learn_all(config, solids, folder):
@@ -61,7 +61,7 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     whole = learn_all(windowed, solids, tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
-    true_terms, left = learner.terms, [0]
+    true_terms, left = loop.terms, [0]
 
     def fragile(*arguments):
         left[0] -= 1
@@ -69,7 +69,7 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
             raise Crash
         return true_terms(*arguments)
 
-    monkeypatch.setattr(learner, "terms", fragile)
+    monkeypatch.setattr(loop, "terms", fragile)
     crashed = set()
     for attempt in range(30):
         # Every third step; or, where only ends of stages are saved, each time one step further into the stage
@@ -91,8 +91,8 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
 def test_a_decoder_learned_beside_a_frozen_encoder_resumes_exactly(solids, windowed, tmp_path, monkeypatch):
     # latents are encoded anew at each step, and the normaliser must not drift meanwhile
     rates = "{decoder: 1e-3, micro: 1e-2, weights: 1e-2, field: 1e-2, bases: 1e-2}"
-    config = configuration.parse(
-        configuration.dump(windowed), "test", ["train.joint.losses={latent: 1, rgb: 1, autoencoder: 1}", f"train.joint.rates={rates}"]
+    config = config_io.parse(
+        config_io.dump(windowed), "test", ["train.joint.losses={latent: 1, rgb: 1, autoencoder: 1}", f"train.joint.rates={rates}"]
     )
     whole = train(config, solids, tmp_path / "whole", device=CPU)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
@@ -142,11 +142,11 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentscenes.core import config
+from latentscenes.core import config, config_io
 from latentscenes.training import loop as train
 from latentscenes.data.dataset import Views
 train.SAVE_SECONDS = 0.02
-train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+train.train(config_io.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 
@@ -166,9 +166,9 @@ def wait_for_checkpoint(out, above, process):
 
 
 def test_killed_processes(solids, solids_path, tiny, tmp_path):
-    config = configuration.parse(configuration.dump(tiny), "test", ["train.scenes.epochs=40", "train.codec.epochs=4"])
+    config = config_io.parse(config_io.dump(tiny), "test", ["train.scenes.epochs=40", "train.codec.epochs=4"])
     settings, out = tmp_path / "config.yaml", tmp_path / "run"
-    settings.write_text(configuration.dump(config))
+    settings.write_text(config_io.dump(config))
 
     process = start(settings, solids_path, out)  # kill -9
     wait_for_checkpoint(out, 10, process)
@@ -192,7 +192,7 @@ def test_killed_processes(solids, solids_path, tiny, tmp_path):
 
 
 def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeypatch):
-    true_terms, calls = learner.terms, []
+    true_terms, calls = loop.terms, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -201,7 +201,7 @@ def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeyp
         return true_terms(*arguments)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(learner, "terms", interrupted)
+    monkeypatch.setattr(loop, "terms", interrupted)
     with pytest.raises(loop.Interrupted):
         train(tiny, solids, tmp_path / "run", device=CPU)
     assert Run.open(tmp_path / "run").position.total == 9

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
 from latentscenes.core.runtime import memory, seeded
@@ -116,11 +116,10 @@ def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path,
 
 @pytest.mark.parametrize("every_step_saved", [True, False])
 def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_step_saved):
-    from latentscenes.training import learner
 
     config, expected = unbroken
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if every_step_saved else 1e9)
-    calls, true_terms = [], learner.terms
+    calls, true_terms = [], loop.terms
 
     def fragile(*arguments):
         calls.append(1)
@@ -128,7 +127,7 @@ def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_s
             raise OSError("crash")
         return true_terms(*arguments)
 
-    monkeypatch.setattr(learner, "terms", fragile)
+    monkeypatch.setattr(loop, "terms", fragile)
     run = None
     for _ in range(60 if every_step_saved else 1):
         try:
@@ -136,7 +135,7 @@ def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_s
             break
         except OSError:
             pass
-    monkeypatch.setattr(learner, "terms", true_terms)
+    monkeypatch.setattr(loop, "terms", true_terms)
     run = run or train(config, solids, tmp_path / "run", device=CPU)
     assert len(calls) > 5 or not every_step_saved
     assert all(torch.equal(a, b) for a, b in zip(state(run), state(expected), strict=True))
@@ -145,18 +144,18 @@ def test_crashes_leave_no_trace(solids, unbroken, tmp_path, monkeypatch, every_s
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from latentscenes.core import config
+from latentscenes.core import config, config_io
 from latentscenes.training import loop as train
 from latentscenes.data.dataset import Views
 torch.set_num_threads(1)
 train.SAVE_SECONDS = 0.05
-train.train(config.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+train.train(config_io.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 
 def test_killed_at_any_moment(solids, tiny, tmp_path):
-    config = configuration.parse(configuration.dump(tiny), "test", ["train.scenes.epochs=60", "storage=disk"])
-    (tmp_path / "config.yaml").write_text(configuration.dump(config))
+    config = config_io.parse(config_io.dump(tiny), "test", ["train.scenes.epochs=60", "storage=disk"])
+    (tmp_path / "config.yaml").write_text(config_io.dump(config))
     expected = train(config, solids, tmp_path / "unbroken", device=CPU)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), str(solids.path), str(tmp_path / "run")]
     kills = 0

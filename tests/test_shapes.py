@@ -11,8 +11,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Views
 from latentscenes.data.raycast import OPAQUE, Caster, ViewOptions
 from latentscenes.data.synthetic.body import KINDS, draw_car, loft
-from latentscenes.data.synthetic.cars import make_car, make_cars
-from latentscenes.data.synthetic.parts import blob, in_turn
+from latentscenes.data.synthetic.cars import blob, in_turn, make_car, make_cars
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.core.runtime import seeded
 from latentscenes.evaluation.evaluate import evaluate
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def changed(config, *overrides):
-    return configuration.parse(configuration.dump(config), "test", overrides)
+    return config_io.parse(config_io.dump(config), "test", overrides)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def trained(solids, tmp_path_factory):
     """A finished run of all stages."""
     from conftest import TINY
 
-    return train(configuration.parse(TINY, "tiny"), solids, tmp_path_factory.mktemp("runs") / "trained", device=CPU)
+    return train(config_io.parse(TINY, "tiny"), solids, tmp_path_factory.mktemp("runs") / "trained", device=CPU)
 
 
 def state(run):
@@ -97,7 +97,7 @@ def test_the_loss_falls(solids, tiny, tmp_path):
 
 
 def test_rgb_baseline_learns_a_ball(solids, tmp_path):
-    config = configuration.load(
+    config = config_io.load(
         "rgb",
         ["planes.resolution=16", "planes.micro=8", "render.coarse=16", "render.fine=8", "field.hidden=32",
          "train.0.rays=256", "train.0.views=5", "train.0.epochs=1", "train.0.schedule=constant", "train.0.losses.tv=1e-3"],
@@ -115,16 +115,16 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, tmp_path, monkeypatch):
-    from latentscenes.training import learner, loop
+    from latentscenes.training import loop
 
-    calls, true_terms = [], learner.terms
+    calls, true_terms = [], loop.terms
 
     def spoiled(*arguments):
         calls.append(1)
         found, errors = true_terms(*arguments)
         return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found, errors
 
-    monkeypatch.setattr(learner, "terms", spoiled)
+    monkeypatch.setattr(loop, "terms", spoiled)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # a checkpoint is due at every step, between two logged ones
     with pytest.raises(UserError, match="stage 'scenes', step 3: a loss is no longer finite"):
         train(tiny, solids, tmp_path / "run", device=CPU)

@@ -21,15 +21,14 @@ from PIL import Image
 from results import made_run
 
 import latentscenes
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Cameras, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Wish, along_axis, blended, picture_size
-from latentscenes.viewer.renderer import Renderer
+from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Renderer, Wish, along_axis, blended, picture_size
 
 viser = pytest.importorskip("viser")
 
-from latentscenes.viewer import gallery as viewer_gallery  # noqa: E402 — needs viser
+from latentscenes.viewer import panels  # noqa: E402 — needs viser
 from latentscenes.viewer.server import Viewer, check_port  # noqa: E402
 
 CAR = """
@@ -54,7 +53,7 @@ train:
 def solid_library(tmp_path_factory, solids):
     """Four solids that nobody learned, in a codec's latents."""
     folder = tmp_path_factory.mktemp("solids")
-    run = made_run(folder / "run", configuration.parse(TINY, "tiny"), solids, "train")
+    run = made_run(folder / "run", config_io.parse(TINY, "tiny"), solids, "train")
     return latentscenes.create_library(folder / "library", run.path, precision="float32", device="cpu")
 
 
@@ -68,7 +67,7 @@ def car_library(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cars")
     make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
-    train(configuration.parse(CAR, "car"), Views.open(folder / "data"), folder / "run", device=torch.device("cpu"))
+    train(config_io.parse(CAR, "car"), Views.open(folder / "data"), folder / "run", device=torch.device("cpu"))
     return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
 
 
@@ -215,8 +214,8 @@ def test_who_moves_comes_before_who_is_still():
 
 def test_names_are_matched_by_parts_and_patterns():
     names = ["Car-1", "car-12", "bus-1"]
-    assert viewer_gallery.matching(names, " CAR ") == ["Car-1", "car-12"] and viewer_gallery.matching(names, "") == names
-    assert viewer_gallery.matching(names, "*-1") == ["Car-1", "bus-1"] and viewer_gallery.matching(names, "c?r-1") == ["Car-1"]
+    assert panels.matching(names, " CAR ") == ["Car-1", "car-12"] and panels.matching(names, "") == names
+    assert panels.matching(names, "*-1") == ["Car-1", "bus-1"] and panels.matching(names, "c?r-1") == ["Car-1"]
 
 
 # Many who look
@@ -346,10 +345,10 @@ def test_mistakes_are_explained(car_library, tmp_path):
         Viewer(emptied, port=0)
 
 
-def test_without_viser_the_remedy_is_named():
-    script = "import sys; sys.modules['viser'] = None; import latentscenes.viewer.server"
+def test_without_viser_the_remedy_is_named(car_library):
+    script = f"import sys; sys.modules['viser'] = None; from latentscenes.cli.main import main; sys.argv = ['l', 'view', {str(car_library.path)!r}]; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "UserError: view needs viser. Run: pip install latentscenes[viewer]" in done.stderr
+    assert done.stderr == "latentscenes: view needs viser. Run: pip install latentscenes[viewer]\n" and done.returncode == 2
 
 
 def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library):
@@ -375,7 +374,7 @@ LABEL = "[...document.querySelectorAll('label')].find(label => label.innerText.t
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
 def test_in_a_browser(car_library, tmp_path, monkeypatch):
-    monkeypatch.setattr(viewer_gallery, "PAGE", 2)
+    monkeypatch.setattr(panels, "PAGE", 2)
     names = car_library.names
     car_library.export(names, tmp_path / "library")
     library = latentscenes.open_library(tmp_path / "library", device="cpu")

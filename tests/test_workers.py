@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.signals import StopFlag
+from latentscenes.core.runtime import StopFlag
 from latentscenes.training.workers import side_by_side
 
 

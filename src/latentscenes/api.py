@@ -26,8 +26,7 @@ from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Views
-from latentscenes.export.pictures import look
-from latentscenes.model.model import Model
+from latentscenes.model.model import Model, look
 from latentscenes.model.planes import SceneRows
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.index import SceneInfo

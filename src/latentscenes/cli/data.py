@@ -46,8 +46,8 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
         folders: the datasets, two or more. Their images must be of one size, their scenes' names must differ.
         out: folder of the new dataset. Splits and held-out views stay as they are.
     """
-    from latentscenes.core.progress import console
-    from latentscenes.data.joining import join
+    from latentscenes.core.console import console
+    from latentscenes.data.dataset import join
 
     made = join(folders, out)
     known = "" if made.alpha is not None else "; without silhouettes, as not all parts have them"
@@ -176,7 +176,7 @@ def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str
 
 
 def _say_made(made: "Imported") -> None:
-    from latentscenes.core.progress import console
+    from latentscenes.core.console import console
 
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)

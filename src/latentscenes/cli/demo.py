@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from latentscenes.core import config
-from latentscenes.core.progress import console
+from latentscenes.core import config_io
+from latentscenes.core.console import console
 from latentscenes.data.dataset import Views
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars
@@ -33,14 +33,14 @@ def run_demo(out: Path, device: torch.device) -> None:
     views = Views.open(cars)
 
     _say(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")
-    trained = train(config.load("demo"), views, out / "train", device=device)
+    trained = train(config_io.load("demo"), views, out / "train", device=device)
     _say(f"Stage 2: {NEW_CARS} new cars")
     exploit(out / "library", views, trained.config, trained, Options(), device)
     _say("The same new cars on the model that comes with the package: no stage 1")
     shipped = open_parent(Path("cars"))
     exploit(out / "shipped", views, shipped.config, shipped, Options(), device)
     _say("Baseline: RGB tri-planes of the new cars")
-    rgb = train(config.load("demo_rgb"), views, out / "rgb", split="new", device=device)
+    rgb = train(config_io.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
     _say("Scores on held-out views")
     old, new, baseline = Learned.of_run(trained), Learned.open(out / "library"), Learned.of_run(rgb)

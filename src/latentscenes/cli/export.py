@@ -35,7 +35,7 @@ def render(
         path: camera path (JSON) of nerfstudio's; its cameras are used instead of the orbit's.
         fps: frames per second; unset: as the camera path says, 20 for an orbit.
     """
-    from latentscenes.export.pictures import camera_frames, check_elevation, check_film, save_frames, scaled
+    from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
     check_film(out)
     check_elevation("--elevation", elevation)
@@ -51,7 +51,7 @@ def render(
         wanted = scaled(learned.view.size, size, step)
         cameras, speed = learned.view.orbit(frames, elevation), fps or 20.0
     else:
-        from latentscenes.export.camera_path import read_camera_path
+        from latentscenes.export.video import read_camera_path
 
         film = read_camera_path(path)
         wanted = scaled(film.size, size or max(step, round(max(film.size) / step) * step), step)
@@ -78,8 +78,7 @@ def export_mesh(
         cells: along the longest side of the scene box; more are finer and slower.
         lowest: elevation in degrees of the lowest camera that colours come from; -90 for objects photographed from below too.
     """
-    from latentscenes.export.files import check_ending, write_glb
-    from latentscenes.export.mesh import scene_mesh
+    from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
 
     check_ending(out, ".glb")
     learned = _opened(run, scene)
@@ -107,8 +106,7 @@ def export_points(
         cells: along the longest side of the scene box, of the surface that points lie on.
         lowest: elevation in degrees of the lowest camera that looks; -90 for objects photographed from below too.
     """
-    from latentscenes.export.files import check_ending, write_ply
-    from latentscenes.export.mesh import scene_points
+    from latentscenes.export.mesh import check_ending, scene_points, write_ply
 
     check_ending(out, ".ply")
     learned = _opened(run, scene)
@@ -142,8 +140,8 @@ def export_images(
         lowest: elevation in degrees at which the dome ends; -90 for a whole sphere.
         elevation: of the orbit, in degrees.
     """
-    from latentscenes.export.images import write_views
-    from latentscenes.export.pictures import check_elevation, scaled
+    from latentscenes.export.pages import write_views
+    from latentscenes.export.video import check_elevation, scaled
 
     check_elevation("--elevation", elevation)
     if views < 1:
@@ -181,7 +179,7 @@ def export_page(
         size: pixels along the wider side of a picture; unset: as in the data.
         elevations: in degrees; with more than one, dragging up and down looks from higher or lower.
     """
-    from latentscenes.export.files import check_ending
+    from latentscenes.export.mesh import check_ending
     from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
@@ -226,18 +224,18 @@ def _counted(items, count: int, label: str):
     """The same items, with a progress bar where the output is a terminal."""
     from rich.progress import track
 
-    from latentscenes.core.progress import console
+    from latentscenes.core.console import console
 
     return track(items, label, total=count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _say(text: str) -> None:
-    from latentscenes.core.progress import console
+    from latentscenes.core.console import console
 
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def _bytes(count: int) -> str:
-    from latentscenes.core.tables import bytes_text
+    from latentscenes.core.console import bytes_text
 
     return bytes_text(count)

@@ -16,7 +16,7 @@ from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
-    from latentscenes.core.tables import Table
+    from latentscenes.core.console import Table
     from latentscenes.storage.maintenance import Setting
 
 MANY = 1000
@@ -35,7 +35,7 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         limit: show at most so many; 0 for all.
         as_json: one JSON object per line, everything that is known of each.
     """
-    from latentscenes.core.tables import Table, bytes_text, seconds_text
+    from latentscenes.core.console import Table, bytes_text, seconds_text
 
     if limit < 0:
         raise UserError(f"--limit {limit}: at least 1, or 0 for all.")
@@ -69,7 +69,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         library: its folder.
         scene: name of a scene.
     """
-    from latentscenes.core.tables import bytes_text, seconds_text
+    from latentscenes.core.console import bytes_text, seconds_text
 
     opened = _open(library)
     if scene is not None:
@@ -143,7 +143,7 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
         library: its folder.
         out: folder to write.
     """
-    from latentscenes.core.tables import bytes_text
+    from latentscenes.core.console import bytes_text
     from latentscenes.storage.library import Store
     from latentscenes.storage.pretrained import export_model
 
@@ -171,7 +171,7 @@ def library_compact(library: Folder) -> None:
     Args:
         library: its folder.
     """
-    from latentscenes.core.tables import bytes_text
+    from latentscenes.core.console import bytes_text
 
     _say(f"{library}: {bytes_text(max(0, _open(library).compact()))} freed.")
 
@@ -186,7 +186,7 @@ def library_repack(
         precision: how to store them; scenes that are stored so, or more coarsely, stay as they are.
         lost: choose the smallest that loses at most so many dB in the mean.
     """
-    from latentscenes.core.tables import bytes_text
+    from latentscenes.core.console import bytes_text
 
     if lost is not None and (precision is not None or not lost >= 0):
         raise UserError(f"--lost {lost:g}: {'goes without --precision' if precision else 'dB, 0 at least'}.")
@@ -207,7 +207,7 @@ def library_repack(
 
 def dial_table(settings: "list[Setting]") -> "Table":
     """Bytes against quality."""
-    from latentscenes.core.tables import Table, bytes_text
+    from latentscenes.core.console import Table, bytes_text
 
     rows = tuple((setting.precision, bytes_text(setting.bytes), f"{setting.lost:.3f} dB") for setting in settings)
     return Table("What precision costs and loses", ("stored as", "bytes / scene", "PSNR lost"), rows)
@@ -241,7 +241,7 @@ def search(
         count: how many.
         data: dataset that holds the scene.
     """
-    from latentscenes.core.tables import Table
+    from latentscenes.core.console import Table
 
     if count < 1:
         raise UserError(f"--count {count}: at least 1.")
@@ -283,7 +283,7 @@ def _decibels(value: float | None, digits: int = 2) -> str:
 
 
 def _say(text: str) -> None:
-    from latentscenes.core.progress import console
+    from latentscenes.core.console import console
 
     console.print(text, highlight=False, soft_wrap=True)
 

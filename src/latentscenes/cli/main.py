@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, MachineOptions, PrecisionName, told_in_one_line
+from latentscenes.cli.common import MACHINE, MachineOptions, PrecisionName, start, told_in_one_line
 from latentscenes.cli.common import start as _start
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
-from latentscenes.cli.view import view
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def evaluate(
     result.save(run / (SCORES if part == "held_out" else FIT_SCORES))
     print_scores(result)
     if sheet:
-        from latentscenes.export.pictures import comparison_sheet, save_image
+        from latentscenes.export.sheets import comparison_sheet, save_image
 
         save_image(sheet, comparison_sheet(loaded, dataset, scenes))
 
@@ -195,6 +194,39 @@ def cost(
     print_cost(run, config, baseline, overrides)
 
 
+def view(
+    library: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    data: Path | None = None,
+    moving: int = 128,
+    still: int = 384,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Look at a library in a browser: gallery, orbits, depth and latents, blends of two scenes, photographs and their cameras.
+
+    Args:
+        library: its folder.
+        host: address to serve at; as it is, only this machine can look. 0.0.0.0: everybody who can reach this machine.
+        port: to serve at; 0 for any free one.
+        data: dataset that the scenes were learned from, if it has moved.
+        moving: pixels along the shorter side of pictures while the camera moves …
+        still: … and when it has stopped.
+    """
+    device = start(machine)
+    from latentscenes.api import Library
+    from latentscenes.storage.library import Store
+
+    try:
+        from latentscenes.viewer.server import view as serve
+    except ModuleNotFoundError as error:
+        if error.name != "viser":
+            raise
+        raise UserError("view needs viser. Run: pip install latentscenes[viewer]") from None
+
+    serve(Library(Store.open(library), device), host, port, data, moving, still)
+
+
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     """Everything on made cars: data, stages 1 and 2, the RGB baseline, a table and a report to look at.
 
@@ -208,13 +240,13 @@ def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
 
 
 def _settings(source: str, overrides: tuple[str, ...], print_and_stop: bool, finetune: bool = False) -> "Config":
-    from latentscenes.core import config
+    from latentscenes.core import config, config_io
 
-    settings = config.load(source, overrides)
+    settings = config_io.load(source, overrides)
     if finetune:
         settings = config.learning_shared(settings)
     if print_and_stop:
-        print(config.dump(settings), end="")
+        print(config_io.dump(settings), end="")
         sys.exit(0)
     return settings
 
@@ -224,7 +256,7 @@ def _say_done(out: Path, seconds: float, scenes: int) -> None:
 
 
 def _say(text: str) -> None:
-    from latentscenes.core.progress import console
+    from latentscenes.core.console import console
 
     console.print(text, highlight=False, soft_wrap=True)
 

@@ -1,23 +1,21 @@
-"""Every setting there is, as frozen dataclasses with a docstring per field; YAML in, YAML out.
+"""Every setting, as frozen dataclasses with a docstring for each field.
 
-A configuration is read strictly: an unknown key is refused with the nearest known one, a value of the wrong type with
-what was expected, and settings that contradict each other are refused before anything runs.
+Settings that contradict each other are refused when a Config is built. `config_io` reads and writes YAML. Neither file
+loads torch.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from latentscenes.core.errors import UserError
-from latentscenes.core.strict import build, change, plain
-from latentscenes.rendering.field import Aggregation, Axes
-from latentscenes.rendering.render import Kernel, Precision
+
+Aggregation = Literal["sum", "product"]
+Axes = Literal["xy,xz,yz", "eg3d"]
+Kernel = Literal["auto", "native", "triton", "torch"]
+MatmulPrecision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class RenderConfig:
     kernel: Kernel = "auto"
     """`native`: the compiled CPU kernel; `triton`: the GPU kernels; `torch`: the readable path; `auto`: the fastest that
     serves the settings."""
-    precision: Precision = "float32"
+    precision: MatmulPrecision = "float32"
     """Of the numbers that the GPU kernels' matrix products multiply; the other kernels know float32 alone."""
 
 
@@ -306,42 +304,3 @@ def learning_shared(config: Config) -> Config:
         rates = dataclasses.replace(stage.rates, bases=last.bases, field=last.field, decoder=decoder)
         stages.append(dataclasses.replace(stage, rates=rates, weights_epochs=None))
     return dataclasses.replace(config, exploit=tuple(stages))
-
-
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
-    `train.0.epochs=5` (a number picks a stage; so does its name)."""
-    path = Path(source)
-    preset = resources.files("latentscenes") / "presets" / f"{source}.yaml"
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{path}: no such configuration file. Presets: {', '.join(presets())}.")
-        text = path.read_text()
-    elif preset.is_file():
-        text = preset.read_text()
-    else:
-        raise UserError(f"{source}: neither a YAML file nor a preset. Presets: {', '.join(presets())}.")
-    return parse(text, str(source), overrides)
-
-
-def presets() -> list[str]:
-    """Names of the configurations that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in (resources.files("latentscenes") / "presets").iterdir() if entry.name.endswith(".yaml"))
-
-
-def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """A Config from YAML text; `where` names it in errors."""
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected settings, got {tree!r}.")
-    for override in overrides:
-        change(tree, override)
-    return build(Config, tree, where)
-
-
-def dump(config: Config) -> str:
-    """YAML text that `parse` reads back to an equal Config."""
-    return yaml.safe_dump(plain(config), sort_keys=False, width=120)

@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
-from latentscenes.core.progress import console
 
 
 @contextmanager

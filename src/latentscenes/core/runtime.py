@@ -3,7 +3,9 @@
 import ctypes
 import hashlib
 import os
+import signal
 import sys
+from types import FrameType
 
 import torch
 
@@ -44,3 +46,28 @@ def seeded(device: torch.device | str, *key: int | str) -> torch.Generator:
     there is no generator state to save, and a resumed run draws what an unbroken one draws."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class StopFlag:
+    """True once SIGINT or SIGTERM came in; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+        signal.signal(number, self._before[number])
+
+    def __enter__(self) -> "StopFlag":
+        try:
+            self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are someone else's business
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

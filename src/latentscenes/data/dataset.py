@@ -13,6 +13,7 @@ Views of one scene lie together. Splits and held-out views are fixed when a data
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -133,6 +134,12 @@ def spread(count: int, held_out: int) -> tuple[int, ...]:
     return tuple(sorted({int((k + 0.5) * count / held_out) for k in range(held_out)}))
 
 
+def spread_evenly(index: list[int], count: int) -> list[int]:
+    """`count` of them at most, evenly spread."""
+    count = min(count, len(index))
+    return [index[int((k + 0.5) * len(index) / count)] for k in range(count)]
+
+
 class ViewsWriter:
     """Writes a dataset scene by scene; nothing appears under its final name until `finish`.
 
@@ -216,3 +223,49 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         shutil.copyfileobj(source, out, 16 << 20)
     raw.unlink()
+
+
+
+# Joining
+
+
+def join(folders: Sequence[Path], out: Path) -> Views:
+    """A new dataset at `out` with the scenes of all `folders`, in their order, each with its split and held-out views.
+
+    Raises:
+        UserError: fewer than two datasets, images of different sizes, a scene's name in two of them, or `out` is taken.
+    """
+    if len(folders) < 2:
+        raise UserError(f"{len(folders)} dataset to join: name two or more.")
+    parts = [Views.open(folder) for folder in folders]
+    _check(parts)
+    alpha = all(part.alpha is not None for part in parts)
+    with ViewsWriter(out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)) as writer:
+        for part in parts:
+            for scene in part.scenes:
+                views = slice(scene.first, scene.first + scene.count)
+                silhouettes = part.alpha[views] if alpha else None
+                writer.add(scene.name, part.rgb[views], part.cameras[views], scene.split, scene.held_out, silhouettes)
+        writer.finish(box_of([part.box for part in parts]))
+    return Views.open(out)
+
+
+def box_of(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of these."""
+    low = np.min([np.subtract(box.center, box.half) for box in boxes], 0)
+    high = np.max([np.add(box.center, box.half) for box in boxes], 0)
+    return Box(tuple(((low + high) / 2).tolist()), tuple(((high - low) / 2).tolist()))
+
+
+def _check(parts: list[Views]) -> None:
+    first, owner = parts[0], {}
+    for part in parts:
+        if part.size != first.size:
+            (height, width), (rows, columns) = part.size, first.size
+            differ = f"{part.path}: images of {width}x{height}, but those of {first.path} are {columns}x{rows}"
+            raise UserError(f"{differ}. Make both with the same --size.")
+        for scene in part.scenes:
+            if scene.name in owner:
+                twice = f"{part.path}: scene {scene.name!r} is in {owner[scene.name]}, too"
+                raise UserError(f"{twice}; names must differ. Rename it in views.json of one.")
+            owner[scene.name] = part.path

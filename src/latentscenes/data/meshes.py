@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Split, ViewsWriter, spread
+from latentscenes.data.importing import choose_splits
 from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, OPAQUE, Caster, Soup, ViewOptions, soup_from_mesh
-from latentscenes.data.splits import choose_splits
 
 Up = Literal["auto", "y", "z"]
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}

@@ -18,8 +18,7 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import Axes, read_matrix
 from latentscenes.data.images import image_size
-from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, open_folder, subfolders
-from latentscenes.data.splits import natural_key
+from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, natural_key, open_folder, subfolders
 
 ABOVE = -0.5
 """Camera height above which a view belongs to the "Above" subset."""

@@ -15,8 +15,7 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import Axes, read_matrix
 from latentscenes.data.images import image_size
-from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, open_folder, subfolders
-from latentscenes.data.splits import natural_key
+from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, natural_key, open_folder, subfolders
 
 HeldOutFrom = Literal["test", "val", "none"]
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")

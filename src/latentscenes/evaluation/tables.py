@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
+from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
 from latentscenes.core.errors import UserError
-from latentscenes.core.tables import Table, bytes_text, percent_text, seconds_text
 from latentscenes.data.dataset import Views
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import Account
@@ -108,13 +108,13 @@ def print_cost(run_path: Path | None, config_name: str | None, baseline: str, ov
     """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset, a YAML
     file, or a folder of learned scenes (then its seconds count too). Overrides change the configuration of the first."""
     if run_path is None and config_name is None:
-        raise UserError(f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(configuration.presets())}.")
+        raise UserError(f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}.")
     if run_path is not None:
         learned = Learned.open(run_path)
-        ours = cost.account_learned(learned, configuration.load(run_path / "config.yaml", overrides) if overrides else None)
+        ours = cost.account_learned(learned, config_io.load(run_path / "config.yaml", overrides) if overrides else None)
     else:
-        ours = cost.account(configuration.load(str(config_name), overrides))
-    other = cost.account_learned(Learned.open(baseline)) if Path(baseline).is_dir() else cost.account(configuration.load(baseline))
+        ours = cost.account(config_io.load(str(config_name), overrides))
+    other = cost.account_learned(Learned.open(baseline)) if Path(baseline).is_dir() else cost.account(config_io.load(baseline))
     print_things(parts_table(ours, other), ledger_table(ours, other))
     for sentence in ledger_sentences(ours, other):
         print_things(sentence)

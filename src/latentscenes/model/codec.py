@@ -10,9 +10,11 @@ One codec a file: identity, convolutional (our own), tiny (TAESD files), diffuse
 
 from abc import ABC, abstractmethod
 from itertools import chain
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentscenes.core.errors import UserError
@@ -61,3 +63,48 @@ class Codec(nn.Module, ABC):
         self.latent_size(height, width)
         like = next(chain(self.parameters(), self.buffers()), torch.empty(0))
         return self.encode(torch.ones(1, 3, height, width, dtype=like.dtype, device=like.device))[0]
+
+
+class IdentityCodec(Codec):
+    """latents = 2 · image − 1; 3 channels, full resolution, nothing to learn."""
+
+    channels = 3
+    downsampling = 1
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("where", torch.empty(0), persistent=False)  # remembers the device it was moved to
+
+    def encode(
+        self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n 3 H W"]:
+        return 2 * images - 1
+
+    def decode(self, latents: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+        return (latents + 1) / 2
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        return []
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .pt file by name, floating-point ones as float32."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file. Check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 — broken files raise half a dozen kinds; in each case the file is at fault
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as weights ({reason}). Give a .safetensors file, or a .pth that holds tensors only."
+        ) from None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds something else than named tensors. Save the network's state_dict alone.")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentscenes.core.errors import UserError
-from latentscenes.model.weights import read_weights
+from latentscenes.model.codec import read_weights
 
 PSNR_CAP = 100.0
 """dB given to identical images, whose true PSNR is infinite: averages must stay finite. (8-bit pictures of 128 x 128

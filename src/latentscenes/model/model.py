@@ -3,11 +3,13 @@
 Scenes are not in here (see planes.py): a Model is what all of them share.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ from latentscenes.rendering.field import Field
 from latentscenes.rendering.render import camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
+CHUNK = 8
+"""Views rendered and decoded at once."""
 
 
 class LatentView(NamedTuple):
@@ -129,6 +133,43 @@ class Model(nn.Module):
         return LatentView(features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """v views of one scene, on the CPU."""
+
+    images: Float[Tensor, "v 3 H W"]
+    """Decoded, in [0, 1]."""
+    latents: Float[Tensor, "v c h w"]
+    """Rendered, in (−1, 1)."""
+    depth: Float[Tensor, "v a b"]
+    """Expected distance along the ray, world units; as fine as the images, or as the latents without `geometry`."""
+    opacity: Float[Tensor, "v a b"]
+
+
+@torch.no_grad()
+def look(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> Shown:
+    """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
+    are those of the latent's few rays."""
+    background = model.background(*size)
+    full = background.new_zeros(background.shape[0], *size) if geometry else background
+    found = []
+    for chunk in torch.arange(len(cameras)).split(CHUNK):
+        some = cameras[chunk].to(planes.device)
+        view = model.render(planes, some, background)
+        latents = view.image(*background.shape[1:])
+        solid = view if full.shape == background.shape else model.render(planes, some, full)
+        depth, opacity = (value.unflatten(1, full.shape[1:]) for value in (solid.depth, solid.opacity))
+        found.append([value.cpu() for value in (model.decode(latents).clamp(0, 1), latents, depth, opacity)])
+    return Shown(*(torch.cat(values).float() for values in zip(*found, strict=True)))
+
+
+def to_pictures(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:
+    """Images in [0, 1] as bytes."""
+    return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+
+
 def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
     """The codec that a configuration names."""
     if config.kind == "convolutional":
@@ -139,7 +180,7 @@ def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
             _load_from_run(codec, Path(config.path))
         return codec
     if config.kind == "identity":
-        from latentscenes.model.identity import IdentityCodec
+        from latentscenes.model.codec import IdentityCodec
 
         return IdentityCodec()
     if config.kind == "diffusers":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentscenes.core.config import PlanesConfig
 from latentscenes.rendering.field import mix
-from latentscenes.rendering.kernels import native_planes
+from latentscenes.rendering.kernels import native
 
 
 @dataclass
@@ -95,8 +95,8 @@ def fuse(
         return rows.micro
     if macro is not None:
         return join(rows.micro, macro, fusion)
-    if native_planes.serves(rows.micro, rows.weights, rows.bias, bases):
-        return native_planes.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
+    if native.serves(rows.micro, rows.weights, rows.bias, bases):
+        return native.compose(rows.micro, rows.weights, rows.bias, bases, fusion)
     return fuse_in_torch(rows.micro, rows.weights, rows.bias, bases, fusion)
 
 

@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentscenes.core.errors import UserError
-from latentscenes.model.codec import Codec
-from latentscenes.model.weights import read_weights
+from latentscenes.model.codec import Codec, read_weights
 
 State = dict[str, Tensor]
 

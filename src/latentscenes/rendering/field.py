@@ -5,14 +5,12 @@ four contiguous runs of memory. Texel k of r has its centre at (2k + 1) / r − 
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Axes = Literal["xy,xz,yz", "eg3d"]
-Aggregation = Literal["sum", "product"]
+from latentscenes.core.config import Aggregation, Axes
 
 PLANE_AXES: dict[str, tuple[tuple[int, int], ...]] = {
     "xy,xz,yz": ((0, 1), (0, 2), (1, 2)),

@@ -8,20 +8,18 @@ import functools
 import os
 import warnings
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.config import Aggregation, Axes, Kernel, MatmulPrecision
 from latentscenes.core.errors import UserError
 from latentscenes.rendering import march
-from latentscenes.rendering.field import Aggregation, Axes, Field, mix, sample_planes
+from latentscenes.rendering.field import Field, mix, sample_planes
 from latentscenes.rendering.kernels import native
-
-Kernel = Literal["auto", "native", "triton", "torch"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class Rays(NamedTuple):
@@ -167,7 +165,7 @@ def render_rays(
     axes: Axes = "xy,xz,yz",
     aggregation: Aggregation = "sum",
     kernel: Kernel = "auto",
-    precision: Precision = "float32",
+    precision: MatmulPrecision = "float32",
     mixing: Float[Tensor, "s f f"] | None = None,
 ) -> Rendered:
     """`march_planes` by the fastest kernel that can ("auto"), or the one demanded. A ray's light that nothing stopped

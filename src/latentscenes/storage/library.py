@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
@@ -114,7 +114,7 @@ class Store:
             raise UserError(f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from None
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path / 'config.yaml'}: absent, and nothing here can be read without it. Restore it from a copy of this library.")
-        return cls(path, configuration.load(path / "config.yaml"), info, checksums)
+        return cls(path, config_io.load(path / "config.yaml"), info, checksums)
 
     @classmethod
     def create(cls, path: str | Path, config: Config, info: LibraryInfo, model: Model, start: SceneRows, scenes: Sequence[NewScene] = ()) -> "Store":
@@ -139,7 +139,7 @@ class Store:
                 leftover.unlink()
             write_tensors(path / "model" / SHARED, model.state_dict())
             write_tensors(path / "model" / START, start.tables())
-            (path / "config.yaml").write_text(configuration.dump(config))
+            (path / "config.yaml").write_text(config_io.dump(config))
             Index.create(path / FILE).close()
             checksums = {name: file_checksum(path / "model" / name) for name in (SHARED, START)}
             store = cls(path, config, info, checksums)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, folder_bytes, locked, payload_checksum
-from latentscenes.export.pictures import look, spread_evenly
-from latentscenes.model.model import Model
+from latentscenes.data.dataset import spread_evenly
+from latentscenes.model.model import Model, look
 from latentscenes.model.planes import SceneRows
 from latentscenes.storage.library import SHARED, START, NewScene, Store
 from latentscenes.storage.quantize import (

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentscenes.core import config as configuration
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
@@ -85,7 +85,7 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(configuration.dump(config))
+        (path / "config.yaml").write_text(config_io.dump(config))
         _write_json(path / "run.json", asdict(info) | circumstances())
         return cls(path, config, info)
 
@@ -100,7 +100,7 @@ class Run:
             raise UserError(f"{path / 'run.json'}: not valid JSON ({error}). Start the run again in a new folder.") from None
         box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
         info = RunInfo(**{name: meta[name] for name in ("kind", "data", "split", "scenes", "parent", "parent_seconds")}, box=box)
-        return cls(path, configuration.load(path / "config.yaml"), info)
+        return cls(path, config_io.load(path / "config.yaml"), info)
 
     def lock(self) -> None:
         """Refuse to write beside another process."""

@@ -25,8 +25,7 @@ from latentscenes.storage.library import Store
 from latentscenes.storage.quantize import Precision, check_precision
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.exploit import learn_group, start_rows
-from latentscenes.training.loop import learn
-from latentscenes.training.track import Tracker
+from latentscenes.training.loop import Tracker, learn
 
 QUICK_STEPS = 60
 """Steps that a scene gets which is only looked for."""

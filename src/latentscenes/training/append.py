@@ -11,12 +11,11 @@ from rich.progress import track
 
 from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.core.config import Config
+from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
-from latentscenes.core.progress import console
-from latentscenes.data.dataset import Scene, Split, Views
-from latentscenes.export.pictures import look, spread_evenly, to_pictures
+from latentscenes.data.dataset import Scene, Split, Views, spread_evenly
 from latentscenes.model import metrics
-from latentscenes.model.model import Model
+from latentscenes.model.model import Model, look, to_pictures
 from latentscenes.model.planes import SceneRows, mean_rows
 from latentscenes.storage.index import Origin, SceneInfo
 from latentscenes.storage.library import LibraryInfo, NewScene, Store, now

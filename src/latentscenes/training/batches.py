@@ -15,7 +15,6 @@ from latentscenes.core.config import StageConfig
 from latentscenes.core.runtime import memory, seeded
 from latentscenes.data.dataset import Scene, Views
 from latentscenes.model.model import Model
-from latentscenes.training.focus import Focus
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
 ENCODE_CHUNK = 32
@@ -163,3 +162,44 @@ def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor,
     around = (depth <= 0).any(1)[:, None]
     low, high = torch.where(around, 0, low), torch.where(around, size, high)
     return torch.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)
+
+
+SIDE = 8
+"""Cells along each side of the rectangle in which rays are drawn."""
+EXPONENT = 0.7
+"""What errors are raised to. In proportion to errors themselves, too few rays are left for what is nearly right."""
+MEMORY = 0.5
+"""How much of a cell's old error stays when new rays went through it."""
+
+LEAST = 1e-12
+"""Errors below this count as this: where all of a view is right, its cells are alike."""
+
+
+class Focus:
+    """The cells of n views. `errors` is its state."""
+
+    def __init__(self, views: int, share: float, device: torch.device):
+        """`share` in [0, 1] of the rays goes by errors."""
+        self.share = share
+        self.errors: Float[Tensor, "n c"] = torch.ones(views, SIDE * SIDE, device=device)
+
+    def draw(
+        self, views: Int[Tensor, "v"], x: Float[Tensor, "v p"], y: Float[Tensor, "v p"], u: Float[Tensor, "v p"]
+    ) -> tuple[Float[Tensor, "v p"], Float[Tensor, "v p"], Int[Tensor, "v p"]]:
+        """From uniform numbers in [0, 1): places in the rectangle, as fractions of its sides, and their cells. Each view's
+        cells come in order, one from each p-th of their chances, so that chance leaves none of them out."""
+        wrong = self.errors[views].clamp(min=LEAST) ** EXPONENT
+        chances = (1 - self.share) / wrong.shape[1] + self.share * wrong / wrong.sum(1, keepdim=True)
+        upper = chances.cumsum(1)
+        strata = (torch.arange(u.shape[1], device=u.device) + u) / u.shape[1]
+        cells = torch.searchsorted(upper, strata * upper[:, -1:], right=True).clamp_(max=wrong.shape[1] - 1)
+        return (cells % SIDE + x) / SIDE, (cells // SIDE + y) / SIDE, cells
+
+    def learn(self, views: Int[Tensor, "v"], cells: Int[Tensor, "v p"], errors: Float[Tensor, "v p"]) -> None:
+        """What rays through some cells of (different) views were wrong by."""
+        count = self.errors.shape[1]
+        at = (torch.arange(len(views), device=cells.device)[:, None] * count + cells).flatten()
+        rays = torch.bincount(at, minlength=len(views) * count).view(len(views), count)
+        sums = torch.bincount(at, errors.flatten(), len(views) * count).view(len(views), count)
+        old = self.errors[views]
+        self.errors[views] = torch.where(rays > 0, MEMORY * old + (1 - MEMORY) * sums / rays.clamp(min=1), old)

@@ -4,10 +4,12 @@ One loop serves everything: warming up the codec, joint training, learning new s
 what learns, from which losses, on which scenes.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,25 +17,63 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StageConfig
+from latentscenes.core.console import StageProgress
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.progress import StageProgress
-from latentscenes.core.runtime import seeded
-from latentscenes.core.signals import StopFlag
+from latentscenes.core.runtime import StopFlag, memory, seeded
 from latentscenes.data.dataset import Scene, Split, Views
 from latentscenes.model.convolutional import ConvolutionalCodec
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.planes import SceneRows, macro_planes
+from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource
-from latentscenes.training.learner import Learner
-from latentscenes.training.optim import rate_factor
-from latentscenes.training.track import Tracker, TrackerKind
+from latentscenes.training.losses import Batch, needs_render, terms, total
+from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
 SAVE_SECONDS = 60.0
 """Time between checkpoints; a crash loses at most this much work, and nothing of the result."""
 LOG_EVERY = 10
 COMPONENT_VIEWS = 256
 """Images that the own codec takes its principal components from."""
+
+
+TrackerKind = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class Tracker:
+    """Sends scalars to one tracker, or to none."""
+
+    def __init__(self, kind: TrackerKind, run_path: Path, config: dict[str, Any]):
+        self.kind, self.sink = kind, None
+        try:
+            if kind == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.sink = SummaryWriter(str(run_path / "tensorboard"))
+            elif kind == "wandb":
+                import wandb
+
+                same = hashlib.blake2b(str(run_path.resolve()).encode(), digest_size=8).hexdigest()  # goes on after a stop
+                self.sink = wandb.init(project="latentscenes", name=run_path.name, config=config, resume="allow", id=same)
+            elif kind == "trackio":
+                import trackio
+
+                self.sink = trackio.init(project="latentscenes", name=run_path.name, config=config, resume="allow")
+        except ImportError as error:
+            raise UserError(f"--track {kind}: not installed ({error}). Run: pip install 'latentscenes[track]'.") from None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.kind == "tensorboard":
+            for name, value in values.items():
+                self.sink.add_scalar(name, value, step)
+        elif self.sink is not None:
+            self.sink.log(values, step=step)
+
+    def close(self) -> None:
+        if self.kind == "tensorboard":
+            self.sink.close()
+        elif self.sink is not None:
+            self.sink.finish()
 
 
 def train(
@@ -162,3 +202,57 @@ def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Po
             f"stage {stage.name!r}, step {position.step}: a loss is no longer finite ({values}). "
             "The last checkpoint is good; lower this stage's rates with --set and start again in a new folder."
         )
+
+
+class Learner:
+    """A stage's grip on a model and its scenes: what learns, from which losses, with fresh optimisers."""
+
+    def __init__(self, model: Model, rows: SceneRows, stage: StageConfig, files: RowFiles | None = None):
+        self.model, self.rows, self.stage = model, rows, stage
+        rates = stage.rates
+        self.shared = SharedAdam(model.parts(), rates, stage.beta2)
+        own = {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights, "mixing": rates.mixing}
+        self.own = RowAdam(rows, own, files, stage.beta2)
+        self._macro: Float[Tensor, "n 3 r r g"] | None = None  # once it no longer changes
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimisers' tensors themselves, by name."""
+        return self.shared.state() | self.own.state()
+
+    def freeze_by(self, epoch: int) -> None:
+        """Stop learning what the stage freezes at this epoch or before."""
+        if self.stage.field_epochs is not None and epoch >= self.stage.field_epochs:
+            self.shared.freeze("field")
+        if self.stage.weights_epochs is not None and epoch >= self.stage.weights_epochs and "weights" in self.own.rates:
+            self.own.freeze("weights", "bias")
+
+    def step(self, batch: Batch, factor: float, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Take one step at `factor` times the stage's rates; gives the terms of the objective before it, unweighted, and the
+        errors of rays (see `terms`)."""
+        losses = self.stage.losses
+        leaves = self.rows.gather(batch.scenes, self.model.bases.device) if needs_render(losses) or losses.tv else None
+        planes, mixing, micro = self._planes(leaves, batch) if leaves is not None else (None, None, None)
+        found, errors = terms(self.model, planes, batch, losses, generator, mixing, micro)
+        total(found, losses).backward()
+        if leaves is not None:
+            self.own.step(batch.scenes, leaves, factor)
+        self.shared.step(factor)
+        return found, errors
+
+    def _planes(self, leaves: SceneRows, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Fused planes; how they are mixed, if they are; what of them learns, if that is not all."""
+        mixing = leaves.mixing if leaves.mixing.numel() else None
+        if self._macro is None and self._macro_stays():
+            with torch.no_grad():
+                bases = self.model.bases
+                self._macro = macro_planes(self.rows.weights.to(bases.device), self.rows.bias.to(bases.device), bases)
+        if self._macro is None:
+            return self.model.fuse(leaves), mixing, None
+        apart = leaves.micro.shape[-1] and self.model.config.planes.fusion == "concat"
+        return self.model.fuse(leaves, self._macro[batch.scenes]), mixing, leaves.micro if apart else None
+
+    def _macro_stays(self) -> bool:
+        """Whether neither base planes nor weights learn, and all scenes' macro planes fit into memory."""
+        bases = self.model.bases
+        learns = self.stage.rates.bases or "weights" in self.own.rates
+        return not learns and 0 < 4 * len(self.rows) * bases[:1].numel() <= memory() // 8

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import LossWeights
 from latentscenes.model.model import Model
-from latentscenes.rendering.kernels import native_planes
+from latentscenes.rendering.kernels import native
 
 
 @dataclass
@@ -123,8 +123,8 @@ def mean_square(difference: Tensor) -> Tensor:
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
     """Mean over scenes of the mean squared difference of neighbouring texels, rows plus columns; by the native kernel where
     it can."""
-    if planes.shape[2] > 1 and native_planes.serves(planes):
-        return native_planes.total_variation(planes)
+    if planes.shape[2] > 1 and native.serves(planes):
+        return native.total_variation(planes)
     return total_variation_in_torch(planes)
 
 

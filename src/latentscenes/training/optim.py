@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentscenes.core.config import Rates, StageConfig
 from latentscenes.model.planes import SceneRows
-from latentscenes.rendering.kernels import native_planes
+from latentscenes.rendering.kernels import native
 
 if TYPE_CHECKING:
     from latentscenes.storage.row_files import RowFiles
@@ -50,7 +50,7 @@ class RowAdam:
             self.files.keep(index.tolist())
         for name, rate in self.rates.items():
             table, gradients = self.rows.tables()[name], batch.tables()[name].grad
-            adam = native_planes.adam if native_planes.serves(table, gradients) and table.is_contiguous() else adam_in_torch
+            adam = native.adam if native.serves(table, gradients) and table.is_contiguous() else adam_in_torch
             adam(
                 table, self.first[name], self.second[name], index, gradients.to(table.device), self.steps[index],
                 rate * factor, (BETA1, self.beta2), EPSILON,

@@ -19,9 +19,9 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
+from latentscenes.core.console import console
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.progress import console
-from latentscenes.core.signals import StopFlag
+from latentscenes.core.runtime import StopFlag
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -15,24 +15,23 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentscenes.core.cameras import Cameras, look_at
+from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
-from latentscenes.core.progress import console
 from latentscenes.data.boxes import GRID, union_box
 from latentscenes.data.dataset import ViewsWriter, spread
-from latentscenes.data.importing import Imported, open_folder, subfolders
-from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs
+from latentscenes.data.images import read_image
+from latentscenes.data.importing import Imported, choose_splits, natural_key, open_folder, subfolders
+from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
 from latentscenes.data.photos.framing import object_bounds, rotation_to, up_direction
-from latentscenes.data.photos.masks import find_masks, read_cut_out, read_mask, shows
-from latentscenes.data.photos.undistort import retake
-from latentscenes.data.splits import choose_splits, natural_key
 
 ROOM = 1.05
 """How much wider pictures are than the ball around the object's box."""
@@ -256,3 +255,75 @@ def _together(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+
+# Masks
+
+
+CUT_OFF = 0.01
+"""Share of the border's pixels on the object from which a photograph counts as cutting the object off."""
+
+
+def find_masks(folder: Path, photographs: list[Photograph]) -> dict[str, Path]:
+    """The mask of each photograph of a capture, by its name: masks/NAME.png, or masks/NAME.jpg.png as COLMAP itself wants
+    them. Empty if there is no such folder: then photographs must be transparent around the object."""
+    masks = folder / "masks"
+    if not masks.is_dir():
+        return {}
+    found = {}
+    for photograph in photographs:
+        choices = [masks / f"{photograph.name}.png", (masks / photograph.name).with_suffix(".png")]
+        if (mask := next((choice for choice in choices if choice.is_file()), None)) is not None:
+            found[photograph.name] = mask
+    if missing := [photograph.name for photograph in photographs if photograph.name not in found]:
+        raise UserError(
+            f"{masks / Path(missing[0]).with_suffix('.png')}: no such mask; {len(missing)} of {len(photographs)} photographs "
+            "have none. To leave a photograph out, give it a mask that is black all over."
+        )
+    return found
+
+
+def read_cut_out(photograph: Photograph, masks: dict[str, Path]) -> tuple[Image.Image, Image.Image]:
+    """The photograph over white (RGB) and its mask (L, 255 on the object), of one shape."""
+    rgb, alpha = read_image(photograph.file)
+    picture = Image.fromarray(rgb)
+    if masks:
+        mask = read_mask(photograph, masks)
+        return Image.composite(picture, Image.new("RGB", picture.size, "white"), mask), mask
+    if alpha is None or alpha.min() == 255:
+        raise UserError(
+            f"{photograph.file}: nothing says what is object and what background, and a background cannot be learned. Either "
+            f"give {Path('masks', photograph.name).with_suffix('.png')} beside images/, white on the object and black "
+            "elsewhere, and so for all photographs (programs such as rembg or Segment Anything make them); or cut the object "
+            "out of all photographs, so that they are transparent around it (PNG)."
+        )
+    return picture, Image.fromarray(alpha)
+
+
+def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
+    """The mask alone (L, 255 on the object). A mask that is itself transparent somewhere speaks by its transparency."""
+    if not masks:
+        return read_cut_out(photograph, masks)[1]
+    file = masks[photograph.name]
+    rgb, alpha = read_image(file)
+    mask = rgb.max(-1) if alpha is None or alpha.min() == 255 else alpha
+    with Image.open(photograph.file) as image:
+        width, height = image.size
+    if mask.shape != (height, width):
+        raise UserError(
+            f"{file}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph {width}x{height}. Make masks of the "
+            "photographs as they are, neither reduced nor turned (some programs turn them as EXIF says, COLMAP does not)."
+        )
+    if mask.max() == 1:
+        raise UserError(f"{file}: holds only 0 and 1, which is all but black. Write 255 on the object.")
+    return Image.fromarray(mask)
+
+
+def shows(mask: Image.Image) -> Literal["all", "part", "nothing"]:
+    """How much of the object its mask says the photograph shows; `part` if it goes on beyond the border."""
+    on = np.asarray(mask) >= 128
+    if not on.any():
+        return "nothing"
+    border = np.concatenate([on[0], on[-1], on[:, 0], on[:, -1]])
+    return "part" if border.mean() >= CUT_OFF else "all"

@@ -1,17 +1,65 @@
-"""Plain values, as YAML gives them, to dataclasses and back. Strictly: an unknown key is refused with the nearest known one, a
-value of the wrong type with what was expected.
+"""Reads a Config from YAML, strictly, and writes it back.
+
+An unknown key is refused with the nearest known one, and a value of the wrong type with the expected type. Overrides such
+as `planes.resolution=32` change the YAML tree before it is read.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
+    `train.0.epochs=5` (a number picks a stage; so does its name)."""
+    path = Path(source)
+    preset = resources.files("latentscenes") / "presets" / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such configuration file. Presets: {', '.join(presets())}.")
+        text = path.read_text()
+    elif preset.is_file():
+        text = preset.read_text()
+    else:
+        raise UserError(f"{source}: neither a YAML file nor a preset. Presets: {', '.join(presets())}.")
+    return parse(text, str(source), overrides)
+
+
+def presets() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in (resources.files("latentscenes") / "presets").iterdir() if entry.name.endswith(".yaml"))
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
+    """A Config from YAML text; `where` names it in errors."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected settings, got {tree!r}.")
+    for override in overrides:
+        change(tree, override)
+    return build(Config, tree, where)
+
+
+def dump(config: Config) -> str:
+    """YAML text that `parse` reads back to an equal Config."""
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)
+
+
+# Between dataclasses and plain YAML values
 
 
 def plain(value: Any) -> Any:

@@ -1,11 +1,47 @@
-"""A table written once and shown three ways: in the terminal, in Markdown, in HTML."""
+"""What a person reads in the terminal: the console, progress bars, tables, and numbers in three digits."""
 
 import html
+import math
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class StageProgress:
+    """Progress of one stage. Where the output is no terminal, one line every tenth of the way. With a label, it is one
+    of many: the bar bears the label and vanishes at the end, and there are no lines."""
+
+    def __init__(self, name: str, index: int, count: int, steps: int, done: int, label: str = ""):
+        self.title = f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}"
+        self.steps, self.next_line = steps, done
+        self.lines = not label and not console.is_terminal
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=bool(label))
+        self.task = self.bar.add_task(self.title, total=steps, completed=done, note="")
+
+    def __enter__(self) -> "StageProgress":
+        self.bar.start()
+        return self
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show the current terms of the loss."""
+        note = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        pixels = values.get("rgb", values.get("autoencoder"))
+        if pixels:
+            note += f"  {-10 * math.log10(pixels):.2f} dB"
+        self.bar.update(self.task, completed=step, note=note)
+        if self.lines and step >= self.next_line:
+            self.next_line += max(1, self.steps // 10)
+            console.print(f"{self.title}: step {step} of {self.steps}  {note}", highlight=False)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,237 @@
+"""Contact sheets, and what they are made of: tiles side by side with captions, grays, a color map for depth.
+
+Notable:
+- Pictures are uint8 arrays (H, W, 3) over white from the moment they leave a model.
+- Latent channels and depth are scaled once for a whole sheet or orbit, so that nothing flickers.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import writing_to
+from latentscenes.data.dataset import Scene, Views, spread_evenly
+from latentscenes.model import metrics
+from latentscenes.model.model import Shown, look, to_pictures
+from latentscenes.storage.scene_set import Loaded
+
+Picture = UInt8[np.ndarray, "_H _W 3"]
+Pictures = UInt8[np.ndarray, "_v _H _W 3"]
+"""Underscores: sizes of one picture say nothing about those of another in the same signature."""
+
+GAP = 4
+"""Pixels between tiles."""
+CAPTION = 15
+"""Height of a line of small text, in pixels."""
+INK, FAINT = (38, 42, 51), (112, 118, 130)
+
+DEPTH_COLOURS = np.array(
+    [(252, 206, 92), (247, 156, 70), (233, 100, 82), (194, 64, 112), (140, 56, 136), (86, 60, 146), (46, 66, 132), (22, 48, 88)], np.float64
+)
+"""Near to far: gold, red, violet, night blue. All of it stands out from a white ground."""
+
+
+def colour_depth(depth: Float[np.ndarray, "v H W"], opacity: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
+    """Depth between `ends` (near, far) by DEPTH_COLOURS, fading to white with opacity (in [0, 1])."""
+    place = np.clip((depth - ends[0]) / (ends[1] - ends[0]), 0, 1) * (len(DEPTH_COLOURS) - 1)
+    low = np.minimum(place.astype(int), len(DEPTH_COLOURS) - 2)
+    share = (place - low)[..., None]
+    colours = DEPTH_COLOURS[low] * (1 - share) + DEPTH_COLOURS[low + 1] * share
+    solid = np.clip(opacity, 0, 1)[..., None]
+    return np.round(colours * solid + 255 * (1 - solid)).astype(np.uint8)
+
+
+def grey(values: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
+    """Values from ends[0] (black) to ends[1] (white)."""
+    span = ends[1] - ends[0]
+    shade = np.clip((values - ends[0]) / (span if abs(span) > 1e-9 else 1e-9), 0, 1)
+    return np.repeat(np.round(255 * shade).astype(np.uint8)[..., None], 3, -1)
+
+
+def enlarge(pictures: Pictures, size: tuple[int, int]) -> Pictures:
+    """To (height, width), pixels staying squares."""
+    rows = (np.arange(size[0]) + 0.5) * pictures.shape[1] / size[0]
+    columns = (np.arange(size[1]) + 0.5) * pictures.shape[2] / size[1]
+    return np.ascontiguousarray(pictures[:, rows.astype(int)][:, :, columns.astype(int)])
+
+
+def beside(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
+    """In a row on white, tops aligned."""
+    height = max(picture.shape[0] for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    left = 0
+    for picture in pictures:
+        canvas[: picture.shape[0], left : left + picture.shape[1]] = picture
+        left += picture.shape[1] + gap
+    return canvas
+
+
+def stacked(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
+    """One below the other on white, left edges aligned."""
+    turned = beside([picture.transpose(1, 0, 2) for picture in pictures], gap)
+    return np.ascontiguousarray(turned.transpose(1, 0, 2))
+
+
+def grid(pictures: Sequence[Picture], across: int) -> Picture:
+    """Row by row, `across` in each, with some air between and around."""
+    across = min(across, len(pictures))
+    lines = [beside(pictures[k * across : (k + 1) * across], 4 * GAP) for k in range(math.ceil(len(pictures) / across))]
+    return np.pad(stacked(lines, 2 * GAP), ((2 * GAP, 2 * GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255)
+
+
+def captioned(picture: Picture, text: str) -> Picture:
+    """With a line of small text below."""
+    return stacked([picture, _line(text, picture.shape[1], FAINT)], gap=0)
+
+
+def headed(picture: Picture, text: str) -> Picture:
+    """With a line of text above."""
+    return stacked([_line(text, picture.shape[1], INK), picture], gap=1)
+
+
+def _line(text: str, width: int, colour: tuple[int, int, int]) -> Picture:
+    """One line of text on white, cut with an ellipsis to `width` pixels."""
+    font = _font()
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    image = Image.new("RGB", (width, CAPTION), (255, 255, 255))
+    ImageDraw.Draw(image).text((0, 0), text, fill=colour, font=font)
+    return np.array(image)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(11)
+
+
+# Sheets
+
+def comparison_sheet(
+    ours: Loaded,
+    dataset: Views,
+    scenes: Sequence[Scene],
+    *,
+    views_per_scene: int = 2,
+    limit: int | None = 8,
+    others: Sequence[Loaded] = (),
+    across: int = 2,
+) -> Picture:
+    """Contact sheet on held-out views (on any, if none was held out): truth | codec | ours | one column for each of
+    `others` that learned the scene. The first `limit` scenes are shown, `across` groups side by side, each tile with
+    its PSNR."""
+    model, groups = ours.model, []
+    for scene in scenes[:limit]:
+        index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
+        truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
+        columns = [("truth", truth)]
+        if model.codec.downsampling > 1:
+            with torch.no_grad():
+                columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
+        for loaded in (ours, *others):
+            if scene.name in loaded.names:
+                columns.append((loaded.label, look(loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False).images))
+        for view in range(len(index)):
+            tiles = [
+                captioned(to_pictures(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
+                for label, images in columns
+            ]
+            groups.append(headed(beside(tiles), scene.name))
+    return grid(groups, across)
+
+
+def dashboard_sheet(loaded: Loaded, dataset: Views, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+    """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
+    channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
+    model = loaded.model
+    shown, truths, encoded = [], [], []
+    for scene in scenes[:limit]:
+        index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), 1))
+        truth = dataset.images(index).float() / 255
+        with torch.no_grad():
+            encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
+        truths.append(truth)
+        shown.append(look(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
+    together = Shown(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
+    height, width = dataset.size
+    reference = torch.cat(encoded)
+    columns = [
+        ("truth", to_pictures(torch.cat(truths))),
+        ("latent of the truth", channel_tiles(reference, reference, height)),
+        ("latent rendered", channel_tiles(together.latents, reference, height)),
+        ("as colours", enlarge(_colour_code(together.latents, reference, together.opacity), (height, width))),
+        ("decoded", to_pictures(together.images)),
+        ("depth", colour_depth(together.depth.numpy(), together.opacity.numpy(), depth_range(together))),
+        ("opacity", grey(together.opacity.numpy(), (1.0, 0.0))),
+    ]
+    lines = [headed(beside([captioned(tiles[k], label) for label, tiles in columns]), scene.name) for k, scene in enumerate(scenes[:limit])]
+    return grid(lines, 1)
+
+
+def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
+    return f"{metrics.psnr(image[None], truth[None]).item():.1f} dB"
+
+
+# Scales
+
+
+def depth_range(shown: Shown) -> tuple[float, float]:
+    """Nearest and farthest depth of what is solid, leaving out stray points."""
+    solid = shown.depth[shown.opacity > 0.7]
+    if solid.numel() < 2:
+        return shown.depth.min().item(), shown.depth.max().item() + 1e-6
+    ordered = solid.sort().values
+    return ordered[int(0.01 * len(ordered))].item(), ordered[int(0.99 * (len(ordered) - 1))].item() + 1e-6
+
+
+def channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], height: int) -> Pictures:
+    """Every channel in grey, in two rows of tiles if there are many; black to white is a channel's range in `like`.
+    All tiles together are `height` pixels tall."""
+    count = latents.shape[1]
+    lines = 1 if count < 3 else 2 if count <= 8 else math.ceil(count / 6)
+    columns = math.ceil(count / lines)
+    gap = 2
+    tall = (height - (lines - 1) * gap) / lines
+    wide = round(tall * latents.shape[3] / latents.shape[2])
+    canvas = np.full((len(latents), height, columns * wide + (columns - 1) * gap, 3), 200, np.uint8)
+    for channel in range(count):
+        ends = torch.quantile(like[:, channel].flatten()[:: max(1, like[:, channel].numel() // 100_000)], torch.tensor([0.005, 0.995])).tolist()
+        line, column = divmod(channel, columns)
+        top, bottom = round(line * (tall + gap)), round(line * (tall + gap) + tall)
+        tile = grey(latents[:, channel].numpy(), (ends[0], ends[1]))
+        canvas[:, top:bottom, column * (wide + gap) : column * (wide + gap) + wide] = enlarge(tile, (bottom - top, wide))
+    return canvas
+
+
+def _colour_code(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], opacity: Float[Tensor, "v H W"]) -> Pictures:
+    """Latents by their first three principal components in `like`, as red, green and blue, over white."""
+    points = like.movedim(1, -1).flatten(0, 2)
+    middle = points.mean(0)
+    axes = torch.linalg.svd((points - middle).T @ (points - middle)).Vh[:3]
+    axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a definite sign
+    reference = ((points - middle) @ axes.T)[:: max(1, len(points) // 100_000)]
+    ends = torch.quantile(reference, torch.tensor([0.01, 0.99]), dim=0)
+    codes = ((latents.movedim(1, -1) - middle) @ axes.T - ends[0]) / (ends[1] - ends[0]).clamp_min(1e-6)
+    solid = torch.nn.functional.adaptive_avg_pool2d(opacity[:, None], latents.shape[2:]).movedim(1, -1)
+    colours = codes.clamp(0, 1) * solid + 1 - solid
+    return torch.nn.functional.pad(255 * colours, (0, 3 - colours.shape[-1]), value=127).round().byte().numpy()
+
+
+def save_image(path: str | Path, picture: Picture) -> None:
+    """Write one picture; the ending says how (.png, .jpg, .webp)."""
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)

@@ -1,0 +1,282 @@
+"""Films: frames from orbits and from nerfstudio's camera paths, and the files they are saved in.
+
+Depth and opacity are marched at image resolution, although images come from the few rays of a latent: the density is a
+function of space and has no resolution.
+"""
+
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentscenes.core.cameras import OPENGL_TO_OPENCV, Cameras, Viewpoint
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import check_place, writing_to
+from latentscenes.data.dataset import spread_evenly
+from latentscenes.export.sheets import (
+    Picture,
+    Pictures,
+    beside,
+    captioned,
+    channel_tiles,
+    colour_depth,
+    depth_range,
+    grey,
+    grid,
+    save_image,
+)
+from latentscenes.model.model import CHUNK, Shown, look, to_pictures
+from latentscenes.storage.scene_set import Loaded
+
+Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
+PIXELS = 1 << 19
+"""… if they have no more pixels than this together."""
+SAMPLES = 8
+"""Frames of a film that decide how depth and latent channels are scaled in all of it."""
+
+
+def orbit_frames(
+    loaded: Loaded,
+    scene: str,
+    view: Viewpoint,
+    *,
+    frames: int = 60,
+    size: int | None = None,
+    mode: Mode = "rgb",
+    elevation: float = 25.0,
+) -> list[Picture]:
+    """Pictures from cameras once around a scene.
+
+    Args:
+        view: how its dataset looks at it.
+        size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
+        mode: `latent` shows every channel in grey; `dashboard` image, latent channels, depth and opacity side by side.
+        elevation: degrees above the horizon.
+
+    Raises:
+        UserError: `size` does not suit the codec, or `frames` is not above 0.
+    """
+    if frames < 1:
+        raise UserError(f"--frames {frames}: at least 1.")
+    height, width = scaled(view.size, size, loaded.model.codec.downsampling)
+    return list(camera_frames(loaded, scene, view.orbit(frames, elevation), (height, width), mode))
+
+
+def camera_frames(loaded: Loaded, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb") -> Iterator[Picture]:
+    """Pictures of a scene from any cameras, one after the other: no more than a few are held.
+
+    Args:
+        size: height and width, multiples of the codec's downsampling.
+    """
+    planes, geometry = loaded.planes(scene), mode in ("depth", "opacity", "dashboard")
+    some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
+    like = None if mode in ("rgb", "opacity") else look(loaded.model, planes, cameras[some], size, geometry)
+    for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
+        shown = look(loaded.model, planes, cameras[chunk], size, geometry)
+        yield from _frames(shown, like or shown, mode, size[0])
+
+
+def _frames(shown: Shown, like: Shown, mode: Mode, height: int) -> Pictures:
+    """Pictures of `shown`, their scales those of `like`."""
+    if mode == "rgb":
+        return to_pictures(shown.images)
+    if mode == "depth":
+        return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), depth_range(like))
+    if mode == "opacity":
+        return grey(shown.opacity.numpy(), (1.0, 0.0))
+    if mode == "latent":
+        return channel_tiles(shown.latents, like.latents, height)
+    labels = ("image", "latent channels", "depth", "opacity")
+    panels = [_frames(shown, like, part, height) for part in ("rgb", "latent", "depth", "opacity")]
+    return np.stack([beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)]) for k in range(len(panels[0]))])
+
+
+def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
+    """Height and width of pictures `size` pixels wide (along the wider side), shaped like the stored ones."""
+    if size is None:
+        return stored
+    if size < step or size % step:
+        raise UserError(f"--size {size}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(size / step) * step)}.")
+    height, width = (max(step, round(side * size / max(stored) / step) * step) for side in stored)
+    return height, width
+
+
+def check_elevation(what: str, elevation: float) -> None:
+    """Refuse an elevation beyond straight above or below, degrees."""
+    if not -90 <= elevation <= 90:
+        raise UserError(f"{what} {elevation:g}: degrees above the horizon, from -90 to 90.")
+
+
+# Files
+
+
+def check_film(path: str | Path) -> None:
+    """Refuse, before anything is rendered, a name that `save_frames` cannot write to."""
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
+        raise UserError(f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending).")
+    if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder. Name another, or remove it first.")
+    if path.suffix and path.is_dir():
+        raise UserError(f"{path}: is a folder. Name a file, or for a folder of pictures a name without an ending.")
+    check_place(path)
+    if path.suffix.lower() == ".mp4":
+        try:
+            import av  # noqa: F401
+        except ImportError:
+            raise UserError(f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif.") from None
+
+
+def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 20) -> None:
+    """Write a film (.mp4, which needs the export extra, or .gif), a strip of frames (.png), or numbered PNG files into a
+    new folder (a name without an ending)."""
+    path = Path(path)
+    check_film(path)
+    kind, partial = path.suffix.lower(), path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if kind == ".mp4":
+                _save_mp4(partial, frames, fps)
+            elif kind == ".gif":
+                partial.write_bytes(gif_bytes(list(frames), fps))
+            elif kind == ".png":
+                shown = list(frames)
+                columns = math.ceil(math.sqrt(len(shown) * shown[0].shape[0] / shown[0].shape[1]))
+                save_image(partial, grid(shown, len(shown) if len(shown) <= 6 else max(1, columns)))
+            else:
+                partial.mkdir()
+                for place, frame in enumerate(frames):
+                    save_image(partial / f"{place:05d}.png", frame)
+                if path.exists():
+                    path.rmdir()
+            partial.replace(path)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
+
+
+def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
+    """H.264 that browsers play; sides are padded to even ones."""
+    import av
+
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), pix_fmt="yuv420p", options={"crf": "16"})
+        for place, frame in enumerate(frames):
+            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
+            if place == 0:
+                stream.height, stream.width = even.shape[:2]
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        film.mux(stream.encode())
+
+
+def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
+    """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colours hold still."""
+    pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
+    coloured = pixels[(pixels != 255).any(1)]
+    sample = coloured[:: max(1, len(coloured) // 120_000)] if len(coloured) else np.zeros((1, 3), np.uint8)
+    chosen = Image.fromarray(sample[None]).quantize(255, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 255]
+    white = len(chosen) // 3
+    images = []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(chosen)
+    for frame in frames:
+        index = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        index[(frame == 255).all(-1)] = white  # the ground: exactly white, whatever colours are near it
+        image = Image.fromarray(index)
+        image.putpalette([*chosen, 255, 255, 255])
+        images.append(image)
+    stream = io.BytesIO()
+    images[0].save(stream, "GIF", save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0, optimize=False)
+    return stream.getvalue()
+
+
+# Camera paths
+
+FPS = 24.0
+"""Where the file says neither `fps` nor `seconds`; nerfstudio's own default."""
+
+
+@dataclass(frozen=True)
+class CameraPath:
+    """A camera for each frame of a film."""
+
+    cameras: Cameras
+    size: tuple[int, int]
+    """Height and width that the film was made for, pixels."""
+    fps: float
+    """Frames per second."""
+
+    def at(self, size: tuple[int, int]) -> Cameras:
+        """The cameras for pictures of another height and width: the vertical angle of view stays, pixels are square."""
+        intrinsics = self.cameras.intrinsics.clone()
+        intrinsics[:, 0] = intrinsics[:, 1] * size[0] / size[1]
+        return Cameras(self.cameras.cam2world, intrinsics)
+
+
+def read_camera_path(path: str | Path) -> CameraPath:
+    """A camera path of nerfstudio's.
+
+    Raises:
+        UserError: the file is absent, is no camera path, or its cameras are no pinhole cameras.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Save a camera path in nerfstudio's viewer.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    frames = content.get("camera_path") if isinstance(content, dict) else None
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f"{path}: no camera path of nerfstudio's: it needs a list \"camera_path\" with one entry per frame.")
+    if (kind := content.get("camera_type", "perspective")) != "perspective":
+        raise UserError(f"{path}: camera_type is {kind!r}, but only perspective cameras are rendered here.")
+    height, width = (_number(content, key, path) for key in ("render_height", "render_width"))
+    matrices, focal = [], []
+    for place, frame in enumerate(frames):
+        label = f"{path}: camera_path[{place}]"
+        if not isinstance(frame, dict):
+            raise UserError(f"{label}: must hold camera_to_world and fov.")
+        matrices.append(_matrix(frame.get("camera_to_world"), label))
+        angle = _number(frame, "fov", label)
+        if angle >= 180:
+            raise UserError(f"{label}: fov is {angle:g}; it must lie between 0 and 180 degrees.")
+        focal.append(0.5 / math.tan(math.radians(angle) / 2))
+    cam2world = torch.stack(matrices)
+    cam2world[:, :, :3] = cam2world[:, :, :3] @ OPENGL_TO_OPENCV
+    intrinsics = torch.tensor([[fy * height / width, fy, 0.5, 0.5] for fy in focal])
+    seconds = content.get("seconds")
+    fps = content.get("fps") or (len(frames) / seconds if isinstance(seconds, int | float) and seconds > 0 else FPS)
+    return CameraPath(Cameras(cam2world, intrinsics), (round(height), round(width)), float(fps))
+
+
+def _number(content: dict[str, Any], key: str, label: object) -> float:
+    value = content.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{label}: {key} must be a number above 0, not {value!r}.")
+    return float(value)
+
+
+def _matrix(numbers: Any, label: str) -> torch.Tensor:
+    """The upper three rows (3, 4) of 16 numbers."""
+    try:
+        matrix = torch.tensor(numbers, dtype=torch.float32).reshape(4, 4)[:3]
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{label}: camera_to_world must be 16 numbers, row by row.") from None
+    turned = matrix[:, :3] @ matrix[:, :3].T
+    if not torch.isfinite(matrix).all() or not torch.allclose(turned, torch.eye(3), atol=1e-2):
+        raise UserError(f"{label}: camera_to_world is no rotation and translation.")
+    return matrix
