@@ -17,9 +17,9 @@ from benchmarks.roofline import StepCost, step_cost
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit, upper_hemisphere
 from latentscenes.core.config import Config, Kernel
-from latentscenes.core.runtime import seeded, start
+from latentscenes.core.runtime import seeded, set_up
 from latentscenes.model.model import Model
-from latentscenes.model.planes import fresh_rows
+from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import native
 from latentscenes.storage.row_files import rows_on_disk
 from latentscenes.training.loop import Learner
@@ -80,7 +80,7 @@ class Steps:
         self.model = Model(self.config, BOX)
         self.model.train()
         if folder is None:
-            self.rows, files = fresh_rows(scenes, self.config.planes, seeded("cpu", "rows")), None
+            self.rows, files = random_parameters(scenes, self.config.planes, seeded("cpu", "rows")), None
         else:
             self.rows, files = rows_on_disk(folder, scenes, self.config.planes, seeded("cpu", "rows"))
         self.learner = Learner(self.model, self.rows, self.stage, files)
@@ -196,7 +196,7 @@ class Viewer:
 
 def report_memory(threads: int, count: int) -> None:
     """Print, as JSON, the bytes of rows and their moments and this process's peak over some steps of 1a."""
-    start(threads)
+    set_up(threads)
     steps = Steps(LATENT, count).warmed(30)
     tables = [*steps.rows.tables().values(), *steps.learner.own.state().values()]
     rows = sum(table.numel() * table.element_size() for table in tables)

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
-from latentscenes.cli.common import MACHINE, MachineOptions, run_program, start
+from latentscenes.cli.common import MACHINE, MachineOptions, run_program, set_up
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.meshes import read_mesh
-from latentscenes.data.raycast import Caster, Soup, soup_from_mesh
+from latentscenes.data.raycast import RayCaster, TriangleSoup, soup_from_mesh
 from latentscenes.export.mesh import VIEWS, Mesh, random_places, scene_mesh
 from latentscenes.storage.scene_set import Learned
 
@@ -59,11 +59,11 @@ def compare(mesh: Mesh, source: str | Path, cameras: Cameras) -> Distances:
     return Distances(_mean_distance(ours[:TESTED][ours_seen], theirs) / length, _mean_distance(theirs[:TESTED][theirs_seen], ours) / length, 1 - float(theirs_seen.mean()))
 
 
-def _seen_points(soup: Soup, cameras: Cameras) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
+def _seen_points(soup: TriangleSoup, cameras: Cameras) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
     """Points all over a surface, and which of the first n some camera sees."""
     face, weights = random_places(soup.corners, DENSE, np.random.default_rng(0))
     points = (weights * soup.corners[face]).sum(1).astype(np.float32)
-    caster, seen = Caster(soup), np.zeros(TESTED, bool)
+    caster, seen = RayCaster(soup), np.zeros(TESTED, bool)
     for eye in cameras.positions.numpy():
         left = np.flatnonzero(~seen)
         toward = eye - points[left]
@@ -100,7 +100,7 @@ def main(
         raise UserError(f"{source}: no such file. Name the mesh that `data meshes` rendered.")
     learned = Learned.open_all(run)
     learned.check(scene)
-    mesh = scene_mesh(learned.load(start(machine)), scene, learned.view, cells, lowest)
+    mesh = scene_mesh(learned.load(set_up(machine)), scene, learned.view, cells, lowest)
     apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
     print(f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
           f"{apart.hidden:.0%} of the source is hidden from all cameras and left out.")

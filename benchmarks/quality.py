@@ -18,17 +18,17 @@ from typing import Literal
 import torch
 
 from benchmarks.speed import Result, save
-from latentscenes.cli.common import Machine, run_program, start
+from latentscenes.cli.common import Machine, run_program, set_up
 from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.console import console
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate_learned
-from latentscenes.storage.library import Store
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import Learned
-from latentscenes.training.exploit import Options, exploit
+from latentscenes.training.exploit import ExploitOptions, exploit
 from latentscenes.training.loop import train
 
 NEAR = 0.3
@@ -47,7 +47,7 @@ class Point:
 
 
 def time_to_quality(
-    parent: Run | Store, views: Views, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
+    parent: Run | LibraryFolder, views: PosedImages, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
 ) -> Result:
     """Learn the first `limit` new scenes for each of the numbers of epochs, on top of `parent` and as RGB tri-planes."""
     result = Result(f"time to quality, {limit} new scenes", torch.get_num_threads())
@@ -56,7 +56,7 @@ def time_to_quality(
         for epochs in ours:
             out = Path(folder) / f"ours-{epochs}"
             config = lengthened(parent.config, "exploit", epochs)
-            exploit(out, views, config, parent, Options(stage_one=False, precision="float32", limit=limit), device)
+            exploit(out, views, config, parent, ExploitOptions(stage_one=False, precision="float32", limit=limit), device)
             curves["ours"].append(_point(Learned.open(out), views, epochs, device))
         for epochs in rgb:
             config = lengthened(config_io.load("rgb"), "train", epochs)
@@ -70,7 +70,7 @@ def time_to_quality(
     return result
 
 
-def many_scenes(parent: Run | Store, views: Views, rounds: int, device: torch.device) -> Result:
+def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, device: torch.device) -> Result:
     """Learn as many new scenes as fill two groups for each thread, with all threads in one process and with one process
     per thread; the start of processes counts."""
     threads = torch.get_num_threads()
@@ -80,7 +80,7 @@ def many_scenes(parent: Run | Store, views: Views, rounds: int, device: torch.de
     def learn(workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.monotonic()
-            exploit(Path(folder) / "library", views, parent.config, parent, Options(stage_one=False, limit=limit, workers=workers), device)
+            exploit(Path(folder) / "library", views, parent.config, parent, ExploitOptions(stage_one=False, limit=limit, workers=workers), device)
             return time.monotonic() - begun
 
     turns = [[learn(workers) for workers in (1, 0)] for _ in range(rounds)]
@@ -98,7 +98,7 @@ def lengthened(config: Config, part: str, epochs: int) -> Config:
     return dataclasses.replace(config, **{part: (dataclasses.replace(first, epochs=epochs), *others)})
 
 
-def _point(learned: Learned, views: Views, epochs: int, device: torch.device) -> Point:
+def _point(learned: Learned, views: PosedImages, epochs: int, device: torch.device) -> Point:
     score = evaluate_learned(learned, views, device).mean
     point = Point(epochs, learned.seconds / len(learned.names), score.psnr, score.ssim)
     console.print(f"{epochs} epochs: {point.seconds:.2f} s a scene, {point.psnr:.2f} dB", highlight=False)
@@ -149,7 +149,7 @@ def main(
         rgb: epochs of RGB tri-planes to try.
         out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
     """
-    device, parent, views = start(Machine(threads=threads)), open_parent(run), Views.open(data)
+    device, parent, views = set_up(Machine(threads=threads)), open_parent(run), PosedImages.open(data)
     cases = {
         "quality": lambda: time_to_quality(parent, views, limit, ours, rgb, device),
         "processes": lambda: many_scenes(parent, views, rounds, device),

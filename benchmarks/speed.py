@@ -19,7 +19,7 @@ import torch
 from benchmarks import timing
 from benchmarks.cases import LATENT, RGB, SIZE, STAGES, Steps, Viewer, fitting_text, stage_text
 from benchmarks.timing import Timing, interleave
-from latentscenes.cli.common import Machine, run_program, start
+from latentscenes.cli.common import Machine, run_program, set_up
 from latentscenes.core.console import Table, bytes_text, console
 from latentscenes.core.errors import UserError
 from latentscenes.model.planes import fuse_in_torch
@@ -218,7 +218,7 @@ def main(only: tuple[str, ...] = (), threads: tuple[int, ...] = (), rounds: int 
         rounds: turns of each variant.
         out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
     """
-    start(Machine(threads=threads[-1] if threads else None))
+    set_up(Machine(threads=threads[-1] if threads else None))
     if unknown := [name for name in only if name not in CASES]:
         raise UserError(f"--only {unknown[0]}: no such case. There are: {', '.join(CASES)}.")
     results = []

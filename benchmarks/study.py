@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from latentscenes.cli.common import MACHINE, MachineOptions, run_program, start
+from latentscenes.cli.common import MACHINE, MachineOptions, run_program, set_up
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.config import Config
@@ -30,18 +30,18 @@ from latentscenes.core.config_io import build
 from latentscenes.core.console import Table, bytes_text, console, seconds_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_learned
 from latentscenes.evaluation.report import Series, chart_file
 from latentscenes.evaluation.tables import print_things
 from latentscenes.storage import maintenance as care
-from latentscenes.storage.library import SCORES, Store
+from latentscenes.storage.library import SCORES, LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import Learned, Loaded
-from latentscenes.training.exploit import Options, learn_new
+from latentscenes.training.exploit import ExploitOptions, learn_new
 from latentscenes.training.loop import train
 
 COUNTED = ("seconds", "scene_bytes", "stored_bytes", "shared_bytes", "stage_one_seconds", "view_ms")
@@ -161,7 +161,7 @@ def run_study(study: Study, data: dict[str, Path], out: Path, device: torch.devi
         UserError: a row names a dataset that is not in `data`, or its settings are wrong.
         Interrupted: a signal asked to stop; everything is saved, and the same call goes on.
     """
-    views = {key: Views.open(path) for key, path in data.items()}
+    views = {key: PosedImages.open(path) for key, path in data.items()}
     for row in study.rows:
         for needed in (row.data, row.learn_from):
             if needed is not None and needed not in views:
@@ -190,7 +190,7 @@ def _place(out: Path, kind: str, *parts: object) -> Path:
     return out / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
-def _figures(study: Study, row: Row, seed: int, views: dict[str, Views], out: Path, device: torch.device) -> Iterator[Figures]:
+def _figures(study: Study, row: Row, seed: int, views: dict[str, PosedImages], out: Path, device: torch.device) -> Iterator[Figures]:
     settings, fresh = _settings(row, seed), views[row.data or next(iter(views))]
     if row.alone:
         run = train(settings, fresh, _place(out, "alone", settings, fresh.path, study.limit), split="new", limit=study.limit, device=device)
@@ -198,16 +198,16 @@ def _figures(study: Study, row: Row, seed: int, views: dict[str, Views], out: Pa
         return
     parent = open_parent(Path(row.run)) if row.run else _stage_one(study, row, settings, views, fresh, out, device)
     folder = _place(out, "library", settings, parent.path, fresh.path, study.limit, row.finetune)
-    options = Options(precision="float32", stage_one=False, limit=study.limit)
+    options = ExploitOptions(precision="float32", stage_one=False, limit=study.limit)
     learn_new(folder, fresh, settings, parent.path, row.finetune, options, device)
-    old = _old_psnr(parent, Store.open(folder), device) if study.old_scenes and isinstance(parent, Run) else None
+    old = _old_psnr(parent, LibraryFolder.open(folder), device) if study.old_scenes and isinstance(parent, Run) else None
     for precision in row.precisions:
         label = row.label if len(row.precisions) == 1 else f"{row.label}, {precision}"
         learned = Learned.open(_stored_as(folder, precision, device))
         yield dataclasses.replace(_measured(label, seed, learned, fresh, device), old_psnr=old)
 
 
-def _stage_one(study: Study, row: Row, settings: Config, views: dict[str, Views], fresh: Views, out: Path, device: torch.device) -> Run:
+def _stage_one(study: Study, row: Row, settings: Config, views: dict[str, PosedImages], fresh: PosedImages, out: Path, device: torch.device) -> Run:
     taught = views[row.learn_from] if row.learn_from else fresh
     limit = row.train_limit or study.train_limit
     own = dataclasses.replace(settings, exploit=())  # rows that differ in stage 2 alone share stage 1
@@ -223,12 +223,12 @@ def _stored_as(folder: Path, precision: str, device: torch.device) -> Path:
         shutil.rmtree(coarse, ignore_errors=True)
         shutil.copytree(folder, coarse)
         (coarse / SCORES).unlink(missing_ok=True)
-        care.repack(Store.open(coarse), precision, device)
+        care.repack(LibraryFolder.open(coarse), precision, device)
         (coarse / "complete").touch()
     return coarse
 
 
-def _measured(label: str, seed: int, learned: Learned, views: Views, device: torch.device) -> Figures:
+def _measured(label: str, seed: int, learned: Learned, views: PosedImages, device: torch.device) -> Figures:
     evaluation, account = evaluate_learned(learned, views, device), cost.account_learned(learned)
     mean, time = evaluation.mean, account.time
     return Figures(
@@ -238,9 +238,9 @@ def _measured(label: str, seed: int, learned: Learned, views: Views, device: tor
     )  # fmt: skip
 
 
-def _old_psnr(parent: Run, store: Store, device: torch.device) -> float:
+def _old_psnr(parent: Run, store: LibraryFolder, device: torch.device) -> float:
     """Of the scenes of stage 1, rendered with the shared parts that a library has."""
-    learned, views = Learned.of_run(parent), Views.open(parent.info.data)
+    learned, views = Learned.of_run(parent), PosedImages.open(parent.info.data)
     _, rows = parent.load(device)
     loaded = Loaded.of_table(store.model(device), rows, learned.names)
     found: Evaluation = evaluate(loaded, views, learned.scenes(views))
@@ -310,7 +310,7 @@ def main(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions 
         if (name or "data") in folders:
             raise UserError(f"--data {given}: the second of its name. Name datasets apart, for instance cars={folder}.")
         folders[name or "data"] = Path(folder)
-    print_things(table(wanted, run_study(wanted, folders, out, start(machine), study.stem)))
+    print_things(table(wanted, run_study(wanted, folders, out, set_up(machine), study.stem)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from latentscenes.core.cameras import Cameras, look_at
-from latentscenes.data.raycast import Caster, Lights, Soup
+from latentscenes.data.raycast import Lights, RayCaster, TriangleSoup
 
 LENSES = {
     "PINHOLE": (1.3, 1.25, 0.52, 0.47),
@@ -55,7 +55,7 @@ def walk_around(count: int, seed: int = 0, roll: float = 0.05) -> Cameras:
 
 def write_capture(
     folder: Path,
-    soup: Soup,
+    soup: TriangleSoup,
     cameras: Cameras,
     world: World,
     lens: str = "OPENCV",
@@ -79,7 +79,7 @@ def write_capture(
     model.add_camera_with_trivial_rig(camera)
     for part in ("images", "sparse/0") if cut_out else ("images", "masks", "sparse/0"):
         (folder / part).mkdir(parents=True)
-    caster, rng = Caster(soup, lights), np.random.default_rng(1)
+    caster, rng = RayCaster(soup, lights), np.random.default_rng(1)
     for place, matrix in enumerate(cameras.cam2world.double().numpy()):
         rgb, alpha = _photograph(caster, camera, matrix, samples)
         rotation = world.rotation @ matrix[:, :3]
@@ -100,7 +100,7 @@ def write_capture(
     write(str(folder / "sparse" / "0"))
 
 
-def _photograph(caster: Caster, camera, matrix: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+def _photograph(caster: RayCaster, camera, matrix: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Colour over white (h w 3) and coverage (h w), fractions, through a pycolmap camera at `matrix`."""
     rows, columns = np.mgrid[: camera.height * samples, : camera.width * samples]
     pixels = (np.stack([columns, rows], -1).reshape(-1, 2) + 0.5) / samples

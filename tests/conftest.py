@@ -10,7 +10,7 @@ import torch
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
-from latentscenes.data.dataset import Views, ViewsWriter
+from latentscenes.data.dataset import DatasetWriter, PosedImages
 
 SHARED = Path(os.environ.get("LATENTSCENES_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 """Data and weights that are too large for the repository."""
@@ -112,7 +112,7 @@ SOLIDS = {
 def write_solids(path: Path, pixels: int = 32, views: int = 6, held_out: tuple[int, ...] = (2,)) -> Path:
     """A dataset of all SOLIDS, seen from an orbit."""
     cameras = orbit(views)
-    with ViewsWriter(path, size=(pixels, pixels), alpha=True, origin="solids") as writer:
+    with DatasetWriter(path, size=(pixels, pixels), alpha=True, origin="solids") as writer:
         for name, (kind, size, colour, split) in SOLIDS.items():
             images, alpha = photograph(kind, size, colour, cameras, pixels)
             writer.add(name, images, cameras, split, held_out=held_out, alpha=alpha)
@@ -127,8 +127,8 @@ def solids_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def solids(solids_path) -> Views:
-    return Views.open(solids_path)
+def solids(solids_path) -> PosedImages:
+    return PosedImages.open(solids_path)
 
 
 @pytest.fixture

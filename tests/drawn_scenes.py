@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, upper_hemisphere
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 
 SIDE = 48
 CENTER, SEMI = np.array([0.05, -0.04, 0.08]), np.array([0.42, 0.2, 0.15])
@@ -67,7 +67,7 @@ def write_transforms(
     (folder / name).write_text(json.dumps({**top, "frames": frames}))
 
 
-def same_cameras(views: Views, index: list[int], cameras: Cameras) -> None:
+def same_cameras(views: PosedImages, index: list[int], cameras: Cameras) -> None:
     found = views.cameras[torch.tensor(index)]
     assert torch.equal(found.cam2world, cameras.cam2world)
     assert torch.allclose(found.intrinsics, cameras.intrinsics, atol=1e-6)

@@ -8,9 +8,9 @@ import torch
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.storage.scene_set import Loaded
 
@@ -29,7 +29,7 @@ render: {coarse: 48, fine: 48}
 """
 
 
-def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER) -> tuple[Model, SceneRows]:
+def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER) -> tuple[Model, SceneParameters]:
     """Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates; density and colours follow from them."""
     settings = config_io.parse(CONFIG, "egg")
     model = Model(settings, box)
@@ -50,7 +50,7 @@ def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENT
         field.out.weight[1, 1], field.out.bias[1] = 1.0, -20.0
         field.out.weight[2, 1], field.out.bias[2] = -1.0, 20.0
         field.out.bias[3] = -4.0
-    return model.eval().requires_grad_(False), SceneRows(planes, torch.zeros(1, 0), torch.zeros(1, 0), torch.zeros(1, 0, 0))
+    return model.eval().requires_grad_(False), SceneParameters(planes, torch.zeros(1, 0), torch.zeros(1, 0), torch.zeros(1, 0, 0))
 
 
 def egg_colors(points: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def egg_points(count: int = 20_000) -> np.ndarray:
     return CENTER + SEMI * directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
-def egg_run(path: Path, views: Views) -> Run:
+def egg_run(path: Path, views: PosedImages) -> Run:
     """A finished run that holds the egg; pictures are taken as those of `views` are."""
     model, rows = egg_parts()
     run = Run.create(path, model.config, RunInfo("train", str(views.path), "train", ["egg"], BOX))

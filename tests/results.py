@@ -7,23 +7,23 @@ from pathlib import Path
 import torch
 
 from latentscenes.core import config as configuration
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate
 from latentscenes.evaluation.tables import Comparison
 from latentscenes.model.model import Model
-from latentscenes.model.planes import fresh_rows
-from latentscenes.storage.library import Store
+from latentscenes.model.planes import random_parameters
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.storage.scene_set import Learned
 from latentscenes.training.append import library_from_run, new_scene
 
 
-def made_run(path: Path, settings: configuration.Config, views: Views, split: str, count: int | None = None) -> Run:
+def made_run(path: Path, settings: configuration.Config, views: PosedImages, split: str, count: int | None = None) -> Run:
     """A run folder of the split's first `count` scenes, learned by nobody."""
     scenes, stages = views.select(split, limit=count), settings.train
     run = Run.create(path, settings, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], views.box))
     names = [stage.name for stage in stages]
-    rows = fresh_rows(len(scenes), settings.planes, torch.Generator().manual_seed(1))
+    rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(1))
     run.save(Model(settings, views.box), rows, {}, Position(len(stages), 0, 30, {name: 4.5 for name in names}))
     for number, name in enumerate(names):
         for step in (10, 20, 30):
@@ -31,11 +31,11 @@ def made_run(path: Path, settings: configuration.Config, views: Views, split: st
     return run
 
 
-def made_library(path: Path, run: Run, settings: configuration.Config, views: Views) -> Store:
+def made_library(path: Path, run: Run, settings: configuration.Config, views: PosedImages) -> LibraryFolder:
     """A library of a run's scenes and the dataset's new ones, learned by nobody."""
     store = library_from_run(path, run, views, settings, "int8", True, "cpu")
     scenes, model = views.select("new"), store.model()
-    rows = fresh_rows(len(scenes), settings.planes, torch.Generator().manual_seed(2))
+    rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(2))
     store.append([
         new_scene(model, rows.gather(torch.tensor([place])), store.info.view, views, scene, "int8", origin="exploit", split="new", seconds=4.5)
         for place, scene in enumerate(scenes)
@@ -45,7 +45,7 @@ def made_library(path: Path, run: Run, settings: configuration.Config, views: Vi
     return store
 
 
-def made_comparison(folder: Path, settings: configuration.Config, views: Views) -> Comparison:
+def made_comparison(folder: Path, settings: configuration.Config, views: PosedImages) -> Comparison:
     """Stage 1, new scenes, and RGB tri-planes of the first new scene alone."""
     train = made_run(folder / "train", settings, views, "train")
     made_library(folder / "library", train, settings, views)

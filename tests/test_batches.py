@@ -156,7 +156,7 @@ def test_a_cache_too_large_for_memory_is_a_file_that_is_gone_with_it(solids, tin
     chosen, model = solids.select("train"), Model(tiny, solids.box)
     stage = dataclasses.replace(tiny.train[1], rays=9)
     in_memory = BatchSource(model, solids, chosen, stage, 0, CPU, tmp_path)
-    monkeypatch.setattr(batches_module, "memory", lambda: 1000)
+    monkeypatch.setattr(batches_module, "machine_memory", lambda: 1000)
     filed = BatchSource(model, solids, chosen, stage, 0, CPU, tmp_path)
     assert not list(tmp_path.iterdir())
     for step in range(3):

@@ -10,7 +10,7 @@ import pytest
 from latentscenes.cli import main as cli
 from latentscenes.cli.common import PrecisionName
 from latentscenes.core import config_io
-from latentscenes.storage.library import Store
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
 
 GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
@@ -143,7 +143,7 @@ def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, 
     exploit = ["exploit", "--run", one, "--data", solids_path, "--out", two, "--set", "exploit.alignment.epochs=2", "--device", "cpu"]
     status, _, err = call(monkeypatch, capsys, *exploit, "--threads", 1)
     assert status == 0 and f"{two}: 4 scenes." in err
-    store = Store.open(two)
+    store = LibraryFolder.open(two)
     assert store.config.exploit[1].epochs == 2 and store.config.planes == tiny.planes
 
 
@@ -154,7 +154,7 @@ def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
         raise Interrupted
 
     monkeypatch.setattr("latentscenes.training.loop.train", stopped)
-    monkeypatch.setattr("latentscenes.data.dataset.Views.open", lambda path: None)
+    monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", lambda path: None)
     status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb")
     assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
 
@@ -163,6 +163,6 @@ def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("latentscenes.data.dataset.Views.open", full)
+    monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", full)
     status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb")
     assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"

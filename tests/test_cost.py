@@ -12,7 +12,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import MIB, Memory, Time
 from latentscenes.model.model import Model
-from latentscenes.model.planes import fresh_rows
+from latentscenes.model.planes import random_parameters
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import Learned
 
@@ -87,7 +87,7 @@ def test_memory_is_that_of_the_real_parts(change, solids):
     assert memory.codec == sum(4 * p.numel() for p in model.codec.parameters())
     assert memory.bases == 4 * model.bases.numel()
     assert memory.field == sum(4 * p.numel() for p in model.field.parameters())
-    assert memory.scene == fresh_rows(3, settings.planes, generator).bytes_per_scene()
+    assert memory.scene == random_parameters(3, settings.planes, generator).bytes_per_scene()
 
 
 def test_account_of_runs(tmp_path, tiny, solids):

@@ -21,9 +21,9 @@ from PIL import Image
 
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views, spread
+from latentscenes.data.dataset import PosedImages, spread
 from latentscenes.data.images import over_white, white_background
-from latentscenes.data.importing import Options
+from latentscenes.data.importing import ImportOptions
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 
@@ -40,9 +40,9 @@ def test_srn_cameras_and_pixels_arrive_exactly(tmp_path):
         write_object(tmp_path / "cars" / name, *written[name])
     calls = []
     made = make_srn(
-        tmp_path / "cars", tmp_path / "set", options=Options(new=1, held_out=3), progress=lambda *call: calls.append(call)
+        tmp_path / "cars", tmp_path / "set", options=ImportOptions(new=1, held_out=3), progress=lambda *call: calls.append(call)
     )
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     assert [scene.name for scene in views.scenes] == ["car_2", "car_9", "car_10"]  # natural order
     assert [scene.split for scene in views.scenes] == ["train", "train", "new"]
     assert (made.scenes, made.views, made.size, made.background) == (3, 72, (SIDE, SIDE), "white")
@@ -63,7 +63,7 @@ def test_srn_alpha_is_composited_over_white_and_kept(tmp_path):
     rgba[..., 3] = np.where(silhouettes(cameras), random.integers(128, 256, (12, SIDE, SIDE)), 0)
     write_object(tmp_path / "one", cameras, rgba)
     made = make_srn(tmp_path / "one", tmp_path / "set")  # a single object's own folder
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     assert made.background == "alpha" and [scene.name for scene in views.scenes] == ["one"]
     assert np.array_equal(views.alpha, rgba[..., 3])
     share = rgba[..., 3:] / 255.0
@@ -77,8 +77,8 @@ def test_srn_silhouettes_from_white_can_be_stored(tmp_path):
     images[:, SIDE // 2 - 1 : SIDE // 2 + 1, SIDE // 2 : SIDE // 2 + 2] = 255  # a white patch inside the object
     assert masks[:, SIDE // 2 - 2 : SIDE // 2 + 2, SIDE // 2 - 1 : SIDE // 2 + 3].all()
     write_object(tmp_path / "one", cameras, images)
-    make_srn(tmp_path / "one", tmp_path / "set", options=Options(alpha_from_white=True))
-    assert np.array_equal(Views.open(tmp_path / "set").alpha, np.where(masks, 255, 0))
+    make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(alpha_from_white=True))
+    assert np.array_equal(PosedImages.open(tmp_path / "set").alpha, np.where(masks, 255, 0))
 
 
 def test_srn_intrinsics_count_for_the_size_they_state(tmp_path):
@@ -87,13 +87,13 @@ def test_srn_intrinsics_count_for_the_size_they_state(tmp_path):
     text = f"{1.1 * 512} {0.48 * 512} {0.53 * 512} 0.\n0. 0. 0.\n1.\n512 512\n"
     write_object(tmp_path / "one", cameras, pictures(cameras), text)
     make_srn(tmp_path / "one", tmp_path / "set")
-    assert torch.allclose(Views.open(tmp_path / "set").cameras.intrinsics, torch.tensor([1.1, 1.1, 0.48, 0.53]).expand(8, 4))
+    assert torch.allclose(PosedImages.open(tmp_path / "set").cameras.intrinsics, torch.tensor([1.1, 1.1, 0.48, 0.53]).expand(8, 4))
     # a last line that is wrong is noticed, and can be overruled
     (tmp_path / "one" / "intrinsics.txt").write_text(text.replace("512 512", "128 128"))
     with pytest.raises(UserError, match=r"intrinsics.txt: the principal point.*intrinsics_size"):
         make_srn(tmp_path / "one", tmp_path / "wrong")
     make_srn(tmp_path / "one", tmp_path / "right", intrinsics_size=512)
-    assert torch.allclose(Views.open(tmp_path / "right").cameras.intrinsics[0], torch.tensor([1.1, 1.1, 0.48, 0.53]))
+    assert torch.allclose(PosedImages.open(tmp_path / "right").cameras.intrinsics[0], torch.tensor([1.1, 1.1, 0.48, 0.53]))
 
 
 def test_srn_above_keeps_views_higher_than_minus_a_half(tmp_path):
@@ -102,7 +102,7 @@ def test_srn_above_keeps_views_higher_than_minus_a_half(tmp_path):
     assert 5 < int(keep.sum()) < 25
     write_object(tmp_path / "one", cameras, pictures(cameras))
     make_srn(tmp_path / "one", tmp_path / "set", above=True)
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     same_cameras(views, list(range(int(keep.sum()))), cameras[keep.nonzero().ravel()])
     assert np.array_equal(views.rgb, pictures(cameras)[keep.numpy()])
 
@@ -119,7 +119,7 @@ def test_eg3d_labels(tmp_path):
             labels.append([f"{name}/{place}.png", [*pose, 1.025, 0, 0.5, 0, 1.025, 0.5, 0, 0, 1]])
     (tmp_path / "export" / "dataset.json").write_text(json.dumps({"labels": labels}))
     make_srn(tmp_path / "export", tmp_path / "set")
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     assert [scene.name for scene in views.scenes] == ["a", "b"]
     for scene in views.scenes:
         same_cameras(views, scene.views("all"), written[scene.name][0])
@@ -143,7 +143,7 @@ def test_blender_test_frames_are_held_out(tmp_path):
     write_transforms(scene, val, pictures(val, seed=3), "transforms_val.json", "val")
     write_transforms(scene, test, pictures(test, seed=2), "transforms_test.json", "test")
     made = make_transforms(scene, tmp_path / "set")
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     (only,) = views.scenes
     assert only.name == "bulldozer" and only.held_out == (10, 11, 12, 13)
     assert any("transforms_val.json not used" in note for note in made.notes)
@@ -151,9 +151,9 @@ def test_blender_test_frames_are_held_out(tmp_path):
     same_cameras(views, only.views("held_out"), test)
     assert np.array_equal(views.rgb[10:], pictures(test, seed=2))
     make_transforms(scene, tmp_path / "val", held_out_from="val")
-    assert np.array_equal(Views.open(tmp_path / "val").rgb[10:], pictures(val, seed=3))
-    make_transforms(scene, tmp_path / "none", held_out_from="none", options=Options(held_out=2))
-    assert Views.open(tmp_path / "none").scenes[0].held_out == spread(10, 2)
+    assert np.array_equal(PosedImages.open(tmp_path / "val").rgb[10:], pictures(val, seed=3))
+    make_transforms(scene, tmp_path / "none", held_out_from="none", options=ImportOptions(held_out=2))
+    assert PosedImages.open(tmp_path / "none").scenes[0].held_out == spread(10, 2)
     (scene / "transforms_val.json").unlink()
     with pytest.raises(UserError, match="transforms_val.json: no such file"):
         make_transforms(scene, tmp_path / "again", held_out_from="val")
@@ -175,8 +175,8 @@ def test_nerfstudio_intrinsics_and_a_folder_of_scenes(tmp_path):
     }
     for name in ("one", "two"):
         write_transforms(tmp_path / "scenes" / name, cameras, pictures(cameras), **top)
-    made = make_transforms(tmp_path / "scenes", tmp_path / "set", options=Options(box="0,0,0,0.6,0.5,0.4", held_out=2))
-    views = Views.open(tmp_path / "set")
+    made = make_transforms(tmp_path / "scenes", tmp_path / "set", options=ImportOptions(box="0,0,0,0.6,0.5,0.4", held_out=2))
+    views = PosedImages.open(tmp_path / "set")
     assert [scene.name for scene in views.scenes] == ["one", "two"] and made.box == Box((0.0, 0.0, 0.0), (0.6, 0.5, 0.4))
     same_cameras(views, list(range(10)), cameras)
     # the same stated per frame
@@ -184,7 +184,7 @@ def test_nerfstudio_intrinsics_and_a_folder_of_scenes(tmp_path):
     frames = json.loads(file.read_text())["frames"]
     file.write_text(json.dumps({"frames": [{**frame, **top} for frame in frames]}))
     make_transforms(tmp_path / "scenes" / "two", tmp_path / "frames")
-    same_cameras(Views.open(tmp_path / "frames"), list(range(10)), cameras)
+    same_cameras(PosedImages.open(tmp_path / "frames"), list(range(10)), cameras)
 
 
 def test_angle_of_view_of_an_oblong_image(tmp_path):
@@ -193,7 +193,7 @@ def test_angle_of_view_of_an_oblong_image(tmp_path):
     write_transforms(tmp_path / "one", cameras, images, camera_angle_x=math.pi / 2)
     made = make_transforms(tmp_path / "one", tmp_path / "set")
     # 90 degrees over the width: focal half the width, that is, once the height
-    assert torch.allclose(Views.open(tmp_path / "set").cameras.intrinsics[0], torch.tensor([0.5, 1.0, 0.5, 0.5]))
+    assert torch.allclose(PosedImages.open(tmp_path / "set").cameras.intrinsics[0], torch.tensor([0.5, 1.0, 0.5, 0.5]))
     assert made.background == "unknown" and "cameras see" in made.box_from
     assert made.box.half[0] == pytest.approx(1.3 * 1.0, rel=0.01)  # at distance 1.3, half the width is 1.3
 
@@ -248,7 +248,7 @@ def test_transforms_with_absent_images_or_bad_matrices(tmp_path):
 # -- shared data -------------------------------------------------------------------------------------------------------
 
 
-def inside_the_box(views: Views, masks: np.ndarray) -> None:
+def inside_the_box(views: PosedImages, masks: np.ndarray) -> None:
     """Every silhouette lies within the convex outline of the box's eight corners, seen by the same camera."""
     corners = torch.tensor(views.box.center) + torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3) * torch.tensor(
         views.box.half
@@ -267,7 +267,7 @@ def inside_the_box(views: Views, masks: np.ndarray) -> None:
 @pytest.mark.skipif(not (DATA / "lego").is_dir(), reason="shared data (lego) is absent")
 def test_lego(tmp_path):
     made = make_transforms(DATA / "lego", tmp_path / "set")
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     (scene,) = views.scenes
     assert len(scene.views("fit")) == 100 and len(scene.views("held_out")) == 200 and made.background == "alpha"
     assert torch.allclose(views.cameras.intrinsics[0, 0], torch.tensor(0.5 / math.tan(0.6911112070083618 / 2)))
@@ -280,8 +280,8 @@ def test_lego(tmp_path):
 
 @pytest.mark.skipif(not (DATA / "srn_sample").is_dir(), reason="shared data (srn_sample) is absent")
 def test_srn_sample(tmp_path):
-    made = make_srn(DATA / "srn_sample", tmp_path / "set", options=Options(new=2))
-    views = Views.open(tmp_path / "set")
+    made = make_srn(DATA / "srn_sample", tmp_path / "set", options=ImportOptions(new=2))
+    views = PosedImages.open(tmp_path / "set")
     assert (made.scenes, made.views, made.size) == (8, 240, (128, 128))
     assert torch.allclose(views.cameras.intrinsics, torch.tensor([1.0253906, 1.0253906, 0.5, 0.5]).expand(240, 4))
     inside_the_box(views, ~white_background(views.rgb))

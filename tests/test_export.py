@@ -270,7 +270,7 @@ def test_hidden_and_grazing_places_have_no_colour():
     found = export_surface.Surface(np.concatenate([plate, plate + [0, 0, 0.5]]), np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]]), 0.02)
     cameras = orbit(1, distance=4.0, elevation=np.pi / 2)
     white = torch.ones(1, 3, 16, 16)
-    shown = export_mesh.Shown(white * torch.tensor([1.0, 0.5, 0.0])[:, None, None], white, white[:, 0], white[:, 0])
+    shown = export_mesh.RenderedImages(white * torch.tensor([1.0, 0.5, 0.0])[:, None, None], white, white[:, 0], white[:, 0])
     places = np.array([[0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.0]])
     normals = np.array([[0.0, 0, 1], [0, 0, -1], [1, 0, 0], [0, 0, 1]])
     colors, seen = export_mesh.paint(places, normals, found, shown, cameras)

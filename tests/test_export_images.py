@@ -14,12 +14,12 @@ from PIL import Image
 from latentscenes.cli import main as cli
 from latentscenes.core.cameras import OPENGL_TO_OPENCV
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.images import read_image
 from latentscenes.data.transforms import make_transforms
 from latentscenes.export.pages import transforms, with_alpha, write_views
 from latentscenes.export.video import camera_frames, read_camera_path
-from latentscenes.model.model import Shown, look, to_pictures
+from latentscenes.model.model import RenderedImages, render_images, to_uint8
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def test_pictures_come_back_through_data_transforms(tmp_path):
     write_views(tmp_path / "set", loaded, ["egg"], cameras, VIEW.size)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     make_transforms(tmp_path / "set", tmp_path / "data")
-    views = Views.open(tmp_path / "data")
+    views = PosedImages.open(tmp_path / "data")
     assert [scene.name for scene in views.scenes] == ["egg"] and views.size == VIEW.size
     torch.testing.assert_close(views.cameras.cam2world, cameras.cam2world, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.cameras.intrinsics, cameras.intrinsics, atol=1e-5, rtol=0)
-    shown = look(loaded.model, loaded.planes("egg"), cameras, VIEW.size)
-    assert np.abs(views.rgb.astype(int) - to_pictures(shown.images)).max() <= 6  # what is nearly white is white
+    shown = render_images(loaded.model, loaded.planes("egg"), cameras, VIEW.size)
+    assert np.abs(views.rgb.astype(int) - to_uint8(shown.images)).max() <= 6  # what is nearly white is white
     assert np.abs(views.alpha / 255 - shown.opacity.numpy()).mean() < 0.02
     low, high = np.subtract(views.box.center, views.box.half), np.add(views.box.center, views.box.half)
     assert (low < CENTER - 0.9 * SEMI).all() and (high > CENTER + 0.9 * SEMI).all()
@@ -65,7 +65,7 @@ def test_matrices_have_opengl_axes():
 def test_alpha_gives_the_picture_over_white():
     random = torch.Generator().manual_seed(0)
     images, opacity = torch.rand(2, 3, 12, 12, generator=random), torch.rand(2, 12, 12, generator=random)
-    rgba = with_alpha(Shown(images, images, opacity, opacity))
+    rgba = with_alpha(RenderedImages(images, images, opacity, opacity))
     over = rgba[..., :3] / 255 * (rgba[..., 3:] / 255) + 1 - rgba[..., 3:] / 255
     np.testing.assert_allclose(over, images.movedim(1, -1), atol=1.5 / 255)
     inner = (slice(None), slice(2, -2), slice(2, -2))
@@ -77,11 +77,11 @@ def test_white_matter_is_transparent(tmp_path):
     images, opacity = torch.zeros(1, 3, 16, 16), torch.ones(1, 16, 16)
     images[..., :4] = 1.0
     images[..., 8:12, 8:12] = 1.0
-    rgba = with_alpha(Shown(images, images, opacity, opacity))
+    rgba = with_alpha(RenderedImages(images, images, opacity, opacity))
     assert (rgba[0, :, :4, 3] == 0).all() and (rgba[0, :, 4:, 3] == 255).all() and (rgba[0, 9:11, 9:11] == 255).all()
     Image.fromarray(rgba[0]).save(tmp_path / "x.png")
     rgb, alpha = read_image(tmp_path / "x.png")
-    assert np.array_equal(rgb, to_pictures(images)[0]) and np.array_equal(alpha, rgba[0, ..., 3])
+    assert np.array_equal(rgb, to_uint8(images)[0]) and np.array_equal(alpha, rgba[0, ..., 3])
 
 
 def test_images_command(tmp_path, run, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from PIL import Image
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
 from latentscenes.export.pages import FIRST, sheet, window_on, with_alpha, write_page
-from latentscenes.model.model import look
+from latentscenes.model.model import render_images
 
 
 def embedded(text: str) -> dict:
@@ -54,7 +54,7 @@ def test_page_holds_every_view(tmp_path):
     cameras = VIEW.orbit(5, 40.0, FIRST)
     window = window_on(BOX, VIEW.orbit(5, 10.0, FIRST), VIEW.size)
     tall, wide = picture.shape[0] // 3, picture.shape[1] // 4
-    shown = with_alpha(look(loaded.model, loaded.planes("egg"), cameras, VIEW.size))
+    shown = with_alpha(render_images(loaded.model, loaded.planes("egg"), cameras, VIEW.size))
     for k in range(5):  # the second elevation comes after the first
         line, column = divmod(5 + k, 4)
         tile = picture[line * tall : (line + 1) * tall, column * wide : (column + 1) * wide]

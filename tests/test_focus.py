@@ -11,7 +11,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.model.model import Model
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, Focus, window
+from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, ErrorGuidedSampling, window
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def uniform(seed, *shape):
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_cells_come_by_their_chances_and_places_lie_in_them(share):
-    focus = Focus(3, share, CPU)
+    focus = ErrorGuidedSampling(3, share, CPU)
     focus.errors[:] = uniform(0, 3, CELLS)
     focus.errors[1, ::2] = 0  # right everywhere there
     views, count = torch.tensor([2, 1]), 20000
@@ -41,7 +41,7 @@ def test_cells_come_by_their_chances_and_places_lie_in_them(share):
 
 
 def test_a_view_without_errors_is_seen_evenly():
-    focus = Focus(2, 1.0, CPU)
+    focus = ErrorGuidedSampling(2, 1.0, CPU)
     focus.errors[:] = 0
     x, y, cells = focus.draw(torch.tensor([1]), uniform(1, 1, CELLS), uniform(2, 1, CELLS), uniform(3, 1, CELLS))
     assert torch.isfinite(x).all() and torch.isfinite(y).all()
@@ -49,7 +49,7 @@ def test_a_view_without_errors_is_seen_evenly():
 
 
 def test_errors_are_remembered_by_cell():
-    focus = Focus(4, 0.5, CPU)
+    focus = ErrorGuidedSampling(4, 0.5, CPU)
     focus.errors[:] = uniform(0, 4, CELLS)
     before, views, cells = focus.errors.clone(), torch.tensor([3, 0]), torch.tensor([[5, 5, 9], [9, 0, 63]])
     errors = torch.tensor([[1.0, 3.0, 5.0], [7.0, 0.0, 2.0]])
@@ -142,7 +142,7 @@ def test_macro_planes_that_rest_are_summed_once_to_the_same_end(solids, tiny, tm
     settings = ["planes.micro=3", f"planes.fusion={fusion}", "planes.bias=true", "train.scenes.rates={micro: 1e-2}", "train.scenes.losses.tv=0.1"]
     config = stage_of(tiny, *settings)
     kept = train(config, solids, tmp_path / "kept", device=CPU)
-    monkeypatch.setattr(loop, "memory", lambda: 0)  # no room to keep them
+    monkeypatch.setattr(loop, "machine_memory", lambda: 0)  # no room to keep them
     summed = train(config, solids, tmp_path / "summed", device=CPU)
     torch.testing.assert_close(kept.load()[1].micro, summed.load()[1].micro, rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import latentscenes
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import Learned
 
@@ -25,7 +25,7 @@ def kept(request, tmp_path) -> Path:
 
 
 def test_datasets_open(kept):
-    views = Views.open(kept / "cars")
+    views = PosedImages.open(kept / "cars")
     assert [scene.split for scene in views.scenes] == ["train", "train", "new", "new", "new"]
     assert views.rgb.shape == (20, 16, 16, 3) and views.alpha is not None and views.alpha.max() == 255
     assert views.images([0]).float().mean() < 255
@@ -49,7 +49,7 @@ def test_libraries_open_and_look_as_they_did(kept):
 
 def test_libraries_grow(kept):
     library = latentscenes.open_library(kept / "library", device="cpu")
-    views = Views.open(kept / "cars")
+    views = PosedImages.open(kept / "cars")
     index = views.select("new")[0].views("all")
     library.add("again", views.rgb[index], views.cameras[index])
     assert library.names[-1] == "again" and library.verify() == []

@@ -26,9 +26,9 @@ from latentscenes.core.cameras import Box, Cameras, look_at
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import fit_box, parse_box
 from latentscenes.data.checks import check_cameras
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.images import over_white, read_image, white_background
-from latentscenes.data.importing import Options, choose_splits, natural_key, read_split
+from latentscenes.data.importing import ImportOptions, choose_splits, natural_key, read_split
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 
@@ -119,14 +119,14 @@ def test_cameras_by_another_convention_are_recognised(tmp_path, what, message, b
     cameras = around(10)
     write_object(tmp_path / "one", converted(cameras, what), pictures(cameras))
     with pytest.raises(UserError, match=rf"000000.txt.*{message}"):
-        make_srn(tmp_path / "one", tmp_path / "set", options=Options(box=box))
+        make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(box=box))
 
 
 def test_opengl_poses_can_be_declared(tmp_path):
     cameras = around(10)
     write_object(tmp_path / "one", converted(cameras, "opengl"), pictures(cameras))
     make_srn(tmp_path / "one", tmp_path / "set", axes="opengl")
-    same_cameras(Views.open(tmp_path / "set"), list(range(10)), cameras)
+    same_cameras(PosedImages.open(tmp_path / "set"), list(range(10)), cameras)
 
 
 def test_opencv_matrices_in_transforms_are_recognised(tmp_path):
@@ -135,7 +135,7 @@ def test_opencv_matrices_in_transforms_are_recognised(tmp_path):
     with pytest.raises(UserError, match=r"frame 0 .*axes='opencv'"):
         make_transforms(tmp_path / "one", tmp_path / "set")
     make_transforms(tmp_path / "one", tmp_path / "set", axes="opencv")
-    same_cameras(Views.open(tmp_path / "set"), list(range(10)), cameras)
+    same_cameras(PosedImages.open(tmp_path / "set"), list(range(10)), cameras)
 
 
 def test_world_to_camera_matrices_in_transforms_are_recognised(tmp_path):
@@ -159,15 +159,15 @@ def test_opaque_alpha_is_no_silhouette(tmp_path):
     write_object(tmp_path / "photo", cameras, images)
     assert make_srn(tmp_path / "photo", tmp_path / "other").background == "unknown"
     with pytest.raises(UserError, match="do not bound the object.*box="):
-        make_srn(tmp_path / "photo", tmp_path / "forced", options=Options(background="alpha"))
+        make_srn(tmp_path / "photo", tmp_path / "forced", options=ImportOptions(background="alpha"))
 
 
 def test_scenes_too_large_for_memory_go_through_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("latentscenes.data.importing.IN_MEMORY", 1000)
     cameras = around(6)
     write_object(tmp_path / "one", cameras, pictures(cameras))
-    make_srn(tmp_path / "one", tmp_path / "set", options=Options(alpha_from_white=True))
-    views = Views.open(tmp_path / "set")
+    make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(alpha_from_white=True))
+    views = PosedImages.open(tmp_path / "set")
     assert np.array_equal(views.rgb, pictures(cameras)) and np.array_equal(views.alpha > 0, silhouettes(cameras))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "set"]
 
@@ -243,17 +243,17 @@ def test_resizing_averages(tmp_path):
 def test_datasets_at_other_sizes(tmp_path):
     cameras = around(8)
     write_object(tmp_path / "one", cameras, pictures(cameras))
-    for name, options in (("size", Options(size=SIDE // 2)), ("reduce", Options(reduce=2))):
+    for name, options in (("size", ImportOptions(size=SIDE // 2)), ("reduce", ImportOptions(reduce=2))):
         make_srn(tmp_path / "one", tmp_path / name, options=options)
-        views = Views.open(tmp_path / name)
+        views = PosedImages.open(tmp_path / name)
         means = pictures(cameras).reshape(8, SIDE // 2, 2, SIDE // 2, 2, 3).mean((2, 4))
         assert np.abs(views.rgb - means).max() <= 0.51
         same_cameras(views, list(range(8)), cameras)
     Image.fromarray(np.full((2 * SIDE, 2 * SIDE, 3), 255, np.uint8)).save(tmp_path / "one" / "rgb" / "000005.png")
     with pytest.raises(UserError, match="000005.png.*Give a size"):
         make_srn(tmp_path / "one", tmp_path / "mixed")
-    make_srn(tmp_path / "one", tmp_path / "same", options=Options(size=(SIDE, SIDE), background="unknown"))
-    assert (Views.open(tmp_path / "same").rgb[5] == 255).all()
+    make_srn(tmp_path / "one", tmp_path / "same", options=ImportOptions(size=(SIDE, SIDE), background="unknown"))
+    assert (PosedImages.open(tmp_path / "same").rgb[5] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_options_that_contradict(tmp_path, options, message):
     cameras = around(6)
     write_object(tmp_path / "one", cameras, pictures(cameras))
     with pytest.raises(UserError, match=message):
-        make_srn(tmp_path / "one", tmp_path / "set", options=Options(**options))
+        make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(**options))
     assert not (tmp_path / "set").exists()
 
 
@@ -306,8 +306,8 @@ def test_a_split_file_says_what_it_leaves_out(tmp_path):
     for name in "abc":
         write_object(tmp_path / "cars" / name, cameras, pictures(cameras))
     (tmp_path / "split.json").write_text('{"train": ["c"], "new": ["a"]}')
-    made = make_srn(tmp_path / "cars", tmp_path / "set", options=Options(split=tmp_path / "split.json"))
-    assert [(scene.name, scene.split) for scene in Views.open(tmp_path / "set").scenes] == [("a", "new"), ("c", "train")]
+    made = make_srn(tmp_path / "cars", tmp_path / "set", options=ImportOptions(split=tmp_path / "split.json"))
+    assert [(scene.name, scene.split) for scene in PosedImages.open(tmp_path / "set").scenes] == [("a", "new"), ("c", "train")]
     assert any("1 of 3 scenes" in note for note in made.notes)
 
 

@@ -6,13 +6,13 @@ import torch
 
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views, ViewsWriter, box_of, join
+from latentscenes.data.dataset import DatasetWriter, PosedImages, box_of, join
 
 
 def dataset(path, prefix, counts, *, size=(6, 8), alpha=True, seed=0):
     """Noise; scene k has counts[k] views, every second scene is new, and its view k + 1 is held out."""
     rng = np.random.default_rng(seed)
-    with ViewsWriter(path, size, alpha=alpha, origin=f"noise {prefix}") as writer:
+    with DatasetWriter(path, size, alpha=alpha, origin=f"noise {prefix}") as writer:
         for k, count in enumerate(counts):
             images = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
             cameras = orbit(count, elevation=float(rng.uniform(0.1, 1)))
@@ -26,7 +26,7 @@ def test_a_joined_dataset_equals_its_parts_view_by_view(tmp_path):
     counts = {"a": (3, 5), "b": (4, 3, 5), "c": (2,)}
     parts = [dataset(tmp_path / name, name, counts[name], seed=seed) for seed, name in enumerate(counts)]
     joined = join(parts, tmp_path / "all")
-    expected = [(part, scene) for part in map(Views.open, parts) for scene in part.scenes]
+    expected = [(part, scene) for part in map(PosedImages.open, parts) for scene in part.scenes]
     assert [scene.name for scene in joined.scenes] == ["a_0", "a_1", "b_0", "b_1", "b_2", "c_0"]
     for ours, (part, scene) in zip(joined.scenes, expected, strict=True):
         assert (ours.count, ours.split, ours.held_out) == (scene.count, scene.split, scene.held_out)
@@ -50,7 +50,7 @@ def test_silhouettes_are_left_out_where_a_part_has_none(tmp_path):
     parts = [dataset(tmp_path / "a", "a", (3,)), dataset(tmp_path / "b", "b", (3,), alpha=False)]
     joined = join(parts, tmp_path / "all")
     assert joined.alpha is None and not (tmp_path / "all" / "alpha.npy").exists()
-    assert np.array_equal(joined.rgb[:3], Views.open(parts[0]).rgb)
+    assert np.array_equal(joined.rgb[:3], PosedImages.open(parts[0]).rgb)
 
 
 def test_what_cannot_be_joined_is_refused_and_nothing_is_left_behind(tmp_path):

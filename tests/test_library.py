@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import latentscenes
 from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.cost import account_learned
-from latentscenes.storage.library import Store
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import pack
 from latentscenes.storage.scene_set import Learned
 
@@ -185,7 +185,7 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     save_file(tables | written, file)
     assert not library.config.planes.mixing and library.store.start().mixing.shape == (1, 0, 0)
     settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
-    mixed = Store(library.path, settings, library.store.info, library.store.checksums)
+    mixed = LibraryFolder(library.path, settings, library.store.info, library.store.checksums)
     assert torch.equal(mixed.start().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
     assert "mixing" not in pack(library.store.start(), "int8") and "mixing" in pack(mixed.start(), "int8")
 
@@ -302,7 +302,7 @@ def test_a_hundred_thousand_scenes_are_listed_at_once(library):
             index.add(shard, [(dataclasses.replace(info, name=f"car-{shard}-{row}"), "0" * 64, b"png") for row in range(1000)])
     index.close()
     begun = time.perf_counter()
-    opened = Store.open(library.path)
+    opened = LibraryFolder.open(library.path)
     assert len(opened.index) == 100_004 and len(opened.index.names()) == 100_004
     took = time.perf_counter() - begun
     assert took < 2, took
@@ -324,7 +324,7 @@ def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
 
 
 def test_a_read_only_library_can_be_read(library, solids):
-    assert Views.open(library["red_ball"].metadata.dataset).path == solids.path.resolve()
+    assert PosedImages.open(library["red_ball"].metadata.dataset).path == solids.path.resolve()
     shown = library["red_ball"].render(library.orbit(1)).rgb
     library.close()
     for folder in (library.path, library.path / "shards", library.path / "model"):

@@ -22,7 +22,7 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
 from latentscenes.storage import maintenance as care
-from latentscenes.storage.library import NewScene, Store
+from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.quantize import PRECISIONS, pack, unpack
 from latentscenes.training import loop
 
@@ -122,7 +122,7 @@ def test_searching_for_a_scene_of_a_dataset(library, solids):
 def test_what_is_packed_is_unpacked(precision, tiny):
     generator = torch.Generator().manual_seed(3)
     planes = dataclasses.replace(tiny.planes, bias=True)
-    rows = latentscenes.model.planes.fresh_rows(1, planes, generator)
+    rows = latentscenes.model.planes.random_parameters(1, planes, generator)
     rows.micro[0, 1, :, :, 1] = 0  # a plane of zeros has no largest magnitude
     again = unpack(pack(rows, precision), planes)
     bound = {"float32": 0.0, "float16": 2**-11}.get(precision)
@@ -176,7 +176,7 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
         library.export(["disc"], tmp_path / "two")
     config = config_io.parse(TINY, "tiny", ["seed=6"])
-    other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.data.dataset.Views.open(run.info.data), "train").path, device="cpu")
+    other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.data.dataset.PosedImages.open(run.info.data), "train").path, device="cpu")
     with pytest.raises(UserError, match="a library of another model"):
         library.export(["disc"], other.path)
 
@@ -258,7 +258,7 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     assert call("library", "rename", path, "blue_egg", "an egg")[0] == 0 and "an egg" in library
     assert call("library", "remove", path, "an egg", "red_ball")[0] == 0 and library.names == ["green_box", "brown_bar"]
     status, _, err = call("library", "export", path, "--match", "g*", "--out", tmp_path / "one")
-    assert status == 0 and "1 scenes copied" in err and Store.open(tmp_path / "one").index.names() == ["green_box"]
+    assert status == 0 and "1 scenes copied" in err and LibraryFolder.open(tmp_path / "one").index.names() == ["green_box"]
     status, out, _ = call("library", "repack", path, "--device", "cpu")
     assert status == 0 and "int3" in out and library["green_box"].metadata.precision == "float32"
     status, out, err = call("library", "repack", path, "--lost", "100", "--device", "cpu")

@@ -11,7 +11,7 @@ from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.config import LossWeights
 from latentscenes.core.runtime import seeded
 from latentscenes.model.model import Model
-from latentscenes.model.planes import fresh_rows
+from latentscenes.model.planes import random_parameters
 from latentscenes.training.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
 
 SIZE = 16
@@ -31,7 +31,7 @@ def made_batch(model, scenes=2, views=3, **changes):
 
 
 def made_planes(model, scenes=2):
-    return model.compose(fresh_rows(scenes, model.config.planes, torch.Generator().manual_seed(2)))
+    return model.compose(random_parameters(scenes, model.config.planes, torch.Generator().manual_seed(2)))
 
 
 def step(seed=3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentscenes.model.planes import SceneRows, fuse_in_torch
+from latentscenes.model.planes import SceneParameters, fuse_in_torch
 from latentscenes.rendering.kernels import build, native
 from latentscenes.training.losses import total_variation_in_torch
 
@@ -16,7 +16,7 @@ def rows_and_bases(scenes, resolution, micro, macro, bases, bias):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    rows = SceneRows(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)), torch.zeros(scenes, 0, 0))
+    rows = SceneParameters(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)), torch.zeros(scenes, 0, 0))
     return rows, normal(bases, 3, resolution, resolution, macro)
 
 

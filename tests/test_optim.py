@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from latentscenes.core.config import LossWeights, PlanesConfig, Rates, StageConfig
-from latentscenes.model.planes import fresh_rows
+from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import native
 from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
@@ -19,7 +19,7 @@ TURNS = [[0, 2], [2, 1], [2], [0, 2], [1, 2], [2, 0]]
 
 
 def made_rows(count=4):
-    return fresh_rows(count, SETTINGS, torch.Generator().manual_seed(0))
+    return random_parameters(count, SETTINGS, torch.Generator().manual_seed(0))
 
 
 def gradient(step, row, like, name):

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.photos.importer import make_photos, read_capture
-from latentscenes.data.raycast import Caster, Lights, Soup, soup_from_mesh
+from latentscenes.data.raycast import Lights, RayCaster, TriangleSoup, soup_from_mesh
 
 pycolmap = pytest.importorskip("pycolmap")
 KNOWN = "EQUIRECTANGULAR" in pycolmap.CameraModelId.__members__
@@ -29,12 +29,12 @@ BALLS = {
 RADIUS = 0.06
 
 
-def balls() -> Soup:
+def balls() -> TriangleSoup:
     soups = []
     for colour, place in BALLS.items():
         ball = trimesh.creation.icosphere(subdivisions=3, radius=RADIUS)
         soups.append(soup_from_mesh(ball.vertices + place, ball.faces, colors=(*np.array(colour) / 255, 1.0)))
-    return Soup.joined(soups)
+    return TriangleSoup.joined(soups)
 
 
 def capture(folder, lens="OPENCV", **more):
@@ -92,7 +92,7 @@ def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
     # and the pictures are what our own pinhole cameras see there
     back = rotation.T @ (found.cameras.cam2world.double().numpy() - np.pad(shift[:, None], ((0, 0), (3, 0))))
     back[:, :, 3] /= scale
-    rgb, alpha = Caster(balls(), FLAT).render(Cameras(torch.tensor(back).float(), found.cameras.intrinsics), SIZE, 4)
+    rgb, alpha = RayCaster(balls(), FLAT).render(Cameras(torch.tensor(back).float(), found.cameras.intrinsics), SIZE, 4)
     inside = alpha == 255
     inside[:, 1:] &= inside[:, :-1] & (alpha[:, :-1] == 255)
     assert np.abs(rgb.astype(float) - found.images).mean() < 1.5 and np.abs(alpha.astype(float) - found.alpha).mean() < 1.5
@@ -103,7 +103,7 @@ def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
 def test_a_capture_comes_back_where_it_is(made, tmp_path):
     folder, truth = made
     made_set = make_photos(folder, tmp_path / "set", size=SIZE, held_out=2)
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     assert (made_set.scenes, made_set.views, views.size) == (1, COUNT, (SIZE, SIZE))
     assert len(views.scenes[0].held_out) == 2
     found = read_capture(folder / "balls", SIZE)

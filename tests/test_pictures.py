@@ -32,9 +32,9 @@ def test_comparison_sheet(run, tmp_path, tiny, solids):
     index = torch.tensor(scenes[0].views("held_out"))
     left, top = 2 * sheets.GAP, 2 * sheets.GAP + sheets.CAPTION + 1
     assert np.array_equal(alone[top : top + 32, left : left + 32], solids.rgb[index[0]])  # the truth, untouched
-    mine = model_module.look(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
+    mine = model_module.render_images(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
     third = left + 2 * (32 + sheets.GAP)
-    assert np.array_equal(alone[top : top + 32, third : third + 32], model_module.to_pictures(mine)[0])
+    assert np.array_equal(alone[top : top + 32, third : third + 32], model_module.to_uint8(mine)[0])
 
 
 def test_rows_belong_to_scenes(run, solids):

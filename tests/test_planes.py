@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from latentscenes.core.config import PlanesConfig
-from latentscenes.model.planes import SceneRows, compose, fresh_bases, fresh_rows, mean_rows
+from latentscenes.model.planes import SceneParameters, compose, mean_parameters, random_bases, random_parameters
 
 
 def made(scenes=3, seed=0, **settings):
     config = PlanesConfig(**({"resolution": 4, "micro": 2, "macro": 3, "bases": 5} | settings))
     generator = torch.Generator().manual_seed(seed)
-    rows, bases = fresh_rows(scenes, config, generator), fresh_bases(config, generator)
+    rows, bases = random_parameters(scenes, config, generator), random_bases(config, generator)
     rows.bias.copy_(torch.randn(rows.bias.shape, generator=generator))
     return rows, bases, config
 
@@ -85,7 +85,7 @@ def test_fresh_planes_are_spread_as_asked():
 
 def test_mean_rows():
     rows, _, _ = made(bias=True)
-    mean = mean_rows(2, rows)
+    mean = mean_parameters(2, rows)
     for name, table in mean.tables().items():
         assert len(table) == 2 and torch.equal(table[0], table[1])
         assert torch.allclose(table[0], sum(rows.tables()[name]) / 3)
@@ -96,7 +96,7 @@ def test_mean_rows():
 def test_bytes_of_a_scene_at_the_published_setting():
     # 3 planes of 64 x 64 texels with 10 features, and 50 weights, 4 bytes each
     config = PlanesConfig(resolution=64, micro=10, macro=22, bases=50)
-    rows = fresh_rows(2, config, torch.Generator().manual_seed(0))
+    rows = random_parameters(2, config, torch.Generator().manual_seed(0))
     assert rows.bytes_per_scene() == 4 * (3 * 10 * 64**2 + 50)
-    assert fresh_rows(2, dataclasses.replace(config, micro=0), torch.Generator().manual_seed(0)).bytes_per_scene() == 200
-    assert len(rows) == 2 and isinstance(rows.to("cpu"), SceneRows)
+    assert random_parameters(2, dataclasses.replace(config, micro=0), torch.Generator().manual_seed(0)).bytes_per_scene() == 200
+    assert len(rows) == 2 and isinstance(rows.to("cpu"), SceneParameters)

@@ -94,7 +94,7 @@ def test_summary_compares_the_same_scenes(content):
     (shared,) = content.common
     score = next(score for score in content.evaluation_new.scenes if score.name == shared)
     assert table.rows[1][1] == f"{score.psnr:.2f}" and "1 of 2 new scenes" in table.note
-    ready = summary_table(dataclasses.replace(content, shipped=content.train, evaluation_shipped=content.evaluation_new))
+    ready = summary_table(dataclasses.replace(content, pretrained=content.train, evaluation_pretrained=content.evaluation_new))
     assert ready.rows[2][0] == "… on the shipped model" and ready.rows[2][1:3] == table.rows[1][1:3] and ready.strong == (1,)
     without = summary_table(dataclasses.replace(content, rgb=None, evaluation_rgb=None))
     assert without.rows[0][0] == "latentscenes, new scenes" and without.strong == (0,)

@@ -17,7 +17,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.storage import run as run_module
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.exploit import Options, exploit
+from latentscenes.training.exploit import ExploitOptions, exploit
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def windowed(tiny):
 
 def learn_all(config, solids, folder):
     parent = train(config, solids, folder / "train", device=CPU)
-    return parent, exploit(folder / "new", solids, config, parent, Options(precision="float32"), CPU)
+    return parent, exploit(folder / "new", solids, config, parent, ExploitOptions(precision="float32"), CPU)
 
 
 def assert_same_library(a, b):
@@ -144,9 +144,9 @@ import torch
 torch.set_num_threads(1)
 from latentscenes.core import config, config_io
 from latentscenes.training import loop as train
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 train.SAVE_SECONDS = 0.02
-train.train(config_io.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+train.train(config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 

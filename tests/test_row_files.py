@@ -13,7 +13,7 @@ import torch
 from latentscenes.core import config_io
 from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
-from latentscenes.core.runtime import memory, seeded
+from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.storage.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
@@ -91,8 +91,8 @@ def test_when_rows_belong_on_disk(tiny):
     assert not belong_on_disk(10, tiny)
     assert belong_on_disk(10, dataclasses.replace(tiny, storage="disk"))
     scene = 3 * 4 * 3 * tiny.planes.resolution**2 * tiny.planes.micro
-    assert belong_on_disk(memory() // scene, tiny)
-    assert not belong_on_disk(memory() // scene, dataclasses.replace(tiny, storage="memory"))
+    assert belong_on_disk(machine_memory() // scene, tiny)
+    assert not belong_on_disk(machine_memory() // scene, dataclasses.replace(tiny, storage="memory"))
 
 
 def state(run):
@@ -109,7 +109,7 @@ def unbroken(solids, tiny, tmp_path):
 def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path, monkeypatch):
     config, on_disk = unbroken
     fresh, _ = rows_on_disk(tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows"))
-    monkeypatch.setattr("latentscenes.storage.run.fresh_rows", lambda *_: fresh)  # the order of random numbers differs
+    monkeypatch.setattr("latentscenes.storage.run.random_parameters", lambda *_: fresh)  # the order of random numbers differs
     in_memory = train(dataclasses.replace(tiny, storage="memory"), solids, tmp_path / "run", device=CPU)
     assert all(torch.equal(a, b) for a, b in zip(state(on_disk), state(in_memory), strict=True))
 
@@ -146,10 +146,10 @@ import sys, torch
 from pathlib import Path
 from latentscenes.core import config, config_io
 from latentscenes.training import loop as train
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 torch.set_num_threads(1)
 train.SAVE_SECONDS = 0.05
-train.train(config_io.load(sys.argv[1]), Views.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+train.train(config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 

@@ -8,8 +8,8 @@ import torch
 
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
-from latentscenes.data.raycast import OPAQUE, Caster, ViewOptions
+from latentscenes.data.dataset import PosedImages
+from latentscenes.data.raycast import OPAQUE, RayCaster, ViewOptions
 from latentscenes.data.synthetic.body import KINDS, draw_car, loft
 from latentscenes.data.synthetic.cars import blob, in_turn, make_car, make_cars
 
@@ -29,7 +29,7 @@ def test_every_kind_lies_along_x_centred_with_diagonal_one(cars):
 
 def test_a_car_is_nearly_the_same_from_left_and_right(cars):
     for kind, soup in cars.items():
-        _, alpha = Caster(soup).render(orbit(4), 48, samples=2)  # front, left, rear, right
+        _, alpha = RayCaster(soup).render(orbit(4), 48, samples=2)  # front, left, rear, right
         left, right = alpha[1].astype(int), alpha[3, :, ::-1].astype(int)
         assert np.abs(left - right).mean() / max(left.mean(), 1) < 0.05, kind
 
@@ -40,7 +40,7 @@ def test_silhouettes_agree_with_projected_corners(cars):
         soup = cars[kind]
         opaque = soup.corners[soup.cutoff == OPAQUE].reshape(-1, 3)
         places, _ = cameras.project(torch.from_numpy(soup.corners.reshape(-1, 3)))
-        _, alpha = Caster(soup).render(cameras, 64)
+        _, alpha = RayCaster(soup).render(cameras, 64)
         assert len(opaque)
         for view in range(3):
             rows, columns = np.nonzero(alpha[view])
@@ -70,20 +70,20 @@ def test_bodies_are_symmetric_and_their_normals_point_outward():
 def test_a_dataset_of_cars_has_splits_box_and_different_cars(tmp_path):
     options = ViewOptions(views=3, size=32, held_out=1, samples=1)
     make_cars(tmp_path / "cars", options, train=2, new=1)
-    views = Views.open(tmp_path / "cars")
+    views = PosedImages.open(tmp_path / "cars")
     assert [scene.split for scene in views.scenes] == ["train", "train", "new"]
     assert all(len(scene.held_out) == 1 for scene in views.scenes) and views.alpha is not None
     half = np.array(views.box.half)
     assert (half < 0.52).all() and half[0] > half[1] > 0.1
     assert not np.array_equal(views.rgb[0], views.rgb[3])
     make_cars(tmp_path / "fewer", options, train=1, new=0)
-    assert np.array_equal(Views.open(tmp_path / "fewer").rgb, views.rgb[:3])  # a car does not depend on its neighbours
+    assert np.array_equal(PosedImages.open(tmp_path / "fewer").rgb, views.rgb[:3])  # a car does not depend on its neighbours
 
 
 def test_a_box_can_be_chosen_but_must_hold_every_object(tmp_path):
     options = ViewOptions(views=2, size=16, held_out=1, samples=1, box="0,0,0,0.49,0.25,0.3")
     make_cars(tmp_path / "cars", options, train=1, new=0)
-    assert Views.open(tmp_path / "cars").box.half == (0.49, 0.25, 0.3)
+    assert PosedImages.open(tmp_path / "cars").box.half == (0.49, 0.25, 0.3)
     with pytest.raises(UserError, match=r"box='0.3': car_0000 reaches 0\.4\d+, .* would be cut off"):
         make_cars(tmp_path / "small", dataclasses.replace(options, box="0.3"), train=1, new=0)
     assert not (tmp_path / "small").exists()

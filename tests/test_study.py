@@ -11,7 +11,7 @@ from conftest import TINY
 from benchmarks import study as module
 from benchmarks.study import read_study, run_study, table
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.cost import account_learned
 from latentscenes.evaluation.evaluate import evaluate
 from latentscenes.storage.scene_set import Learned
@@ -78,7 +78,7 @@ def test_old_scenes_are_scored_with_what_became_of_the_shared_parts(folder, foun
     first = {figures.label: figures for figures in found if figures.seed == 0}
     run = next(path for path in (folder / "out").glob("stage-one-*") if len(Learned.open(path).names) == 2 and Learned.open(path).config.seed == 0)
     learned = Learned.open(run)
-    views = Views.open(learned.data)
+    views = PosedImages.open(learned.data)
     before = evaluate(learned.load(), views, learned.scenes(views)).mean.psnr
     assert first["ours, float32"].old_psnr == pytest.approx(before, abs=1e-4)
     assert first["learning on"].old_psnr != pytest.approx(before, abs=1e-4)

@@ -10,7 +10,7 @@ from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.core.runtime import seeded
 from latentscenes.evaluation.evaluate import evaluate
-from latentscenes.model.planes import fresh_rows
+from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import build
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import Learned
@@ -68,7 +68,7 @@ def only_two_batches(monkeypatch):
 def test_scenes_outside_the_batches_keep_every_bit(solids, tiny, tmp_path, only_two_batches):
     config = dataclasses.replace(tiny, train=tiny.train[2:])
     run = train(config, solids, tmp_path / "run", device=CPU)
-    fresh = fresh_rows(4, config.planes, seeded("cpu", config.seed, "rows"))
+    fresh = random_parameters(4, config.planes, seeded("cpu", config.seed, "rows"))
     _, rows = run.load()
     moved = [not torch.equal(rows.micro[k], fresh.micro[k]) for k in range(4)]
     assert sum(moved) == 2

@@ -24,7 +24,7 @@ import latentscenes
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Cameras, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Renderer, Wish, along_axis, blended, picture_size
+from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Renderer, ViewRequest, along_axis, blended, picture_size
 
 viser = pytest.importorskip("viser")
 
@@ -60,19 +60,19 @@ def solid_library(tmp_path_factory, solids):
 @pytest.fixture(scope="module")
 def car_library(tmp_path_factory):
     """Three made cars, learned for three seconds."""
-    from latentscenes.data.dataset import Views
+    from latentscenes.data.dataset import PosedImages
     from latentscenes.data.raycast import ViewOptions
     from latentscenes.data.synthetic.cars import make_cars
     from latentscenes.training.loop import train
 
     folder = tmp_path_factory.mktemp("cars")
     make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
-    train(config_io.parse(CAR, "car"), Views.open(folder / "data"), folder / "run", device=torch.device("cpu"))
+    train(config_io.parse(CAR, "car"), PosedImages.open(folder / "data"), folder / "run", device=torch.device("cpu"))
     return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
 
 
-def wish(library, scene: str, canvas=(32, 32), **what) -> Wish:
-    return Wish(scene, library.orbit(1, 25.0, 40.0), canvas, **what)
+def wish(library, scene: str, canvas=(32, 32), **what) -> ViewRequest:
+    return ViewRequest(scene, library.orbit(1, 25.0, 40.0), canvas, **what)
 
 
 # One picture
@@ -108,7 +108,7 @@ def test_depth_along_the_axis_is_what_projection_gives(solid_library):
 
 
 def test_a_picture_can_be_given_up(solid_library):
-    assert Painter(solid_library).draw(wish(solid_library, "red_ball"), 32, give_up=lambda: True) is None
+    assert Painter(solid_library).draw(wish(solid_library, "red_ball"), 32, is_stale=lambda: True) is None
 
 
 def test_blends_run_from_one_scene_to_the_other(solid_library):
@@ -125,11 +125,11 @@ def test_blends_run_from_one_scene_to_the_other(solid_library):
 
 
 def test_what_others_change_is_seen(solid_library, tmp_path):
-    from latentscenes.storage.library import Store
+    from latentscenes.storage.library import LibraryFolder
 
     solid_library.export(solid_library.names, tmp_path / "copy")
     library = latentscenes.open_library(tmp_path / "copy", device="cpu")
-    painter, other = Painter(library), Store.open(tmp_path / "copy")
+    painter, other = Painter(library), LibraryFolder.open(tmp_path / "copy")
     before = painter.draw(wish(library, "red_ball"), 32).picture
     box = painter.draw(wish(library, "green_box"), 32).picture
     other.remove(["red_ball"])
@@ -158,18 +158,18 @@ class Slow(Painter):
         self.drawn: list[tuple[str, int]] = []
         self.go = threading.Semaphore(0)
 
-    def draw(self, wish, side, give_up=lambda: False):
+    def draw(self, wish, side, is_stale=lambda: False):
         self.go.acquire(timeout=5)
         if wish.scene == "broken":
             raise ValueError("broken")
-        if give_up():
+        if is_stale():
             return None
         self.drawn.append((wish.scene, side))
         return Frame(np.zeros((1, 1, 3), np.uint8), None)
 
 
-def wish_for(name: str) -> Wish:
-    return Wish(name, orbit(1), (64, 64))
+def wish_for(name: str) -> ViewRequest:
+    return ViewRequest(name, orbit(1), (64, 64))
 
 
 def test_newest_wishes_are_drawn_in_turns_and_sharper_in_the_end():
@@ -248,7 +248,7 @@ class Looker:
         except (ConnectionClosed, OSError):
             pass
 
-    def look(self, camera: Cameras, canvas: tuple[int, int]) -> None:
+    def render_images(self, camera: Cameras, canvas: tuple[int, int]) -> None:
         from viser.transforms import SO3
 
         matrix, position = camera.cam2world[0].double().numpy(), camera.positions[0].tolist()
@@ -278,7 +278,7 @@ def same_picture(found: np.ndarray, truth: np.ndarray) -> bool:
 def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
     with Viewer(car_library, port=0, moving=32, still=48) as viewer:
         looker, camera = Looker(viewer), car_library.orbit(1, 25.0, 200.0)
-        looker.look(camera, (400, 600))
+        looker.render_images(camera, (400, 600))
         until(lambda: looker.pictures and looker.pictures[-1].shape == (48, 72, 3))
         assert looker.pictures[0].shape == (32, 48, 3)
         intrinsics = camera.intrinsics.clone()
@@ -291,15 +291,15 @@ def test_twenty_look_and_half_of_them_vanish(car_library):
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
         cameras, lookers = car_library.orbit(20, 25.0), [Looker(viewer) for _ in range(20)]
         for place, looker in enumerate(lookers):
-            looker.look(cameras[torch.tensor([place])], (64, 64))
+            looker.render_images(cameras[torch.tensor([place])], (64, 64))
         until(lambda: viewer.sessions == 20 and all(looker.pictures for looker in lookers))
         for looker in lookers[:10]:
-            looker.look(cameras[torch.tensor([0])], (64, 64))
+            looker.render_images(cameras[torch.tensor([0])], (64, 64))
             looker.vanish()
         until(lambda: viewer.sessions == viewer._renderer.watchers == 10)
         for place, looker in enumerate(lookers[10:], 10):
             looker.pictures.clear()
-            looker.look(cameras[torch.tensor([place - 5])], (64, 64))
+            looker.render_images(cameras[torch.tensor([place - 5])], (64, 64))
         until(lambda: all(looker.pictures for looker in lookers[10:]))
         truth = [car_library[car_library.names[0]].render(cameras[torch.tensor([place - 5])], size=32).images[0] for place in range(10, 20)]
         assert all(same_picture(looker.pictures[-1], image) for looker, image in zip(lookers[10:], truth, strict=True))
@@ -314,7 +314,7 @@ def test_no_browser_can_open_a_tunnel_to_the_outside(car_library, monkeypatch):
     monkeypatch.setattr(viser._viser, "ViserTunnel", None)  # would fail if called
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
         looker = Looker(viewer)
-        looker.look(car_library.orbit(1), (32, 32))
+        looker.render_images(car_library.orbit(1), (32, 32))
         looker.send("ShareUrlRequest")
         until(lambda: looker.pictures)
         assert viewer._server.request_share_url() is None and viewer._server._share_tunnel is None

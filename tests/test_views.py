@@ -8,7 +8,7 @@ import torch
 
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views, ViewsWriter, spread
+from latentscenes.data.dataset import DatasetWriter, PosedImages, spread
 
 BOX = Box((0.0, 0.1, 0.2), (0.5, 0.6, 0.7))
 
@@ -16,7 +16,7 @@ BOX = Box((0.0, 0.1, 0.2), (0.5, 0.6, 0.7))
 def _write(path, alpha=True):
     random = np.random.default_rng(0)
     scenes = {}
-    with ViewsWriter(path, size=(4, 6), alpha=alpha, origin="a test") as writer:
+    with DatasetWriter(path, size=(4, 6), alpha=alpha, origin="a test") as writer:
         for name, count, split in (("a", 3, "train"), ("b", 5, "new"), ("c", 2, "train")):
             images = random.integers(0, 256, (count, 4, 6, 3), dtype=np.uint8)
             silhouettes = random.integers(0, 256, (count, 4, 6), dtype=np.uint8) if alpha else None
@@ -31,7 +31,7 @@ def _write(path, alpha=True):
 @pytest.mark.parametrize("alpha", [True, False])
 def test_what_is_written_is_read(tmp_path, alpha):
     written = _write(tmp_path / "set", alpha)
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     assert [scene.name for scene in views.scenes] == ["a", "b", "c"]
     assert views.box == BOX and views.size == (4, 6) and views.origin == "a test"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]  # no debris
@@ -49,7 +49,7 @@ def test_what_is_written_is_read(tmp_path, alpha):
 
 def test_held_out_views_and_splits(tmp_path):
     _write(tmp_path / "set")
-    views = Views.open(tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
     b = views.scenes[1]
     assert b.views("all") == [3, 4, 5, 6, 7] and b.views("held_out") == [5] and b.views("fit") == [3, 4, 6, 7]
     assert [scene.name for scene in views.select("train")] == ["a", "c"]
@@ -68,7 +68,7 @@ def test_spread_is_even_and_leaves_something():
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), ViewsWriter(tmp_path / "set", (4, 4), False, "") as writer:
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "set", (4, 4), False, "") as writer:
         writer.add("a", np.zeros((1, 4, 4, 3), np.uint8), orbit(1), "train", ())
         raise RuntimeError
     assert not list(tmp_path.iterdir())
@@ -76,7 +76,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path):
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    with ViewsWriter(tmp_path / "set", (4, 4), True, "") as writer:
+    with DatasetWriter(tmp_path / "set", (4, 4), True, "") as writer:
         with pytest.raises(UserError, match="4x4 with 3 cameras"):
             writer.add("a", images, orbit(3), "train", (), np.zeros((2, 4, 4), np.uint8))
         with pytest.raises(UserError, match="silhouettes"):
@@ -84,12 +84,12 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path):
         writer.add("a", images, orbit(2), "train", (), np.zeros((2, 4, 4), np.uint8))
         with pytest.raises(UserError, match="twice"):
             writer.add("a", images, orbit(2), "train", (), np.zeros((2, 4, 4), np.uint8))
-    with ViewsWriter(tmp_path / "none", (4, 4), False, "") as writer, pytest.raises(UserError, match="nothing to write"):
+    with DatasetWriter(tmp_path / "none", (4, 4), False, "") as writer, pytest.raises(UserError, match="nothing to write"):
         writer.finish(BOX)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="not an empty folder"):
-        ViewsWriter(tmp_path / "full", (4, 4), False, "")
+        DatasetWriter(tmp_path / "full", (4, 4), False, "")
 
 
 @pytest.mark.parametrize("name", ["rgb.npy", "alpha.npy", "cameras.npy"])
@@ -99,31 +99,31 @@ def test_truncated_and_absent_arrays_are_named(tmp_path, name):
     whole = array.read_bytes()
     array.write_bytes(whole[: len(whole) - 7])
     with pytest.raises(UserError, match=f"{name}.*truncated"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
     array.write_bytes(b"")
     with pytest.raises(UserError, match=name):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
     np.save(array, np.zeros((2, 2), np.float32))
     with pytest.raises(UserError, match=f"{name}.*views.json says"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
     array.unlink()
     with pytest.raises(UserError, match=f"{name}: absent"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
 
 
 def test_broken_indices_are_named(tmp_path):
     with pytest.raises(UserError, match="no dataset here"):
-        Views.open(tmp_path)
+        PosedImages.open(tmp_path)
     _write(tmp_path / "set")
     index = tmp_path / "set" / "views.json"
     meta = json.loads(index.read_text())
     index.write_text(json.dumps({**meta, "format": "latentscenes-views-9"}))
     with pytest.raises(UserError, match="this version reads"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
     del meta["box"]
     index.write_text(json.dumps(meta))
     with pytest.raises(UserError, match="views.json.*box"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")
     index.write_text('{"format": ')
     with pytest.raises(UserError, match="not valid JSON"):
-        Views.open(tmp_path / "set")
+        PosedImages.open(tmp_path / "set")

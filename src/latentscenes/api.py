@@ -25,12 +25,12 @@ from latentscenes.core import runtime
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config, frozen
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
-from latentscenes.model.model import Model, look
-from latentscenes.model.planes import SceneRows
+from latentscenes.data.dataset import PosedImages
+from latentscenes.model.model import Model, render_images
+from latentscenes.model.planes import SceneParameters
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.index import SceneInfo
-from latentscenes.storage.library import Store
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import library_from_model, open_parent
 from latentscenes.storage.quantize import Precision
 from latentscenes.training.add import learn_from_pictures, quick_weights
@@ -59,7 +59,7 @@ class RenderedViews:
 Metric = Literal["planes", "cosine"]
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A scene that is like another."""
 
     name: str
@@ -95,7 +95,7 @@ class LearnedScene:
         return self.rows.weights[0].cpu().numpy()
 
     @cached_property
-    def rows(self) -> SceneRows:
+    def rows(self) -> SceneParameters:
         """What the scene owns (n = 1), on the library's device."""
         return self.library.store.rows(self.name).to(self.library.device)
 
@@ -124,7 +124,7 @@ class LearnedScene:
             )
         if not len(cameras):
             raise UserError("render: there are no cameras in this set; give one at least.")
-        shown = look(self.library.model, self.planes, cameras, self.library.picture_size(size), geometry)
+        shown = render_images(self.library.model, self.planes, cameras, self.library.picture_size(size), geometry)
         return RenderedViews(
             rgb=shown.images.movedim(1, -1).contiguous().numpy(),
             latents=shown.latents.movedim(1, -1).contiguous().numpy(),
@@ -139,7 +139,7 @@ class Library:
     Threads may share it.
     """
 
-    def __init__(self, store: Store, device: torch.device | str = "cpu"):
+    def __init__(self, store: LibraryFolder, device: torch.device | str = "cpu"):
         self.store, self.device = store, torch.device(device)
         self._names: tuple[object, list[str]] = (None, [])
         self._weights: tuple[object, tuple[list[str], Tensor]] = (None, ([], torch.empty(0)))
@@ -246,7 +246,7 @@ class Library:
             self._weights = version, known
         return known
 
-    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes") -> list[Neighbour]:
+    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes") -> list[Neighbor]:
         """The scenes whose weights are nearest to those of a scene (which is left out), or to some weights.
 
         Args:
@@ -276,9 +276,9 @@ class Library:
         else:
             distance = 1 - torch.cosine_similarity(table, wanted[None])
         order = distance.argsort(stable=True).tolist()
-        return [Neighbour(names[k], float(distance[k])) for k in order if k != own][:count]
+        return [Neighbor(names[k], float(distance[k])) for k in order if k != own][:count]
 
-    def search(self, views: Views, name: str, count: int = 5) -> list[Neighbour]:
+    def search(self, views: PosedImages, name: str, count: int = 5) -> list[Neighbor]:
         """The scenes that are most like one of a dataset, which is learned for a second or two for this, by the cosine
         between weights. Nothing is stored."""
         return self.nearest(quick_weights(self.store, views, name, self.device), count, "cosine")
@@ -370,9 +370,9 @@ def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> L
     Raises:
         UserError: no library lies there, or it cannot be read.
     """
-    store = Store.open(path)
+    store = LibraryFolder.open(path)
     store.wait = wait
-    return Library(store, runtime.start(device=device))
+    return Library(store, runtime.set_up(device=device))
 
 
 def create_library(
@@ -386,8 +386,8 @@ def create_library(
         data: the run's dataset, if it has moved.
         precision: how scenes are stored.
     """
-    opened, chosen = open_parent(Path(run)), runtime.start(device=device)
-    if isinstance(opened, Store):
+    opened, chosen = open_parent(Path(run)), runtime.set_up(device=device)
+    if isinstance(opened, LibraryFolder):
         return Library(library_from_model(Path(path), opened, opened.config, precision), chosen)
-    views = Views.open(data or opened.info.data)
+    views = PosedImages.open(data or opened.info.data)
     return Library(library_from_run(path, opened, views, frozen(opened.config), precision, scenes, chosen), chosen)

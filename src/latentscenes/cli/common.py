@@ -31,21 +31,21 @@ MACHINE = Machine()
 MachineOptions = Annotated[Machine, tyro.conf.arg(name="")]
 
 
-def start(machine: Machine) -> "torch.device":
+def set_up(machine: Machine) -> "torch.device":
     """Set threads and choose the device."""
     from latentscenes.core import runtime
 
-    return runtime.start(machine.threads, machine.device)
+    return runtime.set_up(machine.threads, machine.device)
 
 
 def run_program(command: Callable[..., None]) -> None:
     """Run a function as a program: its parameters are the options, and mistakes end in one line."""
-    with told_in_one_line():
+    with errors_in_one_line():
         tyro.cli(command, description=command.__doc__)
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """End the process with one line on errors that the user can mend, and on a stop."""
     try:
         yield

@@ -168,11 +168,11 @@ def data_photos(
 
 
 def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str, **more: object) -> None:
-    from latentscenes.data.importing import Options
+    from latentscenes.data.importing import ImportOptions
 
     settings = {name: value for name, value in vars(chosen).items() if name != "axes"}
     axes = custom if chosen.axes == "auto" else chosen.axes
-    _say_made(make(folder, out, axes=axes, options=Options(**settings), **more))
+    _say_made(make(folder, out, axes=axes, options=ImportOptions(**settings), **more))
 
 
 def _say_made(made: "Imported") -> None:

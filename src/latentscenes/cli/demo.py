@@ -8,7 +8,7 @@ import torch
 
 from latentscenes.core import config_io
 from latentscenes.core.console import console
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars
 from latentscenes.evaluation.evaluate import evaluate_learned
@@ -16,7 +16,7 @@ from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import Comparison, print_summary
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.scene_set import Learned
-from latentscenes.training.exploit import Options, exploit
+from latentscenes.training.exploit import ExploitOptions, exploit
 from latentscenes.training.loop import train
 
 TRAIN_CARS, NEW_CARS = 24, 8
@@ -30,27 +30,27 @@ def run_demo(out: Path, device: torch.device) -> None:
     cars = out / "cars"
     if not cars.exists():
         make_cars(cars, ViewOptions(), train=TRAIN_CARS, new=NEW_CARS)
-    views = Views.open(cars)
+    views = PosedImages.open(cars)
 
     _say(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")
     trained = train(config_io.load("demo"), views, out / "train", device=device)
     _say(f"Stage 2: {NEW_CARS} new cars")
-    exploit(out / "library", views, trained.config, trained, Options(), device)
+    exploit(out / "library", views, trained.config, trained, ExploitOptions(), device)
     _say("The same new cars on the model that comes with the package: no stage 1")
-    shipped = open_parent(Path("cars"))
-    exploit(out / "shipped", views, shipped.config, shipped, Options(), device)
+    pretrained = open_parent(Path("cars"))
+    exploit(out / "pretrained", views, pretrained.config, pretrained, ExploitOptions(), device)
     _say("Baseline: RGB tri-planes of the new cars")
     rgb = train(config_io.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
     _say("Scores on held-out views")
     old, new, baseline = Learned.of_run(trained), Learned.open(out / "library"), Learned.of_run(rgb)
-    ready = Learned.open(out / "shipped")
+    ready = Learned.open(out / "pretrained")
     content = Comparison(
-        train=old, new=new, rgb=baseline, shipped=ready, views=views, device=device,
+        train=old, new=new, rgb=baseline, pretrained=ready, views=views, device=device,
         evaluation_train=evaluate_learned(old, views, device),
         evaluation_new=evaluate_learned(new, views, device),
         evaluation_rgb=evaluate_learned(baseline, views, device),
-        evaluation_shipped=evaluate_learned(ready, views, device),
+        evaluation_pretrained=evaluate_learned(ready, views, device),
         title="Cars made, learned and looked at",
         introduction=f"{TRAIN_CARS} made cars taught base planes and the field; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",

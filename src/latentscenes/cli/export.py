@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentscenes.cli.common import MACHINE, MachineOptions, start
+from latentscenes.cli.common import MACHINE, MachineOptions, set_up
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def render(
         raise UserError(f"--frames {frames}: at least 1.")
     if fps is not None and fps <= 0:
         raise UserError(f"--fps {fps:g}: above 0.")
-    device = start(machine)
+    device = set_up(machine)
     learned = _opened(run, scene)
     loaded = learned.load(device)
     step = loaded.model.codec.downsampling
@@ -82,7 +82,7 @@ def export_mesh(
 
     check_ending(out, ".glb")
     learned = _opened(run, scene)
-    mesh = scene_mesh(learned.load(start(machine)), scene, learned.view, cells, lowest)
+    mesh = scene_mesh(learned.load(set_up(machine)), scene, learned.view, cells, lowest)
     size = write_glb(out, mesh, scene)
     _say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
@@ -110,7 +110,7 @@ def export_points(
 
     check_ending(out, ".ply")
     learned = _opened(run, scene)
-    points = scene_points(learned.load(start(machine)), scene, learned.view, count, cells, lowest)
+    points = scene_points(learned.load(set_up(machine)), scene, learned.view, count, cells, lowest)
     size = write_ply(out, points)
     _say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
 
@@ -149,7 +149,7 @@ def export_images(
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     learned, names = _chosen(run, scenes, match)
-    loaded = learned.load(start(machine))
+    loaded = learned.load(set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, loaded.model.codec.downsampling)
     write_views(out, loaded, _counted(names, len(names), "exporting"), cameras, wanted)
@@ -184,7 +184,7 @@ def export_page(
 
     check_ending(out, ".html")
     learned, names = _chosen(run, scenes, match)
-    loaded, listed = learned.load(start(machine)), _counted(names, len(names), "rendering")
+    loaded, listed = learned.load(set_up(machine)), _counted(names, len(names), "rendering")
     written = write_page(out, loaded, learned.view, listed, title=title or run.resolve().name, frames=frames, size=size, elevations=elevations)
     _say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 

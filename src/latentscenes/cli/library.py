@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, Machine, MachineOptions, PrecisionName, start
+from latentscenes.cli.common import MACHINE, Machine, MachineOptions, PrecisionName, set_up
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,10 +144,9 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
         out: folder to write.
     """
     from latentscenes.core.console import bytes_text
-    from latentscenes.storage.library import Store
+    from latentscenes.storage.library import LibraryFolder
     from latentscenes.storage.pretrained import export_model
-
-    _say(f"{out}: {bytes_text(export_model(Store.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
+    _say(f"{out}: {bytes_text(export_model(LibraryFolder.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
 
 
 def library_verify(library: Folder) -> None:
@@ -249,9 +248,9 @@ def search(
     if data is None:
         found = opened.nearest(scene, count)
     else:
-        from latentscenes.data.dataset import Views
+        from latentscenes.data.dataset import PosedImages
 
-        found = opened.search(Views.open(data), scene, count)
+        found = opened.search(PosedImages.open(data), scene, count)
     rows = tuple((neighbour.name, f"{neighbour.distance:.4f}") for neighbour in found)
     note = "Root mean square difference of macro planes." if data is None else "1 − cosine between weights."
     _print(Table(f"Most like {scene}", ("scene", "distance"), rows, (), note))
@@ -259,9 +258,9 @@ def search(
 
 def _open(path: Path, machine: Machine | None = None) -> "Library":
     from latentscenes.api import Library
-    from latentscenes.storage.library import Store
+    from latentscenes.storage.library import LibraryFolder
 
-    return Library(Store.open(path), start(machine) if machine else "cpu")
+    return Library(LibraryFolder.open(path), set_up(machine) if machine else "cpu")
 
 
 def _print_lines(lines: Iterable[str]) -> None:

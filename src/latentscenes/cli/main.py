@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, MachineOptions, PrecisionName, start, told_in_one_line
-from latentscenes.cli.common import start as _start
+from latentscenes.cli.common import MACHINE, MachineOptions, PrecisionName, errors_in_one_line, set_up
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
@@ -45,11 +44,11 @@ def train(
         print_config: print every setting as YAML and stop.
     """
     settings = _settings(config, overrides, print_config)
-    device = _start(machine)
-    from latentscenes.data.dataset import Views
+    device = set_up(machine)
+    from latentscenes.data.dataset import PosedImages
     from latentscenes.training.loop import train as run_training
 
-    run = run_training(settings, Views.open(data), out, split=split, limit=limit, device=device, track=track)
+    run = run_training(settings, PosedImages.open(data), out, split=split, limit=limit, device=device, track=track)
     _say_done(out, run.seconds, len(run.info.scenes))
 
 
@@ -95,11 +94,11 @@ def exploit(
     if home is None and config is None:
         raise UserError(f"{out}: no library here yet. Name the run that it is to be made of, with --run.")
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
-    device = _start(machine)
-    from latentscenes.data.dataset import Views
-    from latentscenes.training.exploit import Options, learn_new
+    device = set_up(machine)
+    from latentscenes.data.dataset import PosedImages
+    from latentscenes.training.exploit import ExploitOptions, learn_new
 
-    store = learn_new(out, Views.open(data), settings, run, finetune, Options(group, precision, stage_one, limit, wait, workers, track), device)
+    store = learn_new(out, PosedImages.open(data), settings, run, finetune, ExploitOptions(group, precision, stage_one, limit, wait, workers, track), device)
     _say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
@@ -122,15 +121,15 @@ def evaluate(
         split: of a library, which scenes: `train` are those of stage 1; unset: the new ones, if there are any.
         sheet: also write a contact sheet truth | codec | render here (PNG).
     """
-    device = _start(machine)
-    from latentscenes.data.dataset import Views
+    device = set_up(machine)
+    from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate as score
     from latentscenes.evaluation.tables import print_scores
     from latentscenes.storage.library import FIT_SCORES, SCORES
     from latentscenes.storage.scene_set import Learned
 
     learned = Learned.open(run, data, split)
-    loaded, dataset = learned.load(device, "render"), Views.open(learned.data)
+    loaded, dataset = learned.load(device, "render"), PosedImages.open(learned.data)
     scenes = learned.scenes(dataset)
     result = score(loaded, dataset, scenes, part, views)
     result.save(run / (SCORES if part == "held_out" else FIT_SCORES))
@@ -156,15 +155,15 @@ def report(
         rgb: run folder of RGB tri-planes of the same scenes.
         data: the dataset, if it has moved.
     """
-    device = _start(machine)
-    from latentscenes.data.dataset import Views
+    device = set_up(machine)
+    from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate_learned
     from latentscenes.evaluation.report import write_report
     from latentscenes.evaluation.tables import Comparison, print_summary
     from latentscenes.storage.scene_set import Learned
 
     new, baseline = Learned.open(run, data), Learned.open(rgb) if rgb else None
-    views, trained = Views.open(new.data), Learned.open(new.parent)
+    views, trained = PosedImages.open(new.data), Learned.open(new.parent)
     content = Comparison(
         train=trained, new=new, rgb=baseline, views=views, title=run.name, device=device,
         evaluation_train=evaluate_learned(trained, views, device),
@@ -213,9 +212,9 @@ def view(
         moving: pixels along the shorter side of pictures while the camera moves …
         still: … and when it has stopped.
     """
-    device = start(machine)
+    device = set_up(machine)
     from latentscenes.api import Library
-    from latentscenes.storage.library import Store
+    from latentscenes.storage.library import LibraryFolder
 
     try:
         from latentscenes.viewer.server import view as serve
@@ -224,7 +223,7 @@ def view(
             raise
         raise UserError("view needs viser. Run: pip install latentscenes[viewer]") from None
 
-    serve(Library(Store.open(library), device), host, port, data, moving, still)
+    serve(Library(LibraryFolder.open(library), device), host, port, data, moving, still)
 
 
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
@@ -233,7 +232,7 @@ def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     Args:
         out: folder for all of it; begun work there is gone on with.
     """
-    device = _start(machine)
+    device = set_up(machine)
     from latentscenes.cli.demo import run_demo
 
     run_demo(out, device)
@@ -292,7 +291,7 @@ COMMANDS = {
 GROUPS = {
     "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
     "export": (EXPORT_COMMANDS, "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them."),
-    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it."),
+    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and render_images after it."),
 }
 """Commands of two words, and what each group is for."""
 
@@ -312,7 +311,7 @@ def run_commands(prog: str, commands: dict, description: str, arguments: list[st
 
 def main() -> None:
     """Entry point of `latentscenes`."""
-    with told_in_one_line():
+    with errors_in_one_line():
         if group := GROUPS.get("".join(sys.argv[1:2])):
             run_commands(f"latentscenes {sys.argv[1]}", *group, sys.argv[2:] or ["--help"])
         else:

@@ -14,7 +14,7 @@ from latentscenes.core.errors import UserError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
-def start(threads: int | None = None, device: str = "auto") -> torch.device:
+def set_up(threads: int | None = None, device: str = "auto") -> torch.device:
     """Set threads and the allocator's thresholds, choose the device (`auto`: CUDA where there is one)."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ def _keep_freed_pages() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def memory() -> int:
+def machine_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

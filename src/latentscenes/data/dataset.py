@@ -51,7 +51,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Views:
+class PosedImages:
     """An opened dataset. Arrays are memory-mapped; `images` copies out what is asked for."""
 
     path: Path
@@ -64,7 +64,7 @@ class Views:
     """The command or folder the dataset came from, for people."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "Views":
+    def open(cls, path: str | Path) -> "PosedImages":
         path = Path(path)
         index = path / "views.json"
         if not index.is_file():
@@ -140,10 +140,10 @@ def spread_evenly(index: list[int], count: int) -> list[int]:
     return [index[int((k + 0.5) * len(index) / count)] for k in range(count)]
 
 
-class ViewsWriter:
+class DatasetWriter:
     """Writes a dataset scene by scene; nothing appears under its final name until `finish`.
 
-        with ViewsWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
+        with DatasetWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
             writer.add("car_0001", images, cameras, "train", held_out=spread(40, 4), alpha=alphas)
             writer.finish(box)
     """
@@ -158,7 +158,7 @@ class ViewsWriter:
         self.scenes: list[Scene] = []
         self.cameras: list[np.ndarray] = []
 
-    def __enter__(self) -> "ViewsWriter":
+    def __enter__(self) -> "DatasetWriter":
         with writing_to(self.path):
             self.partial.mkdir(parents=True)
         self._rgb = open(self.partial / "rgb.raw", "wb")
@@ -229,7 +229,7 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
 # Joining
 
 
-def join(folders: Sequence[Path], out: Path) -> Views:
+def join(folders: Sequence[Path], out: Path) -> PosedImages:
     """A new dataset at `out` with the scenes of all `folders`, in their order, each with its split and held-out views.
 
     Raises:
@@ -237,17 +237,17 @@ def join(folders: Sequence[Path], out: Path) -> Views:
     """
     if len(folders) < 2:
         raise UserError(f"{len(folders)} dataset to join: name two or more.")
-    parts = [Views.open(folder) for folder in folders]
+    parts = [PosedImages.open(folder) for folder in folders]
     _check(parts)
     alpha = all(part.alpha is not None for part in parts)
-    with ViewsWriter(out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)) as writer:
+    with DatasetWriter(out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)) as writer:
         for part in parts:
             for scene in part.scenes:
                 views = slice(scene.first, scene.first + scene.count)
                 silhouettes = part.alpha[views] if alpha else None
                 writer.add(scene.name, part.rgb[views], part.cameras[views], scene.split, scene.held_out, silhouettes)
         writer.finish(box_of([part.box for part in parts]))
-    return Views.open(out)
+    return PosedImages.open(out)
 
 
 def box_of(boxes: Sequence[Box]) -> Box:
@@ -257,7 +257,7 @@ def box_of(boxes: Sequence[Box]) -> Box:
     return Box(tuple(((low + high) / 2).tolist()), tuple(((high - low) / 2).tolist()))
 
 
-def _check(parts: list[Views]) -> None:
+def _check(parts: list[PosedImages]) -> None:
     first, owner = parts[0], {}
     for part in parts:
         if part.size != first.size:

@@ -23,7 +23,7 @@ from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import carving_views, fit_extent, parse_box, small_masks, union_box, visible_cube
 from latentscenes.data.checks import Axes, check_cameras
-from latentscenes.data.dataset import Split, ViewsWriter, spread
+from latentscenes.data.dataset import DatasetWriter, Split, spread
 from latentscenes.data.images import border_is_white, image_size, read_image, white_background
 
 Background = Literal["auto", "alpha", "white", "unknown"]
@@ -48,7 +48,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Options:
+class ImportOptions:
     """What every import may be told; see the readers for where scenes come from."""
 
     size: int | tuple[int, int] | None = None
@@ -96,7 +96,7 @@ def import_scenes(
     names: list[str],
     load: Callable[[str], Source],
     out: str | Path,
-    options: Options,
+    options: ImportOptions,
     axes: Axes,
     progress: Progress | None = None,
     notes: Sequence[str] = (),
@@ -114,7 +114,7 @@ def import_scenes(
     fitted = box is None and background != "unknown"
     as_stored = options.size is None and options.reduce == 1
     extents, cubes, views = [], [], 0
-    with ViewsWriter(out, size, has_alpha, f"{origin}") as writer:
+    with DatasetWriter(out, size, has_alpha, f"{origin}") as writer:
         for place, (name, split) in enumerate(splits.items()):
             if progress:
                 progress(place, len(splits), name)
@@ -162,7 +162,7 @@ def open_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _choose(origin: Path, names: list[str], options: Options) -> tuple[Mapping[str, Literal["train", "new"]], int]:
+def _choose(origin: Path, names: list[str], options: ImportOptions) -> tuple[Mapping[str, Literal["train", "new"]], int]:
     """The scenes to take, with their splits, and how many a split file leaves out."""
     if options.limit is not None:
         if options.split is not None:
@@ -178,7 +178,7 @@ def _choose(origin: Path, names: list[str], options: Options) -> tuple[Mapping[s
     return splits, len(names) - len(splits)
 
 
-def _target_size(image: Path, options: Options) -> tuple[int, int]:
+def _target_size(image: Path, options: ImportOptions) -> tuple[int, int]:
     """Height and width of the stored images, judged by the first image."""
     height, width = image_size(image)
     if options.size is None:
@@ -197,7 +197,7 @@ def _target_size(image: Path, options: Options) -> tuple[int, int]:
     return size
 
 
-def _background(first: Source, options: Options, size: tuple[int, int]) -> Background:
+def _background(first: Source, options: ImportOptions, size: tuple[int, int]) -> Background:
     """What the background is, judged by (up to eight of) the first scene's images if nobody said."""
     if options.background != "auto":
         return options.background

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Split, ViewsWriter, spread
+from latentscenes.data.dataset import DatasetWriter, Split, spread
 from latentscenes.data.importing import choose_splits
-from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, OPAQUE, Caster, Soup, ViewOptions, soup_from_mesh
+from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, OPAQUE, RayCaster, TriangleSoup, ViewOptions, soup_from_mesh
 
 Up = Literal["auto", "y", "z"]
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
@@ -59,7 +59,7 @@ def make_meshes(
     bounds, failed, remarks = [], {}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}") as writer,
+        DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}") as writer,
         Progress(*columns, console=console) as progress,
     ):
         for name in progress.track(splits, description="rendering meshes"):
@@ -72,7 +72,7 @@ def make_meshes(
                 continue
             options.check_fits(name, soup.bounds)
             cameras = options.cameras(name)
-            rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
+            rgb, alpha = RayCaster(soup).render(cameras, options.size, options.samples)
             writer.add(name, rgb, cameras, splits[name], spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
         if not bounds:
@@ -133,7 +133,7 @@ def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
     return chosen
 
 
-def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
+def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
     """A mesh file as a normalised soup with z up, and the loader's remarks about it (a texture not found, say)."""
     suffix = path.suffix.lower()
     with _remarks() as remarks:
@@ -147,7 +147,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[Soup, list[str]]:
             raise UserError(f"{path}: cannot be read; it is damaged or not {suffix[1:].upper()} ({reason}).") from None
     if not soups:
         raise UserError(f"{path}: holds no triangles.")
-    soup = Soup.joined(soups)
+    soup = TriangleSoup.joined(soups)
     if not np.isfinite(soup.corners).all():
         raise UserError(f"{path}: some vertices are not finite numbers.")
     if not (soup.bounds[1] - soup.bounds[0]).max() > 0:
@@ -196,7 +196,7 @@ def _remarks() -> Iterator[list[str]]:
         logger.setLevel(before[1])
 
 
-def _soup(mesh: trimesh.Trimesh, linear: bool) -> Soup:
+def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
     """One mesh with one material. `linear`: factors and vertex colours are linear light, not sRGB values."""
     uv, texture, cutoff, factor = None, None, OPAQUE, np.ones(4)
     colors = np.ones((len(mesh.vertices), 4))

@@ -28,9 +28,9 @@ LAYERS = 12
 STEP = 1e-4
 """How far behind a surface its ray goes on, in world units (objects have a bounding-box diagonal of 1)."""
 OPAQUE = -1.0
-"""`Soup.cutoff` of a surface whose texture's alpha means nothing."""
+"""`TriangleSoup.cutoff` of a surface whose texture's alpha means nothing."""
 BLEND = -2.0
-"""`Soup.cutoff` of a surface that is as opaque as its alpha says."""
+"""`TriangleSoup.cutoff` of a surface that is as opaque as its alpha says."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Lights:
 
 
 @dataclass(frozen=True)
-class Soup:
+class TriangleSoup:
     """f triangles that share nothing, and k textures. Corner colours multiply texture colours."""
 
     corners: Float32[np.ndarray, "f 3 3"]
@@ -82,19 +82,19 @@ class Soup:
         points = self.corners.reshape(-1, 3)
         return np.stack([points.min(0), points.max(0)])
 
-    def turned(self, rotation: Float[np.ndarray, "3 3"]) -> "Soup":
+    def turned(self, rotation: Float[np.ndarray, "3 3"]) -> "TriangleSoup":
         """The same object with every point p moved to `rotation` p."""
         matrix = np.asarray(rotation, np.float32).T
         return replace(self, corners=self.corners @ matrix, normals=self.normals @ matrix)
 
-    def normalized(self) -> "Soup":
+    def normalized(self) -> "TriangleSoup":
         """The same object with the middle of its bounding box at the origin and the box's diagonal 1."""
         low, high = self.bounds.astype(np.float64)
         diagonal = np.linalg.norm(high - low)
         return replace(self, corners=((self.corners - (low + high) / 2) / diagonal).astype(np.float32))
 
     @staticmethod
-    def joined(soups: "list[Soup]") -> "Soup":
+    def joined(soups: "list[TriangleSoup]") -> "TriangleSoup":
         """All soups as one."""
         first = np.cumsum([0] + [len(soup.textures) for soup in soups])
         together = {
@@ -102,7 +102,7 @@ class Soup:
             for name in ("corners", "normals", "uv", "colors", "cutoff")
         }
         texture = np.concatenate([soup.texture + offset for soup, offset in zip(soups, first)])
-        return Soup(**together, texture=texture, textures=sum((soup.textures for soup in soups), ()))
+        return TriangleSoup(**together, texture=texture, textures=sum((soup.textures for soup in soups), ()))
 
 
 def soup_from_mesh(
@@ -114,7 +114,7 @@ def soup_from_mesh(
     colors: Float[np.ndarray, "p 4"] | Float[np.ndarray, "f 3 4"] | tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
     texture: UInt8[np.ndarray, "h w 4"] | None = None,
     cutoff: float = OPAQUE,
-) -> Soup:
+) -> TriangleSoup:
     """A soup from shared vertices and one texture. Without normals every triangle is flat."""
     count, corners = len(faces), vertices[faces].astype(np.float32)
     if normals is None:
@@ -126,7 +126,7 @@ def soup_from_mesh(
         rgba = np.broadcast_to(np.asarray(colors, np.float32), (count, 3, 4)).copy()
     else:
         rgba = (colors[faces] if colors.ndim == 2 else colors).astype(np.float32)
-    return Soup(
+    return TriangleSoup(
         corners, per_corner,
         np.zeros((count, 3, 2), np.float32) if uv is None else uv[faces].astype(np.float32),
         rgba, np.zeros(count, np.int64), np.full(count, cutoff, np.float32),
@@ -134,10 +134,10 @@ def soup_from_mesh(
     )  # fmt: skip
 
 
-class Caster:
+class RayCaster:
     """A soup made ready for rays: build once, take many pictures."""
 
-    def __init__(self, soup: Soup, lights: Lights | None = None):
+    def __init__(self, soup: TriangleSoup, lights: Lights | None = None):
         self.soup, self.lights = soup, lights or Lights()
         self.scene = rtcore_scene.EmbreeScene()
         self.mesh = TriangleMesh(self.scene, np.ascontiguousarray(soup.corners, np.float32))

@@ -18,7 +18,16 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import Axes, read_matrix
 from latentscenes.data.images import image_size
-from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, natural_key, open_folder, subfolders
+from latentscenes.data.importing import (
+    Imported,
+    ImportOptions,
+    Progress,
+    Source,
+    import_scenes,
+    natural_key,
+    open_folder,
+    subfolders,
+)
 
 ABOVE = -0.5
 """Camera height above which a view belongs to the "Above" subset."""
@@ -32,7 +41,7 @@ def make_srn(
     above: bool = False,
     axes: Axes = "opencv",
     intrinsics_size: int | tuple[int, int] | None = None,
-    options: Options | None = None,
+    options: ImportOptions | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Pack objects in ShapeNet-SRN's layout, or an EG3D export with `dataset.json`, into a dataset.
@@ -44,7 +53,7 @@ def make_srn(
         axes: `opengl` if poses look along -z with y up, against the layout's custom.
         intrinsics_size: the size (height, width; one number if square) that intrinsics.txt is stated for, where its
             last line is wrong.
-        options: size, box, background, splits and held-out views: see `Options`.
+        options: size, box, background, splits and held-out views: see `ImportOptions`.
         progress: called after each scene.
     """
     folder = open_folder(folder)
@@ -69,7 +78,7 @@ def make_srn(
         raise UserError(
             f"{folder}: no objects in ShapeNet-SRN's layout (<object>/rgb, /pose, intrinsics.txt) and no dataset.json. {hint}"
         )
-    return import_scenes(folder, names, load, out, options or Options(), axes, progress)
+    return import_scenes(folder, names, load, out, options or ImportOptions(), axes, progress)
 
 
 def _objects(folder: Path) -> dict[str, Path]:

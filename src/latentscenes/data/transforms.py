@@ -15,7 +15,16 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import Axes, read_matrix
 from latentscenes.data.images import image_size
-from latentscenes.data.importing import Imported, Options, Progress, Source, import_scenes, natural_key, open_folder, subfolders
+from latentscenes.data.importing import (
+    Imported,
+    ImportOptions,
+    Progress,
+    Source,
+    import_scenes,
+    natural_key,
+    open_folder,
+    subfolders,
+)
 
 HeldOutFrom = Literal["test", "val", "none"]
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
@@ -30,7 +39,7 @@ def make_transforms(
     *,
     held_out_from: HeldOutFrom | None = None,
     axes: Axes = "opengl",
-    options: Options | None = None,
+    options: ImportOptions | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Pack one scene, or a folder of scenes, described by transforms*.json into a dataset.
@@ -42,7 +51,7 @@ def make_transforms(
             or `none` (only the training frames are read, and `options.held_out` of them held out). By default `test`
             where there is such a file, else `val`, else none. Frames of the part not chosen are not read.
         axes: `opencv` if matrices look along +z with y down, against the layout's custom.
-        options: size, box, background, splits, held-out views: see `Options`.
+        options: size, box, background, splits, held-out views: see `ImportOptions`.
         progress: called after each scene.
     """
     folder = open_folder(folder)
@@ -66,7 +75,7 @@ def make_transforms(
         list(scenes),
         lambda name: _read_scene(scenes[name], held_out_from, axes, notes),
         out,
-        options or Options(),
+        options or ImportOptions(),
         axes,
         progress,
         notes,

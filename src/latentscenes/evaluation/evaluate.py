@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentscenes.core.files import write_json
-from latentscenes.data.dataset import Scene, Views
+from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model import metrics
 from latentscenes.storage.library import SCORES
 from latentscenes.storage.scene_set import Learned, Loaded
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(loaded: Loaded, views: Views, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
+def evaluate(loaded: Loaded, views: PosedImages, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
     """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
     spread."""
     perceptual = metrics.Perceptual.find()
@@ -110,7 +110,7 @@ def _now(device: torch.device) -> float:
     return time.monotonic()
 
 
-def evaluate_learned(learned: Learned, views: Views, device: torch.device | str) -> Evaluation:
+def evaluate_learned(learned: Learned, views: PosedImages, device: torch.device | str) -> Evaluation:
     """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
     long as it is of the same scenes."""
     path = learned.path / SCORES

@@ -11,7 +11,7 @@ from rich.console import Console
 from latentscenes.core import config_io
 from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Views
+from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import Account
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
@@ -30,14 +30,14 @@ class Comparison:
     new: Learned
     evaluation_train: Evaluation
     evaluation_new: Evaluation
-    views: Views
+    views: PosedImages
     """The dataset of all of them."""
     rgb: Learned | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
-    shipped: Learned | None = None
+    pretrained: Learned | None = None
     """The same new scenes on a model that comes with the package, without this stage 1."""
-    evaluation_shipped: Evaluation | None = None
+    evaluation_pretrained: Evaluation | None = None
     title: str = "latentscenes"
     introduction: str = ""
     """A sentence or two under the title."""
@@ -211,8 +211,8 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
         rows.append(line("RGB tri-planes", rgb, cost.account_learned(content.rgb), content.evaluation_rgb))
     rows.append(line("latentscenes, new scenes", scores, ours, content.evaluation_new))
     stressed = len(rows) - 1
-    if content.shipped and content.evaluation_shipped:
-        rows.append(line("… on the shipped model", content.mean(content.evaluation_shipped), cost.account_learned(content.shipped), content.evaluation_shipped))
+    if content.pretrained and content.evaluation_pretrained:
+        rows.append(line("… on the shipped model", content.mean(content.evaluation_pretrained), cost.account_learned(content.pretrained), content.evaluation_pretrained))
     trained, empty = content.evaluation_train.mean, [""] * 4
     train_quality = quality(trained) if not perceptual or trained.perceptual is not None else [*quality(trained)[:2], "–"]
     rows.append(("… scenes of stage 1", *train_quality, *empty, f"{1000 * content.evaluation_train.render_seconds:.1f}"))

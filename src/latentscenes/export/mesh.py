@@ -23,7 +23,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, write_bytes, writing_to
 from latentscenes.core.version import __version__
 from latentscenes.export.surface import Surface, surface
-from latentscenes.model.model import Shown, look, to_pictures
+from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import Loaded
 
 VIEWS = 48
@@ -123,17 +123,17 @@ def random_places(
     return face, np.stack([1 - root, root * (1 - share), root * share], -1)[..., None]
 
 
-def _photographed(loaded: Loaded, scene: str, view: Viewpoint, cells: int, lowest: float) -> tuple[Surface, Shown, Cameras]:
+def _photographed(loaded: Loaded, scene: str, view: Viewpoint, cells: int, lowest: float) -> tuple[Surface, RenderedImages, Cameras]:
     """The surface, and pictures of the scene all around."""
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     planes, cameras = loaded.planes(scene), view.dome(VIEWS, lowest)
-    shown = look(loaded.model, planes, cameras, view.size)
-    return surface(loaded.model, planes, to_pictures(shown.images), cameras, cells), shown, cameras
+    shown = render_images(loaded.model, planes, cameras, view.size)
+    return surface(loaded.model, planes, to_uint8(shown.images), cameras, cells), shown, cameras
 
 
 def paint(
-    points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], found: Surface, shown: Shown, cameras: Cameras
+    points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], found: Surface, shown: RenderedImages, cameras: Cameras
 ) -> tuple[Float[np.ndarray, "n 3"], Bool[np.ndarray, "n"]]:
     """Colours of points of a surface (sRGB in [0, 1]; zero where no picture shows them), and which ones are seen: those
     from which a ray reaches a camera without meeting the surface again, and at whose place the picture is opaque."""

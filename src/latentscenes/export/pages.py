@@ -22,7 +22,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, write_bytes, writing_to
 from latentscenes.data.images import white_background
 from latentscenes.export.video import check_elevation, scaled
-from latentscenes.model.model import Shown, look, to_pictures
+from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import Loaded
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -74,7 +74,7 @@ def write_page(
     entries = []
     for scene in scenes:
         parts = torch.arange(len(cameras)).split(TOGETHER)
-        tiles = [with_alpha(look(loaded.model, loaded.planes(scene), cameras[part], size_shown))[:, *window] for part in parts]
+        tiles = [with_alpha(render_images(loaded.model, loaded.planes(scene), cameras[part], size_shown))[:, *window] for part in parts]
         entries.append({"name": scene, "sheet": base64.b64encode(_webp(sheet(np.concatenate(tiles), columns))).decode()})
     data = {"frames": frames, "rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns), "scenes": entries}
     embedded = json.dumps(data).replace("</", "<\\/")
@@ -121,7 +121,7 @@ def _webp(picture: UInt8[np.ndarray, "h w 4"]) -> bytes:
 # Posed pictures
 
 
-def with_alpha(shown: Shown) -> UInt8[np.ndarray, "v H W 4"]:
+def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
     """Pictures with straight alpha that, put over white, are the rendered ones.
 
     White that reaches to the border is transparent: the field may well hold white matter there, which pictures over
@@ -129,7 +129,7 @@ def with_alpha(shown: Shown) -> UInt8[np.ndarray, "v H W 4"]:
     allows, and never less than that.
     """
     over_white = shown.images.movedim(1, -1).numpy()
-    ground = white_background(to_pictures(shown.images))
+    ground = white_background(to_uint8(shown.images))
     near_ground = torch.nn.functional.max_pool2d(torch.from_numpy(ground).float()[:, None], 3, 1, 1)[:, 0].numpy() > 0
     least = 1 - over_white.min(-1)
     alpha = np.where(near_ground, least, np.maximum(least, shown.opacity.numpy()))
@@ -156,7 +156,7 @@ def write_views(out: str | Path, loaded: Loaded, scenes: Iterable[str], cameras:
                 folder = partial / scene.replace("/", "_")
                 (folder / "images").mkdir(parents=True)
                 files = [f"images/{place:05d}.png" for place in range(len(cameras))]
-                for file, picture in zip(files, with_alpha(look(loaded.model, loaded.planes(scene), cameras, size)), strict=True):
+                for file, picture in zip(files, with_alpha(render_images(loaded.model, loaded.planes(scene), cameras, size)), strict=True):
                     Image.fromarray(picture).save(folder / file)
                 (folder / "transforms.json").write_text(json.dumps(transforms(cameras, files, size), indent=1))
             if out.exists():

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import writing_to
-from latentscenes.data.dataset import Scene, Views, spread_evenly
+from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
-from latentscenes.model.model import Shown, look, to_pictures
+from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import Loaded
 
 Picture = UInt8[np.ndarray, "_H _W 3"]
@@ -119,7 +119,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def comparison_sheet(
     ours: Loaded,
-    dataset: Views,
+    dataset: PosedImages,
     scenes: Sequence[Scene],
     *,
     views_per_scene: int = 2,
@@ -140,17 +140,17 @@ def comparison_sheet(
                 columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
         for loaded in (ours, *others):
             if scene.name in loaded.names:
-                columns.append((loaded.label, look(loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False).images))
+                columns.append((loaded.label, render_images(loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False).images))
         for view in range(len(index)):
             tiles = [
-                captioned(to_pictures(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
+                captioned(to_uint8(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
                 for label, images in columns
             ]
             groups.append(headed(beside(tiles), scene.name))
     return grid(groups, across)
 
 
-def dashboard_sheet(loaded: Loaded, dataset: Views, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+def dashboard_sheet(loaded: Loaded, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
     """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
     channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
     model = loaded.model
@@ -161,16 +161,16 @@ def dashboard_sheet(loaded: Loaded, dataset: Views, scenes: Sequence[Scene], *, 
         with torch.no_grad():
             encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
         truths.append(truth)
-        shown.append(look(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
-    together = Shown(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
+        shown.append(render_images(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
+    together = RenderedImages(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
     height, width = dataset.size
     reference = torch.cat(encoded)
     columns = [
-        ("truth", to_pictures(torch.cat(truths))),
+        ("truth", to_uint8(torch.cat(truths))),
         ("latent of the truth", channel_tiles(reference, reference, height)),
         ("latent rendered", channel_tiles(together.latents, reference, height)),
         ("as colours", enlarge(_colour_code(together.latents, reference, together.opacity), (height, width))),
-        ("decoded", to_pictures(together.images)),
+        ("decoded", to_uint8(together.images)),
         ("depth", colour_depth(together.depth.numpy(), together.opacity.numpy(), depth_range(together))),
         ("opacity", grey(together.opacity.numpy(), (1.0, 0.0))),
     ]
@@ -185,7 +185,7 @@ def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
 # Scales
 
 
-def depth_range(shown: Shown) -> tuple[float, float]:
+def depth_range(shown: RenderedImages) -> tuple[float, float]:
     """Nearest and farthest depth of what is solid, leaving out stray points."""
     solid = shown.depth[shown.opacity > 0.7]
     if solid.numel() < 2:

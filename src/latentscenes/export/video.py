@@ -35,7 +35,7 @@ from latentscenes.export.sheets import (
     grid,
     save_image,
 )
-from latentscenes.model.model import CHUNK, Shown, look, to_pictures
+from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import Loaded
 
 Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
@@ -80,16 +80,16 @@ def camera_frames(loaded: Loaded, scene: str, cameras: Cameras, size: tuple[int,
     """
     planes, geometry = loaded.planes(scene), mode in ("depth", "opacity", "dashboard")
     some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
-    like = None if mode in ("rgb", "opacity") else look(loaded.model, planes, cameras[some], size, geometry)
+    like = None if mode in ("rgb", "opacity") else render_images(loaded.model, planes, cameras[some], size, geometry)
     for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
-        shown = look(loaded.model, planes, cameras[chunk], size, geometry)
+        shown = render_images(loaded.model, planes, cameras[chunk], size, geometry)
         yield from _frames(shown, like or shown, mode, size[0])
 
 
-def _frames(shown: Shown, like: Shown, mode: Mode, height: int) -> Pictures:
+def _frames(shown: RenderedImages, like: RenderedImages, mode: Mode, height: int) -> Pictures:
     """Pictures of `shown`, their scales those of `like`."""
     if mode == "rgb":
-        return to_pictures(shown.images)
+        return to_uint8(shown.images)
     if mode == "depth":
         return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), depth_range(like))
     if mode == "opacity":

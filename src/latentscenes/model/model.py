@@ -18,7 +18,7 @@ from latentscenes.core.config import CodecConfig, Config
 from latentscenes.core.errors import UserError
 from latentscenes.model.codec import Codec
 from latentscenes.model.normalizer import Normalizer
-from latentscenes.model.planes import SceneRows, compose, fresh_bases, fuse
+from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
 from latentscenes.rendering.field import Field
 from latentscenes.rendering.render import camera_rays, render_rays
 
@@ -56,10 +56,10 @@ class Model(nn.Module):
             torch.manual_seed(config.seed)
             self.codec = build_codec(config.codec, pretrained)
             self.normalizer = Normalizer(config.normalizer.kind, self.codec.channels, scale=config.normalizer.scale, window=config.normalizer.window)
-            self.field = self.fresh_field()
-        self.bases = nn.Parameter(fresh_bases(config.planes, generator))
+            self.field = self.random_field()
+        self.bases = nn.Parameter(random_bases(config.planes, generator))
 
-    def fresh_field(self) -> Field:
+    def random_field(self) -> Field:
         """A field with random weights (from torch's global generator)."""
         field = self.config.field
         channels = self.codec.channels + PREVIEW_CHANNELS * self.config.render.preview
@@ -86,11 +86,11 @@ class Model(nn.Module):
         """Normalised latent of a white image of that size in pixels."""
         return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
 
-    def compose(self, rows: SceneRows) -> Float[Tensor, "s 3 r r f"]:
+    def compose(self, rows: SceneParameters) -> Float[Tensor, "s 3 r r f"]:
         """Tri-planes of some scenes, fused and mixed."""
         return compose(rows, self.bases, self.config.planes.fusion)
 
-    def fuse(self, rows: SceneRows, macro: Float[Tensor, "s 3 r r g"] | None = None) -> Float[Tensor, "s 3 r r f"]:
+    def fuse(self, rows: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> Float[Tensor, "s 3 r r f"]:
         """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn. `macro`
         are their macro planes, if known."""
         return fuse(rows, self.bases, self.config.planes.fusion, macro)
@@ -134,7 +134,7 @@ class Model(nn.Module):
 
 
 @dataclass(frozen=True)
-class Shown:
+class RenderedImages:
     """v views of one scene, on the CPU."""
 
     images: Float[Tensor, "v 3 H W"]
@@ -147,7 +147,7 @@ class Shown:
 
 
 @torch.no_grad()
-def look(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> Shown:
+def render_images(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> RenderedImages:
     """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
     are those of the latent's few rays."""
     background = model.background(*size)
@@ -160,10 +160,10 @@ def look(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, siz
         solid = view if full.shape == background.shape else model.render(planes, some, full)
         depth, opacity = (value.unflatten(1, full.shape[1:]) for value in (solid.depth, solid.opacity))
         found.append([value.cpu() for value in (model.decode(latents).clamp(0, 1), latents, depth, opacity)])
-    return Shown(*(torch.cat(values).float() for values in zip(*found, strict=True)))
+    return RenderedImages(*(torch.cat(values).float() for values in zip(*found, strict=True)))
 
 
-def to_pictures(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:
+def to_uint8(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:
     """Images in [0, 1] as bytes."""
     return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

@@ -20,7 +20,7 @@ from latentscenes.rendering.kernels import native
 
 
 @dataclass
-class SceneRows:
+class SceneParameters:
     """The learned state of n scenes (or of a batch of them)."""
 
     micro: Float[Tensor, "n 3 r r m"]
@@ -38,56 +38,56 @@ class SceneRows:
     def tables(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.NAMES}
 
-    def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneRows":
+    def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneParameters":
         """Copies of the rows at `index`, as leaves that take gradients; on a device if tables lie elsewhere."""
-        return SceneRows(**{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()})
+        return SceneParameters(**{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()})
 
-    def to(self, device: torch.device | str) -> "SceneRows":
-        return SceneRows(**{name: table.to(device) for name, table in self.tables().items()})
+    def to(self, device: torch.device | str) -> "SceneParameters":
+        return SceneParameters(**{name: table.to(device) for name, table in self.tables().items()})
 
     def bytes_per_scene(self) -> int:
         """Size of one scene as held in memory."""
         return sum(table[0].numel() * table.element_size() for table in self.tables().values())
 
 
-def fresh_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tensor, "k 3 r r g"]:
+def random_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tensor, "k 3 r r g"]:
     """Random base planes."""
     count = config.bases if config.macro else 0
     shape = (count, 3, config.resolution, config.resolution, config.macro)
     return torch.randn(shape, generator=generator).mul_(config.initial_std)
 
 
-def fresh_rows(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneRows:
+def random_parameters(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneParameters:
     """Random rows for `count` scenes; weights are scaled so that macro planes start like micro ones."""
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     bases = config.bases if config.macro else 0
-    return SceneRows(
+    return SceneParameters(
         micro=torch.randn(shape, generator=generator).mul_(config.initial_std),
         weights=torch.randn(count, bases, generator=generator) / math.sqrt(max(bases, 1)),
         bias=torch.zeros(count, int(config.bias and bases > 0)),
-        mixing=fresh_mixing(count, config),
+        mixing=zero_mixing(count, config),
     )
 
 
-def fresh_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
+def zero_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
     """Zeros: nothing is mixed yet."""
     side = config.features if config.mixing else 0
     return torch.zeros(count, side, side)
 
 
-def mean_rows(count: int, learned: SceneRows) -> SceneRows:
+def mean_parameters(count: int, learned: SceneParameters) -> SceneParameters:
     """`count` rows that all equal the mean of learned ones."""
-    return SceneRows(**{name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone() for name, table in learned.tables().items()})
+    return SceneParameters(**{name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone() for name, table in learned.tables().items()})
 
 
-def compose(rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+def compose(rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
     """Tri-planes of a batch of scenes as they are rendered: fused, then mixed."""
     planes = fuse(rows, bases, fusion)
     return mix(planes, rows.mixing) if rows.mixing.numel() else planes
 
 
 def fuse(
-    rows: SceneRows, bases: Float[Tensor, "k 3 r r g"], fusion: str, macro: Float[Tensor, "s 3 r r g"] | None = None
+    rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str, macro: Float[Tensor, "s 3 r r g"] | None = None
 ) -> Float[Tensor, "s 3 r r f"]:
     """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can. `macro` is what
     `macro_planes` gave, where that is known already."""

@@ -34,7 +34,7 @@ from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors, writing_to
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows, fresh_mixing
+from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.index import FILE, Index, Place, SceneInfo
 from latentscenes.storage.quantize import STREAM, Payload, Precision, payload_kind, unpack
 from latentscenes.storage.run import circumstances, fill_model
@@ -80,7 +80,7 @@ class NewScene:
     """A PNG file."""
 
 
-class Store:
+class LibraryFolder:
     """An opened library folder. Threads may share it; writers take `writing` by themselves."""
 
     def __init__(self, path: Path, config: Config, info: LibraryInfo, checksums: dict[str, str]):
@@ -98,7 +98,7 @@ class Store:
         return (Path(path) / "library.json").is_file()
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path) -> "LibraryFolder":
         path = Path(path)
         if not cls.exists(path):
             raise UserError(f"{path}: no library here (library.json is absent). Make one with `latentscenes exploit`.")
@@ -117,7 +117,7 @@ class Store:
         return cls(path, config_io.load(path / "config.yaml"), info, checksums)
 
     @classmethod
-    def create(cls, path: str | Path, config: Config, info: LibraryInfo, model: Model, start: SceneRows, scenes: Sequence[NewScene] = ()) -> "Store":
+    def create(cls, path: str | Path, config: Config, info: LibraryInfo, model: Model, start: SceneParameters, scenes: Sequence[NewScene] = ()) -> "LibraryFolder":
         """Make a library with some first scenes. It exists once everything is written.
 
         Raises:
@@ -190,17 +190,17 @@ class Store:
             what = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise UserError(f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model.") from None
 
-    def start(self) -> SceneRows:
+    def start(self) -> SceneParameters:
         """Where new scenes start (n = 1)."""
         file = self.path / "model" / START
         self._readable(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
-        mixing = fresh_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
-        return SceneRows(**tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing})
+        mixing = zero_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
+        return SceneParameters(**tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing})
 
     # Scenes
 
-    def rows(self, name: str) -> SceneRows:
+    def rows(self, name: str) -> SceneParameters:
         """A scene as it is rendered (n = 1), read without the others.
 
         Raises:

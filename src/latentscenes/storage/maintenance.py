@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, folder_bytes, locked, payload_checksum
 from latentscenes.data.dataset import spread_evenly
-from latentscenes.model.model import Model, look
-from latentscenes.model.planes import SceneRows
-from latentscenes.storage.library import SHARED, START, NewScene, Store
+from latentscenes.model.model import Model, render_images
+from latentscenes.model.planes import SceneParameters
+from latentscenes.storage.library import SHARED, START, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
     PRECISIONS,
     Payload,
@@ -68,7 +68,7 @@ class Change:
     psnr_lost: float | None
 
 
-def verify(store: Store) -> list[Damage]:
+def verify(store: LibraryFolder) -> list[Damage]:
     """Compare the model and every scene with the checksums taken when they were written."""
     found = []
     for name, need in ((SHARED, "every scene needs it"), (START, "new scenes start from it")):
@@ -89,7 +89,7 @@ def verify(store: Store) -> list[Damage]:
     return found
 
 
-def compact(store: Store) -> int:
+def compact(store: LibraryFolder) -> int:
     """Merge small shards, drop what was removed and what crashes left; gives the bytes of shards that became free.
     Scenes keep every bit."""
     before = folder_bytes(store.path / "shards")
@@ -104,12 +104,12 @@ def compact(store: Store) -> int:
     return before - folder_bytes(store.path / "shards")
 
 
-def _is_small(store: Store, shard: int) -> bool:
+def _is_small(store: LibraryFolder, shard: int) -> bool:
     file = store.shard_file(shard)
     return file.exists() and file.stat().st_size < SHARD_BYTES // 2
 
 
-def repack(store: Store, precision: str, device: torch.device | str = "cpu") -> int:
+def repack(store: LibraryFolder, precision: str, device: torch.device | str = "cpu") -> int:
     """Store all scenes that are stored more finely at a precision; gives how many these were. What that loses is
     measured (`loss`) and noted beside each."""
     chosen, model = check_precision(precision), store.model(device)
@@ -127,7 +127,7 @@ def repack(store: Store, precision: str, device: torch.device | str = "cpu") -> 
     return len(names)
 
 
-def dial(store: Store, device: torch.device | str = "cpu") -> list[Setting]:
+def dial(store: LibraryFolder, device: torch.device | str = "cpu") -> list[Setting]:
     """What each precision, from that of the finest scene on, would cost and lose; measured on up to SAMPLE of the
     scenes that are stored most finely."""
     infos = [info for info in store.index.infos() if info.psnr is not None]
@@ -145,7 +145,7 @@ def dial(store: Store, device: torch.device | str = "cpu") -> list[Setting]:
 
 
 @torch.no_grad()
-def loss(store: Store, model: Model, fine: Payload, coarse: Payload, psnr: float) -> float:
+def loss(store: LibraryFolder, model: Model, fine: Payload, coarse: Payload, psnr: float) -> float:
     """dB of PSNR against the truth that a coarser payload loses, from renders of both: their mean squared difference
     is added to the squared error that `psnr` says, since rounding knows nothing of that error."""
     if payload_kind(fine) == payload_kind(coarse) and all(torch.equal(fine[name], coarse[name]) for name in fine):
@@ -153,26 +153,26 @@ def loss(store: Store, model: Model, fine: Payload, coarse: Payload, psnr: float
     view, device = store.info.view, model.bases.device
 
     def images(payload: Payload) -> torch.Tensor:
-        rows: SceneRows = unpack(payload, store.config.planes).to(device)
-        return look(model, model.compose(rows), view.orbit(VIEWS), view.size, geometry=False).images
+        rows: SceneParameters = unpack(payload, store.config.planes).to(device)
+        return render_images(model, model.compose(rows), view.orbit(VIEWS), view.size, geometry=False).images
 
     difference = (images(fine) - images(coarse)).square().mean().item()
     return 10 * math.log10(1 + difference / 10 ** (-psnr / 10))
 
 
-def export(store: Store, names: Sequence[str], out: str | Path) -> int:
+def export(store: LibraryFolder, names: Sequence[str], out: str | Path) -> int:
     """Copy scenes, bit by bit and with all that is known of them, into a new library or into one of the same model;
     gives how many were not there yet.
 
     Raises:
         UserError: the other library has another model, or other scenes of these names.
     """
-    if Store.exists(out):
-        target = Store.open(out)
+    if LibraryFolder.exists(out):
+        target = LibraryFolder.open(out)
         if target.checksums[SHARED] != store.checksums[SHARED]:
             raise UserError(f"{out}: a library of another model, which cannot render scenes of {store.path}. Name a new folder.")
     else:
-        target = Store.create(out, store.config, store.info, store.model(), store.start())
+        target = LibraryFolder.create(out, store.config, store.info, store.model(), store.start())
     ours, theirs = store.index.places(), target.index.places()
     if clash := [name for name in names if name in theirs and theirs[name].checksum != ours[name].checksum]:
         raise UserError(f"{out}: holds another scene named {clash[0]!r}. Rename one of the two.")
@@ -191,7 +191,7 @@ def export(store: Store, names: Sequence[str], out: str | Path) -> int:
     return len(wanted)
 
 
-def checked_payload(store: Store, name: str) -> Payload:
+def checked_payload(store: LibraryFolder, name: str) -> Payload:
     """A scene as it is stored, compared with its checksum."""
     payload, place = store.payload(name), store.index.place(name)
     if place is None or payload_checksum(payload) != place.checksum:
@@ -202,7 +202,7 @@ def checked_payload(store: Store, name: str) -> Payload:
 # Moving scenes, for holders of the library's lock
 
 
-def _rewrite(store: Store, names: Iterable[str], change: Callable[[str, Payload], Change | None]) -> None:
+def _rewrite(store: LibraryFolder, names: Iterable[str], change: Callable[[str, Payload], Change | None]) -> None:
     """Move scenes to new shards, changed or (None) as they are."""
     batch: list[tuple[str, Payload, Change | None]] = []
     size = 0
@@ -219,7 +219,7 @@ def _rewrite(store: Store, names: Iterable[str], change: Callable[[str, Payload]
         _commit(store, batch)
 
 
-def _commit(store: Store, batch: Sequence[tuple[str, Payload, Change | None]]) -> None:
+def _commit(store: LibraryFolder, batch: Sequence[tuple[str, Payload, Change | None]]) -> None:
     number, index = store.index.next_shard(), store.index
     store.write_shard(number, [payload for _, payload, _ in batch])
     with index.transaction():
@@ -230,7 +230,7 @@ def _commit(store: Store, batch: Sequence[tuple[str, Payload, Change | None]]) -
     _drop_orphans(store)
 
 
-def _drop_orphans(store: Store) -> None:
+def _drop_orphans(store: LibraryFolder) -> None:
     """Remove shards without scenes, and files that the index does not know."""
     shards = store.index.shards()
     with store.index.transaction():
@@ -241,7 +241,7 @@ def _drop_orphans(store: Store) -> None:
             file.unlink()
 
 
-def _drop_work(store: Store) -> None:
+def _drop_work(store: LibraryFolder) -> None:
     """Remove what learning left behind, unless somebody is at it."""
     work = store.path / "work"
     if not work.is_dir():

@@ -17,35 +17,35 @@ from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, now, write_json, write_tensors, writing_to
 from latentscenes.storage.index import FILE, Index
-from latentscenes.storage.library import SHARED, START, Store
+from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.quantize import Precision
 from latentscenes.storage.run import Run
 
 MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
 
 
-def shipped_models() -> list[str]:
+def pretrained_models() -> list[str]:
     """Their names."""
     return sorted(path.parent.name for path in MODELS.glob("*/library.json"))
 
 
 def find_model(name: Path) -> Path:
     """The folder of a shipped model, if `name` is one and no run or library of that name lies here; else `name` itself."""
-    inside, taken = MODELS / name, Store.exists(name) or (name / "run.json").is_file()
-    return inside if not taken and len(name.parts) == 1 and Store.exists(inside) else name
+    inside, taken = MODELS / name, LibraryFolder.exists(name) or (name / "run.json").is_file()
+    return inside if not taken and len(name.parts) == 1 and LibraryFolder.exists(inside) else name
 
 
-def open_parent(path: Path) -> Run | Store:
+def open_parent(path: Path) -> Run | LibraryFolder:
     """A run, a library, or a model that comes with the package, by its name.
 
     Raises:
         UserError: it is none of these.
     """
     found = find_model(path)
-    if Store.exists(found):
-        return Store.open(found)
+    if LibraryFolder.exists(found):
+        return LibraryFolder.open(found)
     if not (found / "run.json").is_file():
-        names = ", ".join(shipped_models())
+        names = ", ".join(pretrained_models())
         raise UserError(
             f"{path}: neither a run, nor a library, nor a model that comes with the package ({names}): no run.json and no library.json there. "
             "Name a folder that `latentscenes train` or `exploit` made."
@@ -53,7 +53,7 @@ def open_parent(path: Path) -> Run | Store:
     return Run.open(found)
 
 
-def export_model(source: Store, out: Path) -> int:
+def export_model(source: LibraryFolder, out: Path) -> int:
     """Write a library's shared parts alone, in half precision, into the folder `out`. Gives the bytes of both files."""
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder.")
@@ -74,7 +74,7 @@ def export_model(source: Store, out: Path) -> int:
     return sum((out / "model" / name).stat().st_size for name in (SHARED, START))
 
 
-def library_from_model(out: Path, source: Store, config: Config, precision: Precision | None) -> Store:
+def library_from_model(out: Path, source: LibraryFolder, config: Config, precision: Precision | None) -> LibraryFolder:
     """Make an empty library with the shared parts of another one, or of a shipped model."""
     info = dataclasses.replace(source.info, precision=precision or source.info.precision)
-    return Store.create(out, config, info, source.model(), source.start())
+    return LibraryFolder.create(out, config, info, source.model(), source.start())

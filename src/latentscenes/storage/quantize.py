@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.planes import SceneParameters
 
 Precision = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
 """From exact to coarse."""
@@ -37,9 +37,9 @@ def check_precision(name: str) -> Precision:
     return name
 
 
-def pack(rows: SceneRows, precision: Precision) -> Payload:
+def pack(rows: SceneParameters, precision: Precision) -> Payload:
     """What to store of one scene (n = 1). Empty tables are left out."""
-    payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneRows.NAMES}
+    payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneParameters.NAMES}
     micro = payload.pop("micro")
     if precision != "float32":
         payload["mixing"] = payload["mixing"].half()
@@ -55,7 +55,7 @@ def pack(rows: SceneRows, precision: Precision) -> Payload:
     return {name: tensor for name, tensor in payload.items() if tensor.numel()}
 
 
-def unpack(payload: Payload, planes: PlanesConfig) -> SceneRows:
+def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
     """The rows (n = 1, float32) that `pack` stored. By numpy, on one thread: torch's would wait for each other where the
     machine is busy, for ten times as long as the work takes."""
     side = planes.resolution
@@ -65,7 +65,7 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneRows:
         micro = torch.from_numpy(payload.get("micro", torch.zeros(3, side, side, 0)).numpy().astype(np.float32))
     weights, bias = (payload.get(name, torch.zeros(0)) for name in ("weights", "bias"))
     mixing = payload.get("mixing", torch.zeros(0, 0)).float()
-    return SceneRows(micro[None], weights[None], bias[None], mixing[None])
+    return SceneParameters(micro[None], weights[None], bias[None], mixing[None])
 
 
 def payload_bytes(payload: Payload) -> int:

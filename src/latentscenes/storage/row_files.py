@@ -21,8 +21,8 @@ from torch import Tensor
 
 from latentscenes.core.config import Config, PlanesConfig
 from latentscenes.core.errors import UserError
-from latentscenes.core.runtime import memory
-from latentscenes.model.planes import SceneRows, fresh_mixing, fresh_rows
+from latentscenes.core.runtime import machine_memory
+from latentscenes.model.planes import SceneParameters, random_parameters, zero_mixing
 
 TABLES = ("micro", "first", "second")
 """Micro planes, and their Adam moments."""
@@ -103,9 +103,9 @@ class RowFiles:
         return self.folder / f"journal-{total}.bin"
 
 
-def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torch.Generator) -> tuple[SceneRows, RowFiles]:
+def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torch.Generator) -> tuple[SceneParameters, RowFiles]:
     """The rows of a run whose micro planes lie in files: random ones if the files are new. Weights stay in memory."""
-    small = fresh_rows(count, dataclasses.replace(config, micro=0), generator)
+    small = random_parameters(count, dataclasses.replace(config, micro=0), generator)
     folder.mkdir(exist_ok=True)
     whole = folder / "complete"
     files = RowFiles(folder, (count, 3, config.resolution, config.resolution, config.micro))
@@ -115,7 +115,7 @@ def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torc
             files.micro[first : first + CHUNK] = config.initial_std * chunk
         files.flush()
         whole.touch()
-    return SceneRows(files.micro, small.weights, small.bias, fresh_mixing(count, config)), files
+    return SceneParameters(files.micro, small.weights, small.bias, zero_mixing(count, config)), files
 
 
 def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
@@ -129,4 +129,4 @@ def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
 def belong_on_disk(count: int, config: Config) -> bool:
     """Whether micro planes and moments would fill more than half of the memory, or the configuration demands files."""
     needed = 3 * 4 * count * 3 * config.planes.resolution**2 * config.planes.micro
-    return config.storage == "disk" or config.storage == "auto" and needed > memory() // 2
+    return config.storage == "disk" or config.storage == "auto" and needed > machine_memory() // 2

@@ -32,7 +32,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.runtime import seeded
 from latentscenes.core.version import __version__
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows, fresh_rows
+from latentscenes.model.planes import SceneParameters, random_parameters
 from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
 
 
@@ -120,7 +120,7 @@ class Run:
         found = [path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()]
         return max(found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None)
 
-    def save(self, model: Model, rows: SceneRows, memory: dict[str, Tensor], position: Position) -> None:
+    def save(self, model: Model, rows: SceneParameters, memory: dict[str, Tensor], position: Position) -> None:
         """Write a checkpoint and drop the one before."""
         target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}.partial")
@@ -145,11 +145,11 @@ class Run:
         """Those of a checkpoint: all, or all but the micro planes and moments that lie in files."""
         return {name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))}
 
-    def begin_rows(self, device: torch.device) -> SceneRows:
+    def begin_rows(self, device: torch.device) -> SceneParameters:
         """Fresh random rows for the run's scenes: in memory, or in files where they belong there."""
         count, generator = len(self.info.scenes), seeded("cpu", self.config.seed, "rows")
         if not belong_on_disk(count, self.config):
-            return fresh_rows(count, self.config.planes, generator).to(device)
+            return random_parameters(count, self.config.planes, generator).to(device)
         rows, self.files = rows_on_disk(self.path / "rows", count, self.config.planes, generator)
         return rows
 
@@ -159,7 +159,7 @@ class Run:
         newest = self._newest()
         return Position(**json.loads((newest / "state.json").read_text())) if newest else Position()
 
-    def restore(self, model: Model, rows: SceneRows) -> None:
+    def restore(self, model: Model, rows: SceneParameters) -> None:
         """Copy the newest checkpoint into the given model and scenes, if there is one."""
         newest = self._newest()
         if self.files:
@@ -181,14 +181,14 @@ class Run:
                 raise UserError(f"{file.parent}: {name} is absent or of another shape; this checkpoint belongs to other settings.")
             tensor.copy_(saved[name])
 
-    def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneRows]:
+    def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
         """The learned model and scenes, for use."""
         model = Model(self.config, self.info.box, pretrained=False)
         fill_model(model, self.shared_file)
         tables = _load(self.rows_file)
         if "micro" not in tables:
             tables["micro"] = read_micro(self.path / "rows", len(self.info.scenes), self.config.planes)
-        rows = SceneRows(**tables)
+        rows = SceneParameters(**tables)
         return model.to(device).eval().requires_grad_(False), rows.to(device)
 
     @property

@@ -18,11 +18,11 @@ from torch import Tensor
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Scene, Split, Views
+from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.index import SceneInfo
-from latentscenes.storage.library import Store
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run
 
 
@@ -34,11 +34,11 @@ class Loaded:
     """What to call them beside others."""
     model: Model
     names: tuple[str, ...]
-    rows: Callable[[str], SceneRows]
+    rows: Callable[[str], SceneParameters]
     """A scene's own part (n = 1), on the model's device."""
 
     @classmethod
-    def of_table(cls, model: Model, rows: SceneRows, names: tuple[str, ...] | list[str], label: str = "") -> "Loaded":
+    def of_table(cls, model: Model, rows: SceneParameters, names: tuple[str, ...] | list[str], label: str = "") -> "Loaded":
         """Row k of a table is the scene names[k]."""
         place = {name: k for k, name in enumerate(names)}
         return cls(label, model, tuple(names), lambda name: rows.gather(torch.tensor([place[name]])))
@@ -58,7 +58,7 @@ class Learned:
     """Learned scenes of one dataset, not loaded yet."""
 
     path: Path
-    source: Run | Store
+    source: Run | LibraryFolder
     data: str
     """The dataset they were learned from."""
     split: Split
@@ -76,8 +76,8 @@ class Learned:
             UserError: nothing learned lies there, or nothing of that split.
         """
         path = Path(path)
-        if Store.exists(path):
-            return cls._of_library(Store.open(path), data, split)
+        if LibraryFolder.exists(path):
+            return cls._of_library(LibraryFolder.open(path), data, split)
         if not (path / "run.json").is_file():
             raise UserError(f"{path}: no run here, and no library (neither run.json nor library.json). Start one with `latentscenes train`.")
         run = Run.open(path)
@@ -89,9 +89,9 @@ class Learned:
     def open_all(cls, path: str | Path) -> "Learned":
         """All scenes of a folder, whatever a library's were learned from: to be looked at, not to be scored."""
         path = Path(path)
-        if not Store.exists(path):
+        if not LibraryFolder.exists(path):
             return cls.open(path)
-        store = Store.open(path)
+        store = LibraryFolder.open(path)
         names = tuple(store.index.names())
         return cls(path, store, "", "new", names, names)
 
@@ -101,7 +101,7 @@ class Learned:
         return cls(run.path, run, str(data or run.info.data), run.info.split, names, names)
 
     @classmethod
-    def _of_library(cls, store: Store, data: str | Path | None, split: Split | None) -> "Learned":
+    def _of_library(cls, store: LibraryFolder, data: str | Path | None, split: Split | None) -> "Learned":
         known = [info for info in store.index.infos() if info.dataset and split in (None, info.split)]
         if not known:
             raise UserError(f"{store.path}: holds no scenes{f' of the split {split!r}' if split else ''} that were learned from a dataset.")
@@ -119,7 +119,7 @@ class Learned:
         store = self.source
         return Loaded(label, store.model(device), self.names, lambda name: store.rows(name).to(device))
 
-    def scenes(self, views: Views) -> list[Scene]:
+    def scenes(self, views: PosedImages) -> list[Scene]:
         """Their views in the dataset, under the names they have here."""
         found = views.select(self.split, list(self.sources))
         return [replace(scene, name=name) for scene, name in zip(found, self.names, strict=True)]
@@ -143,9 +143,9 @@ class Learned:
     @cached_property
     def view(self) -> Viewpoint:
         """How the dataset looks at its scenes."""
-        if isinstance(self.source, Store):
+        if isinstance(self.source, LibraryFolder):
             return self.source.info.view
-        views = Views.open(self.data)
+        views = PosedImages.open(self.data)
         return Viewpoint.of(views.cameras, views.size, self.box)
 
     # What they cost
@@ -157,7 +157,7 @@ class Learned:
         Raises:
             UserError: a run that has learned nothing yet, or a library whose file is absent or torn.
         """
-        if isinstance(self.source, Store):
+        if isinstance(self.source, LibraryFolder):
             self.source.check_model()
         return self.source.shared_file
 

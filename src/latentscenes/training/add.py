@@ -20,11 +20,11 @@ from latentscenes.core.config import Config, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, writing_to
 from latentscenes.data.checks import check_cameras
-from latentscenes.data.dataset import Views, ViewsWriter
-from latentscenes.storage.library import Store
+from latentscenes.data.dataset import DatasetWriter, PosedImages
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import Precision, check_precision
 from latentscenes.storage.run import Run, RunInfo
-from latentscenes.training.exploit import learn_group, start_rows
+from latentscenes.training.exploit import learn_group, starting_parameters
 from latentscenes.training.loop import Tracker, learn
 
 QUICK_STEPS = 60
@@ -36,7 +36,7 @@ LEAST_WHITE = 0.1
 
 
 def learn_from_pictures(
-    store: Store,
+    store: LibraryFolder,
     name: str,
     images: ArrayLike,
     cameras: Cameras,
@@ -55,17 +55,17 @@ def learn_from_pictures(
     pictures = checked_pictures(images, masks, model.codec.downsampling)
     _check_cameras(store, cameras, len(pictures))
     with work_folder(store) as work:
-        with ViewsWriter(work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python") as writer:
+        with DatasetWriter(work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python") as writer:
             writer.add(name, pictures, cameras, "new", held_out=())
             writer.finish(store.info.box)
-        views = Views.open(work / "views")
+        views = PosedImages.open(work / "views")
         chosen = check_precision(precision or store.info.precision)
         learn_group(store, model, config, views, views.select("new"), chosen, "add", device, f"Learning {name}", work, tags)
     return name
 
 
 @contextmanager
-def work_folder(store: Store) -> Iterator[Path]:
+def work_folder(store: LibraryFolder) -> Iterator[Path]:
     """A folder for a passing piece of work in a library; removed at the end, and left alone by others until then."""
     with writing_to(store.path):
         (store.path / "work").mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
     return np.round(255 * values).astype(np.uint8)
 
 
-def _check_cameras(store: Store, cameras: Cameras, count: int) -> None:
+def _check_cameras(store: LibraryFolder, cameras: Cameras, count: int) -> None:
     if not isinstance(cameras, Cameras):
         raise UserError(f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. Cameras.from_matrices takes camera-to-world matrices.")
     if len(cameras) != count:
@@ -132,7 +132,7 @@ def quick(config: Config, views: int) -> Config:
     return dataclasses.replace(frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean")
 
 
-def quick_weights(store: Store, views: Views, name: str, device: torch.device) -> Float[np.ndarray, "M"]:
+def quick_weights(store: LibraryFolder, views: PosedImages, name: str, device: torch.device) -> Float[np.ndarray, "M"]:
     """Weights over the base planes of a dataset's scene, learned for a second or two; nothing is stored."""
     found = [scene for scene in views.scenes if scene.name == name]
     if not found:
@@ -143,6 +143,6 @@ def quick_weights(store: Store, views: Views, name: str, device: torch.device) -
     with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # not in the library, which may be only for reading
         info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
         run = Run.create(Path(work) / "run", config, info)
-        rows = start_rows(config, store.start(), [name]).to(device)
+        rows = starting_parameters(config, store.start(), [name]).to(device)
         learn(run, model, rows, views, found, config.exploit, device, Tracker("none", run.path, {}), f"Fitting {name}")
     return rows.weights[0].cpu().numpy()

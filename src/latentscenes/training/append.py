@@ -13,12 +13,12 @@ from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Scene, Split, Views, spread_evenly
+from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
 from latentscenes.model import metrics
-from latentscenes.model.model import Model, look, to_pictures
-from latentscenes.model.planes import SceneRows, mean_rows
+from latentscenes.model.model import Model, render_images, to_uint8
+from latentscenes.model.planes import SceneParameters, mean_parameters
 from latentscenes.storage.index import Origin, SceneInfo
-from latentscenes.storage.library import LibraryInfo, NewScene, Store, now
+from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
 from latentscenes.storage.quantize import Precision, check_precision, pack, payload_bytes, unpack
 from latentscenes.storage.run import Run
 
@@ -30,13 +30,13 @@ THUMBNAIL_ANGLES = 25.0, 40.0
 """Elevation and azimuth of its camera, degrees."""
 
 
-def library_from_run(out: str | Path, run: Run, views: Views, config: Config, precision: str, scenes: bool, device: torch.device | str) -> Store:
+def library_from_run(out: str | Path, run: Run, views: PosedImages, config: Config, precision: str, scenes: bool, device: torch.device | str) -> LibraryFolder:
     """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes, which
     `views` shows. `config` says how further ones will be learned; its model must be that of the run."""
     chosen = check_precision(precision)
     if not run.finished:
         raise UserError(f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped.")
-    if Store.exists(out):
+    if LibraryFolder.exists(out):
         raise UserError(f"{out}: holds a library already. Name another folder.")
     model, rows = run.load(device)
     info = library_info(run, views, chosen)
@@ -46,10 +46,10 @@ def library_from_run(out: str | Path, run: Run, views: Views, config: Config, pr
         for place, scene in enumerate(track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)):
             one = rows.gather(torch.tensor([place]))
             found.append(new_scene(model, one, info.view, views, scene, chosen, origin="stage 1", split=run.info.split))
-    return Store.create(out, config, info, model, mean_rows(1, rows), found)
+    return LibraryFolder.create(out, config, info, model, mean_parameters(1, rows), found)
 
 
-def library_info(run: Run, views: Views, precision: Precision) -> LibraryInfo:
+def library_info(run: Run, views: PosedImages, precision: Precision) -> LibraryInfo:
     """What a library of a run's model is."""
     view = Viewpoint.of(views.cameras, views.size, run.info.box)
     return LibraryInfo(run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
@@ -57,9 +57,9 @@ def library_info(run: Run, views: Views, precision: Precision) -> LibraryInfo:
 
 def new_scene(
     model: Model,
-    rows: SceneRows,
+    rows: SceneParameters,
     view: Viewpoint,
-    views: Views,
+    views: PosedImages,
     scene: Scene,
     precision: Precision,
     *,
@@ -83,20 +83,20 @@ def new_scene(
 
 
 @torch.no_grad()
-def measure(model: Model, rows: SceneRows, views: Views, index: Sequence[int]) -> float:
+def measure(model: Model, rows: SceneParameters, views: PosedImages, index: Sequence[int]) -> float:
     """Mean PSNR (dB) of a scene's decoded renders on views of a dataset."""
     device = rows.weights.device
-    shown = look(model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False)
+    shown = render_images(model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False)
     return metrics.psnr(shown.images, views.images(list(index)).float() / 255).mean().item()
 
 
-def thumbnail(model: Model, rows: SceneRows, view: Viewpoint) -> bytes:
+def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
     """A small picture of a scene, as PNG: from the same camera for all, so near that the scene box just fits."""
     camera = view.orbit(1, *THUMBNAIL_ANGLES)
     corners = torch.tensor(model.box.center) + torch.cartesian_prod(*(torch.tensor([-half, half]) for half in model.box.half))
     reach = (camera.project(corners)[0] - 0.5).abs().max()
     near = Cameras(camera.cam2world, camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]))
-    picture = to_pictures(look(model, model.compose(rows), near, view.size, geometry=False).images)[0]
+    picture = to_uint8(render_images(model, model.compose(rows), near, view.size, geometry=False).images)[0]
     image = Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import StageConfig
-from latentscenes.core.runtime import memory, seeded
-from latentscenes.data.dataset import Scene, Views
+from latentscenes.core.runtime import machine_memory, seeded
+from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.model import Model
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
@@ -25,7 +25,7 @@ class BatchSource:
     """The batches of one stage. Where the encoder is frozen, latents are encoded once and cached."""
 
     def __init__(
-        self, model: Model, views: Views, scenes: Sequence[Scene], stage: StageConfig, seed: int, device: torch.device, scratch: Path
+        self, model: Model, views: PosedImages, scenes: Sequence[Scene], stage: StageConfig, seed: int, device: torch.device, scratch: Path
     ):
         """Latents that would fill more than a quarter of the memory go to a file in the folder `scratch` that vanishes
         with the process."""
@@ -35,7 +35,7 @@ class BatchSource:
         every = torch.cat(self.fitted)
         self._slot = torch.full((len(views.rgb),), -1)  # of each fitted view among all fitted ones
         self._slot[every] = torch.arange(len(every))
-        self.focus = Focus(len(every), stage.focus, device) if stage.focus else None
+        self.focus = ErrorGuidedSampling(len(every), stage.focus, device) if stage.focus else None
         self.images_needed = needs_images(stage.losses)
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
@@ -73,12 +73,12 @@ class BatchSource:
         if self.model.normalizer.untouched:
             self._settle(self._encoded(chunk) for chunk in chunks)
         background = self.model.background(*self.views.size)
-        self._latents = self._room(len(index), background[0].numel(), len(background))
+        self._latents = self._allocate(len(index), background[0].numel(), len(background))
         for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
             self._latents[place] = at_pixels(self.model.normalizer.normalize(self._encoded(chunk)))
 
-    def _room(self, *shape: int) -> Tensor:
-        if 4 * math.prod(shape) <= memory() // 4:
+    def _allocate(self, *shape: int) -> Tensor:
+        if 4 * math.prod(shape) <= machine_memory() // 4:
             return torch.empty(shape, device=self.device)
         return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=self.scratch), np.float32, "w+", shape=shape))
 
@@ -175,7 +175,7 @@ LEAST = 1e-12
 """Errors below this count as this: where all of a view is right, its cells are alike."""
 
 
-class Focus:
+class ErrorGuidedSampling:
     """The cells of n views. `errors` is its state."""
 
     def __init__(self, views: int, share: float, device: torch.device):

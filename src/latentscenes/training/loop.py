@@ -19,11 +19,11 @@ from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StageConfig
 from latentscenes.core.console import StageProgress
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.runtime import StopFlag, memory, seeded
-from latentscenes.data.dataset import Scene, Split, Views
+from latentscenes.core.runtime import StopFlag, machine_memory, seeded
+from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.convolutional import ConvolutionalCodec
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneRows, macro_planes
+from latentscenes.model.planes import SceneParameters, macro_planes
 from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource
@@ -78,7 +78,7 @@ class Tracker:
 
 def train(
     config: Config,
-    views: Views,
+    views: PosedImages,
     out: Path,
     *,
     split: Split = "train",
@@ -104,7 +104,7 @@ def train(
     return run
 
 
-def _sample(views: Views, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
+def _sample(views: PosedImages, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
     """Up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
     index = [view for scene in scenes for view in scene.views("fit")]
     chosen = index[:: -(-len(index) // COMPONENT_VIEWS)]
@@ -114,8 +114,8 @@ def _sample(views: Views, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
 def learn(
     run: Run,
     model: Model,
-    rows: SceneRows,
-    views: Views,
+    rows: SceneParameters,
+    views: PosedImages,
     scenes: Sequence[Scene],
     stages: Sequence[StageConfig],
     device: torch.device,
@@ -142,8 +142,8 @@ def learn(
 def _learn_stage(
     run: Run,
     model: Model,
-    rows: SceneRows,
-    views: Views,
+    rows: SceneParameters,
+    views: PosedImages,
     scenes: Sequence[Scene],
     stages: Sequence[StageConfig],
     device: torch.device,
@@ -207,7 +207,7 @@ def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Po
 class Learner:
     """A stage's grip on a model and its scenes: what learns, from which losses, with fresh optimisers."""
 
-    def __init__(self, model: Model, rows: SceneRows, stage: StageConfig, files: RowFiles | None = None):
+    def __init__(self, model: Model, rows: SceneParameters, stage: StageConfig, files: RowFiles | None = None):
         self.model, self.rows, self.stage = model, rows, stage
         rates = stage.rates
         self.shared = SharedAdam(model.parts(), rates, stage.beta2)
@@ -239,7 +239,7 @@ class Learner:
         self.shared.step(factor)
         return found, errors
 
-    def _planes(self, leaves: SceneRows, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _planes(self, leaves: SceneParameters, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Fused planes; how they are mixed, if they are; what of them learns, if that is not all."""
         mixing = leaves.mixing if leaves.mixing.numel() else None
         if self._macro is None and self._macro_stays():
@@ -255,4 +255,4 @@ class Learner:
         """Whether neither base planes nor weights learn, and all scenes' macro planes fit into memory."""
         bases = self.model.bases
         learns = self.stage.rates.bases or "weights" in self.own.rates
-        return not learns and 0 < 4 * len(self.rows) * bases[:1].numel() <= memory() // 8
+        return not learns and 0 < 4 * len(self.rows) * bases[:1].numel() <= machine_memory() // 8

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentscenes.core.config import Rates, StageConfig
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.kernels import native
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class RowAdam:
     With `files`, the moments of micro planes lie there, and rows are kept there before they change.
     """
 
-    def __init__(self, rows: SceneRows, rates: dict[str, float], files: "RowFiles | None" = None, beta2: float = 0.999):
+    def __init__(self, rows: SceneParameters, rates: dict[str, float], files: "RowFiles | None" = None, beta2: float = 0.999):
         self.rows, self.beta2 = rows, beta2
         self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
         tables = {name: rows.tables()[name] for name in self.rates}
@@ -43,7 +43,7 @@ class RowAdam:
         self.rates = {name: rate for name, rate in self.rates.items() if name not in tables}
 
     @torch.no_grad()
-    def step(self, index: Int[Tensor, "s"], batch: SceneRows, factor: float) -> None:
+    def step(self, index: Int[Tensor, "s"], batch: SceneParameters, factor: float) -> None:
         """Update the rows at `index` (all different) with the gradients of the leaves that `gather` gave."""
         self.steps[index] += 1
         if self.files is not None:

@@ -64,7 +64,7 @@ Pipes = dict[connection.Connection, BaseProcess]
 
 def _started(prepare: Prepare, count: int) -> Pipes:
     context, workers = multiprocessing.get_context("spawn"), {}
-    with _deaf_to_keyboard():
+    with _ignoring_interrupts():
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(prepare, theirs), daemon=True)
@@ -75,7 +75,7 @@ def _started(prepare: Prepare, count: int) -> Pipes:
 
 
 @contextmanager
-def _deaf_to_keyboard() -> Iterator[None]:
+def _ignoring_interrupts() -> Iterator[None]:
     """Processes started meanwhile do not hear Ctrl-C, which a terminal sends to all: this one passes it on."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,8 +24,8 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.export.sheets import Picture, colour_depth, enlarge, grey
-from latentscenes.model.model import LatentView, Model, look, to_pictures
-from latentscenes.model.planes import SceneRows
+from latentscenes.model.model import LatentView, Model, render_images, to_uint8
+from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.render import camera_rays
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Blend:
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
+class ViewRequest:
     """What somebody wants to see."""
 
     scene: str
@@ -82,14 +82,14 @@ class Painter:
 
     def __init__(self, library: Library):
         self.library = library
-        self._rows: OrderedDict[object, SceneRows] = OrderedDict()
+        self._rows: OrderedDict[object, SceneParameters] = OrderedDict()
         self._planes: OrderedDict[object, Tensor] = OrderedDict()
         self._ends: OrderedDict[object, list[tuple[float, float]]] = OrderedDict()
         self._backgrounds: OrderedDict[object, Tensor] = OrderedDict()
 
     @torch.no_grad()
-    def draw(self, wish: Wish, side: int, give_up: Callable[[], bool] = lambda: False) -> Frame | None:
-        """A picture whose shorter side is about `side` pixels, or None once `give_up` says so.
+    def draw(self, wish: ViewRequest, side: int, is_stale: Callable[[], bool] = lambda: False) -> Frame | None:
+        """A picture whose shorter side is about `side` pixels, or None once `is_stale` says so.
 
         Raises:
             UserError: the library has no such scene, or it cannot be read.
@@ -100,7 +100,7 @@ class Painter:
         if wish.mode in ("depth", "opacity"):  # marched for every pixel
             background = background.new_zeros(background.shape[0], height, width)
         camera = wish.camera.to(self.library.device)
-        view = march(model, self.planes(wish.scene, wish.blend), camera, background, give_up)
+        view = march(model, self.planes(wish.scene, wish.blend), camera, background, is_stale)
         if view is None:
             return None
         depth, opacity = (value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity))
@@ -108,7 +108,7 @@ class Painter:
         return Frame(self._picture(wish, view, depth, opacity, background, (height, width)), along)
 
     def _picture(
-        self, wish: Wish, view: LatentView, depth: Float[Tensor, "a b"], opacity: Float[Tensor, "a b"], background: Tensor, size: tuple[int, int]
+        self, wish: ViewRequest, view: LatentView, depth: Float[Tensor, "a b"], opacity: Float[Tensor, "a b"], background: Tensor, size: tuple[int, int]
     ) -> Picture:
         if wish.mode == "depth":
             return colour_depth(depth[None].numpy(), opacity[None].numpy(), self._depth_ends(wish.camera))[0]
@@ -116,7 +116,7 @@ class Painter:
             return grey(opacity[None].numpy(), (1.0, 0.0))[0]
         latents = view.image(*background.shape[1:])
         if wish.mode == "rgb":
-            return to_pictures(self.library.model.decode(latents).float())[0]
+            return to_uint8(self.library.model.decode(latents).float())[0]
         return enlarge(grey(latents[:, wish.channel].float().cpu().numpy(), self._channel_ends(wish.scene)[wish.channel]), size)[0]
 
     # What is kept
@@ -134,7 +134,7 @@ class Painter:
 
         return _kept(self._planes, key, compose)
 
-    def rows(self, scene: str) -> SceneRows:
+    def rows(self, scene: str) -> SceneParameters:
         """What a scene owns (n = 1)."""
         return _kept(self._rows, self._mark(scene), lambda: self.library[scene].rows)
 
@@ -149,7 +149,7 @@ class Painter:
         """For each latent channel of a scene what is shown black and what white: the same from every side."""
 
         def measure() -> list[tuple[float, float]]:
-            shown = look(self.library.model, self.planes(scene), self.library.orbit(4), self.library.size, geometry=False)
+            shown = render_images(self.library.model, self.planes(scene), self.library.orbit(4), self.library.size, geometry=False)
             channels = shown.latents.transpose(0, 1).flatten(1)
             low, high = torch.quantile(channels[:, :: max(1, channels.shape[1] // 100_000)], torch.tensor([0.005, 0.995]), dim=1).tolist()
             return list(zip(low, high, strict=True))
@@ -167,30 +167,30 @@ class Painter:
 
 @torch.no_grad()
 def march(
-    model: Model, planes: Float[Tensor, "1 3 r r f"], camera: Cameras, background: Float[Tensor, "c h w"], give_up: Callable[[], bool] = lambda: False
+    model: Model, planes: Float[Tensor, "1 3 r r f"], camera: Cameras, background: Float[Tensor, "c h w"], is_stale: Callable[[], bool] = lambda: False
 ) -> LatentView | None:
-    """`model.render` for one camera, some rays at a time and only those that meet the box; None once `give_up` says so."""
+    """`model.render` for one camera, some rays at a time and only those that meet the box; None once `is_stale` says so."""
     height, width = background.shape[1:]
     bounds = None if model.config.render.near is None else (model.config.render.near, model.config.render.far)
     rays = camera_rays(camera, 1, height, width, model.box, bounds)
     latents, opacity = background.flatten(1).t()[None].clone(), torch.zeros_like(rays.near)
     whole = LatentView(latents, latents.new_ones(*opacity.shape, 0), rays.far.clone(), opacity)
     for some in (rays.far > rays.near)[0].nonzero()[:, 0].split(RAYS):
-        if give_up():
+        if is_stale():
             return None
         part = model.render(planes, camera, background, pixels=some[None])
         whole.latents[:, some], whole.depth[:, some], whole.opacity[:, some] = part.latents, part.depth, part.opacity
     return whole
 
 
-def blended(first: SceneRows, second: SceneRows, blend: Blend) -> SceneRows:
+def blended(first: SceneParameters, second: SceneParameters, blend: Blend) -> SceneParameters:
     """Rows between those of two scenes (n = 1 each)."""
 
     def mix(a: Tensor, b: Tensor) -> Tensor:
         return torch.lerp(a, b, blend.share)
 
     kept = () if blend.micro else ("micro", "mixing")
-    return SceneRows(**{name: table if name in kept else mix(table, second.tables()[name]) for name, table in first.tables().items()})
+    return SceneParameters(**{name: table if name in kept else mix(table, second.tables()[name]) for name, table in first.tables().items()})
 
 
 def along_axis(depth: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w"]:
@@ -234,10 +234,10 @@ PAUSE = 0.2
 
 
 @dataclass
-class _Watcher:
+class _Client:
     show: Callable[[Frame], None]
     fail: Callable[[Exception], None]
-    wish: Wish | None = None
+    wish: ViewRequest | None = None
     waits: bool = False
     """The wish is not drawn yet."""
     sharpen_at: float = math.inf
@@ -249,7 +249,7 @@ class Renderer:
 
     def __init__(self, painter: Painter, moving: int = 128, still: int = 384):
         self._painter, self._moving, self._still = painter, moving, still
-        self._watchers: OrderedDict[int, _Watcher] = OrderedDict()
+        self._watchers: OrderedDict[int, _Client] = OrderedDict()
         self._jobs: deque[tuple[Callable[[Painter], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -259,14 +259,14 @@ class Renderer:
     def attend(self, watcher: int, show: Callable[[Frame], None], fail: Callable[[Exception], None]) -> None:
         """Somebody comes. `show` and `fail` are called on the renderer's thread."""
         with self._changed:
-            self._watchers[watcher] = _Watcher(show, fail)
+            self._watchers[watcher] = _Client(show, fail)
 
     def forget(self, watcher: int) -> None:
         """Somebody has gone, perhaps before having come."""
         with self._changed:
             self._watchers.pop(watcher, None)
 
-    def ask(self, watcher: int, wish: Wish) -> None:
+    def ask(self, watcher: int, wish: ViewRequest) -> None:
         """What somebody wants to see now, in the place of all that they wanted before."""
         with self._changed:
             found = self._watchers.get(watcher)
@@ -332,12 +332,12 @@ class Renderer:
         with self._changed:
             return not self._open or bool(self._jobs) or any(watcher.waits for watcher in self._watchers.values())
 
-    def _draw(self, watcher: _Watcher, wish: Wish, sharp: bool) -> None:
+    def _draw(self, watcher: _Client, wish: ViewRequest, sharp: bool) -> None:
         try:
             if not sharp:
                 frame = self._painter.draw(wish, self._moving)
             else:
-                frame = self._painter.draw(wish, self._still, give_up=self._somebody_waits)
+                frame = self._painter.draw(wish, self._still, is_stale=self._somebody_waits)
             if frame is not None:
                 watcher.show(frame)
             else:

@@ -20,10 +20,10 @@ from viser.transforms import SO3
 from latentscenes.api import Library
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import Scene, Views, spread_evenly
+from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.export.sheets import Picture, beside
 from latentscenes.model import metrics
-from latentscenes.model.model import look, to_pictures
+from latentscenes.model.model import render_images, to_uint8
 from latentscenes.viewer.painter import Painter, Renderer
 
 
@@ -172,11 +172,11 @@ class Datasets:
     def __init__(self, library: Library, data: Path | None = None):
         """`data`: where the scenes' dataset lies; unset: where the library says. It is opened at once."""
         self._library, self._data = library, data
-        self._opened: dict[Path, tuple[Views, dict[str, Scene]]] = {}
+        self._opened: dict[Path, tuple[PosedImages, dict[str, Scene]]] = {}
         if data is not None:
             self._open(data)
 
-    def find(self, name: str) -> tuple[Views, Scene]:
+    def find(self, name: str) -> tuple[PosedImages, Scene]:
         """A scene's dataset and its place there.
 
         Raises:
@@ -193,9 +193,9 @@ class Datasets:
             raise UserError(f"{path} holds no scene {info.source!r}.")
         return views, scenes[info.source]
 
-    def _open(self, path: Path) -> tuple[Views, dict[str, Scene]]:
+    def _open(self, path: Path) -> tuple[PosedImages, dict[str, Scene]]:
         if path not in self._opened:
-            views = Views.open(path)
+            views = PosedImages.open(path)
             self._opened[path] = views, {scene.name: scene for scene in views.scenes}
         return self._opened[path]
 
@@ -209,7 +209,7 @@ class Photographs:
         self._client, self._callbacks, self._library, self._renderer, self._datasets = client, callbacks, library, renderer, datasets
         self._changed = changed
         self._name = ""
-        self._views: Views | None = None
+        self._views: PosedImages | None = None
         self._index: list[int] = []
         """Views that can be chosen."""
         self._held_out: set[int] = set()
@@ -283,7 +283,7 @@ class Photographs:
             self.moved(self._client.camera.position)
         self._changed()
 
-    def _frustum(self, views: Views, number: int, view: int) -> CameraFrustumHandle:
+    def _frustum(self, views: PosedImages, number: int, view: int) -> CameraFrustumHandle:
         matrix, (fx, fy, _, _) = views.cameras.cam2world[view].double().numpy(), views.cameras.intrinsics[view].tolist()
         frustum = self._client.scene.add_camera_frustum(
             f"/photographs/{view}",
@@ -332,11 +332,11 @@ class Photographs:
             self._client.camera.fov = 2 * math.atan(max(0.5 / fy, 0.5 / fx / self._client.camera.aspect))
 
 
-def compare(painter: Painter, name: str, views: Views, view: int) -> tuple[Picture, float]:
+def compare(painter: Painter, name: str, views: PosedImages, view: int) -> tuple[Picture, float]:
     """A photograph and what the scene shows there, side by side, and the PSNR (dB)."""
     camera, truth = views.cameras[torch.tensor([view])], views.images([view])
-    shown = look(painter.library.model, painter.planes(name), camera, views.size, geometry=False).images
-    return beside([to_pictures(truth / 255)[0], to_pictures(shown)[0]]), metrics.psnr(shown, truth.float() / 255).item()
+    shown = render_images(painter.library.model, painter.planes(name), camera, views.size, geometry=False).images
+    return beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]]), metrics.psnr(shown, truth.float() / 255).item()
 
 
 def _shrunk(picture: Picture) -> Picture:

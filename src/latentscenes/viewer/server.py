@@ -30,7 +30,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import bytes_text
 from latentscenes.core.errors import UserError
-from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, Wish
+from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, ViewRequest
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
 
 ANGLES = math.radians(25), math.radians(40)
@@ -225,7 +225,7 @@ class Session:
         matrix = torch.from_numpy(SO3(camera.wxyz).as_matrix()).float()
         position = torch.from_numpy(camera.position).float()
         fy = 0.5 / math.tan(camera.fov / 2)
-        wish = Wish(
+        wish = ViewRequest(
             scene=self._scene,
             camera=Cameras(torch.cat([matrix, position[:, None]], 1)[None], torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]])),
             canvas=canvas,

@@ -27,7 +27,7 @@ from latentscenes.core.cameras import Cameras, look_at
 from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import GRID, union_box
-from latentscenes.data.dataset import ViewsWriter, spread
+from latentscenes.data.dataset import DatasetWriter, spread
 from latentscenes.data.images import read_image
 from latentscenes.data.importing import Imported, choose_splits, natural_key, open_folder, subfolders
 from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
@@ -89,7 +89,7 @@ def make_photos(
     notes, halves, views = [], [], 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ViewsWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer,
+        DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         for name, part in progress.track(splits.items(), description="reading photographs"):

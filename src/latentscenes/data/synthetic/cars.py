@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import ViewsWriter, spread
-from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, Caster, Soup, ViewOptions, soup_from_mesh
+from latentscenes.data.dataset import DatasetWriter, spread
+from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, RayCaster, TriangleSoup, ViewOptions, soup_from_mesh
 from latentscenes.data.synthetic.body import KINDS, Car, draw_car, grid_normals, half_width, loft
 from latentscenes.data.synthetic.paint import draw_livery, paint_body
 
@@ -38,14 +38,14 @@ def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 4
     console, bounds = Console(stderr=True), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ViewsWriter(out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}") as writer,
+        DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}") as writer,
         Progress(*columns, console=console) as progress,
     ):
         for number in progress.track(range(train + new), description="making cars"):
             soup, name = make_car(number, options.seed), f"car_{number:04d}"
             options.check_fits(name, soup.bounds)
             cameras = options.cameras(name)
-            rgb, alpha = Caster(soup).render(cameras, options.size, options.samples)
+            rgb, alpha = RayCaster(soup).render(cameras, options.size, options.samples)
             split = "train" if number < train else "new"
             writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
@@ -53,7 +53,7 @@ def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 4
     console.print(f"{out}: {train + new} cars", highlight=False, markup=False)
 
 
-def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
+def make_car(number: int, seed: int = 0, kind: str | None = None) -> TriangleSoup:
     """One car: nose toward +x, z up, the middle of its bounding box at the origin, the box's diagonal 1."""
     rng = np.random.default_rng([seed, number])
     kind = kind or in_turn(KINDS, number, seed)
@@ -69,7 +69,7 @@ def make_car(number: int, seed: int = 0, kind: str | None = None) -> Soup:
     soups = [body, floor(car), *wheels(car, wheel_picture(rng)), *extras(rng, car, livery.paint)]
     if kind == "open":
         soups += cockpit(rng, car)
-    return shadowed(Soup.joined(soups), rng).normalized()
+    return shadowed(TriangleSoup.joined(soups), rng).normalized()
 
 
 
@@ -93,7 +93,7 @@ def grid_faces(rows: int, columns: int) -> Int[np.ndarray, "f 3"]:
     return np.concatenate([np.stack([a, b, c], -1), np.stack([a, c, d], -1)]).reshape(-1, 3)
 
 
-def lathe(outline: Float[np.ndarray, "n 2"], center: tuple[float, float, float], texture: UInt8[np.ndarray, "h w 4"] | None, color: Color) -> Soup:
+def lathe(outline: Float[np.ndarray, "n 2"], center: tuple[float, float, float], texture: UInt8[np.ndarray, "h w 4"] | None, color: Color) -> TriangleSoup:
     """A solid of revolution round the y axis from its outline (y, radius). A texture is looked at along y and
     reaches to the outline's largest radius."""
     angle = np.linspace(0, 2 * np.pi, AROUND + 1)
@@ -109,7 +109,7 @@ def lathe(outline: Float[np.ndarray, "n 2"], center: tuple[float, float, float],
     )  # fmt: skip
 
 
-def blob(center: tuple[float, float, float], half: tuple[float, float, float], color: Color, squareness: float = 4.0, lean: float = 0.0) -> Soup:
+def blob(center: tuple[float, float, float], half: tuple[float, float, float], color: Color, squareness: float = 4.0, lean: float = 0.0) -> TriangleSoup:
     """A rounded box (superellipsoid). `lean` moves its top backward, metres per metre of height."""
     across, down = np.meshgrid(np.linspace(0, 2 * np.pi, 25), np.linspace(-np.pi / 2, np.pi / 2, 15))
     power = 2 / squareness
@@ -152,7 +152,7 @@ def wheel_picture(rng: np.random.Generator) -> UInt8[np.ndarray, "192 192 4"]:
     return (rgba * 255 + 0.5).astype(np.uint8)
 
 
-def wheels(car: Car, picture: UInt8[np.ndarray, "h w 4"]) -> list[Soup]:
+def wheels(car: Car, picture: UInt8[np.ndarray, "h w 4"]) -> list[TriangleSoup]:
     """Four wheels, each in a dark well."""
     r, w = car.wheel, 0.105 if car.kind not in ("suv", "pickup", "sports") else 0.125
     tyre = np.array([(-w, 0.3), (-w, 0.92), (-0.8 * w, 0.985), (-0.5 * w, 1), (0.5 * w, 1), (0.8 * w, 0.985), (0.97 * w, 0.93), (w, 0.82), (0.93 * w, 0.73), (0.72 * w, 0.68), (0.66 * w, 0.3), (0.74 * w, 0.0)])
@@ -169,13 +169,13 @@ def wheels(car: Car, picture: UInt8[np.ndarray, "h w 4"]) -> list[Soup]:
     return soups
 
 
-def _upper(soup: Soup, height: float) -> Soup:
+def _upper(soup: TriangleSoup, height: float) -> TriangleSoup:
     """The triangles of a soup that lie above a height."""
     keep = soup.corners[:, :, 2].min(1) > height - 0.03
     return replace(soup, **{name: getattr(soup, name)[keep] for name in ("corners", "normals", "uv", "colors", "texture", "cutoff")})
 
 
-def floor(car: Car) -> Soup:
+def floor(car: Car) -> TriangleSoup:
     """The dark underside."""
     half, end = car.width / 2 * 0.8, car.length / 2 - 0.3
     points = np.array([(end, half), (-end, half), (-end, -half), (end, -half)])
@@ -183,7 +183,7 @@ def floor(car: Car) -> Soup:
     return soup_from_mesh(points, np.array([[0, 1, 2], [0, 2, 3]]), colors=(0.05, 0.05, 0.05, 1.0))
 
 
-def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
+def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[TriangleSoup]:
     """Mirrors, exhaust, and by chance a wing, roof rails, a roof box or a roll bar."""
     dark, cowl, half = (0.10, 0.10, 0.11), car.knots["cowl"], car.width / 2
     soups, color = [], paint if rng.random() < 0.65 else dark
@@ -219,7 +219,7 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[Soup]:
     return soups
 
 
-def cockpit(rng: np.random.Generator, car: Car) -> list[Soup]:
+def cockpit(rng: np.random.Generator, car: Car) -> list[TriangleSoup]:
     """Seats, steering wheel and windscreen of an open car."""
     leather = ((0.12, 0.11, 0.11), (0.45, 0.26, 0.14), (0.72, 0.62, 0.48), (0.45, 0.07, 0.07))[int(rng.integers(4))]
     rear, front, _, base = car.opening
@@ -236,7 +236,7 @@ def cockpit(rng: np.random.Generator, car: Car) -> list[Soup]:
     return soups + [_windscreen(car)]
 
 
-def _windscreen(car: Car) -> Soup:
+def _windscreen(car: Car) -> TriangleSoup:
     """A curved pane in a dark frame."""
     rows, columns = 8, 25
     up, across = np.meshgrid(np.linspace(0, 1, rows), np.linspace(-1, 1, columns), indexing="ij")
@@ -255,7 +255,7 @@ def _windscreen(car: Car) -> Soup:
     )  # fmt: skip
 
 
-def shadowed(soup: Soup, rng: np.random.Generator, rays: int = 24, within: float = 0.5, strength: float = 0.55) -> Soup:
+def shadowed(soup: TriangleSoup, rng: np.random.Generator, rays: int = 24, within: float = 0.5, strength: float = 0.55) -> TriangleSoup:
     """The soup with colours darkened where surfaces or the ground are near: ambient occlusion from `rays` directions
     a corner, as far as `within` metres. Normals must point outward."""
     points = np.concatenate([soup.corners, soup.normals], -1).reshape(-1, 6)
@@ -268,7 +268,7 @@ def shadowed(soup: Soup, rng: np.random.Generator, rays: int = 24, within: float
     direction = normal[:, None] + 0.98 * toward[None]
     direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
     origin = np.repeat((position + 0.012 * normal)[:, None], rays, 1)
-    blocked = Caster(soup).reached(origin.reshape(-1, 3), direction.reshape(-1, 3), within).reshape(-1, rays)
+    blocked = RayCaster(soup).reached(origin.reshape(-1, 3), direction.reshape(-1, 3), within).reshape(-1, rays)
     ground = (direction[..., 2] < 0) & (origin[..., 2] + direction[..., 2] * within < 0)
     light: Float32[np.ndarray, "p"] = 1 - strength * np.maximum(blocked, 0.6 * ground).mean(1).astype(np.float32)
     colors = soup.colors.copy()
