@@ -22,7 +22,7 @@ from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import native
 from latentscenes.storage.row_files import rows_on_disk
-from latentscenes.training.loop import Learner
+from latentscenes.training.loop import StageLearner
 from latentscenes.training.losses import Batch, needs_images
 
 LATENT = """
@@ -83,7 +83,7 @@ class Steps:
             self.rows, files = random_parameters(scenes, self.config.planes, seeded("cpu", "rows")), None
         else:
             self.rows, files = rows_on_disk(folder, scenes, self.config.planes, seeded("cpu", "rows"))
-        self.learner = Learner(self.model, self.rows, self.stage, files)
+        self.learner = StageLearner(self.model, self.rows, self.stage, files)
         self.background = self.model.background(SIZE, SIZE)
         made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
         self.cameras = Cameras(torch.cat([views.cam2world for views, _ in made]), torch.cat([views.intrinsics for views, _ in made]))
@@ -117,12 +117,12 @@ class Steps:
             self.step()
         return self
 
-    def twin(self, kernel: Kernel) -> "Steps":
-        """The same state, to go on by another kernel."""
+    def twin(self, kernel: Kernel, shortcuts: bool = True) -> "Steps":
+        """The same state, to continue with another kernel, or without the shortcuts of StageLearner."""
         other = copy.copy(self)
         other.model, other.rows = copy.deepcopy(self.model), copy.deepcopy(self.rows)
         other.model.config = with_kernel(self.config, kernel)
-        other.learner = Learner(other.model, other.rows, self.stage)
+        other.learner = StageLearner(other.model, other.rows, self.stage, shortcuts=shortcuts)
         return other
 
 

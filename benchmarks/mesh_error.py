@@ -19,7 +19,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.meshes import read_mesh
 from latentscenes.data.raycast import RayCaster, TriangleSoup, soup_from_mesh
 from latentscenes.export.mesh import VIEWS, Mesh, random_places, scene_mesh
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 
 DENSE, TESTED = 400_000, 50_000
 """Points that stand for a whole surface, and points whose distance to it is taken."""
@@ -98,9 +98,9 @@ def main(
     """
     if not source.is_file():
         raise UserError(f"{source}: no such file. Name the mesh that `data meshes` rendered.")
-    learned = Learned.open_all(run)
+    learned = SceneSet.open_all(run, set_up(machine))
     learned.check(scene)
-    mesh = scene_mesh(learned.load(set_up(machine)), scene, learned.view, cells, lowest)
+    mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
     print(f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
           f"{apart.hidden:.0%} of the source is hidden from all cameras and left out.")

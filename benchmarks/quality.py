@@ -23,11 +23,11 @@ from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.console import console
 from latentscenes.data.dataset import PosedImages
-from latentscenes.evaluation.evaluate import evaluate_learned
+from latentscenes.evaluation.evaluate import evaluate_stored
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.run import Run
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet, StoredScenes
 from latentscenes.training.exploit import ExploitOptions, exploit
 from latentscenes.training.loop import train
 
@@ -57,11 +57,11 @@ def time_to_quality(
             out = Path(folder) / f"ours-{epochs}"
             config = lengthened(parent.config, "exploit", epochs)
             exploit(out, views, config, parent, ExploitOptions(stage_one=False, precision="float32", limit=limit), device)
-            curves["ours"].append(_point(Learned.open(out), views, epochs, device))
+            curves["ours"].append(_point(SceneSet.open(out, device=device), views, epochs))
         for epochs in rgb:
             config = lengthened(config_io.load("rgb"), "train", epochs)
             run = train(config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device)
-            curves["RGB"].append(_point(Learned.of_run(run), views, epochs, device))
+            curves["RGB"].append(_point(SceneSet.of_run(run, device=device), views, epochs))
     for name, points in curves.items():
         for point in points:
             result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}")
@@ -98,8 +98,8 @@ def lengthened(config: Config, part: str, epochs: int) -> Config:
     return dataclasses.replace(config, **{part: (dataclasses.replace(first, epochs=epochs), *others)})
 
 
-def _point(learned: Learned, views: PosedImages, epochs: int, device: torch.device) -> Point:
-    score = evaluate_learned(learned, views, device).mean
+def _point(learned: StoredScenes, views: PosedImages, epochs: int) -> Point:
+    score = evaluate_stored(learned, views).mean
     point = Point(epochs, learned.seconds / len(learned.names), score.psnr, score.ssim)
     console.print(f"{epochs} epochs: {point.seconds:.2f} s a scene, {point.psnr:.2f} dB", highlight=False)
     return point

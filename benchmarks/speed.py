@@ -24,7 +24,6 @@ from latentscenes.core.console import Table, bytes_text, console
 from latentscenes.core.errors import UserError
 from latentscenes.model.planes import fuse_in_torch
 from latentscenes.rendering.kernels import native
-from latentscenes.training.loop import Learner
 from latentscenes.training.losses import total_variation_in_torch
 from latentscenes.training.optim import adam_in_torch
 
@@ -115,8 +114,9 @@ def bench_options(threads: int, rounds: int) -> Iterator[Result]:
     for case, text, warm in (("step 1a", LATENT, WARM_STEPS), ("the step of `small`, new scenes", fitting_text(True), 20)):
         result = Result(f"options of {case}", threads)
         steps = Steps(text, 20).warmed(warm)
-        switches = SWITCHES if text == LATENT else SWITCHES | SWITCHES_OF_FITS
-        variants = {f"without {name}": steps.switched(switch) for name, switch in switches.items()}
+        variants = {f"without {name}": steps.switched(switch) for name, switch in SWITCHES.items()}
+        if text != LATENT:
+            variants["without mixing by weights and macro planes kept"] = steps.twin("native", shortcuts=False).step
         result.compare(interleave({"all on": steps.twin("native").step, **variants}, rounds), "all on")
         yield result
 
@@ -128,11 +128,6 @@ SWITCHES = {
     "native Adam by rows": (native, "adam", adam_in_torch),
 }
 """What turns each fast part of a step off."""
-SWITCHES_OF_FITS = {
-    "mixing by weights and macro planes kept": (Learner, "_planes", lambda self, leaves, batch: (self.model.compose(leaves), None, None)),
-}
-"""The same where scenes mix their features and base planes are frozen."""
-
 
 def bench_views(threads: int, rounds: int) -> Iterator[Result]:
     """A new 128x128 view: render and decode, as a viewer does for a scene whose planes are fused."""

@@ -32,7 +32,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
-from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_learned
+from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
 from latentscenes.evaluation.report import Series, chart_file
 from latentscenes.evaluation.tables import print_things
 from latentscenes.storage import maintenance as care
@@ -40,7 +40,7 @@ from latentscenes.storage.library import SCORES, LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run
-from latentscenes.storage.scene_set import Learned, Loaded
+from latentscenes.storage.scene_set import SceneSet, StoredScenes
 from latentscenes.training.exploit import ExploitOptions, learn_new
 from latentscenes.training.loop import train
 
@@ -194,7 +194,7 @@ def _figures(study: Study, row: Row, seed: int, views: dict[str, PosedImages], o
     settings, fresh = _settings(row, seed), views[row.data or next(iter(views))]
     if row.alone:
         run = train(settings, fresh, _place(out, "alone", settings, fresh.path, study.limit), split="new", limit=study.limit, device=device)
-        yield _measured(row.label, seed, Learned.of_run(run), fresh, device)
+        yield _measured(row.label, seed, SceneSet.of_run(run, device=device), fresh)
         return
     parent = open_parent(Path(row.run)) if row.run else _stage_one(study, row, settings, views, fresh, out, device)
     folder = _place(out, "library", settings, parent.path, fresh.path, study.limit, row.finetune)
@@ -203,8 +203,8 @@ def _figures(study: Study, row: Row, seed: int, views: dict[str, PosedImages], o
     old = _old_psnr(parent, LibraryFolder.open(folder), device) if study.old_scenes and isinstance(parent, Run) else None
     for precision in row.precisions:
         label = row.label if len(row.precisions) == 1 else f"{row.label}, {precision}"
-        learned = Learned.open(_stored_as(folder, precision, device))
-        yield dataclasses.replace(_measured(label, seed, learned, fresh, device), old_psnr=old)
+        learned = SceneSet.open(_stored_as(folder, precision, device), device=device)
+        yield dataclasses.replace(_measured(label, seed, learned, fresh), old_psnr=old)
 
 
 def _stage_one(study: Study, row: Row, settings: Config, views: dict[str, PosedImages], fresh: PosedImages, out: Path, device: torch.device) -> Run:
@@ -228,8 +228,8 @@ def _stored_as(folder: Path, precision: str, device: torch.device) -> Path:
     return coarse
 
 
-def _measured(label: str, seed: int, learned: Learned, views: PosedImages, device: torch.device) -> Figures:
-    evaluation, account = evaluate_learned(learned, views, device), cost.account_learned(learned)
+def _measured(label: str, seed: int, learned: StoredScenes, views: PosedImages) -> Figures:
+    evaluation, account = evaluate_stored(learned, views), cost.account_learned(learned)
     mean, time = evaluation.mean, account.time
     return Figures(
         label, seed, mean.psnr, mean.ssim, mean.perceptual, time.scene or 0.0, account.memory.scene, learned.scene_bytes,
@@ -240,9 +240,9 @@ def _measured(label: str, seed: int, learned: Learned, views: PosedImages, devic
 
 def _old_psnr(parent: Run, store: LibraryFolder, device: torch.device) -> float:
     """Of the scenes of stage 1, rendered with the shared parts that a library has."""
-    learned, views = Learned.of_run(parent), PosedImages.open(parent.info.data)
+    learned, views = SceneSet.of_run(parent), PosedImages.open(parent.info.data)
     _, rows = parent.load(device)
-    loaded = Loaded.of_table(store.model(device), rows, learned.names)
+    loaded = SceneSet.of_table(store.model(device), rows, learned.names)
     found: Evaluation = evaluate(loaded, views, learned.scenes(views))
     return found.mean.psnr
 

@@ -12,7 +12,7 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.run import Position, Run, RunInfo
-from latentscenes.storage.scene_set import Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 BOX = Box((0.05, -0.1, 0.02), (0.5, 0.3, 0.25))
 CENTER = np.array([0.07, -0.11, 0.03])
@@ -59,9 +59,9 @@ def egg_colors(points: np.ndarray) -> np.ndarray:
     return np.stack([1 / (1 + np.exp(-5 * x)), 1 / (1 + np.exp(5 * x)), np.full(len(x), 1 / (1 + np.exp(4)))], 1)
 
 
-def egg(**shape) -> Loaded:
+def egg(**shape) -> SceneSet:
     model, rows = egg_parts(**shape)
-    return Loaded.of_table(model, rows, ["egg"])
+    return SceneSet.of_table(model, rows, ["egg"])
 
 
 def egg_points(count: int = 20_000) -> np.ndarray:

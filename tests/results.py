@@ -14,8 +14,8 @@ from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Position, Run, RunInfo
-from latentscenes.storage.scene_set import Learned
-from latentscenes.training.append import library_from_run, new_scene
+from latentscenes.storage.scene_set import SceneSet
+from latentscenes.training.append import Provenance, library_from_run, new_scene
 
 
 def made_run(path: Path, settings: configuration.Config, views: PosedImages, split: str, count: int | None = None) -> Run:
@@ -37,8 +37,8 @@ def made_library(path: Path, run: Run, settings: configuration.Config, views: Po
     scenes, model = views.select("new"), store.model()
     rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(2))
     store.append([
-        new_scene(model, rows.gather(torch.tensor([place])), store.info.view, views, scene, "int8", origin="exploit", split="new", seconds=4.5)
-        for place, scene in enumerate(scenes)
+        new_scene(model, one, store.info.view, views, scene, "int8", Provenance("exploit", "new", 4.5))
+        for one, scene in zip(rows.one_by_one(), scenes, strict=True)
     ])  # fmt: skip
     lines = [{"stage": stage.name, "step": step, "total": step, "rate": 1.0, "latent": 0.1 / step, "rgb": 0.02 + 1 / step**2} for stage in settings.exploit for step in (10, 20, 30)]
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -51,6 +51,6 @@ def made_comparison(folder: Path, settings: configuration.Config, views: PosedIm
     made_library(folder / "library", train, settings, views)
     plain = dataclasses.replace(settings, codec=configuration.CodecConfig("identity"), planes=configuration.PlanesConfig(resolution=12, micro=4, macro=0))
     rgb = made_run(folder / "rgb", plain, views, "new", count=1)
-    parts = Learned.of_run(train), Learned.open(folder / "library"), Learned.of_run(rgb)
-    scores = [evaluate(learned.load(), views, learned.scenes(views)) for learned in parts]
+    parts = SceneSet.of_run(train), SceneSet.open(folder / "library"), SceneSet.of_run(rgb)
+    scores = [evaluate(learned, views, learned.scenes(views)) for learned in parts]
     return Comparison(parts[0], parts[1], scores[0], scores[1], views, parts[2], scores[2], title="Solids <& friends>", shortcomings=("It is only a test.",))

@@ -10,19 +10,26 @@ import torch
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
+from latentscenes.core.config import PlanesConfig
 from latentscenes.model.model import Model
+from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.render import camera_rays
 from latentscenes.training import batches as batches_module
-from latentscenes.training.batches import BatchSource, window
+from latentscenes.training.batches import BatchSource, TrainingScenes, window
 from latentscenes.training.losses import at_pixels
 
 CPU = torch.device("cpu")
 
 
+def learned(images, entries):
+    parameters = random_parameters(len(entries), PlanesConfig(resolution=2, bases=1), torch.Generator())
+    return TrainingScenes(parameters, images, entries)
+
+
 def source(config, views, name="scenes", seed=5, **changes):
     """Batches of the stage called `name`."""
     stage = next(stage for stage in (*config.train, *config.exploit) if stage.name == name)
-    return BatchSource(Model(config, views.box), views, views.select("train"), dataclasses.replace(stage, **changes), seed, CPU, Path())
+    return BatchSource(Model(config, views.box), learned(views, views.select("train")), dataclasses.replace(stage, **changes), seed, Path())
 
 
 def seen(batches, views, scenes):
@@ -43,7 +50,7 @@ def seen(batches, views, scenes):
 def test_every_view_comes_once_an_epoch(solids, tiny, scenes, size):
     chosen = solids.select("train")
     stage = dataclasses.replace(tiny.train[1], scenes=scenes, views=size)
-    pairs = seen(BatchSource(Model(tiny, solids.box), solids, chosen, stage, 0, CPU, Path()), solids, chosen)
+    pairs = seen(BatchSource(Model(tiny, solids.box), learned(solids, chosen), stage, 0, Path()), solids, chosen)
     assert Counter(pairs) == Counter((scene.name, index) for scene in chosen for index in scene.views("fit"))
 
 
@@ -58,7 +65,7 @@ def test_a_last_chunk_is_filled_up_with_views_of_the_same_scene(solids, tiny):
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_held_out_views_are_never_learned_from(solids, tiny, size):
     chosen = solids.select("train")
-    batches = BatchSource(Model(tiny, solids.box), solids, chosen, dataclasses.replace(tiny.train[1], views=size, epochs=3), 0, CPU, Path())
+    batches = BatchSource(Model(tiny, solids.box), learned(solids, chosen), dataclasses.replace(tiny.train[1], views=size, epochs=3), 0, Path())
     held = {index for scene in chosen for index in scene.views("held_out")}
     assert len(held) == 4
     for step in range(batches.steps):
@@ -93,7 +100,7 @@ def test_order_depends_on_seed_stage_and_epoch_alone(solids, tiny):
 def test_scenes_with_different_numbers_of_views(solids, tiny):
     full, short, single, _ = solids.select("train")
     scenes = [full, dataclasses.replace(short, count=4), dataclasses.replace(single, count=1, held_out=())]
-    batches = BatchSource(Model(tiny, solids.box), solids, scenes, dataclasses.replace(tiny.train[1], scenes=2, views=2), 0, CPU, Path())
+    batches = BatchSource(Model(tiny, solids.box), learned(solids, scenes), dataclasses.replace(tiny.train[1], scenes=2, views=2), 0, Path())
     counts = Counter(seen(batches, solids, scenes))
     assert set(counts) == {(scene.name, index) for scene in scenes for index in scene.views("fit")}
     totals = {scene.name: sum(n for (name, _), n in counts.items() if name == scene.name) for scene in scenes}
@@ -103,8 +110,8 @@ def test_scenes_with_different_numbers_of_views(solids, tiny):
 def test_images_and_cached_latents_belong_to_the_cameras(solids, tiny):
     model = Model(tiny, solids.box)
     chosen = solids.select("train")
-    learning = BatchSource(model, solids, chosen, tiny.train[2], 0, CPU, Path())
-    cached = BatchSource(model, solids, chosen, dataclasses.replace(tiny.train[2], losses=tiny.train[1].losses, rates=tiny.train[1].rates), 0, CPU, Path())
+    learning = BatchSource(model, learned(solids, chosen), tiny.train[2], 0, Path())
+    cached = BatchSource(model, learned(solids, chosen), dataclasses.replace(tiny.train[2], losses=tiny.train[1].losses, rates=tiny.train[1].rates), 0, Path())
     for step in range(3):
         a, b = learning.batch(step), cached.batch(step)
         assert same(a, b) and a.latents is None and b.images is None
@@ -146,8 +153,8 @@ def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
     for codec in (tiny.codec, configuration.CodecConfig(kind="identity")):
         config = dataclasses.replace(tiny, codec=codec)
         model, chosen = Model(config, solids.box), solids.select("train")
-        some = BatchSource(model, solids, chosen, dataclasses.replace(tiny.train[1], rays=9), 0, CPU, Path()).batch(0)
-        whole = BatchSource(model, solids, chosen, tiny.train[1], 0, CPU, Path()).batch(0)
+        some = BatchSource(model, learned(solids, chosen), dataclasses.replace(tiny.train[1], rays=9), 0, Path()).batch(0)
+        whole = BatchSource(model, learned(solids, chosen), tiny.train[1], 0, Path()).batch(0)
         expected = whole.latents.gather(1, some.pixels[..., None].expand(-1, -1, whole.latents.shape[2]))
         torch.testing.assert_close(some.latents, expected, atol=1e-6, rtol=1e-6)
 
@@ -155,9 +162,9 @@ def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
 def test_a_cache_too_large_for_memory_is_a_file_that_is_gone_with_it(solids, tiny, tmp_path, monkeypatch):
     chosen, model = solids.select("train"), Model(tiny, solids.box)
     stage = dataclasses.replace(tiny.train[1], rays=9)
-    in_memory = BatchSource(model, solids, chosen, stage, 0, CPU, tmp_path)
+    in_memory = BatchSource(model, learned(solids, chosen), stage, 0, tmp_path)
     monkeypatch.setattr(batches_module, "machine_memory", lambda: 1000)
-    filed = BatchSource(model, solids, chosen, stage, 0, CPU, tmp_path)
+    filed = BatchSource(model, learned(solids, chosen), stage, 0, tmp_path)
     assert not list(tmp_path.iterdir())
     for step in range(3):
         assert torch.equal(filed.batch(step).latents, in_memory.batch(step).latents)

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from latentscenes.cli import main as cli
-from latentscenes.cli.common import PrecisionName
 from latentscenes.core import config_io
+from latentscenes.core.config import StoragePrecision
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
 
@@ -72,7 +72,7 @@ def test_no_arguments_show_the_help(monkeypatch, capsys):
 
 
 def test_precisions_are_those_that_exist():
-    assert get_args(PrecisionName) == PRECISIONS
+    assert get_args(StoragePrecision) == PRECISIONS
 
 
 def test_configurations_that_commands_take_by_default_exist():
@@ -90,11 +90,11 @@ MISTAKES = {
     ),
     "torn configuration": (["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "{tmp}/torn.yaml"], "{tmp}/torn.yaml: "),
     "foreign folder": (["train", "--data", "{data}", "--out", "{tmp}/full", "--config", "rgb"], "{tmp}/full: exists and holds no run"),
-    "no run to score": (["eval", "--run", "{tmp}/absent"], "{tmp}/absent: no run here"),
+    "no run to score": (["eval", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
     "no run to build on": (["exploit", "--run", "{tmp}/absent", "--data", "{data}", "--out", "{tmp}/new"], "{tmp}/absent"),
-    "no run to render": (["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"], "{tmp}/absent: no run here"),
+    "no run to render": (["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"], "{tmp}/absent: no run and no library here"),
     "no GPU": (["eval", "--run", "{tmp}/absent", "--device", "cuda:7"], "--device"),
-    "no run to account for": (["cost", "--run", "{tmp}/absent"], "{tmp}/absent: no run here"),
+    "no run to account for": (["cost", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
 }
 
 

@@ -14,7 +14,7 @@ from latentscenes.evaluation.cost import MIB, Memory, Time
 from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.run import Run
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 
 
 def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:
@@ -92,23 +92,23 @@ def test_memory_is_that_of_the_real_parts(change, solids):
 
 def test_account_of_runs(tmp_path, tiny, solids):
     train = made_run(tmp_path / "train", tiny, solids, "train")
-    stage_one = cost.account_learned(Learned.of_run(train))
+    stage_one = cost.account_learned(SceneSet.of_run(train))
     assert stage_one.time == Time(13.5, 4, None)
     assert stage_one.memory == cost.account(tiny).memory
     shared, scene = stage_one.stored
     assert stage_one.memory.shared < shared < stage_one.memory.shared + 20_000 and stage_one.memory.scene < scene < stage_one.memory.scene + 2_000
     made_library(tmp_path / "library", train, tiny, solids)
-    ours = cost.account_learned(Learned.open(tmp_path / "library"))
+    ours = cost.account_learned(SceneSet.open(tmp_path / "library"))
     assert ours.time == Time(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
     assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
-    assert cost.account_learned(Learned.open(tmp_path / "library", split="train")).time == Time(13.5, 4, None)
+    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == Time(13.5, 4, None)
 
     plain = dataclasses.replace(tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0))
     rgb = made_run(tmp_path / "rgb", plain, solids, "new")
-    assert cost.account_learned(Learned.of_run(rgb)).time == Time(0.0, 0, 13.5 / 2)
+    assert cost.account_learned(SceneSet.of_run(rgb)).time == Time(0.0, 0, 13.5 / 2)
     empty = Run.create(tmp_path / "empty", tiny, train.info)
     with pytest.raises(UserError, match="nothing has been learned"):
-        cost.account_learned(Learned.of_run(empty))
+        cost.account_learned(SceneSet.of_run(empty))
 
 
 def test_unknown_codec_is_refused():

@@ -19,6 +19,8 @@ from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
 from latentscenes.export.pages import FIRST, sheet, window_on, with_alpha, write_page
 from latentscenes.model.model import render_images
+from latentscenes.model.planes import mean_parameters
+from latentscenes.storage.scene_set import SceneSet
 
 
 def embedded(text: str) -> dict:
@@ -82,10 +84,9 @@ def test_page_command(tmp_path, solids, monkeypatch, capsys):
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
 def test_page_in_a_browser(tmp_path):
     pytest.importorskip("websockets")
-    from latentscenes.storage.scene_set import Loaded
 
     one = egg()
-    many = Loaded("", one.model, tuple(f"egg {k}" for k in range(12)), lambda name: one.rows("egg"))
+    many = SceneSet.of_table(one.model, mean_parameters(12, one.parameters("egg")), [f"egg {k}" for k in range(12)])
     write_page(tmp_path / "page.html", many, VIEW, many.names, frames=12, elevations=(5.0, 25.0, 60.0), title="Eggs")
     profile = tmp_path / "profile"
     profile.mkdir()

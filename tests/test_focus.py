@@ -9,9 +9,10 @@ from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.model.model import Model
+from latentscenes.model.planes import random_parameters
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, ErrorGuidedSampling, window
+from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, ErrorGuidedSampling, TrainingScenes, window
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def stage_of(tiny, *settings):
 def test_batches_go_where_a_view_was_wrong(solids, tiny, tmp_path):
     config = stage_of(tiny)
     scenes = solids.select("train")
-    source = BatchSource(Model(config, solids.box), solids, scenes, config.train[0], 0, CPU, tmp_path)
+    source = BatchSource(Model(config, solids.box), TrainingScenes(random_parameters(len(scenes), config.planes, torch.Generator()), solids, scenes), config.train[0], 0, tmp_path)
     batch = source.batch(0)
     assert batch.pixels.shape == batch.cells.shape == (4, 40) and len(set(batch.views.tolist())) == 4
     wrong = torch.full((4, 40), 1e-9)

@@ -13,7 +13,7 @@ import pytest
 import latentscenes
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.run import Run
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 
 VERSIONS = sorted((Path(__file__).parent / "formats").iterdir())
 
@@ -36,7 +36,7 @@ def test_runs_open_and_are_finished(kept):
     model, rows = run.load()
     assert run.finished and len(rows) == 2 and rows.micro.abs().sum() > 0
     assert model.bases.shape == (2, 3, 8, 8, 4)
-    assert Learned.open(kept / "run").names == ("car_0000", "car_0001")
+    assert SceneSet.open(kept / "run").names == ("car_0000", "car_0001")
 
 
 def test_libraries_open_and_look_as_they_did(kept):

@@ -9,7 +9,7 @@ import torch
 
 from latentscenes.core.errors import UserError
 from latentscenes.rendering import march
-from latentscenes.rendering.field import Field, mix
+from latentscenes.rendering.field import Field, FusedPlanes, mix
 from latentscenes.rendering.kernels import build, native
 from latentscenes.rendering.render import Rays, march_planes, render_rays
 
@@ -195,9 +195,9 @@ def test_no_rays():
 @needs_compiler
 def test_render_rays_picks_the_kernel_and_counts_free_light_as_far():
     planes, field, rays, u_coarse, u_fine = problem()
-    by_torch = render_rays(planes, field, rays, u_coarse, u_fine, kernel="torch")
+    by_torch = render_rays(FusedPlanes(planes), field, rays, u_coarse, u_fine, kernel="torch")
     for kernel in ("auto", "native"):
-        rendered = render_rays(planes, field, rays, u_coarse, u_fine, kernel=kernel)
+        rendered = render_rays(FusedPlanes(planes), field, rays, u_coarse, u_fine, kernel=kernel)
         for a, b in zip(rendered, by_torch, strict=True):
             assert_close(a, b, 1e-5)
     composite = march_planes(planes, field, rays, u_coarse, u_fine)
@@ -216,17 +216,17 @@ def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypat
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = render_rays(planes, field, *rest, aggregation=aggregation, kernel="native", mixing=mixing)
+        found = render_rays(FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="native")
         upstream = [torch.randn_like(value) for value in found]
         found_gradients = torch.autograd.grad(found, inputs, upstream)
     finally:
         torch.set_num_threads(before)
-    wanted = render_rays(planes, field, *rest, aggregation=aggregation, kernel="torch", mixing=mixing)
+    wanted = render_rays(FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="torch")
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, 1e-5)
     for a, b in zip(found_gradients, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         assert_close(a, b, 1e-4)
-    mixed = render_rays(mix(planes, mixing), field, *rest, aggregation=aggregation, kernel="torch")
+    mixed = render_rays(FusedPlanes(mix(planes, mixing)), field, *rest, aggregation=aggregation, kernel="torch")
     assert torch.equal(mixed.features, wanted.features)
 
 
@@ -234,8 +234,8 @@ def test_native_demanded_but_impossible_says_why():
     planes, _, rays, u_coarse, u_fine = problem()
     encoded = Field(5, 3, frequencies=2)
     with pytest.raises(UserError, match="positional encoding"):
-        render_rays(planes, encoded, rays, u_coarse, u_fine, kernel="native")
-    assert render_rays(planes, encoded, rays, u_coarse, u_fine).features.shape == (2, 13, 3)
+        render_rays(FusedPlanes(planes), encoded, rays, u_coarse, u_fine, kernel="native")
+    assert render_rays(FusedPlanes(planes), encoded, rays, u_coarse, u_fine).features.shape == (2, 13, 3)
 
 
 def run_python(code, **environment):
@@ -262,13 +262,13 @@ def test_two_processes_build_at_once(tmp_path):
 def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
     code = """
 import torch, warnings
-from latentscenes.rendering.field import Field
+from latentscenes.rendering.field import Field, FusedPlanes
 from latentscenes.rendering.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        render_rays(torch.ones(1, 3, 4, 4, 2), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4))
+        render_rays(FusedPlanes(torch.ones(1, 3, 4, 4, 2)), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4))
 print(len(caught), caught[0].message)
 """
     process = run_python(code, XDG_CACHE_HOME=str(tmp_path), CXX="/nonexistent")

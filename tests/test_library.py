@@ -22,7 +22,7 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.cost import account_learned
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import pack
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +183,11 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     file = library.path / "model" / "start.safetensors"
     tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
     save_file(tables | written, file)
-    assert not library.config.planes.mixing and library.store.start().mixing.shape == (1, 0, 0)
+    assert not library.config.planes.mixing and library.store.starting_scene().mixing.shape == (1, 0, 0)
     settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
     mixed = LibraryFolder(library.path, settings, library.store.info, library.store.checksums)
-    assert torch.equal(mixed.start().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
-    assert "mixing" not in pack(library.store.start(), "int8") and "mixing" in pack(mixed.start(), "int8")
+    assert torch.equal(mixed.starting_scene().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
+    assert "mixing" not in pack(library.store.starting_scene(), "int8") and "mixing" in pack(mixed.starting_scene(), "int8")
 
 
 def test_verify_knows_where_new_scenes_start(library):
@@ -235,7 +235,7 @@ def test_verify_names_what_is_damaged(library):
     for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):  # what helps is never to remove the library
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
-        for ask in (library.store.model, lambda: account_learned(Learned.open_all(library.path))):
+        for ask in (library.store.model, lambda: account_learned(SceneSet.open_all(library.path))):
             with pytest.raises(UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"):
                 ask()
     for one in (library, opened, torn, lost):
@@ -258,7 +258,7 @@ def test_a_reader_keeps_up_with_a_writer(library):
     library.rename("green_box", "box")
     library.remove("box")
     library.compact()  # between the question where the scene lies and the opening of that shard
-    assert torch.equal(stranger.store.rows("brown_bar").micro, rows.micro) and len(asked) == 2
+    assert torch.equal(stranger.store.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
 
 
 def test_two_writers_wait_or_are_told(library):
@@ -318,7 +318,7 @@ def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
     times = []
     for _ in range(20):
         begun = time.perf_counter()
-        library.store.rows("blue_egg")
+        library.store.parameters("blue_egg")
         times.append(time.perf_counter() - begun)
     assert sorted(times)[10] < 4e-3  # 0.7 ms on a quiet machine
 

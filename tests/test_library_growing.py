@@ -60,7 +60,7 @@ def test_adding_a_scene_from_pictures(library, disc):
     assert info.seconds > 0 and info.psnr > 5 and info.tags == {"colour": "pink"} and scene.thumbnail.startswith(b"\x89PNG")
     assert library.names == [*NAMES, "disc"] and not list((library.path / "work").glob("*/"))
     assert before.items() <= {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}.items()
-    start = library.store.start()
+    start = library.store.starting_scene()
     assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(scene.rows.micro, start.micro)
     # pictures over black with masks, as numbers, are the same pictures over white
     share = alpha[..., None] / 255
@@ -100,7 +100,7 @@ def test_a_stopped_addition_leaves_nothing(library, disc, monkeypatch):
         raise KeyboardInterrupt
 
     images, _, cameras = disc
-    monkeypatch.setattr(loop.Learner, "step", stop)
+    monkeypatch.setattr(loop.StageLearner, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         library.add("disc", images, cameras)
     assert library.names == NAMES and not list((library.path / "work").glob("*/"))
@@ -115,7 +115,7 @@ def test_searching_for_a_scene_of_a_dataset(library, solids):
         library.search(solids, "green_bx")
 
 
-# Precision
+# StoragePrecision
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -311,7 +311,7 @@ def test_a_list_may_be_read_in_part(library):
         (["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"], "the nearest name is 'red_ball'"),
         (["exploit", "--data", "{data}", "--out", "{tmp}/new"], "no library here yet. Name the run that it is to be made of"),
         (["exploit", "--finetune", "--data", "{data}", "--out", "{library}"], "to finetune, name with --run"),
-        (["exploit", "--data", "{data}", "--out", "{library}", "--group", "0"], "--group 0: at least 1"),
+        (["exploit", "--data", "{data}", "--out", "{library}", "--group", "0"], "--group 0: must be at least 1"),
     ],
 )
 def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids_path):
@@ -350,7 +350,7 @@ def test_readers_beside_a_writer_see_whole_scenes(library):
                 if len(weights) < 4 or not set(NAMES) <= set(reader.names):
                     problems.append((names, weights.shape))
                 for name in names:
-                    stored = reader.store.rows(name)
+                    stored = reader.store.parameters(name)
                     if not torch.equal(stored.micro, rows[name.split("/")[0]].micro):
                         problems.append(name)
             except UserError as error:

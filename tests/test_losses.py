@@ -12,6 +12,7 @@ from latentscenes.core.config import LossWeights
 from latentscenes.core.runtime import seeded
 from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
+from latentscenes.rendering.field import FusedPlanes
 from latentscenes.training.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
 
 SIZE = 16
@@ -64,7 +65,7 @@ def test_each_term_worked_out_with_numpy(model):
         for axis in (2, 3):
             edges += np.mean(np.abs(np.diff(image.detach().double().numpy(), axis=axis) - np.diff(truth, axis=axis)))
     assert found["edges"] == pytest.approx(edges, rel=1e-5)
-    assert found["tv"] == pytest.approx(float(total_variation(planes).detach()), rel=1e-6)
+    assert found["tv"] == pytest.approx(float(total_variation(planes.texels).detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in dataclasses.fields(LossWeights) if entry.name != "edges"])
@@ -110,7 +111,7 @@ def test_total_is_the_weighted_sum(model):
 
 
 def test_gradients_reach_what_each_term_depends_on(model):
-    planes = made_planes(model).detach().requires_grad_()
+    planes = FusedPlanes(made_planes(model).texels.detach().requires_grad_())
     reached = {}
     for name in ("latent", "rgb", "autoencoder", "equivariance", "preview"):
         model.zero_grad()

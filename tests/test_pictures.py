@@ -14,7 +14,7 @@ from latentscenes.core.cameras import Box, Viewpoint, orbit
 from latentscenes.core.errors import UserError
 from latentscenes.export import sheets, video
 from latentscenes.model import model as model_module
-from latentscenes.storage.scene_set import Learned, Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def run(tmp_path, tiny, solids):
 
 
 def test_comparison_sheet(run, tmp_path, tiny, solids):
-    ours = Learned.of_run(run).load()
+    ours = SceneSet.of_run(run)
     scenes = solids.select("train")
     alone = sheets.comparison_sheet(ours, solids, scenes, limit=2)
-    other = Learned.of_run(made_run(tmp_path / "other", tiny, solids, "train", count=1)).load(label="RGB")
+    other = SceneSet.of_run(made_run(tmp_path / "other", tiny, solids, "train", count=1)).labeled("RGB")
     both = sheets.comparison_sheet(ours, solids, scenes, limit=2, others=[other])
     assert alone.dtype == np.uint8 and both.shape[0] == alone.shape[0] and both.shape[1] == alone.shape[1] + 32 + sheets.GAP
     index = torch.tensor(scenes[0].views("held_out"))
@@ -41,8 +41,8 @@ def test_rows_belong_to_scenes(run, solids):
     """The sheet of scene 1 alone shows what the sheet of all shows for it."""
     model, rows = run.load()
     scenes = solids.select("train")
-    all_of_them = sheets.comparison_sheet(Learned.of_run(run).load(), solids, scenes, across=1)
-    alone = Loaded.of_table(model, rows.gather(torch.tensor([1])), [scenes[1].name])
+    all_of_them = sheets.comparison_sheet(SceneSet.of_run(run), solids, scenes, across=1)
+    alone = SceneSet.of_table(model, rows.gather(torch.tensor([1])), [scenes[1].name])
     second = sheets.comparison_sheet(alone, solids, scenes[1:2], across=1)
     height = second.shape[0] - 4 * sheets.GAP  # of one group without the margins
     start = 2 * sheets.GAP + height + 2 * sheets.GAP
@@ -51,14 +51,14 @@ def test_rows_belong_to_scenes(run, solids):
 
 def test_dashboard_sheet(run, solids):
     scenes = solids.select("train")
-    one, two = (sheets.dashboard_sheet(Learned.of_run(run).load(), solids, scenes, limit=limit) for limit in (1, 2))
+    one, two = (sheets.dashboard_sheet(SceneSet.of_run(run), solids, scenes, limit=limit) for limit in (1, 2))
     assert one.shape[1] == two.shape[1] and two.shape[0] > 1.7 * one.shape[0]
 
 
 @pytest.mark.parametrize("mode", ["rgb", "depth", "opacity", "latent", "dashboard"])
 def test_orbit_frames(run, mode):
-    learned = Learned.of_run(run)
-    frames = video.orbit_frames(learned.load(), "green_box", learned.view, frames=3, size=16, mode=mode)
+    learned = SceneSet.of_run(run)
+    frames = video.orbit_frames(learned, "green_box", learned.view, frames=3, size=16, mode=mode)
     assert len(frames) == 3 and all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
     if mode in ("rgb", "depth", "opacity"):
         assert frames[0].shape == (16, 16, 3)
@@ -69,11 +69,11 @@ def test_orbit_frames(run, mode):
 
 
 def test_orbit_of_unknown_scene_or_size(run):
-    learned = Learned.of_run(run)
+    learned = SceneSet.of_run(run)
     with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest name is 'green_box'"):
         learned.check("green_bx")
     with pytest.raises(UserError, match="multiple of the codec's downsampling, 4; try 20"):
-        video.orbit_frames(learned.load(), "green_box", learned.view, size=18 + 1)
+        video.orbit_frames(learned, "green_box", learned.view, size=18 + 1)
 
 
 def test_orbit_cameras_are_like_those_of_the_data():

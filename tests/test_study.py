@@ -14,7 +14,8 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.cost import account_learned
 from latentscenes.evaluation.evaluate import evaluate
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.library import LibraryFolder
+from latentscenes.storage.scene_set import SceneSet
 
 ALONE = """
 codec: {kind: identity}
@@ -66,20 +67,20 @@ def test_figures_are_those_of_eval_and_cost(folder, found, solids):
     ours = next(figures for figures in found if figures.label == "ours, float32")
     scores = []
     for path in (folder / "out").glob("library-*"):
-        learned = Learned.open(path)
-        if learned.source.info.finetuned_from or learned.stored != "float32, 0.000 dB lost":
+        learned = SceneSet.open(path)
+        if LibraryFolder.open(path).info.finetuned_from or learned.stored != "float32, 0.000 dB lost":
             continue
-        mean, account = evaluate(learned.load(), solids, learned.scenes(solids)).mean, account_learned(learned)
+        mean, account = evaluate(learned, solids, learned.scenes(solids)).mean, account_learned(learned)
         scores.append((mean.psnr, mean.ssim, account.memory.scene, account.memory.shared, account.time.stage_one))
     assert (ours.psnr, ours.ssim, ours.scene_bytes, ours.shared_bytes, ours.stage_one_seconds) in scores
 
 
 def test_old_scenes_are_scored_with_what_became_of_the_shared_parts(folder, found):
     first = {figures.label: figures for figures in found if figures.seed == 0}
-    run = next(path for path in (folder / "out").glob("stage-one-*") if len(Learned.open(path).names) == 2 and Learned.open(path).config.seed == 0)
-    learned = Learned.open(run)
+    run = next(path for path in (folder / "out").glob("stage-one-*") if len(SceneSet.open(path).names) == 2 and SceneSet.open(path).config.seed == 0)
+    learned = SceneSet.open(run)
     views = PosedImages.open(learned.data)
-    before = evaluate(learned.load(), views, learned.scenes(views)).mean.psnr
+    before = evaluate(learned, views, learned.scenes(views)).mean.psnr
     assert first["ours, float32"].old_psnr == pytest.approx(before, abs=1e-4)
     assert first["learning on"].old_psnr != pytest.approx(before, abs=1e-4)
     assert first["alone"].old_psnr is None
@@ -103,7 +104,7 @@ def test_a_second_call_learns_nothing(folder, found, solids, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("learned again")
 
-    monkeypatch.setattr("latentscenes.training.loop._learn_stage", refuse)
+    monkeypatch.setattr("latentscenes.training.loop.Trainer._fit_stage", refuse)
     again = run_study(read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu"))
     assert [(figures.label, figures.psnr, figures.seconds) for figures in again] == [(figures.label, figures.psnr, figures.seconds) for figures in found]
     assert len(table(read_study(folder / "study.yaml"), again).rows) == 5

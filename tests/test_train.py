@@ -13,7 +13,7 @@ from latentscenes.evaluation.evaluate import evaluate
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import build
 from latentscenes.storage.run import Run
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
     for epochs in (1, 150):
         longer = dataclasses.replace(config, train=(dataclasses.replace(config.train[0], epochs=epochs),))
         run = train(longer, solids, tmp_path / str(epochs), limit=1, device=CPU)
-        scores[epochs] = evaluate(Learned.of_run(run).load(), solids, scene)
+        scores[epochs] = evaluate(SceneSet.of_run(run), solids, scene)
     assert scores[150].views == 1 and scores[150].mean.codec_psnr > 60  # the identity loses nothing
     assert scores[150].mean.psnr > scores[1].mean.psnr + 6 and scores[150].mean.psnr > 18
     # the latents are the image in (−1, 1), so the two errors must agree (the images are clamped, which only helps)
@@ -172,5 +172,5 @@ def test_every_option_takes_a_step(name, solids, tiny, tmp_path, only_two_batche
     assert {term for term in weights if weights[term]} <= set(lines[-1])
     model, rows = run.load()
     assert all(torch.isfinite(value).all() for value in (*model.state_dict().values(), *rows.tables().values()))
-    view = evaluate(Learned.of_run(run).load(), solids, solids.select("train", limit=1))
+    view = evaluate(SceneSet.of_run(run), solids, solids.select("train", limit=1))
     assert math.isfinite(view.mean.psnr)

@@ -20,7 +20,7 @@ from test_kernels import assert_close, gradients, network, problem  # noqa: E402
 
 from latentscenes.core.errors import UserError  # noqa: E402
 from latentscenes.rendering import march  # noqa: E402
-from latentscenes.rendering.field import Field  # noqa: E402
+from latentscenes.rendering.field import Field, FusedPlanes  # noqa: E402
 from latentscenes.rendering.kernels import (  # noqa: E402
     native,
     triton_march,
@@ -208,7 +208,8 @@ def test_operators_are_well_formed():
 
 
 def test_render_rays_takes_it_and_counts_free_light_as_far():
-    arguments = small()
+    planes, *rest = small()
+    arguments = FusedPlanes(planes), *rest
     by_torch = render_rays(*arguments, kernel="torch")
     for kernel in ("triton", "auto"):  # auto takes it where tensors are on a GPU
         for a, b in zip(render_rays(*arguments, kernel=kernel), by_torch, strict=True):
@@ -223,13 +224,13 @@ def test_demanded_but_impossible_says_why(monkeypatch):
         (Field(5, 64), "64 outputs"),
     ):
         with pytest.raises(UserError, match=reason):
-            render_rays(planes, wrong.to(DEVICE), rays, *numbers, kernel="triton")
+            render_rays(FusedPlanes(planes), wrong.to(DEVICE), rays, *numbers, kernel="triton")
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with pytest.raises(UserError, match="no fixed order"):
-        render_rays(planes, field, rays, *numbers, kernel="triton")
+        render_rays(FusedPlanes(planes), field, rays, *numbers, kernel="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="CUDA device, got cpu"):
-        render_rays(planes.cpu(), field.cpu(), Rays(*(x.cpu() for x in rays)), *(x.cpu() for x in numbers), kernel="triton")
+        render_rays(FusedPlanes(planes.cpu()), field.cpu(), Rays(*(x.cpu() for x in rays)), *(x.cpu() for x in numbers), kernel="triton")
 
 
 def python(code, **environment):

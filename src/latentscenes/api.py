@@ -23,16 +23,16 @@ from torch import Tensor
 
 from latentscenes.core import runtime
 from latentscenes.core.cameras import Box, Cameras
-from latentscenes.core.config import Config, frozen
+from latentscenes.core.config import Config, StoragePrecision, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import SceneParameters
+from latentscenes.rendering.field import FusedPlanes
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import library_from_model, open_parent
-from latentscenes.storage.quantize import Precision
 from latentscenes.training.add import learn_from_pictures, quick_weights
 from latentscenes.training.append import library_from_run
 
@@ -97,10 +97,10 @@ class LearnedScene:
     @cached_property
     def rows(self) -> SceneParameters:
         """What the scene owns (n = 1), on the library's device."""
-        return self.library.store.rows(self.name).to(self.library.device)
+        return self.library.store.parameters(self.name).to(self.library.device)
 
     @cached_property
-    def planes(self) -> Float[Tensor, "1 3 r r f"]:
+    def planes(self) -> FusedPlanes:
         """Its fused tri-planes, for `library.model.render`."""
         with torch.no_grad():
             return self.library.model.compose(self.rows)
@@ -292,7 +292,7 @@ class Library:
         cameras: Cameras,
         masks: ArrayLike | None = None,
         *,
-        precision: Precision | None = None,
+        precision: StoragePrecision | None = None,
         tags: dict[str, Any] | None = None,
     ) -> LearnedScene:
         """Learn a scene from pictures with the library's exploit stages, and store it. What exists is not touched.
@@ -332,7 +332,7 @@ class Library:
             self._check(name)
         return care.export(self.store, names, out)
 
-    def repack(self, precision: Precision) -> int:
+    def repack(self, precision: StoragePrecision) -> int:
         """Store scenes more coarsely, as far as they are finer than that; how many. What is lost stands in their
         metadata."""
         return care.repack(self.store, precision, self.device)
@@ -376,7 +376,7 @@ def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> L
 
 
 def create_library(
-    path: str | Path, run: str | Path, *, data: str | Path | None = None, precision: Precision = "int8", scenes: bool = True, device: str = "auto"
+    path: str | Path, run: str | Path, *, data: str | Path | None = None, precision: StoragePrecision = "int8", scenes: bool = True, device: str = "auto"
 ) -> Library:
     """Make a library from a finished run of `latentscenes train`: its model and, with `scenes`, the scenes it learned; or an
     empty one from a model alone: `cars`, which comes with the package, or what `latentscenes library model` wrote.

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,9 +12,6 @@ from latentscenes.core.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     import torch
-
-PrecisionName = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
-"""Those of quantise.py, which is not imported before a command runs."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from latentscenes.core.console import console
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars
-from latentscenes.evaluation.evaluate import evaluate_learned
+from latentscenes.evaluation.evaluate import evaluate_stored
 from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import Comparison, print_summary
 from latentscenes.storage.pretrained import open_parent
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet
 from latentscenes.training.exploit import ExploitOptions, exploit
 from latentscenes.training.loop import train
 
@@ -43,14 +43,14 @@ def run_demo(out: Path, device: torch.device) -> None:
     rgb = train(config_io.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
     _say("Scores on held-out views")
-    old, new, baseline = Learned.of_run(trained), Learned.open(out / "library"), Learned.of_run(rgb)
-    ready = Learned.open(out / "pretrained")
+    old, baseline = (SceneSet.of_run(run, device=device) for run in (trained, rgb))
+    new, ready = (SceneSet.open(out / name, device=device) for name in ("library", "pretrained"))
     content = Comparison(
-        train=old, new=new, rgb=baseline, pretrained=ready, views=views, device=device,
-        evaluation_train=evaluate_learned(old, views, device),
-        evaluation_new=evaluate_learned(new, views, device),
-        evaluation_rgb=evaluate_learned(baseline, views, device),
-        evaluation_pretrained=evaluate_learned(ready, views, device),
+        train=old, new=new, rgb=baseline, pretrained=ready, views=views,
+        evaluation_train=evaluate_stored(old, views),
+        evaluation_new=evaluate_stored(new, views),
+        evaluation_rgb=evaluate_stored(baseline, views),
+        evaluation_pretrained=evaluate_stored(ready, views),
         title="Cars made, learned and looked at",
         introduction=f"{TRAIN_CARS} made cars taught base planes and the field; {NEW_CARS} cars it had never seen were "
         "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",

@@ -7,7 +7,10 @@ from latentscenes.cli.common import MACHINE, MachineOptions, set_up
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
-    from latentscenes.storage.scene_set import Learned
+    import torch
+
+    from latentscenes.storage.scene_set import StoredScenes
+
 
 
 def render(
@@ -43,10 +46,8 @@ def render(
         raise UserError(f"--frames {frames}: at least 1.")
     if fps is not None and fps <= 0:
         raise UserError(f"--fps {fps:g}: above 0.")
-    device = set_up(machine)
-    learned = _opened(run, scene)
-    loaded = learned.load(device)
-    step = loaded.model.codec.downsampling
+    learned = _opened(run, scene, set_up(machine))
+    step = learned.model.codec.downsampling
     if path is None:
         wanted = scaled(learned.view.size, size, step)
         cameras, speed = learned.view.orbit(frames, elevation), fps or 20.0
@@ -56,7 +57,7 @@ def render(
         film = read_camera_path(path)
         wanted = scaled(film.size, size or max(step, round(max(film.size) / step) * step), step)
         cameras, speed = film.at(wanted), fps or film.fps
-    pictures = camera_frames(loaded, scene, cameras, wanted, mode)
+    pictures = camera_frames(learned, scene, cameras, wanted, mode)
     save_frames(out, _counted(pictures, len(cameras), "rendering"), speed)
     _say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{f', {speed:g} a second' if out.suffix.lower() in ('.mp4', '.gif') else ''}.")
 
@@ -81,8 +82,8 @@ def export_mesh(
     from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
 
     check_ending(out, ".glb")
-    learned = _opened(run, scene)
-    mesh = scene_mesh(learned.load(set_up(machine)), scene, learned.view, cells, lowest)
+    learned = _opened(run, scene, set_up(machine))
+    mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     size = write_glb(out, mesh, scene)
     _say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
@@ -109,8 +110,8 @@ def export_points(
     from latentscenes.export.mesh import check_ending, scene_points, write_ply
 
     check_ending(out, ".ply")
-    learned = _opened(run, scene)
-    points = scene_points(learned.load(set_up(machine)), scene, learned.view, count, cells, lowest)
+    learned = _opened(run, scene, set_up(machine))
+    points = scene_points(learned, scene, learned.view, count, cells, lowest)
     size = write_ply(out, points)
     _say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
 
@@ -148,11 +149,10 @@ def export_images(
         raise UserError(f"--views {views}: at least 1.")
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
-    learned, names = _chosen(run, scenes, match)
-    loaded = learned.load(set_up(machine))
+    learned, names = _chosen(run, scenes, match, set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
-    wanted = scaled(learned.view.size, size, loaded.model.codec.downsampling)
-    write_views(out, loaded, _counted(names, len(names), "exporting"), cameras, wanted)
+    wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
+    write_views(out, learned, _counted(names, len(names), "exporting"), cameras, wanted)
     _say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
 
 
@@ -183,9 +183,9 @@ def export_page(
     from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
-    learned, names = _chosen(run, scenes, match)
-    loaded, listed = learned.load(set_up(machine)), _counted(names, len(names), "rendering")
-    written = write_page(out, loaded, learned.view, listed, title=title or run.resolve().name, frames=frames, size=size, elevations=elevations)
+    learned, names = _chosen(run, scenes, match, set_up(machine))
+    listed = _counted(names, len(names), "rendering")
+    written = write_page(out, learned, learned.view, listed, title=title or run.resolve().name, frames=frames, size=size, elevations=elevations)
     _say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 
@@ -197,21 +197,23 @@ EXPORT_COMMANDS = {
 }
 
 
-def _opened(run: Path, scene: str) -> "Learned":
-    from latentscenes.storage.scene_set import Learned
+def _opened(run: Path, scene: str, device: "torch.device") -> "StoredScenes":
+    from latentscenes.storage.scene_set import SceneSet
 
-    learned = Learned.open_all(run)
+
+
+    learned = SceneSet.open_all(run, device)
     learned.check(scene)
     return learned
 
 
-def _chosen(run: Path, scenes: tuple[str, ...], match: str | None) -> "tuple[Learned, list[str]]":
+def _chosen(run: Path, scenes: tuple[str, ...], match: str | None, device: "torch.device") -> "tuple[StoredScenes, list[str]]":
     """Scenes by name or by pattern, each once, in the order given."""
     from fnmatch import fnmatchcase
 
-    from latentscenes.storage.scene_set import Learned
+    from latentscenes.storage.scene_set import SceneSet
 
-    learned = Learned.open_all(run)
+    learned = SceneSet.open_all(run, device)
     for scene in scenes:
         learned.check(scene)
     names = list(dict.fromkeys([*scenes, *(name for name in learned.names if match is not None and fnmatchcase(name, match))]))

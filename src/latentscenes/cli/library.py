@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, Machine, MachineOptions, PrecisionName, set_up
+from latentscenes.cli.common import MACHINE, Machine, MachineOptions, set_up
+from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def library_compact(library: Folder) -> None:
 
 
 def library_repack(
-    library: Folder, precision: PrecisionName | None = None, lost: float | None = None, machine: MachineOptions = MACHINE
+    library: Folder, precision: StoragePrecision | None = None, lost: float | None = None, machine: MachineOptions = MACHINE
 ) -> None:
     """Store scenes more coarsely. Without a choice: tell what each precision would cost and lose.
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, MachineOptions, PrecisionName, errors_in_one_line, set_up
+from latentscenes.cli.common import MACHINE, MachineOptions, errors_in_one_line, set_up
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
+from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def exploit(
     config: str | None = None,
     overrides: Overrides = (),
     group: int | None = None,
-    precision: PrecisionName | None = None,
+    precision: StoragePrecision | None = None,
     stage_one: bool = True,
     finetune: bool = False,
     limit: int | None = None,
@@ -126,18 +127,18 @@ def evaluate(
     from latentscenes.evaluation.evaluate import evaluate as score
     from latentscenes.evaluation.tables import print_scores
     from latentscenes.storage.library import FIT_SCORES, SCORES
-    from latentscenes.storage.scene_set import Learned
+    from latentscenes.storage.scene_set import SceneSet
 
-    learned = Learned.open(run, data, split)
-    loaded, dataset = learned.load(device, "render"), PosedImages.open(learned.data)
+    learned = SceneSet.open(run, data, split, device)
+    dataset = PosedImages.open(learned.data)
     scenes = learned.scenes(dataset)
-    result = score(loaded, dataset, scenes, part, views)
+    result = score(learned, dataset, scenes, part, views)
     result.save(run / (SCORES if part == "held_out" else FIT_SCORES))
     print_scores(result)
     if sheet:
         from latentscenes.export.sheets import comparison_sheet, save_image
 
-        save_image(sheet, comparison_sheet(loaded, dataset, scenes))
+        save_image(sheet, comparison_sheet(learned.labeled("render"), dataset, scenes))
 
 
 def report(
@@ -157,18 +158,18 @@ def report(
     """
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
-    from latentscenes.evaluation.evaluate import evaluate_learned
+    from latentscenes.evaluation.evaluate import evaluate_stored
     from latentscenes.evaluation.report import write_report
     from latentscenes.evaluation.tables import Comparison, print_summary
-    from latentscenes.storage.scene_set import Learned
+    from latentscenes.storage.scene_set import SceneSet
 
-    new, baseline = Learned.open(run, data), Learned.open(rgb) if rgb else None
-    views, trained = PosedImages.open(new.data), Learned.open(new.parent)
+    new, baseline = SceneSet.open(run, data, device=device), SceneSet.open(rgb, device=device) if rgb else None
+    views, trained = PosedImages.open(new.data), SceneSet.open(new.parent, device=device)
     content = Comparison(
-        train=trained, new=new, rgb=baseline, views=views, title=run.name, device=device,
-        evaluation_train=evaluate_learned(trained, views, device),
-        evaluation_new=evaluate_learned(new, views, device),
-        evaluation_rgb=evaluate_learned(baseline, views, device) if baseline else None,
+        train=trained, new=new, rgb=baseline, views=views, title=run.name,
+        evaluation_train=evaluate_stored(trained, views),
+        evaluation_new=evaluate_stored(new, views),
+        evaluation_rgb=evaluate_stored(baseline, views) if baseline else None,
     )  # fmt: skip
     print_summary(content)
     write_report(out, content)
@@ -291,7 +292,7 @@ COMMANDS = {
 GROUPS = {
     "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
     "export": (EXPORT_COMMANDS, "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them."),
-    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and render_images after it."),
+    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it."),
 }
 """Commands of two words, and what each group is for."""
 

@@ -16,6 +16,8 @@ Aggregation = Literal["sum", "product"]
 Axes = Literal["xy,xz,yz", "eg3d"]
 Kernel = Literal["auto", "native", "triton", "torch"]
 MatmulPrecision = Literal["float32", "tf32", "bfloat16"]
+StoragePrecision = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
+"""How scenes are stored in a library, from exact to coarse."""
 
 
 @dataclass(frozen=True)

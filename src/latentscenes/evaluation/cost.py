@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from latentscenes.core.config import CodecConfig, Config, PlanesConfig
 from latentscenes.core.errors import UserError
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import StoredScenes
 
 MIB = 1024 * 1024
 FLOAT_BYTES = 4
@@ -84,7 +84,7 @@ def account(config: Config) -> Account:
     return Account(config, memory(config, codec_parameters(config.codec)))
 
 
-def account_learned(learned: Learned, config: Config | None = None) -> Account:
+def account_learned(learned: StoredScenes, config: Config | None = None) -> Account:
     """Of learned scenes (with other settings in `config`: then of memory, beside the seconds they took)."""
     used = memory(config or learned.config, codec_parameters(config.codec) if config else stored_codec_parameters(learned.shared_file))
     count = len(learned.names)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from latentscenes.core.files import write_json
-from latentscenes.data.dataset import PosedImages, Scene
+from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.storage.library import SCORES
-from latentscenes.storage.scene_set import Learned, Loaded
+from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 CHUNK = 16
 """Views rendered and decoded at once."""
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(loaded: Loaded, views: PosedImages, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
+def evaluate(loaded: SceneSet, views: PosedImages, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
     """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
     spread."""
     perceptual = metrics.Perceptual.find()
@@ -75,7 +75,7 @@ def evaluate(loaded: Loaded, views: PosedImages, scenes: Sequence[Scene], part: 
     for scene in scenes:
         index = scene.views(part)
         if limit is not None and limit < len(index):
-            index = [index[int((k + 0.5) * len(index) / limit)] for k in range(limit)]
+            index = spread_evenly(index, limit)
         planes = loaded.planes(scene.name)
         table: list[list[Tensor]] = []
         for chunk in torch.tensor(index).split(CHUNK):
@@ -110,7 +110,7 @@ def _now(device: torch.device) -> float:
     return time.monotonic()
 
 
-def evaluate_learned(learned: Learned, views: PosedImages, device: torch.device | str) -> Evaluation:
+def evaluate_stored(learned: StoredScenes, views: PosedImages) -> Evaluation:
     """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
     long as it is of the same scenes."""
     path = learned.path / SCORES
@@ -118,7 +118,7 @@ def evaluate_learned(learned: Learned, views: PosedImages, device: torch.device 
         known = Evaluation.read(path)
         if [score.name for score in known.scenes] == list(learned.names):
             return known
-    found = evaluate(learned.load(device), views, learned.scenes(views))
+    found = evaluate(learned, views, learned.scenes(views))
     found.save(path)
     return found
 

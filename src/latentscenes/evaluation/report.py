@@ -27,7 +27,7 @@ from latentscenes.evaluation.tables import (
 )
 from latentscenes.export.sheets import Picture, beside, captioned, comparison_sheet, dashboard_sheet, save_image
 from latentscenes.export.video import gif_bytes, orbit_frames
-from latentscenes.storage.scene_set import Learned, Loaded
+from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHEET_SCENES, DASHBOARD_SCENES = 8, 4
 ORBIT_FRAMES, ORBIT_FPS = 36, 12
@@ -85,19 +85,19 @@ def _head(content: Comparison, ours: Account, rgb: Account) -> str:
     )
 
 
-def _loaded(content: Comparison) -> tuple[Loaded, list[Loaded]]:
-    return content.new.load(content.device, "ours"), [content.rgb.load(content.device, "RGB")] if content.rgb else []
+def _labeled(content: Comparison) -> tuple[SceneSet, list[SceneSet]]:
+    return content.new.labeled("ours"), [content.rgb.labeled("RGB")] if content.rgb else []
 
 
 def contact_sheet(content: Comparison) -> Picture:
     """truth | codec | ours | RGB of held-out views of the first new scenes."""
-    ours, others = _loaded(content)
+    ours, others = _labeled(content)
     return comparison_sheet(ours, content.views, content.new.scenes(content.views)[:SHEET_SCENES], others=others)
 
 
 def _pictures(content: Comparison) -> str:
     """Contact sheets, one per scene or two, that stand side by side where there is room."""
-    ours, others = _loaded(content)
+    ours, others = _labeled(content)
     scenes = content.new.scenes(content.views)[:SHEET_SCENES]
     sheets = [comparison_sheet(ours, content.views, [scene], others=others, across=1) for scene in scenes]
     shown = "".join(f'<figure><div class="paper">{_image(sheet, scene.name)}</div></figure>' for sheet, scene in zip(sheets, scenes, strict=True))
@@ -110,7 +110,7 @@ def _orbits(content: Comparison) -> str:
     """The best, the median and the worst scene, turning."""
     ordered = sorted((score for score in content.evaluation_new.scenes), key=lambda score: -score.psnr)
     chosen = {0: "best", len(ordered) // 2: "median", len(ordered) - 1: "worst"}
-    figures, (ours, _) = [], _loaded(content)
+    figures, (ours, _) = [], _labeled(content)
     for place, word in sorted(chosen.items()):
         score = ordered[place]
         modes = ("rgb", "depth")
@@ -122,7 +122,7 @@ def _orbits(content: Comparison) -> str:
 
 
 def _insides(content: Comparison) -> str:
-    ours, _ = _loaded(content)
+    ours, _ = _labeled(content)
     sheet = dashboard_sheet(ours, content.views, content.new.scenes(content.views), limit=DASHBOARD_SCENES)
     return (
         "<h2>Inside the latent space</h2><p>Latent channels in grey: those the encoder makes of the true picture beside those rendered from "
@@ -163,7 +163,7 @@ def _curves(content: Comparison) -> str:
     return "".join(found) if len(found) > 1 else ""
 
 
-def stage_charts(learned: Learned) -> list[str]:
+def stage_charts(learned: StoredScenes) -> list[str]:
     """Two charts per stage: its losses, and PSNR where pixels were compared."""
     entries = learned.metrics()
     pixels_are_latents = learned.config.codec.kind == "identity"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from latentscenes.core import config_io
@@ -16,7 +15,7 @@ from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import Account
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.model.metrics import PSNR_CAP
-from latentscenes.storage.scene_set import Learned
+from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHOWN_WORST, SHOWN_BEST = 8, 4
 """Scenes in a table of scores where there are too many to list."""
@@ -26,16 +25,16 @@ SHOWN_WORST, SHOWN_BEST = 8, 4
 class Comparison:
     """Everything a report is about: a finished stage 1, new scenes learned with it, and RGB tri-planes of them."""
 
-    train: Learned
-    new: Learned
+    train: StoredScenes
+    new: StoredScenes
     evaluation_train: Evaluation
     evaluation_new: Evaluation
     views: PosedImages
     """The dataset of all of them."""
-    rgb: Learned | None = None
+    rgb: StoredScenes | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
-    pretrained: Learned | None = None
+    pretrained: StoredScenes | None = None
     """The same new scenes on a model that comes with the package, without this stage 1."""
     evaluation_pretrained: Evaluation | None = None
     title: str = "latentscenes"
@@ -45,8 +44,6 @@ class Comparison:
     """Commands that give all this; if empty, those noted in the runs."""
     shortcomings: tuple[str, ...] = ()
     """What falls short, beside what the figures say by themselves."""
-    device: torch.device | str = "cpu"
-    """Where to render the pictures."""
 
     @property
     def common(self) -> set[str]:
@@ -110,11 +107,11 @@ def print_cost(run_path: Path | None, config_name: str | None, baseline: str, ov
     if run_path is None and config_name is None:
         raise UserError(f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}.")
     if run_path is not None:
-        learned = Learned.open(run_path)
+        learned = SceneSet.open(run_path)
         ours = cost.account_learned(learned, config_io.load(run_path / "config.yaml", overrides) if overrides else None)
     else:
         ours = cost.account(config_io.load(str(config_name), overrides))
-    other = cost.account_learned(Learned.open(baseline)) if Path(baseline).is_dir() else cost.account(config_io.load(baseline))
+    other = cost.account_learned(SceneSet.open(baseline)) if Path(baseline).is_dir() else cost.account(config_io.load(baseline))
     print_things(parts_table(ours, other), ledger_table(ours, other))
     for sentence in ledger_sentences(ours, other):
         print_things(sentence)

@@ -24,7 +24,7 @@ from latentscenes.core.files import check_place, write_bytes, writing_to
 from latentscenes.core.version import __version__
 from latentscenes.export.surface import Surface, surface
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
-from latentscenes.storage.scene_set import Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 VIEWS = 48
 """Pictures that colours come from."""
@@ -64,7 +64,7 @@ class Points:
     """sRGB in [0, 1]."""
 
 
-def scene_mesh(loaded: Loaded, scene: str, view: Viewpoint, cells: int = 128, lowest: float = 0.0) -> Mesh:
+def scene_mesh(loaded: SceneSet, scene: str, view: Viewpoint, cells: int = 128, lowest: float = 0.0) -> Mesh:
     """The closed surface of a scene, in colour.
 
     Args:
@@ -89,7 +89,7 @@ def scene_mesh(loaded: Loaded, scene: str, view: Viewpoint, cells: int = 128, lo
     return Mesh(found.vertices, found.faces, normals, colors)
 
 
-def scene_points(loaded: Loaded, scene: str, view: Viewpoint, count: int = 100_000, cells: int = 128, lowest: float = 0.0) -> Points:
+def scene_points(loaded: SceneSet, scene: str, view: Viewpoint, count: int = 100_000, cells: int = 128, lowest: float = 0.0) -> Points:
     """`count` points at random places of the surface, evenly over what pictures show of it. Other arguments and errors
     as for `scene_mesh`."""
     if count < 1:
@@ -123,7 +123,7 @@ def random_places(
     return face, np.stack([1 - root, root * (1 - share), root * share], -1)[..., None]
 
 
-def _photographed(loaded: Loaded, scene: str, view: Viewpoint, cells: int, lowest: float) -> tuple[Surface, RenderedImages, Cameras]:
+def _photographed(loaded: SceneSet, scene: str, view: Viewpoint, cells: int, lowest: float) -> tuple[Surface, RenderedImages, Cameras]:
     """The surface, and pictures of the scene all around."""
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")

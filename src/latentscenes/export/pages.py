@@ -23,7 +23,7 @@ from latentscenes.core.files import check_place, write_bytes, writing_to
 from latentscenes.data.images import white_background
 from latentscenes.export.video import check_elevation, scaled
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
-from latentscenes.storage.scene_set import Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 TEMPLATE = Path(__file__).with_name("page.html")
 QUALITY = 80
@@ -38,7 +38,7 @@ LONGEST = 16383
 
 def write_page(
     path: str | Path,
-    loaded: Loaded,
+    loaded: SceneSet,
     view: Viewpoint,
     scenes: Iterable[str],
     *,
@@ -138,7 +138,7 @@ def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
     return np.round(255 * np.concatenate([color, alpha], -1).clip(0, 1)).astype(np.uint8)
 
 
-def write_views(out: str | Path, loaded: Loaded, scenes: Iterable[str], cameras: Cameras, size: tuple[int, int]) -> None:
+def write_views(out: str | Path, loaded: SceneSet, scenes: Iterable[str], cameras: Cameras, size: tuple[int, int]) -> None:
     """One folder per scene, with a picture from each camera and their transforms.json.
 
     Args:

@@ -21,7 +21,7 @@ from latentscenes.core.files import writing_to
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
-from latentscenes.storage.scene_set import Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 Picture = UInt8[np.ndarray, "_H _W 3"]
 Pictures = UInt8[np.ndarray, "_v _H _W 3"]
@@ -118,13 +118,13 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 # Sheets
 
 def comparison_sheet(
-    ours: Loaded,
+    ours: SceneSet,
     dataset: PosedImages,
     scenes: Sequence[Scene],
     *,
     views_per_scene: int = 2,
     limit: int | None = 8,
-    others: Sequence[Loaded] = (),
+    others: Sequence[SceneSet] = (),
     across: int = 2,
 ) -> Picture:
     """Contact sheet on held-out views (on any, if none was held out): truth | codec | ours | one column for each of
@@ -150,7 +150,7 @@ def comparison_sheet(
     return grid(groups, across)
 
 
-def dashboard_sheet(loaded: Loaded, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+def dashboard_sheet(loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
     """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
     channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
     model = loaded.model

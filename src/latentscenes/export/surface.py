@@ -20,7 +20,7 @@ from latentscenes.core.cameras import Box, Cameras, look_at, spread_directions
 from latentscenes.core.errors import UserError
 from latentscenes.data.images import white_background
 from latentscenes.model.model import Model
-from latentscenes.rendering.field import sample_planes
+from latentscenes.rendering.field import FusedPlanes, sample_planes
 
 DIRECTIONS = 64
 """From which light comes, all around."""
@@ -62,15 +62,15 @@ class Grid(NamedTuple):
 
 
 @torch.no_grad()
-def density(model: Model, planes: Float[Tensor, "1 3 r r f"], grid: Grid) -> Float[Tensor, "x y z"]:
+def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y z"]:
     """Of a scene at the middles of cells, per world unit; seen from above, where it depends on that."""
     settings = model.config.planes
-    points = grid.points().reshape(-1, 3).to(planes.device)
+    points = grid.points().reshape(-1, 3).to(model.device)
     points, _ = model.box.normalize(points, points)
     downward = points.new_tensor([0.0, 0.0, -1.0])
     found = []
     for some in points.split(CHUNK):
-        features = sample_planes(planes, some[None], settings.axes, settings.aggregation)
+        features = sample_planes(planes.texels, some[None], settings.axes, settings.aggregation)
         found.append(model.field(features, some[None], downward.expand(1, len(some), 3))[0][0])
     return torch.cat(found).reshape(grid.count)
 
@@ -119,7 +119,7 @@ class Surface(NamedTuple):
 
 
 def surface(
-    model: Model, planes: Float[Tensor, "1 3 r r f"], pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras, cells: int = 128
+    model: Model, planes: FusedPlanes, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras, cells: int = 128
 ) -> Surface:
     """The surface of a scene's fused planes.
 

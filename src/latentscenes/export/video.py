@@ -36,7 +36,7 @@ from latentscenes.export.sheets import (
     save_image,
 )
 from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_uint8
-from latentscenes.storage.scene_set import Loaded
+from latentscenes.storage.scene_set import SceneSet
 
 Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
 PIXELS = 1 << 19
@@ -46,7 +46,7 @@ SAMPLES = 8
 
 
 def orbit_frames(
-    loaded: Loaded,
+    loaded: SceneSet,
     scene: str,
     view: Viewpoint,
     *,
@@ -72,7 +72,7 @@ def orbit_frames(
     return list(camera_frames(loaded, scene, view.orbit(frames, elevation), (height, width), mode))
 
 
-def camera_frames(loaded: Loaded, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb") -> Iterator[Picture]:
+def camera_frames(loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb") -> Iterator[Picture]:
     """Pictures of a scene from any cameras, one after the other: no more than a few are held.
 
     Args:

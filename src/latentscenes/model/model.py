@@ -19,7 +19,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.model.codec import Codec
 from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
-from latentscenes.rendering.field import Field
+from latentscenes.rendering.field import Field, FusedPlanes
 from latentscenes.rendering.render import camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
@@ -86,43 +86,49 @@ class Model(nn.Module):
         """Normalised latent of a white image of that size in pixels."""
         return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
 
-    def compose(self, rows: SceneParameters) -> Float[Tensor, "s 3 r r f"]:
-        """Tri-planes of some scenes, fused and mixed."""
-        return compose(rows, self.bases, self.config.planes.fusion)
+    @property
+    def device(self) -> torch.device:
+        return self.bases.device
 
-    def fuse(self, rows: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> Float[Tensor, "s 3 r r f"]:
-        """Tri-planes of some scenes before they are mixed, for `render` to do that as it goes: the way to learn. `macro`
-        are their macro planes, if known."""
-        return fuse(rows, self.bases, self.config.planes.fusion, macro)
+    def compose(self, scenes: SceneParameters) -> FusedPlanes:
+        """Tri-planes of some scenes, fused and mixed: for rendering only."""
+        return FusedPlanes(compose(scenes, self.bases, self.config.planes.fusion))
+
+    def fuse(self, scenes: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> FusedPlanes:
+        """Tri-planes of some scenes, fused, with the mixing left to the renderer: for learning. `macro` are their macro
+        planes, where they are known and constant."""
+        fusion = self.config.planes.fusion
+        mixing = scenes.mixing if scenes.mixing.numel() else None
+        own = scenes.micro if macro is not None and scenes.micro.shape[-1] and fusion == "concat" else None
+        return FusedPlanes(fuse(scenes, self.bases, fusion, macro), mixing, own)
 
     def render(
         self,
-        planes: Float[Tensor, "s 3 r r f"],
+        planes: FusedPlanes,
         cameras: Cameras,
         background: Float[Tensor, "c h w"],
         generator: torch.Generator | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
-        mixing: Float[Tensor, "s f f"] | None = None,
     ) -> LatentView:
-        """Views of s scenes, equally many of each, scene by scene, at the background's resolution.
+        """Renders views of s scenes, equally many of each, scene by scene, at the background's resolution.
 
-        Samples are jittered with a generator and at the middles of their slices without. `pixels` picks the rays of
-        each view (row · w + column); all without. `mixing` is that of the scenes, where planes are fused alone.
+        Samples are jittered with a generator, and at the middles of their slices without. `pixels` picks the rays of
+        each view (row · w + column); without, all are rendered.
         """
         settings, planes_config = self.config.render, self.config.planes
         height, width = background.shape[1:]
         bounds = None if settings.near is None else (settings.near, settings.far)
-        rays = camera_rays(cameras, len(planes), height, width, self.box, bounds, pixels)
+        rays = camera_rays(cameras, len(planes.texels), height, width, self.box, bounds, pixels)
         shape = rays.near.shape
 
         def numbers(count: int) -> Tensor:
             if generator is None:
-                return torch.full((*shape, count), 0.5, device=planes.device)
-            return torch.rand(*shape, count, generator=generator, device=planes.device)
+                return torch.full((*shape, count), 0.5, device=self.device)
+            return torch.rand(*shape, count, generator=generator, device=self.device)
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
-            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision, mixing,
+            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision,
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
@@ -147,14 +153,14 @@ class RenderedImages:
 
 
 @torch.no_grad()
-def render_images(model: Model, planes: Float[Tensor, "1 3 r r f"], cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> RenderedImages:
+def render_images(model: Model, planes: FusedPlanes, cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> RenderedImages:
     """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
     are those of the latent's few rays."""
     background = model.background(*size)
     full = background.new_zeros(background.shape[0], *size) if geometry else background
     found = []
     for chunk in torch.arange(len(cameras)).split(CHUNK):
-        some = cameras[chunk].to(planes.device)
+        some = cameras[chunk].to(model.device)
         view = model.render(planes, some, background)
         latents = view.image(*background.shape[1:])
         solid = view if full.shape == background.shape else model.render(planes, some, full)

@@ -8,6 +8,7 @@ only those rows are ever updated, whatever the number of scenes.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,10 @@ class SceneParameters:
     def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneParameters":
         """Copies of the rows at `index`, as leaves that take gradients; on a device if tables lie elsewhere."""
         return SceneParameters(**{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()})
+
+    def one_by_one(self) -> "Iterator[SceneParameters]":
+        """Each scene by itself (n = 1)."""
+        return (self.gather(torch.tensor([row])) for row in range(len(self)))
 
     def to(self, device: torch.device | str) -> "SceneParameters":
         return SceneParameters(**{name: table.to(device) for name, table in self.tables().items()})

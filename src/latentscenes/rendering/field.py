@@ -5,6 +5,7 @@ four contiguous runs of memory. Texel k of r has its centre at (2k + 1) / r − 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,6 +41,16 @@ def sample_planes(
     if aggregation == "sum":
         return read[0] + read[1] + read[2]
     return read[0] * read[1] * read[2]
+
+
+class FusedPlanes(NamedTuple):
+    """Tri-planes of s scenes, micro and macro planes fused, as the renderer takes them."""
+
+    texels: Float[Tensor, "s 3 r r f"]
+    mixing: Float[Tensor, "s f f"] | None = None
+    """The scenes' mixing of features where it is not applied yet: the renderer applies it (see `mix`)."""
+    own: Float[Tensor, "s 3 r r m"] | None = None
+    """The micro planes among the texels, where the macro planes are constant: only these have a total variation."""
 
 
 def mix(planes: Float[Tensor, "s 3 r r f"], mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s 3 r r f"]:

@@ -18,7 +18,7 @@ from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Aggregation, Axes, Kernel, MatmulPrecision
 from latentscenes.core.errors import UserError
 from latentscenes.rendering import march
-from latentscenes.rendering.field import Field, mix, sample_planes
+from latentscenes.rendering.field import Field, FusedPlanes, mix, sample_planes
 from latentscenes.rendering.kernels import native
 
 
@@ -157,7 +157,7 @@ def choose(kernel: Kernel, planes: Tensor, field: Field, rays: Rays, u_coarse: T
 
 
 def render_rays(
-    planes: Float[Tensor, "s 3 r r f"],
+    planes: FusedPlanes,
     field: Field,
     rays: Rays,
     u_coarse: Float[Tensor, "s p n"],
@@ -166,23 +166,24 @@ def render_rays(
     aggregation: Aggregation = "sum",
     kernel: Kernel = "auto",
     precision: MatmulPrecision = "float32",
-    mixing: Float[Tensor, "s f f"] | None = None,
 ) -> Rendered:
-    """`march_planes` by the fastest kernel that can ("auto"), or the one demanded. A ray's light that nothing stopped
-    counts as having travelled to far. `precision` is that of the GPU kernel's matrix products; the others know float32
-    alone. `mixing` is what `mix` still has to do to the planes; the native kernel does it to the few weights instead."""
-    chosen = choose(kernel, planes, field, rays, u_coarse)
-    hidden = field.hidden.weight
-    if mixing is not None and chosen == "native" and aggregation == "sum":
-        hidden = field.hidden_weight(mixing)
-    elif mixing is not None:
-        planes = mix(planes, mixing)
+    """`march_planes` by the fastest kernel that can ("auto"), or by the one demanded. The depth of light that nothing
+    stops is far. `precision` applies to the GPU kernel's matrix products; the others compute in float32.
+
+    Where planes are still to be mixed, the native kernel applies the mixing to the few weights of the hidden layer.
+    """
+    chosen = choose(kernel, planes.texels, field, rays, u_coarse)
+    texels, hidden = planes.texels, field.hidden.weight
+    if planes.mixing is not None and chosen == "native" and aggregation == "sum":
+        hidden = field.hidden_weight(planes.mixing)
+    elif planes.mixing is not None:
+        texels = mix(texels, planes.mixing)
     network = (hidden, field.hidden.bias, field.out.weight, field.out.bias)
     if chosen == "native":
-        features, depth, opacity = native.render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation)
+        features, depth, opacity = native.render(texels, *network, *rays, u_coarse, u_fine, axes, aggregation)
     elif chosen == "triton":
         render = triton_kernel().render
-        features, depth, opacity = render(planes, *network, *rays, u_coarse, u_fine, axes, aggregation, precision)
+        features, depth, opacity = render(texels, *network, *rays, u_coarse, u_fine, axes, aggregation, precision)
     else:
-        features, depth, opacity, _ = march_planes(planes, field, rays, u_coarse, u_fine, axes, aggregation)
+        features, depth, opacity, _ = march_planes(texels, field, rays, u_coarse, u_fine, axes, aggregation)
     return Rendered(features, depth + (1 - opacity) * rays.far, opacity)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Split
-from latentscenes.storage.quantize import Precision
 
 FILE = "index.sqlite"
 VERSION = 1
@@ -47,7 +47,7 @@ class SceneInfo:
     """What is known of a stored scene."""
 
     name: str
-    precision: Precision
+    precision: StoragePrecision
     bytes: int
     """Of its planes, weights and bias as stored; its line in the index and its thumbnail not counted."""
     origin: Origin
@@ -225,7 +225,7 @@ class Index:
         self._connection.execute("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(names)))
         self._connection.executemany("UPDATE scenes SET shard = ?, row = ? WHERE name = ?", [(shard, row, name) for row, name in enumerate(names)])
 
-    def restate(self, name: str, checksum: str, precision: Precision, size: int, psnr_lost: float | None) -> None:
+    def restate(self, name: str, checksum: str, precision: StoragePrecision, size: int, psnr_lost: float | None) -> None:
         """A scene is now stored otherwise."""
         self._connection.execute(
             "UPDATE scenes SET checksum = ?, precision = ?, bytes = ?, psnr_lost = ? WHERE name = ?", (checksum, precision, size, psnr_lost, name)

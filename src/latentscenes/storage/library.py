@@ -30,13 +30,13 @@ from safetensors.torch import load_file
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors, writing_to
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.index import FILE, Index, Place, SceneInfo
-from latentscenes.storage.quantize import STREAM, Payload, Precision, payload_kind, unpack
+from latentscenes.storage.quantize import STREAM, Payload, payload_kind, unpack
 from latentscenes.storage.run import circumstances, fill_model
 
 FORMAT = "latentscenes-library-1"
@@ -58,7 +58,7 @@ class LibraryInfo:
     box: Box
     view: Viewpoint
     """How the views that its model learned from look at their objects."""
-    precision: Precision
+    precision: StoragePrecision
     """Of new scenes, unless another is asked for."""
     parent: str
     """The run whose shared parts these are."""
@@ -190,8 +190,8 @@ class LibraryFolder:
             what = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise UserError(f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model.") from None
 
-    def start(self) -> SceneParameters:
-        """Where new scenes start (n = 1)."""
+    def starting_scene(self) -> SceneParameters:
+        """Where new scenes start (n = 1): the mean of stage 1."""
         file = self.path / "model" / START
         self._readable(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
@@ -200,7 +200,7 @@ class LibraryFolder:
 
     # Scenes
 
-    def rows(self, name: str) -> SceneParameters:
+    def parameters(self, name: str) -> SceneParameters:
         """A scene as it is rendered (n = 1), read without the others.
 
         Raises:

@@ -14,22 +14,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, folder_bytes, locked, payload_checksum
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.library import SHARED, START, LibraryFolder, NewScene
-from latentscenes.storage.quantize import (
-    PRECISIONS,
-    Payload,
-    Precision,
-    check_precision,
-    pack,
-    payload_bytes,
-    payload_kind,
-    unpack,
-)
+from latentscenes.storage.quantize import PRECISIONS, Payload, check_precision, pack, payload_bytes, payload_kind, unpack
 
 SHARD_BYTES = 64 << 20
 """Shards are merged to about this size."""
@@ -52,7 +44,7 @@ class Damage:
 class Setting:
     """One setting of the rate-distortion dial: means over some scenes."""
 
-    precision: Precision
+    precision: StoragePrecision
     bytes: float
     """Per scene."""
     lost: float
@@ -64,7 +56,7 @@ class Change:
     """How a scene will be stored."""
 
     payload: Payload
-    precision: Precision
+    precision: StoragePrecision
     psnr_lost: float | None
 
 
@@ -172,7 +164,7 @@ def export(store: LibraryFolder, names: Sequence[str], out: str | Path) -> int:
         if target.checksums[SHARED] != store.checksums[SHARED]:
             raise UserError(f"{out}: a library of another model, which cannot render scenes of {store.path}. Name a new folder.")
     else:
-        target = LibraryFolder.create(out, store.config, store.info, store.model(), store.start())
+        target = LibraryFolder.create(out, store.config, store.info, store.model(), store.starting_scene())
     ours, theirs = store.index.places(), target.index.places()
     if clash := [name for name in names if name in theirs and theirs[name].checksum != ours[name].checksum]:
         raise UserError(f"{out}: holds another scene named {clash[0]!r}. Rename one of the two.")

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, now, write_json, write_tensors, writing_to
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import SHARED, START, LibraryFolder
-from latentscenes.storage.quantize import Precision
 from latentscenes.storage.run import Run
 
 MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
@@ -74,7 +73,7 @@ def export_model(source: LibraryFolder, out: Path) -> int:
     return sum((out / "model" / name).stat().st_size for name in (SHARED, START))
 
 
-def library_from_model(out: Path, source: LibraryFolder, config: Config, precision: Precision | None) -> LibraryFolder:
+def library_from_model(out: Path, source: LibraryFolder, config: Config, precision: StoragePrecision | None) -> LibraryFolder:
     """Make an empty library with the shared parts of another one, or of a shipped model."""
     info = dataclasses.replace(source.info, precision=precision or source.info.precision)
-    return LibraryFolder.create(out, config, info, source.model(), source.start())
+    return LibraryFolder.create(out, config, info, source.model(), source.starting_scene())

@@ -7,26 +7,25 @@ mixing of features is held in half precision.
 """
 
 import zlib
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentscenes.core.config import PlanesConfig
+from latentscenes.core.config import PlanesConfig, StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.model.planes import SceneParameters
 
-Precision = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
+PRECISIONS: tuple[StoragePrecision, ...] = get_args(StoragePrecision)
 """From exact to coarse."""
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Payload = dict[str, Tensor]
 """What is stored of one scene: tensors by name. Those whose name ends in STREAM are bytes, of a length of their own."""
 STREAM = "stream"
 
 
-def check_precision(name: str) -> Precision:
+def check_precision(name: str) -> StoragePrecision:
     """The precision of that name.
 
     Raises:
@@ -37,7 +36,7 @@ def check_precision(name: str) -> Precision:
     return name
 
 
-def pack(rows: SceneParameters, precision: Precision) -> Payload:
+def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
     """What to store of one scene (n = 1). Empty tables are left out."""
     payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneParameters.NAMES}
     micro = payload.pop("micro")

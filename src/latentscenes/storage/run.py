@@ -120,7 +120,7 @@ class Run:
         found = [path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()]
         return max(found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None)
 
-    def save(self, model: Model, rows: SceneParameters, memory: dict[str, Tensor], position: Position) -> None:
+    def save(self, model: Model, rows: SceneParameters, state: dict[str, Tensor], position: Position) -> None:
         """Write a checkpoint and drop the one before."""
         target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}.partial")
@@ -128,7 +128,7 @@ class Run:
         partial.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), partial / "shared.safetensors")
         save_file(_contiguous(self._unfiled(rows.tables())), partial / "rows.safetensors")
-        save_file(_contiguous(self._unfiled(memory)), partial / "optimizer.safetensors")
+        save_file(_contiguous(self._unfiled(state)), partial / "optimizer.safetensors")
         if self.files:
             self.files.flush()
         _write_json(partial / "state.json", asdict(position))
@@ -145,7 +145,7 @@ class Run:
         """Those of a checkpoint: all, or all but the micro planes and moments that lie in files."""
         return {name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))}
 
-    def begin_rows(self, device: torch.device) -> SceneParameters:
+    def begin_parameters(self, device: torch.device) -> SceneParameters:
         """Fresh random rows for the run's scenes: in memory, or in files where they belong there."""
         count, generator = len(self.info.scenes), seeded("cpu", self.config.seed, "rows")
         if not belong_on_disk(count, self.config):
@@ -164,15 +164,13 @@ class Run:
         newest = self._newest()
         if self.files:
             self.files.go_back(self.position.total)
-            if not self.position.step:  # a stage starts without moments
-                self.files.clear_moments()
         if newest is not None:
             fill_model(model, newest / "shared.safetensors")
             self._fill(rows.tables(), newest / "rows.safetensors")
 
-    def recall(self, memory: dict[str, Tensor]) -> None:
-        """Copy what a stage remembers of its steps, moments of optimisers say, from the newest checkpoint."""
-        self._fill(memory, self._newest() / "optimizer.safetensors")
+    def restore_state(self, state: dict[str, Tensor]) -> None:
+        """Copies the state of a stage, such as the optimizers' moments, from the newest checkpoint."""
+        self._fill(state, self._newest() / "optimizer.safetensors")
 
     def _fill(self, tensors: dict[str, Tensor], file: Path) -> None:
         saved = _load(file)

@@ -1,19 +1,22 @@
-"""Learned scenes in a folder, be it a run's or a library's: which they are, how to load them, what they cost.
+"""One interface to learned scenes, whether they lie in a run folder, in a library, or in memory.
 
-Scores, pictures, reports and the ledger all go through here.
+Scores, pictures, reports, costs and exports all read scenes through a SceneSet:
+
+    scenes = SceneSet.open("libraries/chairs")
+    model.render(scenes.planes("chair_007"), …)
 """
 
+import copy
 import difflib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
@@ -21,172 +24,298 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
+from latentscenes.rendering.field import FusedPlanes
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model on a device, and its scenes by name, each read when asked for."""
+class SceneSet(ABC):
+    """Learned scenes by name, and the model that renders them."""
 
-    label: str
-    """What to call them beside others."""
-    model: Model
     names: tuple[str, ...]
-    rows: Callable[[str], SceneParameters]
-    """A scene's own part (n = 1), on the model's device."""
+    label: str = ""
+    """How pictures and charts call these scenes."""
+    model: Model
+    """The shared parts, on the set's device."""
 
-    @classmethod
-    def of_table(cls, model: Model, rows: SceneParameters, names: tuple[str, ...] | list[str], label: str = "") -> "Loaded":
-        """Row k of a table is the scene names[k]."""
-        place = {name: k for k, name in enumerate(names)}
-        return cls(label, model, tuple(names), lambda name: rows.gather(torch.tensor([place[name]])))
+    @abstractmethod
+    def parameters(self, name: str) -> SceneParameters:
+        """What one scene owns (n = 1), on the model's device."""
 
     @property
     def device(self) -> torch.device:
-        return self.model.bases.device
+        return self.model.device
 
     @torch.no_grad()
-    def planes(self, name: str) -> Float[Tensor, "1 3 r r f"]:
-        """Fused tri-planes of the scene of that name."""
-        return self.model.compose(self.rows(name))
+    def planes(self, name: str) -> FusedPlanes:
+        """The tri-planes of one scene, ready to render."""
+        return self.model.compose(self.parameters(name))
 
+    def labeled(self, label: str) -> "SceneSet":
+        """The same scenes under another label."""
+        other = copy.copy(self)
+        other.label = label
+        return other
 
-@dataclass(frozen=True)
-class Learned:
-    """Learned scenes of one dataset, not loaded yet."""
+    @staticmethod
+    def of_table(model: Model, parameters: SceneParameters, names: Sequence[str], label: str = "") -> "SceneSet":
+        """Scenes in memory: row k of the parameters is the scene names[k]."""
+        return _ScenesInMemory(model, parameters, names, label)
 
-    path: Path
-    source: Run | LibraryFolder
-    data: str
-    """The dataset they were learned from."""
-    split: Split
-    """Their split in it."""
-    names: tuple[str, ...]
-    sources: tuple[str, ...]
-    """What the dataset calls them; otherwise than `names` where a library renamed them."""
-
-    @classmethod
-    def open(cls, path: str | Path, data: str | Path | None = None, split: Split | None = None) -> "Learned":
-        """What a run folder holds; or what a library holds of one dataset and split: of those given, else of those that
-        its newest scene was learned from (stage 1 not counted, unless there is nothing else).
+    @staticmethod
+    def open(
+        path: str | Path, data: str | Path | None = None, split: Split | None = None, device: torch.device | str = "cpu"
+    ) -> "StoredScenes":
+        """Opens the scenes of a run folder, or those scenes of a library that were learned from one dataset and split:
+        from the given ones, otherwise from those of its newest scene (scenes of stage 1 only if there are no others).
 
         Raises:
-            UserError: nothing learned lies there, or nothing of that split.
+            UserError: there is neither a run nor a library, or it holds no scenes of that split.
         """
         path = Path(path)
         if LibraryFolder.exists(path):
-            return cls._of_library(LibraryFolder.open(path), data, split)
+            return LibraryScenes.learned_from(LibraryFolder.open(path), data, split, device)
         if not (path / "run.json").is_file():
-            raise UserError(f"{path}: no run here, and no library (neither run.json nor library.json). Start one with `latentscenes train`.")
+            raise UserError(
+                f"{path}: no run and no library here (neither run.json nor library.json). Start with `latentscenes train`."
+            )
         run = Run.open(path)
         if split not in (None, run.info.split):
             raise UserError(f"{path}: this run learned the split {run.info.split!r}, not {split!r}.")
-        return cls.of_run(run, data)
+        return RunScenes(run, data, device)
 
-    @classmethod
-    def open_all(cls, path: str | Path) -> "Learned":
-        """All scenes of a folder, whatever a library's were learned from: to be looked at, not to be scored."""
-        path = Path(path)
+    @staticmethod
+    def open_all(path: str | Path, device: torch.device | str = "cpu") -> "StoredScenes":
+        """Opens all scenes of a folder, whatever they were learned from: to render them, not to score them."""
         if not LibraryFolder.exists(path):
-            return cls.open(path)
-        store = LibraryFolder.open(path)
-        names = tuple(store.index.names())
-        return cls(path, store, "", "new", names, names)
+            return SceneSet.open(path, device=device)
+        library = LibraryFolder.open(path)
+        names = tuple(library.index.names())
+        return LibraryScenes(library, "", "new", names, names, device)
 
-    @classmethod
-    def of_run(cls, run: Run, data: str | Path | None = None) -> "Learned":
-        names = tuple(run.info.scenes)
-        return cls(run.path, run, str(data or run.info.data), run.info.split, names, names)
+    @staticmethod
+    def of_run(run: Run, data: str | Path | None = None, device: torch.device | str = "cpu") -> "StoredScenes":
+        """The scenes of an opened run."""
+        return RunScenes(run, data, device)
 
-    @classmethod
-    def _of_library(cls, store: LibraryFolder, data: str | Path | None, split: Split | None) -> "Learned":
-        known = [info for info in store.index.infos() if info.dataset and split in (None, info.split)]
-        if not known:
-            raise UserError(f"{store.path}: holds no scenes{f' of the split {split!r}' if split else ''} that were learned from a dataset.")
-        given = str(Path(data).resolve()) if data else None
-        candidates = [info for info in known if info.dataset == given] or known
-        newest = next((info for info in reversed(candidates) if info.origin != "stage 1"), candidates[-1])
-        chosen = [info for info in candidates if (info.dataset, info.split) == (newest.dataset, newest.split)]
-        names, sources = zip(*((info.name, info.source) for info in chosen), strict=True)
-        return cls(store.path, store, given or newest.dataset, newest.split, names, sources)
 
-    def load(self, device: torch.device | str = "cpu", label: str = "") -> Loaded:
-        """The model on a device. A library's scenes are read one by one, those of a run at once."""
-        if isinstance(self.source, Run):
-            return Loaded.of_table(*self.source.load(device), self.names, label)
-        store = self.source
-        return Loaded(label, store.model(device), self.names, lambda name: store.rows(name).to(device))
+class _ScenesInMemory(SceneSet):
+    def __init__(self, model: Model, parameters: SceneParameters, names: Sequence[str], label: str):
+        self.model, self.names, self.label = model, tuple(names), label
+        self._table, self._rows = parameters, {name: row for row, name in enumerate(names)}
 
-    def scenes(self, views: PosedImages) -> list[Scene]:
-        """Their views in the dataset, under the names they have here."""
-        found = views.select(self.split, list(self.sources))
+    def parameters(self, name: str) -> SceneParameters:
+        return self._table.gather(torch.tensor([self._rows[name]]))
+
+
+class StoredScenes(SceneSet):
+    """Scenes of one dataset in a folder. The model and the scenes are read when first used."""
+
+    def __init__(
+        self, folder: Run | LibraryFolder, data: str, split: Split, names: tuple[str, ...], sources: tuple[str, ...],
+        device: torch.device | str,
+    ):  # fmt: skip
+        self.path, self.config, self.box = folder.path, folder.config, folder.info.box
+        self.data, self.split, self.names = data, split, names
+        self._sources, self._device = sources, device
+
+    path: Path
+    config: Config
+    box: Box
+    data: str
+    """The dataset that the scenes were learned from."""
+    split: Split
+    """Their split in that dataset."""
+
+    def scenes(self, images: PosedImages) -> list[Scene]:
+        """Their views in the dataset, under the names that they have here."""
+        found = images.select(self.split, list(self._sources))
         return [replace(scene, name=name) for scene, name in zip(found, self.names, strict=True)]
 
     def check(self, name: str) -> None:
-        """Refuse the name of no scene, with the nearest one."""
+        """Refuses an unknown name and states the nearest one."""
         if not self.names:
-            raise UserError(f"{self.path}: no scene {name!r} here; it holds none.")
+            raise UserError(f"{self.path}: no scene {name!r} here; it holds no scenes.")
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1, cutoff=0)[0]
             raise UserError(f"{self.path}: no scene {name!r} here; the nearest name is {near!r}.")
 
     @property
-    def config(self) -> Config:
-        return self.source.config
+    @abstractmethod
+    def view(self) -> Viewpoint:
+        """How the dataset's cameras look at its scenes."""
+
+    # Costs
 
     @property
-    def box(self) -> Box:
-        return self.source.info.box
+    @abstractmethod
+    def shared_file(self) -> Path:
+        """The file with the weights of the shared parts.
+
+        Raises:
+            UserError: a run has learned nothing yet, or a library's file is absent or damaged.
+        """
+
+    @property
+    @abstractmethod
+    def seconds(self) -> float:
+        """Time spent on these scenes; for a run, including the shared parts."""
+
+    @property
+    @abstractmethod
+    def stage_one(self) -> tuple[float, int] | None:
+        """Seconds and scenes of the run that taught the shared parts; None for such a run itself."""
+
+    @property
+    @abstractmethod
+    def scene_bytes(self) -> float:
+        """Bytes per scene as stored."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> str:
+        """How a library stores the scenes, in words; empty for a run."""
+
+    # History
+
+    @property
+    @abstractmethod
+    def parent(self) -> Path:
+        """The run whose shared parts these scenes were learned with."""
+
+    @abstractmethod
+    def metrics(self) -> list[dict[str, Any]]:
+        """Logged steps of a run, or of the group that a library learned last."""
+
+    @property
+    @abstractmethod
+    def stage_seconds(self) -> dict[str, float]:
+        """Time by stage; empty for a library."""
+
+    @property
+    @abstractmethod
+    def notes(self) -> dict[str, Any]:
+        """Command, versions and machine."""
+
+
+class RunScenes(StoredScenes):
+    """The scenes of a run folder."""
+
+    def __init__(self, run: Run, data: str | Path | None, device: torch.device | str):
+        names = tuple(run.info.scenes)
+        super().__init__(run, str(data or run.info.data), run.info.split, names, names, device)
+        self._run = run
+
+    @cached_property
+    def _loaded(self) -> tuple[Model, SceneParameters]:
+        return self._run.load(self._device)
+
+    @property
+    def model(self) -> Model:
+        return self._loaded[0]
+
+    def parameters(self, name: str) -> SceneParameters:
+        return self._loaded[1].gather(torch.tensor([self.names.index(name)]))
 
     @cached_property
     def view(self) -> Viewpoint:
-        """How the dataset looks at its scenes."""
-        if isinstance(self.source, LibraryFolder):
-            return self.source.info.view
-        views = PosedImages.open(self.data)
-        return Viewpoint.of(views.cameras, views.size, self.box)
-
-    # What they cost
+        images = PosedImages.open(self.data)
+        return Viewpoint.of(images.cameras, images.size, self.box)
 
     @property
     def shared_file(self) -> Path:
-        """Where the weights of what they share lie.
+        return self._run.shared_file
 
-        Raises:
-            UserError: a run that has learned nothing yet, or a library whose file is absent or torn.
-        """
-        if isinstance(self.source, LibraryFolder):
-            self.source.check_model()
-        return self.source.shared_file
+    @property
+    def seconds(self) -> float:
+        return self._run.seconds
+
+    stage_one = None
+    stored = ""
+
+    @property
+    def scene_bytes(self) -> float:
+        return self._run.rows_file.stat().st_size / len(self.names)
+
+    @property
+    def parent(self) -> Path:
+        raise UserError(
+            f"{self.path}: this is a run of `latentscenes train`. Name the library that `latentscenes exploit` made."
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return self._run.metrics()
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        return self._run.position.seconds
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return json.loads((self.path / "run.json").read_text())
+
+
+class LibraryScenes(StoredScenes):
+    """Some scenes of a library."""
+
+    def __init__(
+        self, library: LibraryFolder, data: str, split: Split, names: tuple[str, ...], sources: tuple[str, ...],
+        device: torch.device | str,
+    ):  # fmt: skip
+        super().__init__(library, data, split, names, sources, device)
+        self._library = library
+
+    @classmethod
+    def learned_from(
+        cls, library: LibraryFolder, data: str | Path | None, split: Split | None, device: torch.device | str
+    ) -> "LibraryScenes":
+        """See SceneSet.open."""
+        known = [info for info in library.index.infos() if info.dataset and split in (None, info.split)]
+        if not known:
+            of_split = f" of the split {split!r}" if split else ""
+            raise UserError(f"{library.path}: holds no scenes{of_split} that were learned from a dataset.")
+        given = str(Path(data).resolve()) if data else None
+        candidates = [info for info in known if info.dataset == given] or known
+        newest = next((info for info in reversed(candidates) if info.origin != "stage 1"), candidates[-1])
+        chosen = [info for info in candidates if (info.dataset, info.split) == (newest.dataset, newest.split)]
+        names, sources = zip(*((info.name, info.source) for info in chosen), strict=True)
+        return cls(library, given or newest.dataset, newest.split, names, sources, device)
+
+    @cached_property
+    def model(self) -> Model:
+        return self._library.model(self._device)
+
+    def parameters(self, name: str) -> SceneParameters:
+        return self._library.parameters(name).to(self._device)
+
+    @property
+    def view(self) -> Viewpoint:
+        return self._library.info.view
+
+    @property
+    def shared_file(self) -> Path:
+        self._library.check_model()
+        return self._library.shared_file
 
     @cached_property
     def seconds(self) -> float:
-        """Time spent on these scenes, of a run also on what they share."""
-        if isinstance(self.source, Run):
-            return self.source.seconds
-        return sum(info.seconds or 0.0 for info in self._infos) if self.stage_one else self.source.info.parent_seconds
+        if self.stage_one is None:
+            return self._library.info.parent_seconds
+        return sum(info.seconds or 0.0 for info in self._infos)
 
     @property
     def stage_one(self) -> tuple[float, int] | None:
-        """Seconds and scenes of the run that these were learned on top of; None for a run, and for stage 1 itself."""
-        if isinstance(self.source, Run) or self._infos[0].origin == "stage 1":
+        if self._infos[0].origin == "stage 1":
             return None
-        return self.source.info.parent_seconds, self.source.info.parent_scenes
+        return self._library.info.parent_seconds, self._library.info.parent_scenes
 
     @cached_property
     def scene_bytes(self) -> float:
-        """Of files, per scene."""
-        if isinstance(self.source, Run):
-            return self.source.rows_file.stat().st_size / len(self.names)
         return sum(info.bytes for info in self._infos) / len(self.names)
 
     @property
     def stored(self) -> str:
-        """How a library stores them, in words; empty for a run."""
-        if isinstance(self.source, Run):
-            return ""
         kinds = sorted({info.precision for info in self._infos})
         lost = [info.psnr_lost for info in self._infos if info.psnr_lost is not None]
         return f"{', '.join(kinds)}, {sum(lost) / max(len(lost), 1):.3f} dB lost"
@@ -194,27 +323,17 @@ class Learned:
     @cached_property
     def _infos(self) -> list[SceneInfo]:
         wanted = set(self.names)
-        return [info for info in self.source.index.infos() if info.name in wanted]
-
-    # How it went
+        return [info for info in self._library.index.infos() if info.name in wanted]
 
     @property
     def parent(self) -> Path:
-        """The run whose shared parts these scenes were learned with."""
-        if isinstance(self.source, Run):
-            raise UserError(f"{self.path}: this is a run of `latentscenes train`. Name the library of the new scenes that `latentscenes exploit` made.")
-        return Path(self.source.info.parent)
+        return Path(self._library.info.parent)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Logged steps: of a run; of the group of scenes that a library learned last."""
-        return self.source.metrics()
+        return self._library.metrics()
 
-    @property
-    def stage_seconds(self) -> dict[str, float]:
-        """Time by stage, of a run."""
-        return self.source.position.seconds if isinstance(self.source, Run) else {}
+    stage_seconds: dict[str, float] = {}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """Command, versions and machine."""
-        return json.loads((self.path / ("run.json" if isinstance(self.source, Run) else "library.json")).read_text())
+        return json.loads((self.path / "library.json").read_text())

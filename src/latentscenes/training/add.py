@@ -16,16 +16,17 @@ from jaxtyping import Float, UInt8
 from numpy.typing import ArrayLike
 
 from latentscenes.core.cameras import Cameras
-from latentscenes.core.config import Config, frozen
+from latentscenes.core.config import Config, StoragePrecision, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, writing_to
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import DatasetWriter, PosedImages
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.quantize import Precision, check_precision
+from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo
-from latentscenes.training.exploit import learn_group, starting_parameters
-from latentscenes.training.loop import Tracker, learn
+from latentscenes.training.batches import TrainingScenes
+from latentscenes.training.exploit import GroupLearner, starting_parameters
+from latentscenes.training.loop import Trainer
 
 QUICK_STEPS = 60
 """Steps that a scene gets which is only looked for."""
@@ -41,7 +42,7 @@ def learn_from_pictures(
     images: ArrayLike,
     cameras: Cameras,
     masks: ArrayLike | None,
-    precision: Precision | None,
+    precision: StoragePrecision | None,
     tags: dict[str, Any] | None,
     device: torch.device,
 ) -> str:
@@ -60,7 +61,8 @@ def learn_from_pictures(
             writer.finish(store.info.box)
         views = PosedImages.open(work / "views")
         chosen = check_precision(precision or store.info.precision)
-        learn_group(store, model, config, views, views.select("new"), chosen, "add", device, f"Learning {name}", work, tags)
+        learner = GroupLearner(store, model, config, views, chosen)
+        learner.learn(views.select("new"), f"Learning {name}", "add", work, tags)
     return name
 
 
@@ -143,6 +145,6 @@ def quick_weights(store: LibraryFolder, views: PosedImages, name: str, device: t
     with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # not in the library, which may be only for reading
         info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
         run = Run.create(Path(work) / "run", config, info)
-        rows = starting_parameters(config, store.start(), [name]).to(device)
-        learn(run, model, rows, views, found, config.exploit, device, Tracker("none", run.path, {}), f"Fitting {name}")
+        rows = starting_parameters(config, store.starting_scene(), [name]).to(device)
+        Trainer(run, model, TrainingScenes(rows, views, found), label=f"Fitting {name}").fit(config.exploit)
     return rows.weights[0].cpu().numpy()

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from rich.progress import track
 
 from latentscenes.core.cameras import Cameras, Viewpoint
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
@@ -19,7 +20,7 @@ from latentscenes.model.model import Model, render_images, to_uint8
 from latentscenes.model.planes import SceneParameters, mean_parameters
 from latentscenes.storage.index import Origin, SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
-from latentscenes.storage.quantize import Precision, check_precision, pack, payload_bytes, unpack
+from latentscenes.storage.quantize import check_precision, pack, payload_bytes, unpack
 from latentscenes.storage.run import Run
 
 MEASURED_VIEWS = 4
@@ -43,42 +44,47 @@ def library_from_run(out: str | Path, run: Run, views: PosedImages, config: Conf
     found = []
     if scenes:
         known = views.select(run.info.split, run.info.scenes)
-        for place, scene in enumerate(track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)):
-            one = rows.gather(torch.tensor([place]))
-            found.append(new_scene(model, one, info.view, views, scene, chosen, origin="stage 1", split=run.info.split))
+        provenance = Provenance("stage 1", run.info.split)
+        shown = track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)
+        for one, scene in zip(rows.one_by_one(), shown, strict=True):
+            found.append(new_scene(model, one, info.view, views, scene, chosen, provenance))
     return LibraryFolder.create(out, config, info, model, mean_parameters(1, rows), found)
 
 
-def library_info(run: Run, views: PosedImages, precision: Precision) -> LibraryInfo:
+def library_info(run: Run, views: PosedImages, precision: StoragePrecision) -> LibraryInfo:
     """What a library of a run's model is."""
     view = Viewpoint.of(views.cameras, views.size, run.info.box)
     return LibraryInfo(run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where a scene comes from, as the index will state it."""
+
+    origin: Origin
+    split: Split | None
+    """Its split in the dataset; None if the dataset is not kept."""
+    seconds: float | None = None
+    """Time it took to learn."""
+    tags: dict[str, Any] | None = None
+
+
 def new_scene(
-    model: Model,
-    rows: SceneParameters,
-    view: Viewpoint,
-    views: PosedImages,
-    scene: Scene,
-    precision: Precision,
-    *,
-    origin: Origin,
-    split: Split | None,
-    seconds: float | None = None,
-    tags: dict[str, Any] | None = None,
-) -> NewScene:
-    """A learned scene (n = 1) ready to be stored. Its PSNR is measured as learned and as stored, on up to
-    MEASURED_VIEWS held-out views (on fitted ones, if none is held out)."""
-    payload = pack(rows, precision)
-    stored = unpack(payload, model.config.planes).to(rows.weights.device)
+    model: Model, parameters: SceneParameters, view: Viewpoint, images: PosedImages, scene: Scene,
+    precision: StoragePrecision, provenance: Provenance,
+) -> NewScene:  # fmt: skip
+    """Prepares a learned scene (n = 1) for storage. Measures its PSNR as learned and as stored, on up to MEASURED_VIEWS
+    held-out views (on fitted ones if none is held out), and takes its thumbnail from `view`."""
+    payload = pack(parameters, precision)
+    stored = unpack(payload, model.config.planes).to(model.device)
     index = spread_evenly(scene.views("held_out") or scene.views("fit"), MEASURED_VIEWS)
-    before = measure(model, rows, views, index)
-    lost = 0.0 if precision == "float32" else before - measure(model, stored, views, index)
-    dataset = str(views.path.resolve()) if split else None
+    before = measure(model, parameters, images, index)
+    lost = 0.0 if precision == "float32" else before - measure(model, stored, images, index)
+    dataset = str(images.path.resolve()) if provenance.split else None
     info = SceneInfo(
-        scene.name, precision, payload_bytes(payload), origin, dataset, split, scene.name, now(), seconds, round(before, 3), round(lost, 4), tags or {}
-    )
+        scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split, scene.name, now(),
+        provenance.seconds, round(before, 3), round(lost, 4), provenance.tags or {},
+    )  # fmt: skip
     return NewScene(info, payload, thumbnail(model, stored, view))
 
 

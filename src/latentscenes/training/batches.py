@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,36 @@ from latentscenes.core.config import StageConfig
 from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.model import Model
+from latentscenes.model.planes import SceneParameters
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
 ENCODE_CHUNK = 32
 """Images encoded at once when latents are cached."""
 
 
+@dataclass(frozen=True)
+class TrainingScenes:
+    """n scenes to learn: row k of the parameters belongs to the images of `entries[k]`."""
+
+    parameters: SceneParameters
+    images: PosedImages
+    entries: Sequence[Scene]
+
+
 class BatchSource:
     """The batches of one stage. Where the encoder is frozen, latents are encoded once and cached."""
 
-    def __init__(
-        self, model: Model, views: PosedImages, scenes: Sequence[Scene], stage: StageConfig, seed: int, device: torch.device, scratch: Path
-    ):
-        """Latents that would fill more than a quarter of the memory go to a file in the folder `scratch` that vanishes
+    def __init__(self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path):
+        """Latents that would fill more than a quarter of the memory go to a file in the folder `scratch`, which vanishes
         with the process."""
+        views = scenes.images
+        self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, model.device
         self.scratch = scratch
-        self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, device
-        self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes]
+        self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes.entries]
         every = torch.cat(self.fitted)
         self._slot = torch.full((len(views.rgb),), -1)  # of each fitted view among all fitted ones
         self._slot[every] = torch.arange(len(every))
-        self.focus = ErrorGuidedSampling(len(every), stage.focus, device) if stage.focus else None
+        self.focus = ErrorGuidedSampling(len(every), stage.focus, self.device) if stage.focus else None
         self.images_needed = needs_images(stage.losses)
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)

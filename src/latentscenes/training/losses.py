@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import LossWeights
 from latentscenes.model.model import Model
+from latentscenes.rendering.field import FusedPlanes
 from latentscenes.rendering.kernels import native
 
 
@@ -53,17 +54,10 @@ def needs_render(weights: LossWeights) -> bool:
 
 
 def terms(
-    model: Model,
-    planes: Float[Tensor, "s 3 r r f"] | None,
-    batch: Batch,
-    weights: LossWeights,
-    generator: torch.Generator,
-    mixing: Float[Tensor, "s f f"] | None = None,
-    micro: Float[Tensor, "s 3 r r m"] | None = None,
+    model: Model, planes: FusedPlanes | None, batch: Batch, weights: LossWeights, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Float[Tensor, "v p"] | None]:
-    """Every term that has a weight, unweighted, by its name in LossWeights; and the rays' mean squared errors, where the
-    latent term was found. Planes are fused, and still to be mixed if `mixing` is given. If only their `micro` features learn,
-    total variation leaves out the constant of the others."""
+    """Computes every term that has a weight, unweighted, by its name in LossWeights. Also returns the mean squared error
+    of each ray where the latent term is among them. Planes may be None where no term renders."""
     found: dict[str, Tensor] = {}
     errors = None
     decoded: list[Tensor] = []
@@ -82,7 +76,7 @@ def terms(
         found["equivariance"] = mean_square(model.decode(latents) - target)
 
     if needs_render(weights):
-        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, mixing)
+        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
         height, width = batch.background.shape[1:]
         if weights.latent:
             target = at_pixels(encoded, batch.pixels) if cached is None else cached
@@ -100,8 +94,8 @@ def terms(
     if weights.edges and decoded:
         found["edges"] = sum(edge_error(image, images) for image in decoded)
     if weights.tv:
-        part = planes if micro is None else micro
-        found["tv"] = total_variation(part) * (part.shape[-1] / planes.shape[-1])
+        part = planes.texels if planes.own is None else planes.own
+        found["tv"] = total_variation(part) * (part.shape[-1] / planes.texels.shape[-1])
     return found, errors if errors is None else errors.detach()
 
 

@@ -26,6 +26,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.export.sheets import Picture, colour_depth, enlarge, grey
 from latentscenes.model.model import LatentView, Model, render_images, to_uint8
 from latentscenes.model.planes import SceneParameters
+from latentscenes.rendering.field import FusedPlanes
 from latentscenes.rendering.render import camera_rays
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Painter:
     def __init__(self, library: Library):
         self.library = library
         self._rows: OrderedDict[object, SceneParameters] = OrderedDict()
-        self._planes: OrderedDict[object, Tensor] = OrderedDict()
+        self._planes: OrderedDict[object, FusedPlanes] = OrderedDict()
         self._ends: OrderedDict[object, list[tuple[float, float]]] = OrderedDict()
         self._backgrounds: OrderedDict[object, Tensor] = OrderedDict()
 
@@ -121,11 +122,11 @@ class Painter:
 
     # What is kept
 
-    def planes(self, scene: str, blend: Blend | None = None) -> Float[Tensor, "1 3 r r f"]:
+    def planes(self, scene: str, blend: Blend | None = None) -> FusedPlanes:
         """Fused tri-planes of a scene or a blend."""
         key = (self._mark(scene), blend and (self._mark(blend.other), blend.share, blend.micro))
 
-        def compose() -> Tensor:
+        def compose() -> FusedPlanes:
             rows = self.rows(scene)
             if blend is not None:
                 rows = blended(rows, self.rows(blend.other), blend)
@@ -167,7 +168,7 @@ class Painter:
 
 @torch.no_grad()
 def march(
-    model: Model, planes: Float[Tensor, "1 3 r r f"], camera: Cameras, background: Float[Tensor, "c h w"], is_stale: Callable[[], bool] = lambda: False
+    model: Model, planes: FusedPlanes, camera: Cameras, background: Float[Tensor, "c h w"], is_stale: Callable[[], bool] = lambda: False
 ) -> LatentView | None:
     """`model.render` for one camera, some rays at a time and only those that meet the box; None once `is_stale` says so."""
     height, width = background.shape[1:]
