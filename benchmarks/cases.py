@@ -86,7 +86,10 @@ class Steps:
         self.learner = StageLearner(self.model, self.rows, self.stage, files)
         self.background = self.model.background(SIZE, SIZE)
         made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
-        self.cameras = Cameras(torch.cat([views.cam2world for views, _ in made]), torch.cat([views.intrinsics for views, _ in made]))
+        self.cameras = Cameras(
+            torch.cat([views.cam2world for views, _ in made]),
+            torch.cat([views.intrinsics for views, _ in made]),
+        )
         self.latents = torch.cat([latents for _, latents in made])
         self.images = None
         if needs_images(self.stage.losses) or self.stage.rates.encoder:
@@ -125,7 +128,6 @@ class Steps:
         other.learner = StageLearner(other.model, other.rows, self.stage, shortcuts=shortcuts)
         return other
 
-
     def switched(self, switch: tuple[object, str, object]) -> Callable[[], None]:
         """Steps with (owner, name) replaced: one fast part off."""
         twin = self.twin("native")
@@ -150,7 +152,9 @@ class Steps:
         """Traffic beside rendering, each array crossing once: fusion and its gradient, total variation, both Adams."""
         shared, scene = self.model.bases.numel(), self.rows.micro[0].numel()
         fused = self.stage.scenes * 3 * self.config.planes.resolution**2 * self.config.planes.features
-        adam = 7 * (shared + self.stage.scenes * scene)  # reads value, gradient and two moments; writes all but the gradient
+        adam = 7 * (
+            shared + self.stage.scenes * scene
+        )  # reads value, gradient and two moments; writes all but the gradient
         return 4 * (3 * shared + 2 * self.stage.scenes * scene + 5 * fused + adam)
 
 
@@ -164,7 +168,9 @@ def fitting_text(resting: bool) -> str:
     config = config_io.load("small")
     stage = config.exploit[0]
     rates = dataclasses.replace(stage.rates, weights=0.0 if resting else stage.rates.weights)
-    return config_io.dump(dataclasses.replace(config, train=(dataclasses.replace(stage, rates=rates),), exploit=()))
+    return config_io.dump(
+        dataclasses.replace(config, train=(dataclasses.replace(stage, rates=rates),), exploit=())
+    )
 
 
 class Viewer:
@@ -172,9 +178,13 @@ class Viewer:
 
     def __init__(self, preset: str, steps: int = 60):
         own = ["codec.kind=convolutional", "codec.path=null", "codec.downsampling=8", "codec.channels=4"]
-        config = config_io.load(preset, own if preset == "paper" else [])  # the published sizes, our own codec
+        config = config_io.load(
+            preset, own if preset == "paper" else []
+        )  # the published sizes, our own codec
         stage = config_io.parse(LATENT, "bench").train[0]
-        stage = dataclasses.replace(stage, scenes=1, views=2, rates=dataclasses.replace(stage.rates, micro=0.3))
+        stage = dataclasses.replace(
+            stage, scenes=1, views=2, rates=dataclasses.replace(stage.rates, micro=0.3)
+        )
         alone = dataclasses.replace(config, train=(stage,), exploit=(), exploit_fresh_field=False)
         learned = Steps(config_io.dump(alone), 1).warmed(steps)
         self.config, self.background = config, learned.background
@@ -208,7 +218,9 @@ def peak_memory() -> int:
     process that started this one held then."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+        return 1024 * int(
+            next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        )
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -216,19 +228,22 @@ def with_kernel(config: Config, kernel: Kernel) -> Config:
     return dataclasses.replace(config, render=dataclasses.replace(config.render, kernel=kernel))
 
 
-def _made_views(count: int, scene: int, background: Float[Tensor, "c h w"]) -> tuple[Cameras, Float[Tensor, "v p c"]]:
+def _made_views(
+    count: int, scene: int, background: Float[Tensor, "c h w"]
+) -> tuple[Cameras, Float[Tensor, "v p c"]]:
     """Views of an ellipsoid whose latent is a smooth function of its surface, over the background."""
     generator = seeded("cpu", "object", scene)
     cameras = upper_hemisphere(count, generator)
     radii = 0.12 + 0.25 * torch.rand(3, generator=generator)
     channels, height, width = background.shape
-    colours = 0.8 * torch.randn(channels, 3, generator=generator) / math.sqrt(3)
+    colors = 0.8 * torch.randn(channels, 3, generator=generator) / math.sqrt(3)
     origins, directions = cameras.rays(height, width)
     o, d = origins / radii, directions / radii
     a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - 1
     inside = b * b - a * c
     t = (-b - inside.clamp(min=0).sqrt()) / a
     surface = o + t[..., None] * d
-    latents = torch.where((inside > 0)[..., None], torch.sin(2 * surface @ colours.t()), background.flatten(1).t())
+    latents = torch.where(
+        (inside > 0)[..., None], torch.sin(2 * surface @ colors.t()), background.flatten(1).t()
+    )
     return cameras, latents
-

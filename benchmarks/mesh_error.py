@@ -56,10 +56,16 @@ def compare(mesh: Mesh, source: str | Path, cameras: Cameras) -> Distances:
         if not seen.any():
             raise UserError(f"{what}: no camera sees it, so there is nothing to compare.")
     length = float((original.bounds[1] - original.bounds[0]).max())
-    return Distances(_mean_distance(ours[:TESTED][ours_seen], theirs) / length, _mean_distance(theirs[:TESTED][theirs_seen], ours) / length, 1 - float(theirs_seen.mean()))
+    return Distances(
+        _mean_distance(ours[:TESTED][ours_seen], theirs) / length,
+        _mean_distance(theirs[:TESTED][theirs_seen], ours) / length,
+        1 - float(theirs_seen.mean()),
+    )
 
 
-def _seen_points(soup: TriangleSoup, cameras: Cameras) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
+def _seen_points(
+    soup: TriangleSoup, cameras: Cameras
+) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
     """Points all over a surface, and which of the first n some camera sees."""
     face, weights = random_places(soup.corners, DENSE, np.random.default_rng(0))
     points = (weights * soup.corners[face]).sum(1).astype(np.float32)
@@ -102,8 +108,10 @@ def main(
     learned.check(scene)
     mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
-    print(f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
-          f"{apart.hidden:.0%} of the source is hidden from all cameras and left out.")
+    print(
+        f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
+        f"{apart.hidden:.0%} of the source is hidden from all cameras and left out."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""    python -m benchmarks.quality --run cars --data data/cars
+"""python -m benchmarks.quality --run cars --data data/cars
 
 What a user waits for: seconds per new scene until quality is near where it ends, ours and RGB tri-planes'; and the time
 that many new scenes take in one process and in several.
@@ -47,7 +47,12 @@ class Point:
 
 
 def time_to_quality(
-    parent: Run | LibraryFolder, views: PosedImages, limit: int, ours: tuple[int, ...], rgb: tuple[int, ...], device: torch.device
+    parent: Run | LibraryFolder,
+    views: PosedImages,
+    limit: int,
+    ours: tuple[int, ...],
+    rgb: tuple[int, ...],
+    device: torch.device,
 ) -> Result:
     """Learn the first `limit` new scenes for each of the numbers of epochs, on top of `parent` and as RGB tri-planes."""
     result = Result(f"time to quality, {limit} new scenes", torch.get_num_threads())
@@ -56,16 +61,31 @@ def time_to_quality(
         for epochs in ours:
             out = Path(folder) / f"ours-{epochs}"
             config = lengthened(parent.config, "exploit", epochs)
-            exploit(out, views, config, parent, ExploitOptions(stage_one=False, precision="float32", limit=limit), device)
+            exploit(
+                out,
+                views,
+                config,
+                parent,
+                ExploitOptions(stage_one=False, precision="float32", limit=limit),
+                device,
+            )
             curves["ours"].append(_point(SceneSet.open(out, device=device), views, epochs))
         for epochs in rgb:
             config = lengthened(config_io.load("rgb"), "train", epochs)
-            run = train(config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device)
+            run = train(
+                config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device
+            )
             curves["RGB"].append(_point(SceneSet.of_run(run, device=device), views, epochs))
     for name, points in curves.items():
         for point in points:
-            result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}")
-            result.figures |= {f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()}
+            result.add(
+                f"{name}, {point.epochs} epochs",
+                f"{point.seconds:.2f} s",
+                f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}",
+            )
+            result.figures |= {
+                f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()
+            }
     _conclude(result, curves)
     return result
 
@@ -80,7 +100,14 @@ def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, de
     def learn(workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.monotonic()
-            exploit(Path(folder) / "library", views, parent.config, parent, ExploitOptions(stage_one=False, limit=limit, workers=workers), device)
+            exploit(
+                Path(folder) / "library",
+                views,
+                parent.config,
+                parent,
+                ExploitOptions(stage_one=False, limit=limit, workers=workers),
+                device,
+            )
             return time.monotonic() - begun
 
     turns = [[learn(workers) for workers in (1, 0)] for _ in range(rounds)]
@@ -88,7 +115,11 @@ def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, de
     ratio = statistics.median(one / several for one, several in turns)
     result.add("one process", f"{alone / limit:.2f} s a scene")
     result.add("a process per thread", f"{together / limit:.2f} s a scene", f"{ratio:.2f}x as fast")
-    result.figures |= {"one.seconds": alone / limit, "several.seconds": together / limit, "several.speedup": ratio}
+    result.figures |= {
+        "one.seconds": alone / limit,
+        "several.seconds": together / limit,
+        "several.speedup": ratio,
+    }
     return result
 
 
@@ -107,22 +138,36 @@ def _point(learned: StoredScenes, views: PosedImages, epochs: int) -> Point:
 
 def nearly(points: list[Point], level: float) -> Point | None:
     """The quickest of some trainings that comes within NEAR of a level; none if none does."""
-    return min((point for point in points if point.psnr >= level - NEAR), key=lambda point: point.seconds, default=None)
+    return min(
+        (point for point in points if point.psnr >= level - NEAR),
+        key=lambda point: point.seconds,
+        default=None,
+    )
 
 
 def _conclude(result: Result, curves: dict[str, list[Point]]) -> None:
     best = {name: max(point.psnr for point in points) for name, points in curves.items()}
     near = {name: nearly(points, best[name]) for name, points in curves.items()}
     for name, point in near.items():
-        result.add(f"{name}: within {NEAR} dB of its converged {best[name]:.2f} dB", f"{point.seconds:.2f} s", f"{point.epochs} epochs")
+        result.add(
+            f"{name}: within {NEAR} dB of its converged {best[name]:.2f} dB",
+            f"{point.seconds:.2f} s",
+            f"{point.epochs} epochs",
+        )
     result.figures["speedup to own convergence"] = near["RGB"].seconds / near["ours"].seconds
     result.add("RGB's time over ours, each to its own", f"{near['RGB'].seconds / near['ours'].seconds:.1f}x")
     same = nearly(curves["ours"], best["RGB"])
     if same:
         result.figures["speedup at RGB's quality"] = near["RGB"].seconds / same.seconds
-        result.add("RGB's time over ours, both to RGB's level", f"{near['RGB'].seconds / same.seconds:.1f}x", f"ours takes {same.seconds:.2f} s")
+        result.add(
+            "RGB's time over ours, both to RGB's level",
+            f"{near['RGB'].seconds / same.seconds:.1f}x",
+            f"ours takes {same.seconds:.2f} s",
+        )
     else:
-        result.add("ours does not come near RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB")
+        result.add(
+            "ours does not come near RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB"
+        )
 
 
 def main(

@@ -47,10 +47,15 @@ class Cost:
             self.bytes + other.bytes, self.texel_bytes + other.texel_bytes,
         )  # fmt: skip
 
-    def seconds(self, flops_per_second: float, bytes_per_second: float, flops_per_function: float = 0.0) -> float:
+    def seconds(
+        self, flops_per_second: float, bytes_per_second: float, flops_per_function: float = 0.0
+    ) -> float:
         """The least time on a machine with these peaks (roofline: Williams, Waterman and Patterson, CACM 52(4), 2009).
         `flops_per_function` turns evaluations into operations; 0 where other units than those of `flops` do them."""
-        return max((self.flops + flops_per_function * self.functions) / flops_per_second, self.bytes / bytes_per_second)
+        return max(
+            (self.flops + flops_per_function * self.functions) / flops_per_second,
+            self.bytes / bytes_per_second,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,14 @@ class StepCost:
 
 
 def step_cost(
-    scenes: int, rays: int, samples: int, resolution: int, features: int, hidden: int, channels: int, kept: float = 1.0
+    scenes: int,
+    rays: int,
+    samples: int,
+    resolution: int,
+    features: int,
+    hidden: int,
+    channels: int,
+    kept: float = 1.0,
 ) -> StepCost:
     """Cost of rendering `rays` rays in each of `scenes` scenes with `samples` samples per ray, and of going back.
 

@@ -1,6 +1,6 @@
 """What a step, a view and a scene cost on this machine, always as ratios of variants that run in turns.
 
-    python -m benchmarks.speed --only step view --threads 1 2
+python -m benchmarks.speed --only step view --threads 1 2
 """
 
 import copy
@@ -87,18 +87,35 @@ def _hold_against_floor(result: Result, steps: Steps, seconds: float) -> None:
         "matrix products": max(cost.flops / flops, moved),
         "and activations": max((cost.flops + FUNCTION_FLOPS * cost.functions) / flops, moved),
     }
-    result.add("samples evaluated", f"{100 * forward:.0f} %", f"backward {100 * backward:.0f} %; operations and bytes count all forward")
-    result.add("operations", f"{cost.flops / 1e9:.2f} G", f"peak {flops / 1e9:.0f} G/s; and {cost.functions / 1e6:.0f} M softplus, sigmoid, exp")
-    result.add("bytes", bytes_text(cost.bytes + other), f"bandwidth {bandwidth / 1e9:.0f} GB/s; {bytes_text(other)} of these beside rendering")
+    result.add(
+        "samples evaluated",
+        f"{100 * forward:.0f} %",
+        f"backward {100 * backward:.0f} %; operations and bytes count all forward",
+    )
+    result.add(
+        "operations",
+        f"{cost.flops / 1e9:.2f} G",
+        f"peak {flops / 1e9:.0f} G/s; and {cost.functions / 1e6:.0f} M softplus, sigmoid, exp",
+    )
+    result.add(
+        "bytes",
+        bytes_text(cost.bytes + other),
+        f"bandwidth {bandwidth / 1e9:.0f} GB/s; {bytes_text(other)} of these beside rendering",
+    )
     for name, floor in floors.items():
-        result.add(f"floor, {name}", f"{floor / MILLISECOND:.1f} ms", f"native takes {seconds / floor:.2f}x as long")
+        result.add(
+            f"floor, {name}", f"{floor / MILLISECOND:.1f} ms", f"native takes {seconds / floor:.2f}x as long"
+        )
         result.figures[f"over floor, {name}"] = seconds / floor
 
 
 def bench_stages(threads: int, rounds: int) -> Iterator[Result]:
     """Steps of the other stages in the sizes of step 1a, and of `small` where it fits new scenes: native against torch."""
     texts = {f"step {name}": stage_text(name) for name in STAGES}
-    texts |= {f"step of `small`, new scenes, weights {word}": fitting_text(word == "at rest") for word in ("learning", "at rest")}
+    texts |= {
+        f"step of `small`, new scenes, weights {word}": fitting_text(word == "at rest")
+        for word in ("learning", "at rest")
+    }
     for case, text in texts.items():
         result = Result(case, threads)
         steps = Steps(text, 20).warmed(20)
@@ -111,12 +128,17 @@ def bench_options(threads: int, rounds: int) -> Iterator[Result]:
     """Each fast part of a step on and off."""
     if not native.available():
         return
-    for case, text, warm in (("step 1a", LATENT, WARM_STEPS), ("the step of `small`, new scenes", fitting_text(True), 20)):
+    for case, text, warm in (
+        ("step 1a", LATENT, WARM_STEPS),
+        ("the step of `small`, new scenes", fitting_text(True), 20),
+    ):
         result = Result(f"options of {case}", threads)
         steps = Steps(text, 20).warmed(warm)
         variants = {f"without {name}": steps.switched(switch) for name, switch in SWITCHES.items()}
         if text != LATENT:
-            variants["without mixing by weights and macro planes kept"] = steps.twin("native", shortcuts=False).step
+            variants["without mixing by weights and macro planes kept"] = steps.twin(
+                "native", shortcuts=False
+            ).step
         result.compare(interleave({"all on": steps.twin("native").step, **variants}, rounds), "all on")
         yield result
 
@@ -129,6 +151,7 @@ SWITCHES = {
 }
 """What turns each fast part of a step off."""
 
+
 def bench_views(threads: int, rounds: int) -> Iterator[Result]:
     """A new 128x128 view: render and decode, as a viewer does for a scene whose planes are fused."""
     result = Result("new view", threads)
@@ -136,7 +159,11 @@ def bench_views(threads: int, rounds: int) -> Iterator[Result]:
     timings = interleave({name: viewer.view for name, viewer in viewers.items()}, 4 * rounds)
     for name, found in timings.items():
         result.figures[f"{name}.views_per_second"] = 1 / found.median
-        result.add(f"{name}: {viewers[name].describe()}", f"{found.median / MILLISECOND:.1f} ms", f"{1 / found.median:.0f} views a second")
+        result.add(
+            f"{name}: {viewers[name].describe()}",
+            f"{found.median / MILLISECOND:.1f} ms",
+            f"{1 / found.median:.0f} views a second",
+        )
     yield result
 
 
@@ -153,14 +180,23 @@ def bench_codec(threads: int, rounds: int) -> Iterator[Result]:
                 latents = codec.encode(images)
                 for verb, given in (("encode", images), ("decode", latents)):
                     fast, slow = getattr(codec, verb), getattr(plain, verb)
-                    timings = interleave({"float32": lambda f=slow, x=given: f(x), "bfloat16": lambda f=fast, x=given: f(x)}, rounds)
+                    timings = interleave(
+                        {"float32": lambda f=slow, x=given: f(x), "bfloat16": lambda f=fast, x=given: f(x)},
+                        rounds,
+                    )
                     label = f"f = {codec.downsampling}, {codec.channels} channels: {verb}"
-                    result.add(label, f"{timings['bfloat16'].median / MILLISECOND:.2f} ms", f"{timings['bfloat16'].ratio(timings['float32']):.2f}x as fast as float32")
+                    result.add(
+                        label,
+                        f"{timings['bfloat16'].median / MILLISECOND:.2f} ms",
+                        f"{timings['bfloat16'].ratio(timings['float32']):.2f}x as fast as float32",
+                    )
                     result.figures[f"{label}.seconds"] = timings["bfloat16"].median
         yield result
 
 
-def bench_scaling(threads: int, rounds: int, counts: tuple[int, ...] = (20, 200, 1000), on_disk: int = 10_000) -> Iterator[Result]:
+def bench_scaling(
+    threads: int, rounds: int, counts: tuple[int, ...] = (20, 200, 1000), on_disk: int = 10_000
+) -> Iterator[Result]:
     """Step 1a with more and more scenes, the most of them in memory-mapped files (about 5 GB for 10,000)."""
     result = Result("scaling with N", threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,20 +212,37 @@ def bench_scaling(threads: int, rounds: int, counts: tuple[int, ...] = (20, 200,
     for name, found in timings.items():
         ratio = timings[first].ratio(found)
         result.figures |= {f"{name}.seconds": found.median, f"{name}.ratio": ratio}
-        result.add(name, f"{found.median / MILLISECOND:.1f} ms", "" if name == first else f"{ratio:.3f}x the time of {first}")
+        result.add(
+            name,
+            f"{found.median / MILLISECOND:.1f} ms",
+            "" if name == first else f"{ratio:.3f}x the time of {first}",
+        )
     yield result
 
 
 def bench_memory(threads: int, rounds: int, count: int = 1000) -> Iterator[Result]:
     """Peak memory of step 1a in a process of its own."""
     result = Result(f"peak memory, N = {count}", threads)
-    ran = subprocess.run([sys.executable, "-c", f"from benchmarks.cases import report_memory; report_memory({threads}, {count})"], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from benchmarks.cases import report_memory; report_memory({threads}, {count})",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if ran.returncode:
-        raise UserError(f"memory: the process that measures memory failed: {ran.stderr.strip().splitlines()[-1]}")
+        raise UserError(
+            f"memory: the process that measures memory failed: {ran.stderr.strip().splitlines()[-1]}"
+        )
     found = json.loads(ran.stdout)
     result.figures |= found
     result.add("rows and their Adam moments", bytes_text(found["rows"]))
-    result.add("peak", bytes_text(found["peak"]), f"{bytes_text(found['peak'] - found['rows'])} beside the rows")
+    result.add(
+        "peak", bytes_text(found["peak"]), f"{bytes_text(found['peak'] - found['rows'])} beside the rows"
+    )
     yield result
 
 
@@ -204,7 +257,9 @@ CASES: dict[str, Callable[[int, int], Iterator[Result]]] = {
 }
 
 
-def main(only: tuple[str, ...] = (), threads: tuple[int, ...] = (), rounds: int = 7, out: Path | None = None) -> None:
+def main(
+    only: tuple[str, ...] = (), threads: tuple[int, ...] = (), rounds: int = 7, out: Path | None = None
+) -> None:
     """Measure steps, views, codec, scaling and memory on this machine: medians, and ratios of variants that run in turns.
 
     Args:
@@ -239,7 +294,9 @@ def save(results: list[Result], out: Path | None, shown: bool = False) -> None:
     console.print(where, highlight=False)
     if out is None:
         return
-    out.write_text(json.dumps({"machine": machine, "results": [asdict(result) for result in results]}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"machine": machine, "results": [asdict(result) for result in results]}, indent=1) + "\n"
+    )
     tables = (f"**{result.table().title}**\n\n{result.table().markdown()}" for result in results)
     out.with_suffix(".md").write_text("\n".join([*tables, where + ".\n"]))
     console.print(f"{out} and {out.with_suffix('.md').name} written.", highlight=False)

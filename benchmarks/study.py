@@ -106,14 +106,16 @@ class Study:
         labels = [row.label for row in self.rows]
         for label in labels:
             if labels.count(label) > 1:
-                raise UserError(f"study: two rows are labelled {label!r}; labels must differ.")
+                raise UserError(f"study: two rows are labeled {label!r}; labels must differ.")
         if self.chart and self.chart.x not in COUNTED:
             raise UserError(f"study: chart.x: no figure {self.chart.x!r}; there are {', '.join(COUNTED)}.")
         for row in self.rows:
             for precision in row.precisions:
                 check_precision(precision)
             if row.alone and (row.run or row.finetune or row.precisions != ("float32",)):
-                raise UserError(f"study: row {row.label!r} learns alone, so it has no run, no finetune and no precisions.")
+                raise UserError(
+                    f"study: row {row.label!r} learns alone, so it has no run, no finetune and no precisions."
+                )
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def read_study(path: Path) -> Study:
     return build(Study, tree, str(path))
 
 
-def run_study(study: Study, data: dict[str, Path], out: Path, device: torch.device, name: str = "study") -> list[Figures]:
+def run_study(
+    study: Study, data: dict[str, Path], out: Path, device: torch.device, name: str = "study"
+) -> list[Figures]:
     """Learn and score every row with every seed; write NAME.json, NAME.md and (if there is a chart) NAME.svg. Studies may
     share a folder, and with it what they have in common.
 
@@ -165,15 +169,24 @@ def run_study(study: Study, data: dict[str, Path], out: Path, device: torch.devi
     for row in study.rows:
         for needed in (row.data, row.learn_from):
             if needed is not None and needed not in views:
-                raise UserError(f"study: row {row.label!r} needs the dataset {needed!r}; give it with --data {needed}=FOLDER.")
+                raise UserError(
+                    f"study: row {row.label!r} needs the dataset {needed!r}; give it with --data {needed}=FOLDER."
+                )
         _settings(row, 0)  # mistakes show before anything is learned
     found = []
     for seed in study.seeds:
         for row in study.rows:
             for figures in _figures(study, row, seed, views, out, device):
-                console.print(f"{figures.label}, seed {seed}: {figures.psnr:.2f} dB, {seconds_text(figures.seconds)} a scene", highlight=False, soft_wrap=True)
+                console.print(
+                    f"{figures.label}, seed {seed}: {figures.psnr:.2f} dB, {seconds_text(figures.seconds)} a scene",
+                    highlight=False,
+                    soft_wrap=True,
+                )
                 found.append(figures)
-    write_json(out / f"{name}.json", {"title": study.title, "rows": [dataclasses.asdict(figures) for figures in found]})
+    write_json(
+        out / f"{name}.json",
+        {"title": study.title, "rows": [dataclasses.asdict(figures) for figures in found]},
+    )
     (out / f"{name}.md").write_text(table(study, found).markdown())
     if study.chart:
         (out / f"{name}.svg").write_text(chart(study, found))
@@ -190,24 +203,47 @@ def _place(out: Path, kind: str, *parts: object) -> Path:
     return out / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
-def _figures(study: Study, row: Row, seed: int, views: dict[str, PosedImages], out: Path, device: torch.device) -> Iterator[Figures]:
+def _figures(
+    study: Study, row: Row, seed: int, views: dict[str, PosedImages], out: Path, device: torch.device
+) -> Iterator[Figures]:
     settings, fresh = _settings(row, seed), views[row.data or next(iter(views))]
     if row.alone:
-        run = train(settings, fresh, _place(out, "alone", settings, fresh.path, study.limit), split="new", limit=study.limit, device=device)
+        run = train(
+            settings,
+            fresh,
+            _place(out, "alone", settings, fresh.path, study.limit),
+            split="new",
+            limit=study.limit,
+            device=device,
+        )
         yield _measured(row.label, seed, SceneSet.of_run(run, device=device), fresh)
         return
-    parent = open_parent(Path(row.run)) if row.run else _stage_one(study, row, settings, views, fresh, out, device)
+    parent = (
+        open_parent(Path(row.run)) if row.run else _stage_one(study, row, settings, views, fresh, out, device)
+    )
     folder = _place(out, "library", settings, parent.path, fresh.path, study.limit, row.finetune)
     options = ExploitOptions(precision="float32", stage_one=False, limit=study.limit)
     learn_new(folder, fresh, settings, parent.path, row.finetune, options, device)
-    old = _old_psnr(parent, LibraryFolder.open(folder), device) if study.old_scenes and isinstance(parent, Run) else None
+    old = (
+        _old_psnr(parent, LibraryFolder.open(folder), device)
+        if study.old_scenes and isinstance(parent, Run)
+        else None
+    )
     for precision in row.precisions:
         label = row.label if len(row.precisions) == 1 else f"{row.label}, {precision}"
         learned = SceneSet.open(_stored_as(folder, precision, device), device=device)
         yield dataclasses.replace(_measured(label, seed, learned, fresh), old_psnr=old)
 
 
-def _stage_one(study: Study, row: Row, settings: Config, views: dict[str, PosedImages], fresh: PosedImages, out: Path, device: torch.device) -> Run:
+def _stage_one(
+    study: Study,
+    row: Row,
+    settings: Config,
+    views: dict[str, PosedImages],
+    fresh: PosedImages,
+    out: Path,
+    device: torch.device,
+) -> Run:
     taught = views[row.learn_from] if row.learn_from else fresh
     limit = row.train_limit or study.train_limit
     own = dataclasses.replace(settings, exploit=())  # rows that differ in stage 2 alone share stage 1
@@ -232,10 +268,20 @@ def _measured(label: str, seed: int, learned: StoredScenes, views: PosedImages) 
     evaluation, account = evaluate_stored(learned, views), cost.account_learned(learned)
     mean, time = evaluation.mean, account.time
     return Figures(
-        label, seed, mean.psnr, mean.ssim, mean.perceptual, time.scene or 0.0, account.memory.scene, learned.scene_bytes,
-        account.memory.shared, time.stage_one, 1000 * evaluation.render_seconds, mean.codec_psnr if mean.codec_psnr < 99 else None,
+        label,
+        seed,
+        mean.psnr,
+        mean.ssim,
+        mean.perceptual,
+        time.scene or 0.0,
+        account.memory.scene,
+        learned.scene_bytes,
+        account.memory.shared,
+        time.stage_one,
+        1000 * evaluation.render_seconds,
+        mean.codec_psnr if mean.codec_psnr < 99 else None,
         evaluation.perceptual_metric,
-    )  # fmt: skip
+    )
 
 
 def _old_psnr(parent: Run, store: LibraryFolder, device: torch.device) -> float:
@@ -261,9 +307,14 @@ def _mean(found: list[Figures], label: str, name: str) -> tuple[float | None, fl
 def table(study: Study, found: list[Figures]) -> Table:
     """A line per row; where there are several seeds, PSNR with its standard deviation over them."""
     labels = list(dict.fromkeys(figures.label for figures in found))
-    several, metric = len(study.seeds) > 1, next((figures.perceptual_metric for figures in found if figures.perceptual_metric), "perceptual")
+    several, metric = (
+        len(study.seeds) > 1,
+        next((figures.perceptual_metric for figures in found if figures.perceptual_metric), "perceptual"),
+    )
     columns = {
-        "PSNR": lambda label: f"{{:.2f}}{' ± {:.2f}' if several else ''}".format(*_mean(found, label, "psnr")),
+        "PSNR": lambda label: f"{{:.2f}}{' ± {:.2f}' if several else ''}".format(
+            *_mean(found, label, "psnr")
+        ),
         "SSIM": lambda label: f"{_mean(found, label, 'ssim')[0]:.4f}",
         metric: lambda label: _text(_mean(found, label, "perceptual")[0], ".4f"),
         "codec alone": lambda label: _text(_mean(found, label, "codec_psnr")[0], ".2f"),
@@ -276,7 +327,11 @@ def table(study: Study, found: list[Figures]) -> Table:
         "ms / view": lambda label: f"{_mean(found, label, 'view_ms')[0]:.1f}",
     }
     unused = {metric: "perceptual", "codec alone": "codec_psnr", "old scenes": "old_psnr"}
-    kept = {name: cell for name, cell in columns.items() if name not in unused or any(getattr(figures, unused[name]) is not None for figures in found)}
+    kept = {
+        name: cell
+        for name, cell in columns.items()
+        if name not in unused or any(getattr(figures, unused[name]) is not None for figures in found)
+    }
     rows = tuple((label, *(cell(label) for cell in kept.values())) for label in labels)
     return Table(study.title, ("", *kept), rows, note=study.note)
 
@@ -288,10 +343,14 @@ def _text(value: float | None, form: str) -> str:
 def chart(study: Study, found: list[Figures]) -> str:
     """PSNR over the figure that the study names, as an SVG file's text."""
     wanted, lines = study.chart, []
-    for colour, prefix in enumerate(wanted.series or ("",)):
+    for color, prefix in enumerate(wanted.series or ("",)):
         labels = list(dict.fromkeys(figures.label for figures in found if figures.label.startswith(prefix)))
-        points = sorted((_mean(found, label, wanted.x)[0], _mean(found, label, "psnr")[0]) for label in labels)
-        lines.append(Series(prefix.rstrip(" ,"), tuple(x for x, _ in points), tuple(y for _, y in points), colour))
+        points = sorted(
+            (_mean(found, label, wanted.x)[0], _mean(found, label, "psnr")[0]) for label in labels
+        )
+        lines.append(
+            Series(prefix.rstrip(" ,"), tuple(x for x, _ in points), tuple(y for _, y in points), color)
+        )
     return chart_file(study.title, lines, wanted.label, "PSNR, dB", log_x=wanted.log)
 
 
@@ -308,7 +367,9 @@ def main(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions 
     for given in data:
         name, _, folder = given.rpartition("=")
         if (name or "data") in folders:
-            raise UserError(f"--data {given}: the second of its name. Name datasets apart, for instance cars={folder}.")
+            raise UserError(
+                f"--data {given}: the second of its name. Name datasets apart, for instance cars={folder}."
+            )
         folders[name or "data"] = Path(folder)
     print_things(table(wanted, run_study(wanted, folders, out, set_up(machine), study.stem)))
 

@@ -33,7 +33,9 @@ def field_docs(kind: type) -> dict[str, str]:
     return {
         entry.target.id: inspect.cleandoc(text.value.value)
         for entry, text in zip(body, body[1:])
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(entry, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
     }
 
 
@@ -47,7 +49,9 @@ def tables() -> str:
         for entry in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(hints[entry.name]):
                 meaning = " ".join(docs.get(entry.name, "").split()).replace("|", "\\|")
-                lines.append(f"| `{prefix}{entry.name}` | {_type(hints[entry.name])} | {_default(entry.default)} | {meaning} |")
+                lines.append(
+                    f"| `{prefix}{entry.name}` | {_type(hints[entry.name])} | {_default(entry.default)} | {meaning} |"
+                )
     return "\n".join([*lines, ""])
 
 

@@ -14,10 +14,22 @@ from urllib.request import urlopen
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu-sandbox", "--disable-dev-shm-usage", "--disable-extensions",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio", "--hide-scrollbars",
-    "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--remote-debugging-port=0",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--mute-audio",
+    "--hide-scrollbars",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--remote-debugging-port=0",
+)
 
 
 class Page:
@@ -47,13 +59,17 @@ class Page:
 
     def _note(self, event: str | None, found: dict[str, Any]) -> None:
         if event == "Runtime.consoleAPICalled" and found["type"] in ("error", "assert"):
-            self.problems.append(" ".join(str(part.get("value", part.get("description"))) for part in found["args"]))
+            self.problems.append(
+                " ".join(str(part.get("value", part.get("description"))) for part in found["args"])
+            )
         elif event == "Runtime.exceptionThrown":
             details = found["exceptionDetails"]
             self.problems.append(str(details.get("exception", {}).get("description", details["text"])))
         elif event == "Log.entryAdded" and found["entry"]["level"] == "error":
             self.problems.append(f"{found['entry']['text']} {found['entry'].get('url', '')}")
-        elif event == "Network.requestWillBeSent" and not found["request"]["url"].startswith(("data:", "blob:")):
+        elif event == "Network.requestWillBeSent" and not found["request"]["url"].startswith(
+            ("data:", "blob:")
+        ):
             self.requests.append(found["request"]["url"])
 
     def open(self, url: str) -> None:
@@ -75,7 +91,15 @@ class Page:
 
     def mouse(self, kind: str, x: float, y: float, buttons: int = 0) -> None:
         button = "left" if buttons or kind == "mouseReleased" else "none"
-        self.command("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=int(kind != "mouseMoved"))
+        self.command(
+            "Input.dispatchMouseEvent",
+            type=kind,
+            x=x,
+            y=y,
+            button=button,
+            buttons=buttons,
+            clickCount=int(kind != "mouseMoved"),
+        )
 
     def click(self, selector: str) -> None:
         """In the middle of the element that a CSS selector finds."""
@@ -90,7 +114,9 @@ class Page:
         self.mouse("mousePressed", x, y, 1)
         self.mouse("mouseReleased", x, y)
 
-    def drag(self, start: tuple[float, float], end: tuple[float, float], steps: int = 10, pause: float = 0.02) -> None:
+    def drag(
+        self, start: tuple[float, float], end: tuple[float, float], steps: int = 10, pause: float = 0.02
+    ) -> None:
         self.mouse("mouseMoved", *start)
         self.mouse("mousePressed", *start, 1)
         for k in range(1, steps + 1):
@@ -120,7 +146,9 @@ def until(condition: Callable[[], Any], seconds: float = 30, what: str = "") -> 
 def browser(profile: Path, width: int = 1280, height: int = 800) -> Iterator[Callable[[], Page]]:
     """A running Chromium; gives what opens a new tab in it."""
     process = subprocess.Popen(
-        [PROGRAM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [PROGRAM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     pages: list[Page] = []
     try:
@@ -135,9 +163,19 @@ def browser(profile: Path, width: int = 1280, height: int = 800) -> Iterator[Cal
                 answer = urlopen(Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT"))
                 target = json.load(answer)
             else:
-                target = next(entry for entry in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if entry["type"] == "page")
+                target = next(
+                    entry
+                    for entry in json.load(urlopen(f"http://127.0.0.1:{port}/json"))
+                    if entry["type"] == "page"
+                )
             page = Page(target["webSocketDebuggerUrl"])
-            page.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            page.command(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=1,
+                mobile=False,
+            )
             pages.append(page)
             return page
 

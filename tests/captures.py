@@ -34,15 +34,21 @@ class World:
 def any_world(seed: int = 0) -> World:
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    return World(float(rng.uniform(2, 7)), rotation * np.sign(np.linalg.det(rotation)), rng.normal(size=3) * 20)
+    return World(
+        float(rng.uniform(2, 7)), rotation * np.sign(np.linalg.det(rotation)), rng.normal(size=3) * 20
+    )
 
 
 def walk_around(count: int, seed: int = 0, roll: float = 0.05) -> Cameras:
     """Hand-held cameras around the origin: two heights, not quite level, not quite aimed. Focal lengths mean nothing."""
     rng = np.random.default_rng(seed)
     azimuth = np.arange(count) * 2 * np.pi * 2 / count + rng.normal(size=count) * 0.05
-    height = np.where(np.arange(count) < count / 2, np.radians(18), np.radians(48)) + rng.normal(size=count) * 0.04
-    outward = np.stack([np.cos(height) * np.cos(azimuth), np.cos(height) * np.sin(azimuth), np.sin(height)], -1)
+    height = (
+        np.where(np.arange(count) < count / 2, np.radians(18), np.radians(48)) + rng.normal(size=count) * 0.04
+    )
+    outward = np.stack(
+        [np.cos(height) * np.cos(azimuth), np.cos(height) * np.sin(azimuth), np.sin(height)], -1
+    )
     eyes = outward * rng.uniform(1.9, 2.4, (count, 1))
     aims = rng.normal(size=(count, 3)) * 0.08
     matrices = [look_at(torch.tensor(eye - aim)[None].float())[0] for eye, aim in zip(eyes, aims)]
@@ -65,7 +71,7 @@ def write_capture(
     lights: Lights | None = None,
     samples: int = 2,
 ) -> None:
-    """Photographs of `size` (height, width) before a coloured, noisy background, their masks (or, `cut_out`, transparent
+    """Photographs of `size` (height, width) before a colored, noisy background, their masks (or, `cut_out`, transparent
     photographs and no masks), and the model."""
     import pycolmap
 
@@ -89,8 +95,10 @@ def write_capture(
         image = pycolmap.Image(name=name, camera_id=1, image_id=place + 1)
         model.add_image_with_trivial_frame(image, pose)
         if cut_out:
-            colour = np.where(alpha[..., None] > 0, (rgb - 1 + alpha[..., None]) / np.maximum(alpha[..., None], 1e-6), 0)
-            picture = np.concatenate([colour, alpha[..., None]], -1)
+            color = np.where(
+                alpha[..., None] > 0, (rgb - 1 + alpha[..., None]) / np.maximum(alpha[..., None], 1e-6), 0
+            )
+            picture = np.concatenate([color, alpha[..., None]], -1)
         else:
             behind = np.array([0.3, 0.5, 0.4]) + 0.1 * rng.normal(size=(height, width, 3))
             picture = rgb + (behind - 1) * (1 - alpha[..., None])
@@ -101,14 +109,14 @@ def write_capture(
 
 
 def _photograph(caster: RayCaster, camera, matrix: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Colour over white (h w 3) and coverage (h w), fractions, through a pycolmap camera at `matrix`."""
+    """Color over white (h w 3) and coverage (h w), fractions, through a pycolmap camera at `matrix`."""
     rows, columns = np.mgrid[: camera.height * samples, : camera.width * samples]
     pixels = (np.stack([columns, rows], -1).reshape(-1, 2) + 0.5) / samples
     toward = np.concatenate([camera.cam_from_img(pixels), np.ones((len(pixels), 1))], 1) @ matrix[:, :3].T
     toward /= np.linalg.norm(toward, axis=1, keepdims=True)
     origins = np.broadcast_to(matrix[:, 3], toward.shape)
-    colour, rest = caster.trace(origins.astype(np.float32), toward.astype(np.float32))
-    fine = np.concatenate([colour + rest[:, None], 1 - rest[:, None]], -1)
+    color, rest = caster.trace(origins.astype(np.float32), toward.astype(np.float32))
+    fine = np.concatenate([color + rest[:, None], 1 - rest[:, None]], -1)
     values = fine.reshape(camera.height, samples, camera.width, samples, 4).mean((1, 3))
     return values[..., :3], values[..., 3]
 

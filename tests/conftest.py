@@ -68,7 +68,9 @@ exploit:
 """Every kind of stage, one or two epochs each."""
 
 
-def solid_hits(kind: str, size: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def solid_hits(
+    kind: str, size: np.ndarray, origins: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Distance (inf where missed) and outward normal at which rays meet an axis-aligned ellipsoid or box with half
     axes `size` at the origin."""
     o, d = origins / size, directions / size
@@ -87,13 +89,19 @@ def solid_hits(kind: str, size: np.ndarray, origins: np.ndarray, directions: np.
     return t, normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)
 
 
-def photograph(kind: str, size: tuple[float, float, float], colour: tuple[float, float, float], cameras: Cameras, pixels: int):
+def photograph(
+    kind: str,
+    size: tuple[float, float, float],
+    color: tuple[float, float, float],
+    cameras: Cameras,
+    pixels: int,
+):
     """Images (v, h, w, 3) and silhouettes (v, h, w) of one shaded solid over white, four rays per pixel."""
     origins, directions = (rays.double().numpy() for rays in cameras.rays(2 * pixels, 2 * pixels))
     t, normal = solid_hits(kind, np.array(size), origins, directions)
     hit = np.isfinite(t)
     shade = 0.4 + 0.6 * np.maximum(normal @ LIGHT, 0)
-    fine = np.where(hit[..., None], np.array(colour) * shade[..., None], 1.0)
+    fine = np.where(hit[..., None], np.array(color) * shade[..., None], 1.0)
     image = fine.reshape(-1, pixels, 2, pixels, 2, 3).mean((2, 4))
     alpha = hit.reshape(-1, pixels, 2, pixels, 2).mean((2, 4))
     return (255 * image).round().astype(np.uint8), (255 * alpha).round().astype(np.uint8)
@@ -105,7 +113,7 @@ SOLIDS = {
     "blue_egg": ("ellipsoid", (0.4, 0.25, 0.2), (0.1, 0.3, 0.9), "train"),
     "brown_bar": ("box", (0.4, 0.12, 0.12), (0.5, 0.3, 0.1), "train"),
     "pink_disc": ("ellipsoid", (0.35, 0.35, 0.12), (0.9, 0.4, 0.7), "new"),
-    "grey_cube": ("box", (0.24, 0.24, 0.24), (0.5, 0.5, 0.5), "new"),
+    "gray_cube": ("box", (0.24, 0.24, 0.24), (0.5, 0.5, 0.5), "new"),
 }
 
 
@@ -113,8 +121,8 @@ def write_solids(path: Path, pixels: int = 32, views: int = 6, held_out: tuple[i
     """A dataset of all SOLIDS, seen from an orbit."""
     cameras = orbit(views)
     with DatasetWriter(path, size=(pixels, pixels), alpha=True, origin="solids") as writer:
-        for name, (kind, size, colour, split) in SOLIDS.items():
-            images, alpha = photograph(kind, size, colour, cameras, pixels)
+        for name, (kind, size, color, split) in SOLIDS.items():
+            images, alpha = photograph(kind, size, color, cameras, pixels)
             writer.add(name, images, cameras, split, held_out=held_out, alpha=alpha)
         writer.finish(Box((0.0, 0.0, 0.0), (HALF, HALF, HALF)))
     return path

@@ -24,7 +24,9 @@ def silhouettes(cameras: Cameras, side: int = SIDE, center=CENTER, semi=SEMI) ->
     """Where each camera sees the ellipsoid, by intersecting rays with it (v side side booleans)."""
     pixel = (np.arange(side) + 0.5) / side
     masks = []
-    for matrix, (fx, fy, cx, cy) in zip(cameras.cam2world.double().numpy(), cameras.intrinsics.double().numpy(), strict=True):
+    for matrix, (fx, fy, cx, cy) in zip(
+        cameras.cam2world.double().numpy(), cameras.intrinsics.double().numpy(), strict=True
+    ):
         x, y = np.meshgrid((pixel - cx) / fx, (pixel - cy) / fy)
         direction = np.stack([x, y, np.ones_like(x)], -1) @ matrix[:, :3].T / semi
         origin = (matrix[:, 3] - center) / semi
@@ -34,9 +36,9 @@ def silhouettes(cameras: Cameras, side: int = SIDE, center=CENTER, semi=SEMI) ->
 
 
 def pictures(cameras: Cameras, side: int = SIDE, seed: int = 0) -> np.ndarray:
-    """The ellipsoid in random colours, on white (v side side 3)."""
-    colours = np.random.default_rng(seed).integers(0, 240, (len(cameras), side, side, 3), dtype=np.uint8)
-    return np.where(silhouettes(cameras, side)[..., None], colours, np.uint8(255))
+    """The ellipsoid in random colors, on white (v side side 3)."""
+    colors = np.random.default_rng(seed).integers(0, 240, (len(cameras), side, side, 3), dtype=np.uint8)
+    return np.where(silhouettes(cameras, side)[..., None], colors, np.uint8(255))
 
 
 def write_object(folder: Path, cameras: Cameras, images: np.ndarray, intrinsics: str | None = None) -> None:
@@ -48,11 +50,18 @@ def write_object(folder: Path, cameras: Cameras, images: np.ndarray, intrinsics:
         numbers = [*cameras.cam2world[place].reshape(-1).tolist(), 0.0, 0.0, 0.0, 1.0]
         (folder / "pose" / f"{place:06d}.txt").write_text(" ".join(repr(number) for number in numbers))
     focal = 1.025 * SIDE
-    (folder / "intrinsics.txt").write_text(intrinsics or f"{focal} {SIDE / 2} {SIDE / 2} 0.\n0. 0. 0.\n1.\n{SIDE} {SIDE}\n")
+    (folder / "intrinsics.txt").write_text(
+        intrinsics or f"{focal} {SIDE / 2} {SIDE / 2} 0.\n0. 0. 0.\n1.\n{SIDE} {SIDE}\n"
+    )
 
 
 def write_transforms(
-    folder: Path, cameras: Cameras, images: np.ndarray, name: str = "transforms.json", part: str = "images", **top
+    folder: Path,
+    cameras: Cameras,
+    images: np.ndarray,
+    name: str = "transforms.json",
+    part: str = "images",
+    **top,
 ) -> None:
     """One scene, or one part of it, in nerfstudio's and Blender's layout."""
     (folder / part).mkdir(parents=True)

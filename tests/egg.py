@@ -1,5 +1,5 @@
 """A learned scene that nobody learned: weights set by hand so that its density is that of an ellipsoid, red where x is
-large and green where it is small. Its surface and colours are known in closed form."""
+large and green where it is small. Its surface and colors are known in closed form."""
 
 from pathlib import Path
 
@@ -29,13 +29,18 @@ render: {coarse: 48, fine: 48}
 """
 
 
-def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER) -> tuple[Model, SceneParameters]:
-    """Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates; density and colours follow from them."""
+def egg_parts(
+    box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER
+) -> tuple[Model, SceneParameters]:
+    """Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates; density and colors follow from them."""
     settings = config_io.parse(CONFIG, "egg")
     model = Model(settings, box)
     side = settings.planes.resolution
     texels = (torch.arange(side) * 2 + 1) / side - 1
-    squares = [((texels * half + middle - c) / a) ** 2 for half, middle, c, a in zip(box.half, box.center, center.tolist(), semi.tolist(), strict=True)]
+    squares = [
+        ((texels * half + middle - c) / a) ** 2
+        for half, middle, c, a in zip(box.half, box.center, center.tolist(), semi.tolist(), strict=True)
+    ]
     planes = torch.zeros(1, 3, side, side, 2)
     planes[0, 0, :, :, 0] = squares[0][None, :] + squares[1][:, None]  # plane xy: columns x, rows y
     planes[0, 1, :, :, 0] = squares[2][:, None].expand(side, side)  # plane xz
@@ -50,13 +55,17 @@ def egg_parts(box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENT
         field.out.weight[1, 1], field.out.bias[1] = 1.0, -20.0
         field.out.weight[2, 1], field.out.bias[2] = -1.0, 20.0
         field.out.bias[3] = -4.0
-    return model.eval().requires_grad_(False), SceneParameters(planes, torch.zeros(1, 0), torch.zeros(1, 0), torch.zeros(1, 0, 0))
+    return model.eval().requires_grad_(False), SceneParameters(
+        planes, torch.zeros(1, 0), torch.zeros(1, 0), torch.zeros(1, 0, 0)
+    )
 
 
 def egg_colors(points: np.ndarray) -> np.ndarray:
     """Of the field at points (n, 3): red, green, blue in [0, 1]."""
     x = (points[:, 0] - BOX.center[0]) / BOX.half[0]
-    return np.stack([1 / (1 + np.exp(-5 * x)), 1 / (1 + np.exp(5 * x)), np.full(len(x), 1 / (1 + np.exp(4)))], 1)
+    return np.stack(
+        [1 / (1 + np.exp(-5 * x)), 1 / (1 + np.exp(5 * x)), np.full(len(x), 1 / (1 + np.exp(4)))], 1
+    )
 
 
 def egg(**shape) -> SceneSet:

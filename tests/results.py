@@ -18,16 +18,31 @@ from latentscenes.storage.scene_set import SceneSet
 from latentscenes.training.append import Provenance, library_from_run, new_scene
 
 
-def made_run(path: Path, settings: configuration.Config, views: PosedImages, split: str, count: int | None = None) -> Run:
+def made_run(
+    path: Path, settings: configuration.Config, views: PosedImages, split: str, count: int | None = None
+) -> Run:
     """A run folder of the split's first `count` scenes, learned by nobody."""
     scenes, stages = views.select(split, limit=count), settings.train
-    run = Run.create(path, settings, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], views.box))
+    run = Run.create(
+        path, settings, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], views.box)
+    )
     names = [stage.name for stage in stages]
     rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(1))
-    run.save(Model(settings, views.box), rows, {}, Position(len(stages), 0, 30, {name: 4.5 for name in names}))
+    run.save(
+        Model(settings, views.box), rows, {}, Position(len(stages), 0, 30, {name: 4.5 for name in names})
+    )
     for number, name in enumerate(names):
         for step in (10, 20, 30):
-            run.log({"stage": name, "step": step, "total": 30 * number + step, "rate": 1.0, "latent": 0.1 / step, "rgb": 0.02 + 1 / step**2})
+            run.log(
+                {
+                    "stage": name,
+                    "step": step,
+                    "total": 30 * number + step,
+                    "rate": 1.0,
+                    "latent": 0.1 / step,
+                    "rgb": 0.02 + 1 / step**2,
+                }
+            )
     return run
 
 
@@ -40,7 +55,18 @@ def made_library(path: Path, run: Run, settings: configuration.Config, views: Po
         new_scene(model, one, store.info.view, views, scene, "int8", Provenance("exploit", "new", 4.5))
         for one, scene in zip(rows.one_by_one(), scenes, strict=True)
     ])  # fmt: skip
-    lines = [{"stage": stage.name, "step": step, "total": step, "rate": 1.0, "latent": 0.1 / step, "rgb": 0.02 + 1 / step**2} for stage in settings.exploit for step in (10, 20, 30)]
+    lines = [
+        {
+            "stage": stage.name,
+            "step": step,
+            "total": step,
+            "rate": 1.0,
+            "latent": 0.1 / step,
+            "rgb": 0.02 + 1 / step**2,
+        }
+        for stage in settings.exploit
+        for step in (10, 20, 30)
+    ]
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return store
 
@@ -49,8 +75,22 @@ def made_comparison(folder: Path, settings: configuration.Config, views: PosedIm
     """Stage 1, new scenes, and RGB tri-planes of the first new scene alone."""
     train = made_run(folder / "train", settings, views, "train")
     made_library(folder / "library", train, settings, views)
-    plain = dataclasses.replace(settings, codec=configuration.CodecConfig("identity"), planes=configuration.PlanesConfig(resolution=12, micro=4, macro=0))
+    plain = dataclasses.replace(
+        settings,
+        codec=configuration.CodecConfig("identity"),
+        planes=configuration.PlanesConfig(resolution=12, micro=4, macro=0),
+    )
     rgb = made_run(folder / "rgb", plain, views, "new", count=1)
     parts = SceneSet.of_run(train), SceneSet.open(folder / "library"), SceneSet.of_run(rgb)
     scores = [evaluate(learned, views, learned.scenes(views)) for learned in parts]
-    return Comparison(parts[0], parts[1], scores[0], scores[1], views, parts[2], scores[2], title="Solids <& friends>", shortcomings=("It is only a test.",))
+    return Comparison(
+        parts[0],
+        parts[1],
+        scores[0],
+        scores[1],
+        views,
+        parts[2],
+        scores[2],
+        title="Solids <& friends>",
+        shortcomings=("It is only a test.",),
+    )

@@ -29,7 +29,13 @@ def learned(images, entries):
 def source(config, views, name="scenes", seed=5, **changes):
     """Batches of the stage called `name`."""
     stage = next(stage for stage in (*config.train, *config.exploit) if stage.name == name)
-    return BatchSource(Model(config, views.box), learned(views, views.select("train")), dataclasses.replace(stage, **changes), seed, Path())
+    return BatchSource(
+        Model(config, views.box),
+        learned(views, views.select("train")),
+        dataclasses.replace(stage, **changes),
+        seed,
+        Path(),
+    )
 
 
 def seen(batches, views, scenes):
@@ -40,7 +46,9 @@ def seen(batches, views, scenes):
         each = len(batch.cameras) // len(batch.scenes)
         for k, camera in enumerate(batch.cameras.cam2world):
             scene = scenes[int(batch.scenes[k // each])]
-            same = [index for index in scene.views("all") if torch.equal(views.cameras.cam2world[index], camera)]
+            same = [
+                index for index in scene.views("all") if torch.equal(views.cameras.cam2world[index], camera)
+            ]
             assert len(same) == 1
             pairs.append((scene.name, same[0]))
     return pairs
@@ -50,7 +58,9 @@ def seen(batches, views, scenes):
 def test_every_view_comes_once_an_epoch(solids, tiny, scenes, size):
     chosen = solids.select("train")
     stage = dataclasses.replace(tiny.train[1], scenes=scenes, views=size)
-    pairs = seen(BatchSource(Model(tiny, solids.box), learned(solids, chosen), stage, 0, Path()), solids, chosen)
+    pairs = seen(
+        BatchSource(Model(tiny, solids.box), learned(solids, chosen), stage, 0, Path()), solids, chosen
+    )
     assert Counter(pairs) == Counter((scene.name, index) for scene in chosen for index in scene.views("fit"))
 
 
@@ -65,13 +75,23 @@ def test_a_last_chunk_is_filled_up_with_views_of_the_same_scene(solids, tiny):
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_held_out_views_are_never_learned_from(solids, tiny, size):
     chosen = solids.select("train")
-    batches = BatchSource(Model(tiny, solids.box), learned(solids, chosen), dataclasses.replace(tiny.train[1], views=size, epochs=3), 0, Path())
+    batches = BatchSource(
+        Model(tiny, solids.box),
+        learned(solids, chosen),
+        dataclasses.replace(tiny.train[1], views=size, epochs=3),
+        0,
+        Path(),
+    )
     held = {index for scene in chosen for index in scene.views("held_out")}
     assert len(held) == 4
     for step in range(batches.steps):
         for camera in batches.batch(step).cameras.cam2world:
-            places = {k for k in range(len(solids.cameras)) if torch.equal(solids.cameras.cam2world[k], camera)}
-            assert not places <= held  # the same orbit for all scenes: held-out places are held out everywhere
+            places = {
+                k for k in range(len(solids.cameras)) if torch.equal(solids.cameras.cam2world[k], camera)
+            }
+            assert (
+                not places <= held
+            )  # the same orbit for all scenes: held-out places are held out everywhere
     assert {index for scene in batches.fitted for index in scene.tolist()}.isdisjoint(held)
 
 
@@ -100,7 +120,13 @@ def test_order_depends_on_seed_stage_and_epoch_alone(solids, tiny):
 def test_scenes_with_different_numbers_of_views(solids, tiny):
     full, short, single, _ = solids.select("train")
     scenes = [full, dataclasses.replace(short, count=4), dataclasses.replace(single, count=1, held_out=())]
-    batches = BatchSource(Model(tiny, solids.box), learned(solids, scenes), dataclasses.replace(tiny.train[1], scenes=2, views=2), 0, Path())
+    batches = BatchSource(
+        Model(tiny, solids.box),
+        learned(solids, scenes),
+        dataclasses.replace(tiny.train[1], scenes=2, views=2),
+        0,
+        Path(),
+    )
     counts = Counter(seen(batches, solids, scenes))
     assert set(counts) == {(scene.name, index) for scene in scenes for index in scene.views("fit")}
     totals = {scene.name: sum(n for (name, _), n in counts.items() if name == scene.name) for scene in scenes}
@@ -111,15 +137,27 @@ def test_images_and_cached_latents_belong_to_the_cameras(solids, tiny):
     model = Model(tiny, solids.box)
     chosen = solids.select("train")
     learning = BatchSource(model, learned(solids, chosen), tiny.train[2], 0, Path())
-    cached = BatchSource(model, learned(solids, chosen), dataclasses.replace(tiny.train[2], losses=tiny.train[1].losses, rates=tiny.train[1].rates), 0, Path())
+    cached = BatchSource(
+        model,
+        learned(solids, chosen),
+        dataclasses.replace(tiny.train[2], losses=tiny.train[1].losses, rates=tiny.train[1].rates),
+        0,
+        Path(),
+    )
     for step in range(3):
         a, b = learning.batch(step), cached.batch(step)
         assert same(a, b) and a.latents is None and b.images is None
-        torch.testing.assert_close(b.latents, at_pixels(model.encode(a.images)).detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            b.latents, at_pixels(model.encode(a.images)).detach(), atol=1e-5, rtol=1e-5
+        )
         each = len(a.images) // len(a.scenes)
         for k in range(len(a.images)):
             scene = chosen[int(a.scenes[k // each])]
-            index = next(i for i in scene.views("all") if torch.equal(solids.cameras.cam2world[i], a.cameras.cam2world[k]))
+            index = next(
+                i
+                for i in scene.views("all")
+                if torch.equal(solids.cameras.cam2world[i], a.cameras.cam2world[k])
+            )
             assert torch.equal(a.images[k], solids.images([index])[0].float() / 255)
 
 
@@ -137,7 +175,9 @@ def test_drawn_rays_see_the_box_and_miss_none_that_does(solids):
     """Every ray that meets the box lies in the window, and the window touches the box on all sides."""
     rays = camera_rays(solids.cameras, len(solids.cameras), 32, 32, solids.box)
     hits = (rays.far > rays.near).reshape(-1, 32, 32)
-    for hit, (left, right, top, bottom) in zip(hits, window(solids.cameras, solids.box, 32, 32).int().tolist(), strict=True):
+    for hit, (left, right, top, bottom) in zip(
+        hits, window(solids.cameras, solids.box, 32, 32).int().tolist(), strict=True
+    ):
         rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
         assert left <= int(columns.min()) <= left + 1 and right - 2 <= int(columns.max()) < right
         assert top <= int(rows.min()) <= top + 1 and bottom - 2 <= int(rows.max()) < bottom
@@ -153,7 +193,9 @@ def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
     for codec in (tiny.codec, configuration.CodecConfig(kind="identity")):
         config = dataclasses.replace(tiny, codec=codec)
         model, chosen = Model(config, solids.box), solids.select("train")
-        some = BatchSource(model, learned(solids, chosen), dataclasses.replace(tiny.train[1], rays=9), 0, Path()).batch(0)
+        some = BatchSource(
+            model, learned(solids, chosen), dataclasses.replace(tiny.train[1], rays=9), 0, Path()
+        ).batch(0)
         whole = BatchSource(model, learned(solids, chosen), tiny.train[1], 0, Path()).batch(0)
         expected = whole.latents.gather(1, some.pixels[..., None].expand(-1, -1, whole.latents.shape[2]))
         torch.testing.assert_close(some.latents, expected, atol=1e-6, rtol=1e-6)
@@ -172,7 +214,7 @@ def test_a_cache_too_large_for_memory_is_a_file_that_is_gone_with_it(solids, tin
 
 @pytest.mark.parametrize("kind", ["minmax", "meanstd", "meanstd_tanh"])
 @pytest.mark.parametrize("codec", ["convolutional", "identity"])
-def test_a_frozen_codec_gives_latents_and_background_one_normaliser(solids, tiny, codec, kind):
+def test_a_frozen_codec_gives_latents_and_background_one_normalizer(solids, tiny, codec, kind):
     config = config_io.parse(config_io.dump(tiny), "tiny", [f"normalizer.kind={kind}", f"codec.kind={codec}"])
     batches = source(config, solids)
     model, batch = batches.model, batches.batch(0)

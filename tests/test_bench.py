@@ -22,7 +22,9 @@ SMALL = ["planes.resolution=8", "planes.bases=2", "render.coarse=4", "render.fin
 
 
 def small(text: str) -> str:
-    return config_io.dump(config_io.parse(text, "test", SMALL if "macro: 22" in text else SMALL[:1] + SMALL[2:]))
+    return config_io.dump(
+        config_io.parse(text, "test", SMALL if "macro: 22" in text else SMALL[:1] + SMALL[2:])
+    )
 
 
 def test_variants_take_turns_and_each_round_starts_with_another():
@@ -39,9 +41,13 @@ def test_a_ratio_is_the_median_over_rounds():
 
 
 def test_steps_of_both_kernels_learn_the_same(monkeypatch):
-    monkeypatch.setattr(native, "SKIP", 0.0)  # Adam makes full steps of what would be left out, where nothing else comes
+    monkeypatch.setattr(
+        native, "SKIP", 0.0
+    )  # Adam makes full steps of what would be left out, where nothing else comes
     steps = Steps(small(LATENT), 6).warmed(3)
-    twins = [steps.twin(kernel) for kernel in (("torch", "native") if native.available() else ("torch", "torch"))]
+    twins = [
+        steps.twin(kernel) for kernel in (("torch", "native") if native.available() else ("torch", "torch"))
+    ]
     for twin in twins:
         twin.step()
     for a, b in zip(*(twin.rows.tables().values() for twin in twins), strict=True):
@@ -59,16 +65,28 @@ def test_every_stage_takes_steps(stage):
     steps.warmed(2)
     rates = steps.stage.rates
     assert torch.equal(rows, steps.rows.micro) == (not rates.micro)
-    for part, rate in (("codec.encoder", rates.encoder), ("codec.decoder", rates.decoder), ("field", rates.field), ("bases", rates.bases)):
+    for part, rate in (
+        ("codec.encoder", rates.encoder),
+        ("codec.decoder", rates.decoder),
+        ("field", rates.field),
+        ("bases", rates.bases),
+    ):
         names = [name for name in before if name.startswith(part)]
-        assert names and any(not torch.equal(before[name], steps.model.state_dict()[name]) for name in names) == bool(rate), part
+        assert names and any(
+            not torch.equal(before[name], steps.model.state_dict()[name]) for name in names
+        ) == bool(rate), part
 
 
 def test_fits_are_timed_as_the_preset_makes_them():
     preset = config_io.load("small").exploit[0]
     for resting in (False, True):
         stage = config_io.parse(bench_cases.fitting_text(resting), "test").train[0]
-        assert (stage.scenes, stage.views, stage.rays, stage.losses) == (preset.scenes, preset.views, preset.rays, preset.losses)
+        assert (stage.scenes, stage.views, stage.rays, stage.losses) == (
+            preset.scenes,
+            preset.views,
+            preset.rays,
+            preset.losses,
+        )
         assert (stage.rates.weights == 0) == resting and stage.rates.micro == preset.rates.micro
     steps = Steps(bench_cases.fitting_text(True), 4)
     batch = steps.batch(0)
@@ -131,7 +149,12 @@ def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
 
 
 def test_the_quickest_that_comes_near_counts():
-    points = [Point(10, 1.0, 25.0, 0.9), Point(40, 4.0, 29.8, 0.9), Point(20, 2.0, 29.75, 0.9), Point(80, 8.0, 30.0, 0.9)]
+    points = [
+        Point(10, 1.0, 25.0, 0.9),
+        Point(40, 4.0, 29.8, 0.9),
+        Point(20, 2.0, 29.75, 0.9),
+        Point(80, 8.0, 30.0, 0.9),
+    ]
     assert nearly(points, 30.0).epochs == 20
     assert nearly(points, 31.0) is None
 
@@ -140,7 +163,9 @@ def test_many_scenes_are_learned_in_one_process_and_in_several(solids, tiny, tmp
     parent = train(tiny, solids, tmp_path / "run", device=torch.device("cpu"))
     result = many_scenes(parent, solids, 1, torch.device("cpu"))
     assert [row[0] for row in result.rows] == ["one process", "a process per thread"]
-    assert result.figures["several.speedup"] == pytest.approx(result.figures["one.seconds"] / result.figures["several.seconds"])
+    assert result.figures["several.speedup"] == pytest.approx(
+        result.figures["one.seconds"] / result.figures["several.seconds"]
+    )
 
 
 def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):
@@ -156,7 +181,9 @@ def test_scenes_in_files_learn_what_scenes_in_memory_learn(tmp_path):
     on_disk, in_memory = Steps(text, 6, folder=tmp_path / "rows"), Steps(text, 6)
     in_memory.rows.micro.copy_(on_disk.rows.micro)
     in_memory.rows.weights.copy_(on_disk.rows.weights)
-    for a, b in zip(on_disk.warmed(3).rows.tables().values(), in_memory.warmed(3).rows.tables().values(), strict=True):
+    for a, b in zip(
+        on_disk.warmed(3).rows.tables().values(), in_memory.warmed(3).rows.tables().values(), strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -11,7 +11,9 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, look_at, o
 def test_rays_of_a_camera_worked_out_by_hand():
     # at (0, 0, 5), looking down -z of the world with image top toward +y: right = +x, down = -y, forward = -z
     matrix = torch.tensor([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 5]])
-    camera = Cameras(matrix[None], torch.tensor([[0.5, 1.0, 0.5, 0.5]]))  # 90 degrees wide, 53.13 degrees high
+    camera = Cameras(
+        matrix[None], torch.tensor([[0.5, 1.0, 0.5, 0.5]])
+    )  # 90 degrees wide, 53.13 degrees high
     origins, directions = camera.rays(2, 4)
     assert origins.shape == directions.shape == (1, 8, 3)
     assert torch.equal(origins[0], torch.tensor([0.0, 0, 5]).expand(8, 3))
@@ -51,7 +53,7 @@ def test_one_camera_serves_every_resolution():
     cameras = orbit(3)
     _, fine = cameras.rays(6, 6)
     _, coarse = cameras.rays(2, 2)
-    # the centre of a 3 x 3 block of fine pixels is the centre of the coarse one
+    # the center of a 3 x 3 block of fine pixels is the center of the coarse one
     assert torch.allclose(fine.reshape(3, 6, 6, 3)[:, 1::3, 1::3].reshape(3, 4, 3), coarse, atol=1e-6)
 
 
@@ -88,7 +90,10 @@ def test_hemisphere_stays_above_its_lowest_elevation():
 
 def test_opengl_axes_turn_into_opencv_ones():
     # an OpenGL camera with no rotation looks down -z, with +y up in its image
-    camera = Cameras(torch.cat([torch.eye(3) @ OPENGL_TO_OPENCV, torch.zeros(3, 1)], 1)[None], torch.tensor([[1.0, 1, 0.5, 0.5]]))
+    camera = Cameras(
+        torch.cat([torch.eye(3) @ OPENGL_TO_OPENCV, torch.zeros(3, 1)], 1)[None],
+        torch.tensor([[1.0, 1, 0.5, 0.5]]),
+    )
     places, depth = camera.project(torch.tensor([[0.0, 1.0, -4.0]]))
     assert float(depth) == 4
     assert torch.allclose(places[0, 0], torch.tensor([0.5, 0.25]))
@@ -98,4 +103,6 @@ def test_a_box_becomes_the_unit_cube_and_keeps_distances():
     box = Box((1.0, 0.0, -1.0), (2.0, 1.0, 0.5))
     origins, directions = box.normalize(torch.tensor([[3.0, 0.0, -1.0]]), torch.tensor([[0.0, 0.0, 1.0]]))
     assert torch.equal(origins, torch.tensor([[1.0, 0.0, 0.0]]))
-    assert torch.equal(origins + 0.5 * directions, torch.tensor([[1.0, 0.0, 1.0]]))  # half a unit up: the box's top
+    assert torch.equal(
+        origins + 0.5 * directions, torch.tensor([[1.0, 0.0, 1.0]])
+    )  # half a unit up: the box's top

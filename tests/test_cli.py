@@ -14,7 +14,11 @@ from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
 
 GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
-COMMANDS = [[], *([name] for name in cli.COMMANDS), *([group, name] for group, commands in GROUPS.items() for name in commands)]
+COMMANDS = [
+    [],
+    *([name] for name in cli.COMMANDS),
+    *([group, name] for group, commands in GROUPS.items() for name in commands),
+]
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -47,7 +51,9 @@ print("imported:", sorted(heavy))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert lines[-1] == "imported: []" and not [line for line in lines if line.startswith(("no exit", "exit "))]
+    assert lines[-1] == "imported: []" and not [
+        line for line in lines if line.startswith(("no exit", "exit "))
+    ]
     assert sum(line.startswith("usage: latentscenes") for line in lines) == len(COMMANDS)
 
 
@@ -60,7 +66,9 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
-            assert name in ("machine", "options") or f"{name}:" in explained, name  # those two are groups of their own
+            assert name in ("machine", "options") or f"{name}:" in explained, (
+                name
+            )  # those two are groups of their own
 
 
 def test_no_arguments_show_the_help(monkeypatch, capsys):
@@ -82,17 +90,35 @@ def test_configurations_that_commands_take_by_default_exist():
 
 
 MISTAKES = {
-    "no data": (["train", "--data", "{tmp}/absent", "--out", "{tmp}/run", "--config", "rgb"], "{tmp}/absent: no dataset here"),
-    "no configuration": (["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "{tmp}/my.yaml"], "{tmp}/my.yaml: no such"),
+    "no data": (
+        ["train", "--data", "{tmp}/absent", "--out", "{tmp}/run", "--config", "rgb"],
+        "{tmp}/absent: no dataset here",
+    ),
+    "no configuration": (
+        ["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "{tmp}/my.yaml"],
+        "{tmp}/my.yaml: no such",
+    ),
     "unknown setting": (
         ["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "rgb", "--set", "planes.micr=3"],
         "the nearest known is 'micro'",
     ),
-    "torn configuration": (["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "{tmp}/torn.yaml"], "{tmp}/torn.yaml: "),
-    "foreign folder": (["train", "--data", "{data}", "--out", "{tmp}/full", "--config", "rgb"], "{tmp}/full: exists and holds no run"),
+    "torn configuration": (
+        ["train", "--data", "{data}", "--out", "{tmp}/run", "--config", "{tmp}/torn.yaml"],
+        "{tmp}/torn.yaml: ",
+    ),
+    "foreign folder": (
+        ["train", "--data", "{data}", "--out", "{tmp}/full", "--config", "rgb"],
+        "{tmp}/full: exists and holds no run",
+    ),
     "no run to score": (["eval", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
-    "no run to build on": (["exploit", "--run", "{tmp}/absent", "--data", "{data}", "--out", "{tmp}/new"], "{tmp}/absent"),
-    "no run to render": (["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"], "{tmp}/absent: no run and no library here"),
+    "no run to build on": (
+        ["exploit", "--run", "{tmp}/absent", "--data", "{data}", "--out", "{tmp}/new"],
+        "{tmp}/absent",
+    ),
+    "no run to render": (
+        ["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"],
+        "{tmp}/absent: no run and no library here",
+    ),
     "no GPU": (["eval", "--run", "{tmp}/absent", "--device", "cuda:7"], "--device"),
     "no run to account for": (["cost", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
 }
@@ -124,7 +150,9 @@ def test_mistakes_of_spelling_are_refused(monkeypatch, capsys):
 @pytest.mark.parametrize("preset", config_io.presets())
 def test_printed_settings_read_back(preset, monkeypatch, capsys, tmp_path):
     base = ["train", "--data", tmp_path, "--out", tmp_path / "run", "--print-config"]
-    status, out, _ = call(monkeypatch, capsys, *base, "--config", preset, "--set", "seed=7", "planes.resolution=33")
+    status, out, _ = call(
+        monkeypatch, capsys, *base, "--config", preset, "--set", "seed=7", "planes.resolution=33"
+    )
     assert status == 0
     printed = config_io.parse(out, "printed")
     assert printed == config_io.load(preset, ["seed=7", "planes.resolution=33"])
@@ -137,10 +165,36 @@ def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, 
     settings = tmp_path / "tiny.yaml"
     settings.write_text(config_io.dump(tiny))
     one, two = tmp_path / "one", tmp_path / "two"
-    train = ["train", "--data", solids_path, "--out", one, "--config", settings, "--limit", 2, "--device", "cpu", "--threads", 1]
+    train = [
+        "train",
+        "--data",
+        solids_path,
+        "--out",
+        one,
+        "--config",
+        settings,
+        "--limit",
+        2,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+    ]
     status, _, err = call(monkeypatch, capsys, *train)
     assert status == 0 and f"{one}: 2 scenes learned" in err
-    exploit = ["exploit", "--run", one, "--data", solids_path, "--out", two, "--set", "exploit.alignment.epochs=2", "--device", "cpu"]
+    exploit = [
+        "exploit",
+        "--run",
+        one,
+        "--data",
+        solids_path,
+        "--out",
+        two,
+        "--set",
+        "exploit.alignment.epochs=2",
+        "--device",
+        "cpu",
+    ]
     status, _, err = call(monkeypatch, capsys, *exploit, "--threads", 1)
     assert status == 0 and f"{two}: 4 scenes." in err
     store = LibraryFolder.open(two)
@@ -155,7 +209,9 @@ def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr("latentscenes.training.loop.train", stopped)
     monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", lambda path: None)
-    status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb")
+    status, _, err = call(
+        monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb"
+    )
     assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
 
 
@@ -164,5 +220,7 @@ def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", full)
-    status, _, err = call(monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb")
+    status, _, err = call(
+        monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb"
+    )
     assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"

@@ -31,7 +31,9 @@ def check_contract(codec: Codec, size: int = 32):
     encoder, decoder = codec.encoder_parameters(), codec.decoder_parameters()
     owned = [id(parameter) for parameter in encoder + decoder]
     assert sorted(owned) == sorted(id(parameter) for parameter in codec.parameters())
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in encoder + decoder)
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in encoder + decoder
+    )
     codec.zero_grad(set_to_none=True)
     codec.decode(latents.detach().requires_grad_()).square().sum().backward()
     assert all(parameter.grad is None for parameter in encoder)
@@ -63,14 +65,23 @@ def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[di
             state |= convolution(f"{place}.skip", i, o, 1, bias=False)
         if hidden:
             state |= convolution(f"{place}.pool.0", i, hidden, 1, bias=False)
-            state |= {f"{place}.pool.1.weight": torch.ones(hidden), f"{place}.pool.1.bias": torch.zeros(hidden)}
+            state |= {
+                f"{place}.pool.1.weight": torch.ones(hidden),
+                f"{place}.pool.1.bias": torch.zeros(hidden),
+            }
             state |= convolution(f"{place}.pool.3", hidden, i, 1, bias=False)
         return state
 
-    encoder = convolution(0, inputs, width) | block(1, width, width) | convolution(2, width, width, bias=False)
+    encoder = (
+        convolution(0, inputs, width) | block(1, width, width) | convolution(2, width, width, bias=False)
+    )
     encoder |= block(3, width, 2 * width) | convolution(4, 2 * width, width, bias=False)
     encoder |= block(5, width, width, hidden=16) | convolution(6, width, channels)
-    decoder = convolution(1, channels, width) | block(3, width, width, hidden=16) | convolution(5, width, width, bias=False)
+    decoder = (
+        convolution(1, channels, width)
+        | block(3, width, width, hidden=16)
+        | convolution(5, width, width, bias=False)
+    )
     decoder |= block(6, width, width) | convolution(8, width, width, bias=False) | block(9, width, width)
     return encoder, decoder | convolution(10, width, inputs)
 
@@ -107,7 +118,10 @@ def test_tiny_files_and_their_mistakes(tmp_path):
 
     refused(encoder, "TAESD layout")
     refused({f"decoder.layers.{name}": value for name, value in decoder.items()}, "TAESD layout")
-    refused({name: value for name, value in decoder.items() if not name.startswith("9.")}, "one autoencoder|not those")
+    refused(
+        {name: value for name, value in decoder.items() if not name.startswith("9.")},
+        "one autoencoder|not those",
+    )
     refused({name: value for name, value in decoder.items() if name != "3.conv.2.bias"}, "not those")
     refused(taesd_states(channels=6)[1], "one autoencoder")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
@@ -137,9 +151,13 @@ def test_tiny_reconstructs_cars_with_real_weights():
 def tiny_kl(**options):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, latent_channels=4, **options,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        **options,
+    )
 
 
 def tiny_taesd():
@@ -188,7 +206,9 @@ def test_diffusers_tiny_equals_tiny_codec():
     from latentscenes.model.tiny import TinyCodec
 
     autoencoder = tiny_taesd()
-    encoder = {name.removeprefix("layers."): value for name, value in autoencoder.encoder.state_dict().items()}
+    encoder = {
+        name.removeprefix("layers."): value for name, value in autoencoder.encoder.state_dict().items()
+    }
     decoder = {}
     for name, value in autoencoder.decoder.state_dict().items():
         _, place, rest = name.split(".", 2)

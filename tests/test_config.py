@@ -29,7 +29,10 @@ def test_nothing_asked_for_is_the_defaults():
 
 
 def test_values_are_read_as_what_they_are():
-    config = parse("{seed: 3, planes: {initial_std: 1e-3, bias: yes}, render: {half_side: 1}, codec: {kind: identity}}", "x")
+    config = parse(
+        "{seed: 3, planes: {initial_std: 1e-3, bias: yes}, render: {half_side: 1}, codec: {kind: identity}}",
+        "x",
+    )
     assert config.planes.initial_std == 1e-3 and config.planes.bias is True and config.seed == 3
     assert config.render.half_side == 1.0 and type(config.render.half_side) is float
     assert parse("render: {half_side: null}", "x").render.half_side is None
@@ -41,7 +44,9 @@ MISTAKES = {
     # unknown names, told the nearest
     "plane: {}": r"^x: unknown setting 'plane'; the nearest known is 'planes'",
     "planes: {resolutoin: 3}": r"^x: planes: unknown setting 'resolutoin'; the nearest known is 'resolution'",
-    STAGE.replace("micro", "mirco"): r"^x: train\[0\]: rates: unknown setting 'mirco'; the nearest known is 'micro'",
+    STAGE.replace(
+        "micro", "mirco"
+    ): r"^x: train\[0\]: rates: unknown setting 'mirco'; the nearest known is 'micro'",
     "7: 3": "unknown setting 7",
     # wrong types
     "planes: {resolution: 3.5}": "planes: resolution: expected int, got 3.5",
@@ -90,10 +95,24 @@ def test_mistakes_are_refused_by_name(text):
 
 def test_overrides(tiny):
     text = dump(tiny)
-    config = parse(text, "x", ["planes.resolution=9", "train.0.epochs=5", "train.joint.rates.micro=1e-4", "exploit.latent fit.views=3"])
+    config = parse(
+        text,
+        "x",
+        [
+            "planes.resolution=9",
+            "train.0.epochs=5",
+            "train.joint.rates.micro=1e-4",
+            "exploit.latent fit.views=3",
+        ],
+    )
     assert config.planes.resolution == 9 and config.planes.micro == tiny.planes.micro
-    assert config.train[0].epochs == 5 and config.train[2].rates.micro == 1e-4 and config.exploit[0].views == 3
-    assert parse("", "x", ["render.fine=3", "render.fine=4", "planes.fusion=sum", "planes.micro=22"]).render.fine == 4
+    assert (
+        config.train[0].epochs == 5 and config.train[2].rates.micro == 1e-4 and config.exploit[0].views == 3
+    )
+    assert (
+        parse("", "x", ["render.fine=3", "render.fine=4", "planes.fusion=sum", "planes.micro=22"]).render.fine
+        == 4
+    )
     assert parse(text, "x", ["exploit=[]"]).exploit == ()
     assert parse("planes:", "x", ["planes.micro=5"]).planes == PlanesConfig(micro=5)
     assert parse(text, "x", ["codec.path=a=b"]).codec.path == "a=b"
@@ -126,11 +145,17 @@ def test_sources_that_are_not_there(tmp_path):
 
 def test_every_setting_says_what_it_is():
     for kind in vars(configuration).values():
-        if not (inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__ == configuration.__name__):
+        if not (
+            inspect.isclass(kind)
+            and dataclasses.is_dataclass(kind)
+            and kind.__module__ == configuration.__name__
+        ):
             continue
         assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
         body = ast.parse(inspect.getsource(kind)).body[0].body
         for entry, following in zip(body, [*body[1:], None], strict=True):
-            if isinstance(entry, ast.AnnAssign) and not ast.unparse(entry.annotation).endswith(("Config", "LossWeights", "Rates")):
+            if isinstance(entry, ast.AnnAssign) and not ast.unparse(entry.annotation).endswith(
+                ("Config", "LossWeights", "Rates")
+            ):
                 said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert said, f"{kind.__name__}.{entry.target.id} has no docstring"

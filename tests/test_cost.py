@@ -47,7 +47,9 @@ def test_published_memory():
     assert rgb.scene == 3 * 32 * 64 * 64 * 4 == 1.5 * MIB
     assert ours.scene == 3 * 10 * 64 * 64 * 4 + 50 * 4
     assert ours.scene / MIB == pytest.approx(0.469, abs=5e-4)
-    assert ours.codec / MIB == pytest.approx(319, abs=0.5) and ours.bases / MIB == pytest.approx(51.6, abs=0.05)
+    assert ours.codec / MIB == pytest.approx(319, abs=0.5) and ours.bases / MIB == pytest.approx(
+        51.6, abs=0.05
+    )
     assert ours.per_scene(1000) / MIB == pytest.approx(0.84, abs=5e-3)
     assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -44
     assert math.ceil(cost.memory_break_even(ours, rgb)) == 360  # (319.1 + 51.6) / (1.5 − 0.469)
@@ -96,14 +98,21 @@ def test_account_of_runs(tmp_path, tiny, solids):
     assert stage_one.time == Time(13.5, 4, None)
     assert stage_one.memory == cost.account(tiny).memory
     shared, scene = stage_one.stored
-    assert stage_one.memory.shared < shared < stage_one.memory.shared + 20_000 and stage_one.memory.scene < scene < stage_one.memory.scene + 2_000
+    assert (
+        stage_one.memory.shared < shared < stage_one.memory.shared + 20_000
+        and stage_one.memory.scene < scene < stage_one.memory.scene + 2_000
+    )
     made_library(tmp_path / "library", train, tiny, solids)
     ours = cost.account_learned(SceneSet.open(tmp_path / "library"))
     assert ours.time == Time(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
     assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
-    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == Time(13.5, 4, None)
+    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == Time(
+        13.5, 4, None
+    )
 
-    plain = dataclasses.replace(tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0))
+    plain = dataclasses.replace(
+        tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0)
+    )
     rgb = made_run(tmp_path / "rgb", plain, solids, "new")
     assert cost.account_learned(SceneSet.of_run(rgb)).time == Time(0.0, 0, 13.5 / 2)
     empty = Run.create(tmp_path / "empty", tiny, train.info)

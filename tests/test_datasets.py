@@ -40,7 +40,10 @@ def test_srn_cameras_and_pixels_arrive_exactly(tmp_path):
         write_object(tmp_path / "cars" / name, *written[name])
     calls = []
     made = make_srn(
-        tmp_path / "cars", tmp_path / "set", options=ImportOptions(new=1, held_out=3), progress=lambda *call: calls.append(call)
+        tmp_path / "cars",
+        tmp_path / "set",
+        options=ImportOptions(new=1, held_out=3),
+        progress=lambda *call: calls.append(call),
     )
     views = PosedImages.open(tmp_path / "set")
     assert [scene.name for scene in views.scenes] == ["car_2", "car_9", "car_10"]  # natural order
@@ -74,7 +77,9 @@ def test_srn_silhouettes_from_white_can_be_stored(tmp_path):
     cameras = around(12)
     images = pictures(cameras)
     masks = silhouettes(cameras)
-    images[:, SIDE // 2 - 1 : SIDE // 2 + 1, SIDE // 2 : SIDE // 2 + 2] = 255  # a white patch inside the object
+    images[:, SIDE // 2 - 1 : SIDE // 2 + 1, SIDE // 2 : SIDE // 2 + 2] = (
+        255  # a white patch inside the object
+    )
     assert masks[:, SIDE // 2 - 2 : SIDE // 2 + 2, SIDE // 2 - 1 : SIDE // 2 + 3].all()
     write_object(tmp_path / "one", cameras, images)
     make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(alpha_from_white=True))
@@ -87,13 +92,18 @@ def test_srn_intrinsics_count_for_the_size_they_state(tmp_path):
     text = f"{1.1 * 512} {0.48 * 512} {0.53 * 512} 0.\n0. 0. 0.\n1.\n512 512\n"
     write_object(tmp_path / "one", cameras, pictures(cameras), text)
     make_srn(tmp_path / "one", tmp_path / "set")
-    assert torch.allclose(PosedImages.open(tmp_path / "set").cameras.intrinsics, torch.tensor([1.1, 1.1, 0.48, 0.53]).expand(8, 4))
+    assert torch.allclose(
+        PosedImages.open(tmp_path / "set").cameras.intrinsics,
+        torch.tensor([1.1, 1.1, 0.48, 0.53]).expand(8, 4),
+    )
     # a last line that is wrong is noticed, and can be overruled
     (tmp_path / "one" / "intrinsics.txt").write_text(text.replace("512 512", "128 128"))
     with pytest.raises(UserError, match=r"intrinsics.txt: the principal point.*intrinsics_size"):
         make_srn(tmp_path / "one", tmp_path / "wrong")
     make_srn(tmp_path / "one", tmp_path / "right", intrinsics_size=512)
-    assert torch.allclose(PosedImages.open(tmp_path / "right").cameras.intrinsics[0], torch.tensor([1.1, 1.1, 0.48, 0.53]))
+    assert torch.allclose(
+        PosedImages.open(tmp_path / "right").cameras.intrinsics[0], torch.tensor([1.1, 1.1, 0.48, 0.53])
+    )
 
 
 def test_srn_above_keeps_views_higher_than_minus_a_half(tmp_path):
@@ -175,9 +185,13 @@ def test_nerfstudio_intrinsics_and_a_folder_of_scenes(tmp_path):
     }
     for name in ("one", "two"):
         write_transforms(tmp_path / "scenes" / name, cameras, pictures(cameras), **top)
-    made = make_transforms(tmp_path / "scenes", tmp_path / "set", options=ImportOptions(box="0,0,0,0.6,0.5,0.4", held_out=2))
+    made = make_transforms(
+        tmp_path / "scenes", tmp_path / "set", options=ImportOptions(box="0,0,0,0.6,0.5,0.4", held_out=2)
+    )
     views = PosedImages.open(tmp_path / "set")
-    assert [scene.name for scene in views.scenes] == ["one", "two"] and made.box == Box((0.0, 0.0, 0.0), (0.6, 0.5, 0.4))
+    assert [scene.name for scene in views.scenes] == ["one", "two"] and made.box == Box(
+        (0.0, 0.0, 0.0), (0.6, 0.5, 0.4)
+    )
     same_cameras(views, list(range(10)), cameras)
     # the same stated per frame
     file = tmp_path / "scenes" / "two" / "transforms.json"
@@ -193,7 +207,9 @@ def test_angle_of_view_of_an_oblong_image(tmp_path):
     write_transforms(tmp_path / "one", cameras, images, camera_angle_x=math.pi / 2)
     made = make_transforms(tmp_path / "one", tmp_path / "set")
     # 90 degrees over the width: focal half the width, that is, once the height
-    assert torch.allclose(PosedImages.open(tmp_path / "set").cameras.intrinsics[0], torch.tensor([0.5, 1.0, 0.5, 0.5]))
+    assert torch.allclose(
+        PosedImages.open(tmp_path / "set").cameras.intrinsics[0], torch.tensor([0.5, 1.0, 0.5, 0.5])
+    )
     assert made.background == "unknown" and "cameras see" in made.box_from
     assert made.box.half[0] == pytest.approx(1.3 * 1.0, rel=0.01)  # at distance 1.3, half the width is 1.3
 
@@ -244,15 +260,14 @@ def test_transforms_with_absent_images_or_bad_matrices(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-
 # -- shared data -------------------------------------------------------------------------------------------------------
 
 
 def inside_the_box(views: PosedImages, masks: np.ndarray) -> None:
     """Every silhouette lies within the convex outline of the box's eight corners, seen by the same camera."""
-    corners = torch.tensor(views.box.center) + torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3) * torch.tensor(
-        views.box.half
-    )
+    corners = torch.tensor(views.box.center) + torch.cartesian_prod(
+        *[torch.tensor([-1.0, 1.0])] * 3
+    ) * torch.tensor(views.box.half)
     places, depth = views.cameras.project(corners)
     assert (depth > 0).all()
     height, width = views.size
@@ -269,13 +284,19 @@ def test_lego(tmp_path):
     made = make_transforms(DATA / "lego", tmp_path / "set")
     views = PosedImages.open(tmp_path / "set")
     (scene,) = views.scenes
-    assert len(scene.views("fit")) == 100 and len(scene.views("held_out")) == 200 and made.background == "alpha"
-    assert torch.allclose(views.cameras.intrinsics[0, 0], torch.tensor(0.5 / math.tan(0.6911112070083618 / 2)))
+    assert (
+        len(scene.views("fit")) == 100 and len(scene.views("held_out")) == 200 and made.background == "alpha"
+    )
+    assert torch.allclose(
+        views.cameras.intrinsics[0, 0], torch.tensor(0.5 / math.tan(0.6911112070083618 / 2))
+    )
     inside_the_box(views, views.alpha > 127)
     assert max(views.box.half) < 1.3  # the model is 2.3 long
     with Image.open(DATA / "lego" / "train" / "r_10.png") as image:
         pixels = np.asarray(image)
-    assert np.array_equal(views.alpha[10], pixels[..., 3]) and np.array_equal(views.rgb[10], over_white(pixels))
+    assert np.array_equal(views.alpha[10], pixels[..., 3]) and np.array_equal(
+        views.rgb[10], over_white(pixels)
+    )
 
 
 @pytest.mark.skipif(not (DATA / "srn_sample").is_dir(), reason="shared data (srn_sample) is absent")
@@ -283,6 +304,8 @@ def test_srn_sample(tmp_path):
     made = make_srn(DATA / "srn_sample", tmp_path / "set", options=ImportOptions(new=2))
     views = PosedImages.open(tmp_path / "set")
     assert (made.scenes, made.views, made.size) == (8, 240, (128, 128))
-    assert torch.allclose(views.cameras.intrinsics, torch.tensor([1.0253906, 1.0253906, 0.5, 0.5]).expand(240, 4))
+    assert torch.allclose(
+        views.cameras.intrinsics, torch.tensor([1.0253906, 1.0253906, 0.5, 0.5]).expand(240, 4)
+    )
     inside_the_box(views, ~white_background(views.rgb))
     assert 0.4 < views.box.half[0] < 0.52 and max(views.box.half[1:]) < 0.3  # bounding-box diagonal 1

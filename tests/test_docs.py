@@ -26,7 +26,11 @@ def name(page: Path) -> str:
 
 def blocks(page: Path, language: str = "") -> list[str]:
     """The fenced blocks of a page in a language, or in none."""
-    return [text for kind, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.M | re.S) if kind == language]
+    return [
+        text
+        for kind, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.M | re.S)
+        if kind == language
+    ]
 
 
 def commands(page: Path, program: str) -> list[str]:
@@ -34,7 +38,9 @@ def commands(page: Path, program: str) -> list[str]:
     return [line.split("   #")[0] for line in lines if line.startswith(f"{program} ")]
 
 
-BENCHMARKS = [(name(page), line) for page in PAGES for line in commands(page, "python") if " -m benchmarks." in line]
+BENCHMARKS = [
+    (name(page), line) for page in PAGES for line in commands(page, "python") if " -m benchmarks." in line
+]
 LATENTSCENES = [(name(page), line) for page in PAGES for line in commands(page, "latentscenes")]
 
 
@@ -61,9 +67,19 @@ def mapped_files() -> set[str]:
 
 def source_files() -> set[str]:
     """Files of package and benchmarks, without the docstrings of packages; a pretrained model is one folder."""
-    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    names = {f"pretrained/{file.parts[1]}/" if file.parts[0] == "pretrained" else str(file) for file in found if str(file) == "__init__.py" or file.name != "__init__.py"}
-    return names | {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"}
+    found = {
+        path.relative_to(PACKAGE)
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    names = {
+        f"pretrained/{file.parts[1]}/" if file.parts[0] == "pretrained" else str(file)
+        for file in found
+        if str(file) == "__init__.py" or file.name != "__init__.py"
+    }
+    return names | {
+        f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"
+    }
 
 
 def test_map_and_tree_agree():
@@ -90,7 +106,11 @@ def parse(line: str) -> dict:
         return record
 
     words = shlex.split(line)[1:]
-    known, prog = (GROUPS[words[0]], f"latentscenes {words[0]}") if words[0] in GROUPS else (cli.COMMANDS, "latentscenes")
+    known, prog = (
+        (GROUPS[words[0]], f"latentscenes {words[0]}")
+        if words[0] in GROUPS
+        else (cli.COMMANDS, "latentscenes")
+    )
     arguments = words[1:] if words[0] in GROUPS else words
     assert arguments[0] in known, f"no command {arguments[0]!r}"
     cli.run_commands(prog, {key: stub(command) for key, command in known.items()}, "", [*arguments])
@@ -129,8 +149,13 @@ def parsed(command):
 
 
 def test_every_command_is_in_some_page():
-    told = {" ".join(line.split()[1:3]) if line.split()[1] in GROUPS else line.split()[1] for _, line in LATENTSCENES}
-    assert told == set(cli.COMMANDS) - set(GROUPS) | {f"{group} {kind}" for group, known in GROUPS.items() for kind in known}
+    told = {
+        " ".join(line.split()[1:3]) if line.split()[1] in GROUPS else line.split()[1]
+        for _, line in LATENTSCENES
+    }
+    assert told == set(cli.COMMANDS) - set(GROUPS) | {
+        f"{group} {kind}" for group, known in GROUPS.items() for kind in known
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -159,7 +184,11 @@ def test_unknown_flags_and_commands_would_be_noticed(capsys):
 
 def links(page: Path) -> list[str]:
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
-    return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith(("http://", "https://"))]
+    return [
+        target
+        for target in re.findall(r"\]\(([^)\s]+)\)", text)
+        if not target.startswith(("http://", "https://"))
+    ]
 
 
 def anchors(page: Path) -> set[str]:
@@ -186,12 +215,20 @@ def test_page_of_settings_is_up_to_date():
 
 
 def test_page_of_settings_leaves_no_section_out():
-    known = {value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)}
+    known = {
+        value
+        for value in vars(config).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }
     assert {kind for kind, _ in settings.SECTIONS} == known
 
 
 def test_every_preset_is_explained():
-    told = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text().split("## Changing")[0], re.M))
+    told = set(
+        re.findall(
+            r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text().split("## Changing")[0], re.M
+        )
+    )
     assert told == set(config_io.presets())
 
 

@@ -1,4 +1,4 @@
-"""Meshes and points: an ellipsoid known in closed form comes out closed, where it is, in its colours, the right way up,
+"""Meshes and points: an ellipsoid known in closed form comes out closed, where it is, in its colors, the right way up,
 and what `data meshes` read goes out and comes in again."""
 
 import json
@@ -18,7 +18,15 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.meshes import Y_TO_Z, read_mesh
 from latentscenes.export import mesh as export_mesh
 from latentscenes.export import surface as export_surface
-from latentscenes.export.mesh import Mesh, Points, check_ending, scene_mesh, scene_points, write_glb, write_ply
+from latentscenes.export.mesh import (
+    Mesh,
+    Points,
+    check_ending,
+    scene_mesh,
+    scene_points,
+    write_glb,
+    write_ply,
+)
 from latentscenes.export.surface import Grid, large_parts, most_light, seen_as_ground
 
 pytest.importorskip("skimage")
@@ -122,10 +130,12 @@ def test_normals_point_outward(mesh):
     assert along.min() > 0.6 and along.mean() > 0.96
 
 
-def test_colours_are_those_of_the_surface(mesh):
+def test_colors_are_those_of_the_surface(mesh):
     above = mesh.vertices[:, 2] > CENTER[2]
     assert np.abs(mesh.colors - egg_colors(mesh.vertices))[above].mean() < 0.02
-    assert np.abs(mesh.colors - egg_colors(mesh.vertices))[~above].mean() < 0.1  # partly from the nearest that is seen
+    assert (
+        np.abs(mesh.colors - egg_colors(mesh.vertices))[~above].mean() < 0.1
+    )  # partly from the nearest that is seen
 
 
 def test_empty_space_inside_is_filled():
@@ -157,7 +167,10 @@ def test_white_matter_in_the_air_is_left_out(monkeypatch):
 def test_scenes_without_a_surface_and_bad_numbers_are_refused():
     with pytest.raises(UserError, match="nothing in this scene is solid"):
         scene_mesh(egg(semi=0.001 * SEMI), "egg", VIEW, cells=16)
-    for wrong, message in (({"cells": 4}, "--cells 4: choose between 8 and 512"), ({"lowest": 90.0}, "--lowest 90: an elevation")):
+    for wrong, message in (
+        ({"cells": 4}, "--cells 4: choose between 8 and 512"),
+        ({"lowest": 90.0}, "--lowest 90: an elevation"),
+    ):
         with pytest.raises(UserError, match=message):
             scene_mesh(egg(), "egg", VIEW, **wrong)
     with pytest.raises(UserError, match="--count 0"):
@@ -213,7 +226,9 @@ def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
     assert (magic, version, length) == (b"glTF", 2, len(content)) and text % 4 == 0
     tree = json.loads(content[20 : 20 + text])
     for view, accessor in zip(tree["bufferViews"], tree["accessors"], strict=True):
-        width = {5123: 2, 5125: 4, 5126: 4}[accessor["componentType"]] * {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
+        width = {5123: 2, 5125: 4, 5126: 4}[accessor["componentType"]] * {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[
+            accessor["type"]
+        ]
         assert view["byteOffset"] % 4 == 0 and view["byteLength"] == width * accessor["count"]
     assert tree["buffers"][0]["byteLength"] == len(content) - 28 - text
     assert tree["materials"][0]["extensions"] == {"KHR_materials_unlit": {}}
@@ -221,7 +236,7 @@ def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
 
 
 def test_glb_comes_back_through_data_meshes(mesh, tmp_path):
-    """Turned, centred and scaled as every imported mesh, and in the same colours."""
+    """Turned, centered and scaled as every imported mesh, and in the same colors."""
     write_glb(tmp_path / "egg.glb", mesh)
     soup, remarks = read_mesh(tmp_path / "egg.glb")
     assert not remarks
@@ -251,7 +266,9 @@ def test_ply_opens_elsewhere(points, tmp_path):
     assert np.array_equal(np.asarray(opened.colors)[:, :3], np.round(255 * points.colors))
     header, _, body = (tmp_path / "egg.ply").read_bytes().partition(b"end_header\n")
     assert header.startswith(b"ply\nformat binary_little_endian 1.0\n") and b"element vertex 3000" in header
-    np.testing.assert_allclose(np.frombuffer(body[:27], "<f4", 6), [*points.positions[0], *points.normals[0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.frombuffer(body[:27], "<f4", 6), [*points.positions[0], *points.normals[0]], rtol=1e-6
+    )
 
 
 def test_wrong_endings_are_refused(tmp_path):
@@ -264,13 +281,19 @@ def test_wrong_endings_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_hidden_and_grazing_places_have_no_colour():
+def test_hidden_and_grazing_places_have_no_color():
     """Of two plates one above the other, a camera overhead sees the upper one, from above."""
     plate = np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
-    found = export_surface.Surface(np.concatenate([plate, plate + [0, 0, 0.5]]), np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]]), 0.02)
+    found = export_surface.Surface(
+        np.concatenate([plate, plate + [0, 0, 0.5]]),
+        np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]]),
+        0.02,
+    )
     cameras = orbit(1, distance=4.0, elevation=np.pi / 2)
     white = torch.ones(1, 3, 16, 16)
-    shown = export_mesh.RenderedImages(white * torch.tensor([1.0, 0.5, 0.0])[:, None, None], white, white[:, 0], white[:, 0])
+    shown = export_mesh.RenderedImages(
+        white * torch.tensor([1.0, 0.5, 0.0])[:, None, None], white, white[:, 0], white[:, 0]
+    )
     places = np.array([[0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.0]])
     normals = np.array([[0.0, 0, 1], [0, 0, -1], [1, 0, 0], [0, 0, 1]])
     colors, seen = export_mesh.paint(places, normals, found, shown, cameras)
@@ -286,7 +309,9 @@ def test_distance_to_a_source_that_is_larger(mesh, tmp_path):
     vertices = 1.05 * radius * np.asarray(ball.vertices)
     larger = Mesh(vertices, np.asarray(ball.faces), vertices, vertices)
     apart = compare(larger, tmp_path / "source.ply", orbit(8, elevation=0.5))
-    assert apart.to_source == pytest.approx(0.025, abs=0.002) and apart.to_export == pytest.approx(0.025, abs=0.002)
+    assert apart.to_source == pytest.approx(0.025, abs=0.002) and apart.to_export == pytest.approx(
+        0.025, abs=0.002
+    )
     assert apart.chamfer == pytest.approx((apart.to_source + apart.to_export) / 2)
     assert 0.2 < apart.hidden < 0.6  # the core is a fifth of the area, and cameras above see most of the ball
 
@@ -294,9 +319,15 @@ def test_distance_to_a_source_that_is_larger(mesh, tmp_path):
 def test_mesh_and_points_commands(tmp_path, solids, monkeypatch, capsys):
     run = egg_run(tmp_path / "run", solids)
     options = ["--run", str(run.path), "--scene", "egg", "--cells", "32"]
-    for arguments in (["mesh", *options, "--out", str(tmp_path / "e.glb")], ["points", *options, "--out", str(tmp_path / "e.ply"), "--count", "50"]):
+    for arguments in (
+        ["mesh", *options, "--out", str(tmp_path / "e.glb")],
+        ["points", *options, "--out", str(tmp_path / "e.ply"), "--count", "50"],
+    ):
         monkeypatch.setattr(sys, "argv", ["latentscenes", "export", *arguments])
         cli.main()
     told = " ".join(capsys.readouterr().err.split())
     assert "triangles" in told and "50 points" in told
-    assert trimesh.load_mesh(tmp_path / "e.glb").is_watertight and len(trimesh.load(tmp_path / "e.ply").vertices) == 50
+    assert (
+        trimesh.load_mesh(tmp_path / "e.glb").is_watertight
+        and len(trimesh.load(tmp_path / "e.ply").vertices) == 50
+    )

@@ -54,7 +54,9 @@ def test_pictures_come_back_through_data_transforms(tmp_path):
 def test_matrices_have_opengl_axes():
     """The camera's third axis points away from what it looks at, its second up."""
     cameras = VIEW.orbit(3)
-    for frame, eye in zip(transforms(cameras, ["a", "b", "c"], (40, 50))["frames"], cameras.positions, strict=True):
+    for frame, eye in zip(
+        transforms(cameras, ["a", "b", "c"], (40, 50))["frames"], cameras.positions, strict=True
+    ):
         matrix = torch.tensor(frame["transform_matrix"])
         outward = torch.nn.functional.normalize(eye - torch.tensor(VIEW.center), dim=0)
         torch.testing.assert_close(matrix[:3, 2], outward)
@@ -78,16 +80,40 @@ def test_white_matter_is_transparent(tmp_path):
     images[..., :4] = 1.0
     images[..., 8:12, 8:12] = 1.0
     rgba = with_alpha(RenderedImages(images, images, opacity, opacity))
-    assert (rgba[0, :, :4, 3] == 0).all() and (rgba[0, :, 4:, 3] == 255).all() and (rgba[0, 9:11, 9:11] == 255).all()
+    assert (
+        (rgba[0, :, :4, 3] == 0).all()
+        and (rgba[0, :, 4:, 3] == 255).all()
+        and (rgba[0, 9:11, 9:11] == 255).all()
+    )
     Image.fromarray(rgba[0]).save(tmp_path / "x.png")
     rgb, alpha = read_image(tmp_path / "x.png")
     assert np.array_equal(rgb, to_uint8(images)[0]) and np.array_equal(alpha, rgba[0, ..., 3])
 
 
 def test_images_command(tmp_path, run, monkeypatch, capsys):
-    call(monkeypatch, "export", "images", "--run", run.path, "--match", "e*", "--out", tmp_path / "set", "--views", 3, "--size", 16, "--around", "orbit")
+    call(
+        monkeypatch,
+        "export",
+        "images",
+        "--run",
+        run.path,
+        "--match",
+        "e*",
+        "--out",
+        tmp_path / "set",
+        "--views",
+        3,
+        "--size",
+        16,
+        "--around",
+        "orbit",
+    )
     assert "1 scenes, 3 pictures of 16x16 each" in capsys.readouterr().err.replace("\n", " ")
-    assert sorted(path.name for path in (tmp_path / "set" / "egg" / "images").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(path.name for path in (tmp_path / "set" / "egg" / "images").iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
     for wrong, message in (
         (["--match", "x*"], "no scenes chosen. Name some with --scenes, or give --match"),
         (["--scenes", "eg"], "no scene 'eg' here; the nearest name is 'egg'"),
@@ -109,7 +135,16 @@ def path_content(cameras, fov: float, **top) -> dict:
         turned = torch.eye(4)
         turned[:3] = torch.cat([matrix[:, :3] @ OPENGL_TO_OPENCV, matrix[:, 3:]], 1)
         frames.append({"camera_to_world": turned.flatten().tolist(), "fov": fov, "aspect": 1.5})
-    return {"camera_type": "perspective", "render_height": 32, "render_width": 48, "fps": 12, "seconds": 1, "keyframes": [], "camera_path": frames, **top}
+    return {
+        "camera_type": "perspective",
+        "render_height": 32,
+        "render_width": 48,
+        "fps": 12,
+        "seconds": 1,
+        "keyframes": [],
+        "camera_path": frames,
+        **top,
+    }
 
 
 def test_camera_path_is_read(tmp_path):
@@ -133,9 +168,15 @@ def test_camera_path_is_read(tmp_path):
         (lambda c: c.clear(), 'needs a list "camera_path"'),
         (lambda c: c.update(camera_type="equirectangular"), "camera_type is 'equirectangular'"),
         (lambda c: c.update(render_width="wide"), "render_width must be a number above 0, not 'wide'"),
-        (lambda c: c["camera_path"][1].pop("fov"), r"camera_path\[1\]: fov must be a number above 0, not None"),
+        (
+            lambda c: c["camera_path"][1].pop("fov"),
+            r"camera_path\[1\]: fov must be a number above 0, not None",
+        ),
         (lambda c: c["camera_path"][0].update(fov=200), "fov is 200; it must lie between 0 and 180"),
-        (lambda c: c["camera_path"][0].update(camera_to_world=[1, 2]), r"camera_path\[0\]: camera_to_world must be 16 numbers"),
+        (
+            lambda c: c["camera_path"][0].update(camera_to_world=[1, 2]),
+            r"camera_path\[0\]: camera_to_world must be 16 numbers",
+        ),
         (lambda c: c["camera_path"][0].update(camera_to_world=[0.0] * 16), "is no rotation and translation"),
     ],
 )
@@ -162,7 +203,18 @@ def test_film_of_a_camera_path_shows_what_the_cameras_see(tmp_path, run, monkeyp
     pytest.importorskip("av")
     cameras = VIEW.orbit(4)
     (tmp_path / "path.json").write_text(json.dumps(path_content(cameras, 50.0)))
-    call(monkeypatch, "render", "--run", run.path, "--scene", "egg", "--path", tmp_path / "path.json", "--out", tmp_path / "film.mp4")
+    call(
+        monkeypatch,
+        "render",
+        "--run",
+        run.path,
+        "--scene",
+        "egg",
+        "--path",
+        tmp_path / "path.json",
+        "--out",
+        tmp_path / "film.mp4",
+    )
     film = imageio.imread(tmp_path / "film.mp4", plugin="pyav")
     assert film.shape == (4, 32, 48, 3)
     meta = imageio.immeta(tmp_path / "film.mp4", plugin="pyav")
@@ -170,18 +222,40 @@ def test_film_of_a_camera_path_shows_what_the_cameras_see(tmp_path, run, monkeyp
     loaded = egg()
     expected = list(camera_frames(loaded, "egg", read_camera_path(tmp_path / "path.json").cameras, (32, 48)))
     assert np.abs(film.astype(int) - np.stack(expected)).mean() < 4
-    places, _ = read_camera_path(tmp_path / "path.json").cameras.project(torch.tensor(CENTER[None], dtype=torch.float32))
+    places, _ = read_camera_path(tmp_path / "path.json").cameras.project(
+        torch.tensor(CENTER[None], dtype=torch.float32)
+    )
     for frame, (x, y) in zip(film, places[:, 0].tolist(), strict=True):
-        assert frame[int(y * 32), int(x * 48)].min() < 60 and (frame[0] > 245).all()  # the egg, where it is; above it, nothing
+        assert (
+            frame[int(y * 32), int(x * 48)].min() < 60 and (frame[0] > 245).all()
+        )  # the egg, where it is; above it, nothing
 
 
 def test_frames_into_a_folder(tmp_path, run, monkeypatch, capsys):
-    command = ["render", "--run", run.path, "--scene", "egg", "--out", tmp_path / "frames", "--frames", 9, "--size", 16, "--mode", "depth"]
+    command = [
+        "render",
+        "--run",
+        run.path,
+        "--scene",
+        "egg",
+        "--out",
+        tmp_path / "frames",
+        "--frames",
+        9,
+        "--size",
+        16,
+        "--mode",
+        "depth",
+    ]
     call(monkeypatch, *command)
     files = sorted((tmp_path / "frames").iterdir())
     assert [file.name for file in files] == [f"{place:05d}.png" for place in range(9)]
     assert not list(tmp_path.glob("*partial*"))
-    for again, message in ((command, "exists and is not an empty folder"), ([*command, "--frames", 0], ""), (["render", *command[1:6], tmp_path / "x.avi"], "are written as .mp4, .gif or .png")):
+    for again, message in (
+        (command, "exists and is not an empty folder"),
+        ([*command, "--frames", 0], ""),
+        (["render", *command[1:6], tmp_path / "x.avi"], "are written as .mp4, .gif or .png"),
+    ):
         with pytest.raises(SystemExit):
             call(monkeypatch, *again)
         assert message in capsys.readouterr().err

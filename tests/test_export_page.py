@@ -38,7 +38,9 @@ def test_window_holds_the_box():
     cameras = VIEW.orbit(12, 20.0)
     rows, columns = window_on(BOX, cameras, VIEW.size)
     places, _ = cameras.project(BOX.corners())
-    pixels = places.flatten(0, 1).clamp(0, 1) * torch.tensor([VIEW.size[1], VIEW.size[0]])  # it reaches out of the pictures below
+    pixels = places.flatten(0, 1).clamp(0, 1) * torch.tensor(
+        [VIEW.size[1], VIEW.size[0]]
+    )  # it reaches out of the pictures below
     assert (pixels[:, 0] >= columns.start).all() and (pixels[:, 0] <= columns.stop).all()
     assert (pixels[:, 1] >= rows.start).all() and (pixels[:, 1] <= rows.stop).all()
     assert rows.stop - rows.start < VIEW.size[0]
@@ -46,7 +48,15 @@ def test_window_holds_the_box():
 
 def test_page_holds_every_view(tmp_path):
     loaded = egg()
-    size = write_page(tmp_path / "page.html", loaded, VIEW, ["egg"], title="Eggs </script> & {{data}}", frames=5, elevations=(40.0, 10.0))
+    size = write_page(
+        tmp_path / "page.html",
+        loaded,
+        VIEW,
+        ["egg"],
+        title="Eggs </script> & {{data}}",
+        frames=5,
+        elevations=(40.0, 10.0),
+    )
     text = (tmp_path / "page.html").read_text()
     assert size == len(text.encode()) and len(list(tmp_path.iterdir())) == 1
     assert "<title>Eggs &lt;/script&gt; &amp; {{data}}</title>" in text and "10 views of" in text
@@ -68,14 +78,34 @@ def test_page_holds_every_view(tmp_path):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    for wrong, message in (({"frames": 0}, "--frames 0"), ({"elevations": ()}, "0 elevations"), ({"frames": 900, "size": 800}, "too large for WebP")):
+    for wrong, message in (
+        ({"frames": 0}, "--frames 0"),
+        ({"elevations": ()}, "0 elevations"),
+        ({"frames": 900, "size": 800}, "too large for WebP"),
+    ):
         with pytest.raises(UserError, match=message):
             write_page(tmp_path / "page.html", egg(), VIEW, ["egg"], **wrong)
 
 
 def test_page_command(tmp_path, solids, monkeypatch, capsys):
     run = egg_run(tmp_path / "run", solids)
-    monkeypatch.setattr(sys, "argv", ["latentscenes", "export", "page", "--run", str(run.path), "--scenes", "egg", "--out", str(tmp_path / "p.html"), "--frames", "3"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "latentscenes",
+            "export",
+            "page",
+            "--run",
+            str(run.path),
+            "--scenes",
+            "egg",
+            "--out",
+            str(tmp_path / "p.html"),
+            "--frames",
+            "3",
+        ],
+    )
     cli.main()
     assert "1 scenes" in capsys.readouterr().err
     assert [scene["name"] for scene in embedded((tmp_path / "p.html").read_text())["scenes"]] == ["egg"]
@@ -86,8 +116,12 @@ def test_page_in_a_browser(tmp_path):
     pytest.importorskip("websockets")
 
     one = egg()
-    many = SceneSet.of_table(one.model, mean_parameters(12, one.parameters("egg")), [f"egg {k}" for k in range(12)])
-    write_page(tmp_path / "page.html", many, VIEW, many.names, frames=12, elevations=(5.0, 25.0, 60.0), title="Eggs")
+    many = SceneSet.of_table(
+        one.model, mean_parameters(12, one.parameters("egg")), [f"egg {k}" for k in range(12)]
+    )
+    write_page(
+        tmp_path / "page.html", many, VIEW, many.names, frames=12, elevations=(5.0, 25.0, 60.0), title="Eggs"
+    )
     profile = tmp_path / "profile"
     profile.mkdir()
     with browser(profile, 900, 700) as new:
@@ -103,7 +137,9 @@ def test_page_in_a_browser(tmp_path):
         still = page.evaluate(place)
         time.sleep(0.5)
         assert page.evaluate(place) == still
-        x, y, wide, tall = page.evaluate("(() => { const b = document.querySelector('.view').getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()")
+        x, y, wide, tall = page.evaluate(
+            "(() => { const b = document.querySelector('.view').getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()"
+        )
         page.drag((x + wide / 2, y + tall / 2), (x + wide / 2 + wide / 4, y + tall / 2))
         dragged = page.evaluate(place)
         assert dragged != still
@@ -114,10 +150,15 @@ def test_page_in_a_browser(tmp_path):
         assert page.evaluate(place) != turned
         page.click("figcaption button")
         page.wait("document.querySelector('dialog').open && document.querySelector('dialog .view') !== null")
-        page.command("Input.dispatchKeyEvent", type="keyDown", key="Escape", code="Escape", windowsVirtualKeyCode=27)
+        page.command(
+            "Input.dispatchKeyEvent", type="keyDown", key="Escape", code="Escape", windowsVirtualKeyCode=27
+        )
         page.wait("!document.querySelector('dialog').open")
         page.evaluate("document.getElementById('filter').focus()")
         page.type("egg 11")
         page.wait("[...document.querySelectorAll('figure')].filter(figure => !figure.hidden).length === 1")
-        assert not page.problems and [request for request in page.requests if not request.startswith("file:")] == []
+        assert (
+            not page.problems
+            and [request for request in page.requests if not request.startswith("file:")] == []
+        )
     shutil.rmtree(profile, ignore_errors=True)

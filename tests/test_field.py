@@ -11,7 +11,7 @@ DOUBLE = torch.float64
 
 
 def bilinear(plane, x, y):
-    """plane[row][column] of feature lists at (x, y) in [-1, 1]: texel centres at (2k + 1) / r − 1, zero outside."""
+    """plane[row][column] of feature lists at (x, y) in [-1, 1]: texel centers at (2k + 1) / r − 1, zero outside."""
     r, features = len(plane), len(plane[0][0])
     column, row = ((x + 1) * r - 1) / 2, ((y + 1) * r - 1) / 2
     out = [0.0] * features
@@ -50,7 +50,9 @@ def test_texel_centres_give_texels():
     planes[:, 1:] = 0
     place = [(2 * k + 1) / 4 - 1 for k in range(4)]
     points = torch.tensor([[[place[2], place[1], 0.0]]], dtype=DOUBLE)
-    assert torch.allclose(sample_planes(planes, points)[0, 0], planes[0, 0, 1, 2])  # row along y, column along x
+    assert torch.allclose(
+        sample_planes(planes, points)[0, 0], planes[0, 0, 1, 2]
+    )  # row along y, column along x
 
 
 def test_every_plane_matters():
@@ -115,23 +117,32 @@ def test_extra_inputs_change_the_output_only_where_asked_for():
     assert torch.equal(viewing(features, points, directions)[1], viewing(features, -points, directions)[1])
 
     placed = Field(4, 2, frequencies=3)
-    assert not torch.allclose(placed(features, points, directions)[1], placed(features, points + 0.1, directions)[1])
+    assert not torch.allclose(
+        placed(features, points, directions)[1], placed(features, points + 0.1, directions)[1]
+    )
     assert torch.equal(placed(features, points, directions)[1], placed(features, points, others)[1])
     # all octaves repeat with the first one's period, 2
-    assert torch.allclose(placed(features, points, directions)[1], placed(features, points + 2, directions)[1], atol=1e-4)
+    assert torch.allclose(
+        placed(features, points, directions)[1], placed(features, points + 2, directions)[1], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"frequencies": 2, "view_direction": True}])
 def test_gradients_of_the_field(options):
     torch.manual_seed(7)
     field = Field(3, 2, hidden=4, **options).double()
-    features, points = torch.randn(5, 3, dtype=DOUBLE, requires_grad=True), torch.randn(5, 3, dtype=DOUBLE, requires_grad=True)
+    features, points = (
+        torch.randn(5, 3, dtype=DOUBLE, requires_grad=True),
+        torch.randn(5, 3, dtype=DOUBLE, requires_grad=True),
+    )
     directions = torch.randn(5, 3, dtype=DOUBLE)
     weights = [parameter.detach().requires_grad_() for parameter in field.parameters()]
     names = [name for name, _ in field.named_parameters()]
 
     def call(features, points, *weights):
-        return torch.func.functional_call(field, dict(zip(names, weights, strict=True)), (features, points, directions))
+        return torch.func.functional_call(
+            field, dict(zip(names, weights, strict=True)), (features, points, directions)
+        )
 
     assert torch.autograd.gradcheck(call, (features, points, *weights))
 
@@ -141,4 +152,6 @@ def test_gradients_of_plane_reading(aggregation):
     generator = torch.Generator().manual_seed(8)
     planes = torch.randn(1, 3, 3, 3, 2, dtype=DOUBLE, generator=generator).requires_grad_()
     points = (1.9 * torch.rand(1, 4, 3, dtype=DOUBLE, generator=generator) - 0.95).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: sample_planes(a, b, "xy,xz,yz", aggregation), (planes, points))
+    assert torch.autograd.gradcheck(
+        lambda a, b: sample_planes(a, b, "xy,xz,yz", aggregation), (planes, points)
+    )

@@ -38,5 +38,8 @@ def test_places_are_looked_at_without_a_trace(tmp_path, monkeypatch):
 
 def test_a_lock_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be written"), locked(tmp_path / "file" / "lock", True, "nobody"):
+    with (
+        pytest.raises(UserError, match="file: cannot be written"),
+        locked(tmp_path / "file" / "lock", True, "nobody"),
+    ):
         pass

@@ -12,7 +12,15 @@ from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.batches import EXPONENT, MEMORY, SIDE, BatchSource, ErrorGuidedSampling, TrainingScenes, window
+from latentscenes.training.batches import (
+    EXPONENT,
+    MEMORY,
+    SIDE,
+    BatchSource,
+    ErrorGuidedSampling,
+    TrainingScenes,
+    window,
+)
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")
@@ -36,7 +44,9 @@ def test_cells_come_by_their_chances_and_places_lie_in_them(share):
         wrong = focus.errors[view] ** EXPONENT
         chances = (1 - share) / CELLS + share * wrong / wrong.sum()
         counts = torch.bincount(cells[place], minlength=CELLS)
-        assert (counts - count * chances).abs().max() < 2  # stratified: never off by more than the ends of a run
+        assert (
+            counts - count * chances
+        ).abs().max() < 2  # stratified: never off by more than the ends of a run
     inside = (x * SIDE) % 1
     assert inside.mean() == pytest.approx(0.5, abs=0.01) and inside.var() == pytest.approx(1 / 12, rel=0.05)
 
@@ -44,7 +54,9 @@ def test_cells_come_by_their_chances_and_places_lie_in_them(share):
 def test_a_view_without_errors_is_seen_evenly():
     focus = ErrorGuidedSampling(2, 1.0, CPU)
     focus.errors[:] = 0
-    x, y, cells = focus.draw(torch.tensor([1]), uniform(1, 1, CELLS), uniform(2, 1, CELLS), uniform(3, 1, CELLS))
+    x, y, cells = focus.draw(
+        torch.tensor([1]), uniform(1, 1, CELLS), uniform(2, 1, CELLS), uniform(3, 1, CELLS)
+    )
     assert torch.isfinite(x).all() and torch.isfinite(y).all()
     assert (torch.bincount(cells[0], minlength=CELLS) - 1).abs().max() <= 1
 
@@ -71,7 +83,13 @@ def stage_of(tiny, *settings):
 def test_batches_go_where_a_view_was_wrong(solids, tiny, tmp_path):
     config = stage_of(tiny)
     scenes = solids.select("train")
-    source = BatchSource(Model(config, solids.box), TrainingScenes(random_parameters(len(scenes), config.planes, torch.Generator()), solids, scenes), config.train[0], 0, tmp_path)
+    source = BatchSource(
+        Model(config, solids.box),
+        TrainingScenes(random_parameters(len(scenes), config.planes, torch.Generator()), solids, scenes),
+        config.train[0],
+        0,
+        tmp_path,
+    )
     batch = source.batch(0)
     assert batch.pixels.shape == batch.cells.shape == (4, 40) and len(set(batch.views.tolist())) == 4
     wrong = torch.full((4, 40), 1e-9)
@@ -84,7 +102,9 @@ def test_batches_go_where_a_view_was_wrong(solids, tiny, tmp_path):
     for step in range(source.steps):
         again = source.batch(step)
         for view, pixels in zip(again.views.tolist(), again.pixels, strict=True):
-            left, right, top, bottom = window(solids.cameras[fitted[view : view + 1]], solids.box, height, width)[0]
+            left, right, top, bottom = window(
+                solids.cameras[fitted[view : view + 1]], solids.box, height, width
+            )[0]
             row, column = pixels // width, pixels % width
             assert ((row >= top) & (row < bottom) & (column >= left) & (column < right)).all()
             if view == batch.views[1]:
@@ -103,7 +123,12 @@ def test_focus_needs_rays_whose_errors_are_known(tiny):
 
 
 def test_focus_and_frozen_weights_resume_exactly(solids, tiny, tmp_path, monkeypatch):
-    config = stage_of(tiny, "train.scenes.weights_epochs=1", "train.scenes.rates={micro: 1e-2, weights: 1e-2}", "train.scenes.field_epochs=null")
+    config = stage_of(
+        tiny,
+        "train.scenes.weights_epochs=1",
+        "train.scenes.rates={micro: 1e-2, weights: 1e-2}",
+        "train.scenes.field_epochs=null",
+    )
     whole = train(config, solids, tmp_path / "whole", device=CPU)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     true_save, count = Run.save, [0]
@@ -121,7 +146,9 @@ def test_focus_and_frozen_weights_resume_exactly(solids, tiny, tmp_path, monkeyp
         except KeyboardInterrupt:
             pass
     assert count[0] > 10
-    for mine, other in zip(whole.load()[1].tables().values(), broken.load()[1].tables().values(), strict=True):
+    for mine, other in zip(
+        whole.load()[1].tables().values(), broken.load()[1].tables().values(), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
@@ -130,17 +157,32 @@ def test_weights_rest_after_their_epochs(solids, tiny, tmp_path, fusion):
     rates = "train.scenes.rates={micro: 1e-2, weights: 1e-2}"
     sizes = ["planes.micro=3", f"planes.fusion={fusion}", "planes.bias=true", "train.scenes.focus=0", rates]
     runs = [
-        train(stage_of(tiny, *sizes, f"train.scenes.epochs={epochs}", "train.scenes.weights_epochs=1"), solids, tmp_path / str(epochs), device=CPU)
+        train(
+            stage_of(tiny, *sizes, f"train.scenes.epochs={epochs}", "train.scenes.weights_epochs=1"),
+            solids,
+            tmp_path / str(epochs),
+            device=CPU,
+        )
         for epochs in (1, 2)
     ]
     short, long = (run.load()[1] for run in runs)
-    assert torch.equal(short.weights, long.weights) and torch.equal(short.bias, long.bias) and not torch.equal(short.micro, long.micro)
+    assert (
+        torch.equal(short.weights, long.weights)
+        and torch.equal(short.bias, long.bias)
+        and not torch.equal(short.micro, long.micro)
+    )
 
 
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
 def test_macro_planes_that_rest_are_summed_once_to_the_same_end(solids, tiny, tmp_path, monkeypatch, fusion):
 
-    settings = ["planes.micro=3", f"planes.fusion={fusion}", "planes.bias=true", "train.scenes.rates={micro: 1e-2}", "train.scenes.losses.tv=0.1"]
+    settings = [
+        "planes.micro=3",
+        f"planes.fusion={fusion}",
+        "planes.bias=true",
+        "train.scenes.rates={micro: 1e-2}",
+        "train.scenes.losses.tv=0.1",
+    ]
     config = stage_of(tiny, *settings)
     kept = train(config, solids, tmp_path / "kept", device=CPU)
     monkeypatch.setattr(loop, "machine_memory", lambda: 0)  # no room to keep them
@@ -152,4 +194,8 @@ def test_weights_do_not_rest_where_shared_parts_learn():
     config = config_io.load("small")
     assert config.exploit[0].weights_epochs == configuration.frozen(config).exploit[0].weights_epochs == 8
     learning = configuration.learning_shared(config).exploit[0]
-    assert learning.weights_epochs is None and learning.rates.bases > 0 and learning.focus == config.exploit[0].focus
+    assert (
+        learning.weights_epochs is None
+        and learning.rates.bases > 0
+        and learning.focus == config.exploit[0].focus
+    )

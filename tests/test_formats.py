@@ -44,7 +44,9 @@ def test_libraries_open_and_look_as_they_did(kept):
     assert library.verify() == []
     assert [info.precision for info in library.infos()] == ["int8", "int8", "int8", "int4", "float16"]
     shown = np.stack([scene.render(library.orbit(2)).images for scene in library])
-    assert np.abs(shown.astype(int) - np.load(kept / "views.npy")).max() <= 1  # kernels of other machines may round otherwise
+    assert (
+        np.abs(shown.astype(int) - np.load(kept / "views.npy")).max() <= 1
+    )  # kernels of other machines may round otherwise
 
 
 def test_libraries_grow(kept):

@@ -113,9 +113,10 @@ def test_damage_is_named_and_nothing_is_left_behind(tmp_path, what):
 
 @pytest.mark.parametrize("box", [None, 0.5])
 @pytest.mark.parametrize(
-    ("what", "message"), [("opengl", "seem to be opengl ones.*axes='opengl'"), ("inverse", r"world-to-camera matrices.*Invert")]
+    ("what", "message"),
+    [("opengl", "seem to be opengl ones.*axes='opengl'"), ("inverse", r"world-to-camera matrices.*Invert")],
 )
-def test_cameras_by_another_convention_are_recognised(tmp_path, what, message, box):
+def test_cameras_by_another_convention_are_recognized(tmp_path, what, message, box):
     cameras = around(10)
     write_object(tmp_path / "one", converted(cameras, what), pictures(cameras))
     with pytest.raises(UserError, match=rf"000000.txt.*{message}"):
@@ -129,7 +130,7 @@ def test_opengl_poses_can_be_declared(tmp_path):
     same_cameras(PosedImages.open(tmp_path / "set"), list(range(10)), cameras)
 
 
-def test_opencv_matrices_in_transforms_are_recognised(tmp_path):
+def test_opencv_matrices_in_transforms_are_recognized(tmp_path):
     cameras = around(10)
     write_transforms(tmp_path / "one", converted(cameras, "opengl"), pictures(cameras))
     with pytest.raises(UserError, match=r"frame 0 .*axes='opencv'"):
@@ -138,7 +139,7 @@ def test_opencv_matrices_in_transforms_are_recognised(tmp_path):
     same_cameras(PosedImages.open(tmp_path / "set"), list(range(10)), cameras)
 
 
-def test_world_to_camera_matrices_in_transforms_are_recognised(tmp_path):
+def test_world_to_camera_matrices_in_transforms_are_recognized(tmp_path):
     cameras = around(10)
     for name, given in (
         ("opengl", converted(converted(cameras, "opengl"), "inverse opengl")),
@@ -168,7 +169,9 @@ def test_scenes_too_large_for_memory_go_through_a_file(tmp_path, monkeypatch):
     write_object(tmp_path / "one", cameras, pictures(cameras))
     make_srn(tmp_path / "one", tmp_path / "set", options=ImportOptions(alpha_from_white=True))
     views = PosedImages.open(tmp_path / "set")
-    assert np.array_equal(views.rgb, pictures(cameras)) and np.array_equal(views.alpha > 0, silhouettes(cameras))
+    assert np.array_equal(views.rgb, pictures(cameras)) and np.array_equal(
+        views.alpha > 0, silhouettes(cameras)
+    )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "set"]
 
 
@@ -178,8 +181,12 @@ def test_one_camera_that_misses_the_box_is_named():
     cameras = Cameras(torch.cat([cameras.cam2world[:3], away, cameras.cam2world[4:]]), cameras.intrinsics)
     with pytest.raises(UserError, match="view 3: 1 of 5 cameras, this one first, see nothing of the box"):
         check_cameras(cameras, [f"view {k}" for k in range(5)], Box((0.0, 0.0, 0.0), (0.4, 0.4, 0.4)))
-    inside = Cameras(look_at(torch.tensor([[0.1, 0.1, 0.1]]), torch.tensor([3.0, 0, 0])), cameras.intrinsics[:1])
-    check_cameras(inside, ["inside"], Box((0.0, 0.0, 0.0), (0.4, 0.4, 0.4)))  # a camera within the box sees it
+    inside = Cameras(
+        look_at(torch.tensor([[0.1, 0.1, 0.1]]), torch.tensor([3.0, 0, 0])), cameras.intrinsics[:1]
+    )
+    check_cameras(
+        inside, ["inside"], Box((0.0, 0.0, 0.0), (0.4, 0.4, 0.4))
+    )  # a camera within the box sees it
 
 
 def test_images_of_other_objects_are_noticed(tmp_path):
@@ -209,19 +216,21 @@ def test_empty_and_wrong_folders(tmp_path):
 
 def test_images_of_every_kind(tmp_path):
     random = np.random.default_rng(0)
-    grey = random.integers(0, 256, (5, 7), dtype=np.uint8)
-    three = np.repeat(grey[..., None], 3, -1)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    gray = random.integers(0, 256, (5, 7), dtype=np.uint8)
+    three = np.repeat(gray[..., None], 3, -1)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
     Image.fromarray(three).convert("P").save(tmp_path / "palette.gif")
-    Image.fromarray(np.stack([grey, 255 - grey], -1)).save(tmp_path / "grey_alpha.png")
+    Image.fromarray(np.stack([gray, 255 - gray], -1)).save(tmp_path / "gray_alpha.png")
     Image.fromarray(np.full((16, 16, 3), 93, np.uint8)).save(tmp_path / "photo.jpg", quality=95)
-    assert Image.open(tmp_path / "grey16.png").mode.startswith("I")
-    for name in ("grey.png", "grey16.png"):
+    assert Image.open(tmp_path / "gray16.png").mode.startswith("I")
+    for name in ("gray.png", "gray16.png"):
         rgb, alpha = read_image(tmp_path / name)
         assert alpha is None and np.array_equal(rgb, three), name
-    rgb, alpha = read_image(tmp_path / "grey_alpha.png")
-    assert np.array_equal(alpha, 255 - grey) and np.array_equal(rgb, over_white(np.dstack([three, 255 - grey])))
+    rgb, alpha = read_image(tmp_path / "gray_alpha.png")
+    assert np.array_equal(alpha, 255 - gray) and np.array_equal(
+        rgb, over_white(np.dstack([three, 255 - gray]))
+    )
     assert np.abs(read_image(tmp_path / "photo.jpg")[0].astype(int) - 93).max() <= 1
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
@@ -249,10 +258,14 @@ def test_datasets_at_other_sizes(tmp_path):
         means = pictures(cameras).reshape(8, SIDE // 2, 2, SIDE // 2, 2, 3).mean((2, 4))
         assert np.abs(views.rgb - means).max() <= 0.51
         same_cameras(views, list(range(8)), cameras)
-    Image.fromarray(np.full((2 * SIDE, 2 * SIDE, 3), 255, np.uint8)).save(tmp_path / "one" / "rgb" / "000005.png")
+    Image.fromarray(np.full((2 * SIDE, 2 * SIDE, 3), 255, np.uint8)).save(
+        tmp_path / "one" / "rgb" / "000005.png"
+    )
     with pytest.raises(UserError, match="000005.png.*Give a size"):
         make_srn(tmp_path / "one", tmp_path / "mixed")
-    make_srn(tmp_path / "one", tmp_path / "same", options=ImportOptions(size=(SIDE, SIDE), background="unknown"))
+    make_srn(
+        tmp_path / "one", tmp_path / "same", options=ImportOptions(size=(SIDE, SIDE), background="unknown")
+    )
     assert (PosedImages.open(tmp_path / "same").rgb[5] == 255).all()
 
 
@@ -307,7 +320,10 @@ def test_a_split_file_says_what_it_leaves_out(tmp_path):
         write_object(tmp_path / "cars" / name, cameras, pictures(cameras))
     (tmp_path / "split.json").write_text('{"train": ["c"], "new": ["a"]}')
     made = make_srn(tmp_path / "cars", tmp_path / "set", options=ImportOptions(split=tmp_path / "split.json"))
-    assert [(scene.name, scene.split) for scene in PosedImages.open(tmp_path / "set").scenes] == [("a", "new"), ("c", "train")]
+    assert [(scene.name, scene.split) for scene in PosedImages.open(tmp_path / "set").scenes] == [
+        ("a", "new"),
+        ("c", "train"),
+    ]
     assert any("1 of 3 scenes" in note for note in made.notes)
 
 
@@ -317,7 +333,9 @@ def test_a_split_file_says_what_it_leaves_out(tmp_path):
 def test_box_recovers_an_ellipsoid():
     cameras = around(40, lowest=-math.pi / 2)
     box = fit_box([("e", silhouettes(cameras, 128), cameras)])
-    voxel = 2 * SEMI / 64  # of the last grid, and the margin is 1.5 of them; pixels are 0.01 wide at the object
+    voxel = (
+        2 * SEMI / 64
+    )  # of the last grid, and the margin is 1.5 of them; pixels are 0.01 wide at the object
     low, high = np.subtract(box.center, box.half), np.add(box.center, box.half)
     assert (np.abs(low + 1.5 * voxel - (CENTER - SEMI)) < voxel + 0.01).all()
     assert (np.abs(high - 1.5 * voxel - (CENTER + SEMI)) < voxel + 0.01).all()
@@ -342,10 +360,19 @@ def test_box_of_objects_that_images_cut_off():
 def test_box_holds_all_objects():
     cameras = around(30, lowest=-math.pi / 2)
     other = np.array([-0.3, 0.3, 0.0])
-    box = fit_box([("a", silhouettes(cameras, 96), cameras), ("b", silhouettes(cameras, 96, other, np.full(3, 0.1)), cameras)])
+    box = fit_box(
+        [
+            ("a", silhouettes(cameras, 96), cameras),
+            ("b", silhouettes(cameras, 96, other, np.full(3, 0.1)), cameras),
+        ]
+    )
     expected = np.stack([np.minimum(CENTER - SEMI, other - 0.1), np.maximum(CENTER + SEMI, other + 0.1)])
     found = np.stack([np.subtract(box.center, box.half), np.add(box.center, box.half)])
-    assert np.abs(found - expected).max() < 0.05 and (found[0] <= expected[0]).all() and (found[1] >= expected[1]).all()
+    assert (
+        np.abs(found - expected).max() < 0.05
+        and (found[0] <= expected[0]).all()
+        and (found[1] >= expected[1]).all()
+    )
 
 
 def test_boxes_by_hand():

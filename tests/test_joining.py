@@ -31,7 +31,9 @@ def test_a_joined_dataset_equals_its_parts_view_by_view(tmp_path):
     for ours, (part, scene) in zip(joined.scenes, expected, strict=True):
         assert (ours.count, ours.split, ours.held_out) == (scene.count, scene.split, scene.held_out)
         for one, other in zip(ours.views("all"), scene.views("all"), strict=True):
-            assert np.array_equal(joined.rgb[one], part.rgb[other]) and np.array_equal(joined.alpha[one], part.alpha[other])
+            assert np.array_equal(joined.rgb[one], part.rgb[other]) and np.array_equal(
+                joined.alpha[one], part.alpha[other]
+            )
             for array in ("cam2world", "intrinsics"):
                 assert torch.equal(getattr(joined.cameras, array)[one], getattr(part.cameras, array)[other])
     assert len(joined.rgb) == 22 and [scene.name for scene in joined.select("new")] == ["a_1", "b_1"]
@@ -42,7 +44,9 @@ def test_the_box_is_the_smallest_that_holds_all_boxes():
     one, other = Box((0.0, 0.1, 0.0), (0.5, 0.2, 0.3)), Box((0.2, 0.0, -0.1), (0.4, 0.4, 0.1))
     both = box_of([one, other])
     corners = torch.cat([one.corners(), other.corners()])
-    assert torch.allclose(both.corners().amin(0), corners.amin(0)) and torch.allclose(both.corners().amax(0), corners.amax(0))
+    assert torch.allclose(both.corners().amin(0), corners.amin(0)) and torch.allclose(
+        both.corners().amax(0), corners.amax(0)
+    )
     assert np.allclose(box_of([one]).center, one.center) and np.allclose(box_of([one]).half, one.half)
 
 

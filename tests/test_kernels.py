@@ -16,7 +16,19 @@ from latentscenes.rendering.render import Rays, march_planes, render_rays
 needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 
 
-def problem(scenes=2, rays=13, coarse=9, fine=7, resolution=7, features=5, channels=3, hidden=64, bounds=None, seed=0, directed=False):
+def problem(
+    scenes=2,
+    rays=13,
+    coarse=9,
+    fine=7,
+    resolution=7,
+    features=5,
+    channels=3,
+    hidden=64,
+    bounds=None,
+    seed=0,
+    directed=False,
+):
     """Random planes, network, cameras around the box and random numbers, as march_planes takes them."""
     torch.manual_seed(seed)
     planes = torch.randn(scenes, 3, resolution, resolution, features).requires_grad_()
@@ -26,7 +38,13 @@ def problem(scenes=2, rays=13, coarse=9, fine=7, resolution=7, features=5, chann
     near, far = march.intersect_cube(origins, directions)
     if bounds:
         near, far = (torch.full_like(near, bound) for bound in bounds)
-    return planes, field, Rays(origins, directions, near, far), torch.rand(scenes, rays, coarse), torch.rand(scenes, rays, fine)
+    return (
+        planes,
+        field,
+        Rays(origins, directions, near, far),
+        torch.rand(scenes, rays, coarse),
+        torch.rand(scenes, rays, fine),
+    )
 
 
 def network(field):
@@ -54,7 +72,9 @@ def assert_same_as_readable(arguments, axes="xy,xz,yz", aggregation="sum", toler
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, 1e-5)
     upstream = [torch.randn_like(value) for value in expected]
-    for a, b in zip(gradients(actual, upstream, planes, field), gradients(expected, upstream, planes, field), strict=True):
+    for a, b in zip(
+        gradients(actual, upstream, planes, field), gradients(expected, upstream, planes, field), strict=True
+    ):
         assert_close(a, b, tolerance)
 
 
@@ -69,7 +89,9 @@ def test_axes_and_aggregations(axes, aggregation):
 @pytest.mark.parametrize("features", [5, 16])
 def test_view_direction(features):
     planes, field, rays, *numbers = problem(features=features, directed=True)
-    stretched = rays._replace(directions=1.7 * rays.directions)  # the network sees the unit vector all the same
+    stretched = rays._replace(
+        directions=1.7 * rays.directions
+    )  # the network sees the unit vector all the same
     assert_same_as_readable((planes, field, stretched, *numbers))
 
 
@@ -136,7 +158,9 @@ def test_each_output_alone_has_the_right_gradient(alone):
     planes, field, *rest = problem()
     expected = march_planes(planes, field, *rest)[alone].square().sum()
     actual = run_native(planes, field, *rest)[alone].square().sum()
-    for a, b in zip(gradients([actual], None, planes, field), gradients([expected], None, planes, field), strict=True):
+    for a, b in zip(
+        gradients([actual], None, planes, field), gradients([expected], None, planes, field), strict=True
+    ):
         assert_close(a, b, 1e-4)
 
 
@@ -170,7 +194,8 @@ def test_skipping_loses_little():
     with torch.no_grad():
         arguments[1].out.bias[0] += 8  # opaque: most samples are hidden
     exact, skipped = (
-        gradients([run_native(*arguments, skip=skip)[0].sum()], None, *arguments[:2]) for skip in (0.0, native.SKIP)
+        gradients([run_native(*arguments, skip=skip)[0].sum()], None, *arguments[:2])
+        for skip in (0.0, native.SKIP)
     )
     for a, b in zip(skipped, exact, strict=True):
         assert (a - b).norm() <= 3e-3 * b.norm()
@@ -216,7 +241,9 @@ def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypat
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = render_rays(FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="native")
+        found = render_rays(
+            FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="native"
+        )
         upstream = [torch.randn_like(value) for value in found]
         found_gradients = torch.autograd.grad(found, inputs, upstream)
     finally:
@@ -226,7 +253,9 @@ def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypat
         assert_close(a, b, 1e-5)
     for a, b in zip(found_gradients, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         assert_close(a, b, 1e-4)
-    mixed = render_rays(FusedPlanes(mix(planes, mixing)), field, *rest, aggregation=aggregation, kernel="torch")
+    mixed = render_rays(
+        FusedPlanes(mix(planes, mixing)), field, *rest, aggregation=aggregation, kernel="torch"
+    )
     assert torch.equal(mixed.features, wanted.features)
 
 

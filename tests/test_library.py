@@ -43,7 +43,9 @@ def test_importing_the_package_loads_no_torch():
     script = "import sys, latentscenes; print({'torch', 'numpy'} & set(sys.modules)); latentscenes.open_library; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "True"]
-    assert set(latentscenes.__all__) <= set(dir(latentscenes)) and all(getattr(latentscenes, name) for name in latentscenes.__all__)
+    assert set(latentscenes.__all__) <= set(dir(latentscenes)) and all(
+        getattr(latentscenes, name) for name in latentscenes.__all__
+    )
     with pytest.raises(AttributeError, match="no attribute 'opn_library'"):
         latentscenes.opn_library  # noqa: B018
 
@@ -54,7 +56,9 @@ def test_scenes_of_stage_one_are_in_it_to_the_last_bit(library, run):
     for place, name in enumerate(SOLIDS):
         for table, value in library[name].rows.tables().items():
             assert torch.equal(value[0], rows.tables()[table][place]), (name, table)
-    assert all(torch.equal(value, library.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, library.model.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     assert np.array_equal(library.weights(), rows.weights.numpy())
     assert np.array_equal(library.weights(["blue_egg", "red_ball"]), rows.weights[[2, 0]].numpy())
 
@@ -62,27 +66,43 @@ def test_scenes_of_stage_one_are_in_it_to_the_last_bit(library, run):
 def test_rendering_gives_numpy(library, run, solids):
     model, rows = run.load()
     shown = library["blue_egg"].render(library.orbit(3))
-    assert shown.rgb.shape == (3, 32, 32, 3) and shown.latents.shape == (3, 8, 8, 4) and shown.depth.shape == shown.opacity.shape == (3, 32, 32)
-    assert shown.images.dtype == np.uint8 and 0 <= shown.rgb.min() and shown.rgb.max() <= 1 and {value.dtype for value in vars(shown).values()} == {np.dtype("float32")}
+    assert (
+        shown.rgb.shape == (3, 32, 32, 3)
+        and shown.latents.shape == (3, 8, 8, 4)
+        and shown.depth.shape == shown.opacity.shape == (3, 32, 32)
+    )
+    assert (
+        shown.images.dtype == np.uint8
+        and 0 <= shown.rgb.min()
+        and shown.rgb.max() <= 1
+        and {value.dtype for value in vars(shown).values()} == {np.dtype("float32")}
+    )
     index = torch.tensor(solids.select("train")[2].views("held_out"))
     with torch.no_grad():
         background = model.background(32, 32)
         view = model.render(model.compose(rows.gather(torch.tensor([2]))), solids.cameras[index], background)
         truth = model.decode(view.image(8, 8)).clamp(0, 1)
     coarse = library["blue_egg"].render(solids.cameras[index], geometry=False)
-    assert np.array_equal(coarse.rgb, truth.movedim(1, -1).numpy()) and np.array_equal(coarse.depth, view.depth.unflatten(1, (8, 8)).numpy())
+    assert np.array_equal(coarse.rgb, truth.movedim(1, -1).numpy()) and np.array_equal(
+        coarse.depth, view.depth.unflatten(1, (8, 8)).numpy()
+    )
     assert library["red_ball"].render(library.orbit(1), size=(16, 24)).rgb.shape == (1, 16, 24, 3)
 
 
 def test_cameras_of_the_orbit_stand_where_those_of_the_data_stand(library, solids):
     cameras = library.orbit(4, elevation=25.0, azimuth=90.0)
     distance = cameras.positions.norm(dim=1)
-    assert torch.allclose(distance, solids.cameras.positions.norm(dim=1).median().expand(4)) and cameras.positions[0, 1] > 0.9 * distance[0]
+    assert (
+        torch.allclose(distance, solids.cameras.positions.norm(dim=1).median().expand(4))
+        and cameras.positions[0, 1] > 0.9 * distance[0]
+    )
     assert torch.allclose(cameras.intrinsics[0], solids.cameras.intrinsics[0])
     flipped = cameras.cam2world.clone()
     flipped[:, :, 1:3] *= -1
     again = latentscenes.Cameras.from_matrices(flipped.numpy(), 1.025, axes="opengl")
-    assert torch.allclose(again.cam2world, cameras.cam2world) and torch.allclose(again.intrinsics, cameras.intrinsics)
+    assert torch.allclose(again.cam2world, cameras.cam2world) and torch.allclose(
+        again.intrinsics, cameras.intrinsics
+    )
     with pytest.raises(UserError, match=r"must be \(v, 3, 4\)"):
         latentscenes.Cameras.from_matrices(np.eye(4), 1.0)
 
@@ -93,13 +113,17 @@ def test_mistakes_are_explained(library, tmp_path):
     with pytest.raises(UserError, match="size 30: must be a multiple of the codec's downsampling, 4; try 32"):
         library["red_ball"].render(library.orbit(1), size=30)
     with pytest.raises(UserError, match="must be latentscenes.Cameras, not ndarray"):
-        latentscenes.LearnedScene.render.__wrapped__(library["red_ball"], np.eye(4))  # as called by those who check no types
+        latentscenes.LearnedScene.render.__wrapped__(
+            library["red_ball"], np.eye(4)
+        )  # as called by those who check no types
     with pytest.raises(UserError, match="no library here"):
         latentscenes.open_library(tmp_path / "absent")
     with pytest.raises(UserError, match="holds a library already"):
         latentscenes.create_library(library.path, library.store.info.parent)
     with pytest.raises(UserError, match="no 'int9'; choose one of float32"):
-        latentscenes.create_library.__wrapped__(tmp_path / "other", library.store.info.parent, precision="int9", device="cpu")
+        latentscenes.create_library.__wrapped__(
+            tmp_path / "other", library.store.info.parent, precision="int9", device="cpu"
+        )
     with pytest.raises(UserError, match=r"\(7,\) weights given, but this library has 3 base planes"):
         library.nearest(np.zeros(7))
     (tmp_path / "full").mkdir()
@@ -112,7 +136,12 @@ def test_what_is_known_of_a_scene(library, solids):
     info = library["green_box"].metadata
     assert info in library.infos() and library.infos("g*") == [info] and library.infos("G*") == []
     assert (info.origin, info.split, info.dataset) == ("stage 1", "train", str(solids.path.resolve()))
-    assert info.precision == "float32" and info.bytes == 4 * (3 * 12 * 12 * 2 + 3) and info.psnr > 5 and info.psnr_lost == 0
+    assert (
+        info.precision == "float32"
+        and info.bytes == 4 * (3 * 12 * 12 * 2 + 3)
+        and info.psnr > 5
+        and info.psnr_lost == 0
+    )
     with Image.open(io.BytesIO(library["green_box"].thumbnail)) as image:
         assert image.format == "PNG" and image.size == (32, 32)
 
@@ -132,18 +161,31 @@ def test_removing_and_renaming(library):
     scene = library["blue_egg"]
     library.rename("red_ball", "scarlet ball")
     library.remove("blue_egg", "green_box")
-    assert library.names == ["scarlet ball", "brown_bar"] and "red_ball" not in library and "scarlet ball" in library
+    assert (
+        library.names == ["scarlet ball", "brown_bar"]
+        and "red_ball" not in library
+        and "scarlet ball" in library
+    )
     with pytest.raises(UserError, match="removed or renamed"):
         scene.metadata  # noqa: B018
-    for old, new, told in (("brown_bar", "scarlet ball", "is there already"), ("brown_bar", " ", "must not be empty"), ("green_box", "x", "no scene 'green_box'")):
+    for old, new, told in (
+        ("brown_bar", "scarlet ball", "is there already"),
+        ("brown_bar", " ", "must not be empty"),
+        ("green_box", "x", "no scene 'green_box'"),
+    ):
         with pytest.raises(UserError, match=told):
             library.rename(old, new)
     assert library.compact() > 0 and library.verify() == []
     assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]
     for name, old in (("scarlet ball", "red_ball"), ("brown_bar", "brown_bar")):
-        assert all(torch.equal(value, before[old].tables()[table]) for table, value in library[name].rows.tables().items())
+        assert all(
+            torch.equal(value, before[old].tables()[table])
+            for table, value in library[name].rows.tables().items()
+        )
     library.compact()
-    assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]  # nothing left to do
+    assert [file.name for file in (library.path / "shards").iterdir()] == [
+        "000002.safetensors"
+    ]  # nothing left to do
     library.remove("scarlet ball", "brown_bar")
     library.compact()
     assert len(library) == 0 and not list((library.path / "shards").iterdir())
@@ -158,7 +200,11 @@ def test_precisions_lose_less_than_their_step(run, tmp_path, precision):
     stored = library["red_ball"].rows
     assert torch.equal(stored.weights[0], rows.weights[0])
     micro = rows.micro[0]
-    step = micro.abs().amax((1, 2), keepdim=True) / (2 ** (int(precision[3:]) - 1) - 1) if precision != "float16" else micro.abs() * 2**-10
+    step = (
+        micro.abs().amax((1, 2), keepdim=True) / (2 ** (int(precision[3:]) - 1) - 1)
+        if precision != "float16"
+        else micro.abs() * 2**-10
+    )
     assert ((stored.micro[0] - micro).abs() <= 0.5001 * step).all()
     info = library["red_ball"].metadata
     exact = 4 * micro.numel()
@@ -168,11 +214,22 @@ def test_precisions_lose_less_than_their_step(run, tmp_path, precision):
 
 def test_ultra_light_scenes_are_tiny(tmp_path, solids, tiny):
     light = dataclasses.replace(tiny, planes=dataclasses.replace(tiny.planes, micro=0))
-    library = latentscenes.create_library(tmp_path / "library", made_run(tmp_path / "run", light, solids, "train").path, device="cpu")
-    assert {info.bytes for info in library.infos()} == {12} and library["red_ball"].render(library.orbit(1)).rgb.shape == (1, 32, 32, 3)
+    library = latentscenes.create_library(
+        tmp_path / "library", made_run(tmp_path / "run", light, solids, "train").path, device="cpu"
+    )
+    assert {info.bytes for info in library.infos()} == {12} and library["red_ball"].render(
+        library.orbit(1)
+    ).rgb.shape == (1, 32, 32, 3)
     heavy = dataclasses.replace(tiny, planes=dataclasses.replace(tiny.planes, macro=0))
-    alone = latentscenes.create_library(tmp_path / "alone", made_run(tmp_path / "heavy", heavy, solids, "train").path, device="cpu")
-    assert alone.weights().shape == (4, 0) and alone["red_ball"].render(alone.orbit(1)).rgb.shape == (1, 32, 32, 3)
+    alone = latentscenes.create_library(
+        tmp_path / "alone", made_run(tmp_path / "heavy", heavy, solids, "train").path, device="cpu"
+    )
+    assert alone.weights().shape == (4, 0) and alone["red_ball"].render(alone.orbit(1)).rgb.shape == (
+        1,
+        32,
+        32,
+        3,
+    )
     with pytest.raises(UserError, match="no base planes in common"):
         alone.nearest("red_ball")
 
@@ -187,13 +244,17 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
     mixed = LibraryFolder(library.path, settings, library.store.info, library.store.checksums)
     assert torch.equal(mixed.starting_scene().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
-    assert "mixing" not in pack(library.store.starting_scene(), "int8") and "mixing" in pack(mixed.starting_scene(), "int8")
+    assert "mixing" not in pack(library.store.starting_scene(), "int8") and "mixing" in pack(
+        mixed.starting_scene(), "int8"
+    )
 
 
 def test_verify_knows_where_new_scenes_start(library):
     file = library.path / "model" / "start.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert [(damage.name, damage.what) for damage in library.verify()] == [("model/start.safetensors", "its bytes have changed; new scenes start from it")]
+    assert [(damage.name, damage.what) for damage in library.verify()] == [
+        ("model/start.safetensors", "its bytes have changed; new scenes start from it")
+    ]
     facts = json.loads((library.path / "library.json").read_text())
     facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]  # as earlier versions wrote it
     (library.path / "library.json").write_text(json.dumps(facts))
@@ -215,7 +276,9 @@ def test_verify_names_what_is_damaged(library):
     content[place] ^= 1
     shard.write_bytes(content)
     opened = latentscenes.open_library(library.path, device="cpu")
-    assert [(damage.name, "bytes in 000001.safetensors have changed" in damage.what) for damage in opened.verify()] == [("brown_bar", True)]
+    assert [
+        (damage.name, "bytes in 000001.safetensors have changed" in damage.what) for damage in opened.verify()
+    ] == [("brown_bar", True)]
     opened.remove("red_ball")
     with pytest.raises(UserError, match="scene 'brown_bar' is damaged"):
         opened.compact()
@@ -232,11 +295,16 @@ def test_verify_names_what_is_damaged(library):
     model = library.path / "model" / "shared.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     assert library.verify()[0].name == "model/shared.safetensors"
-    for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):  # what helps is never to remove the library
+    for spoil in (
+        lambda: model.write_bytes(b"torn"),
+        model.unlink,
+    ):  # what helps is never to remove the library
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
         for ask in (library.store.model, lambda: account_learned(SceneSet.open_all(library.path))):
-            with pytest.raises(UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"):
+            with pytest.raises(
+                UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"
+            ):
                 ask()
     for one in (library, opened, torn, lost):
         one.close()
@@ -253,7 +321,10 @@ def test_a_reader_keeps_up_with_a_writer(library):
     assert reader.names == SOLIDS[1:] and torch.equal(reader["brown_bar"].rows.micro, rows.micro)
     stranger = latentscenes.open_library(library.path, device="cpu")
     place = stranger.store.index.place
-    stale, stranger.store.index.place = place("brown_bar"), lambda name: stale if not asked.append(name) and len(asked) == 1 else place(name)
+    stale, stranger.store.index.place = (
+        place("brown_bar"),
+        lambda name: stale if not asked.append(name) and len(asked) == 1 else place(name),
+    )
     asked = []
     library.rename("green_box", "box")
     library.remove("box")
@@ -266,10 +337,16 @@ def test_two_writers_wait_or_are_told(library):
         script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); lib.store.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); lib.rename('red_ball', 'ball'); print('done')"
         start = [sys.executable, "-c", script, str(library.path)]
         told = subprocess.run([*start, "refuse"], capture_output=True, text=True)
-        assert told.returncode == 1 and "another process is writing to this library. Wait for it" in told.stderr
-        waiting = subprocess.Popen([*start, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert (
+            told.returncode == 1 and "another process is writing to this library. Wait for it" in told.stderr
+        )
+        waiting = subprocess.Popen(
+            [*start, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert waiting.stdout.readline() == "4\n"
-        assert "waiting for it" in waiting.stderr.readline() and waiting.poll() is None and "red_ball" in library
+        assert (
+            "waiting for it" in waiting.stderr.readline() and waiting.poll() is None and "red_ball" in library
+        )
     out, _ = waiting.communicate(timeout=30)
     assert out == "done\n" and "ball" in library
 
@@ -277,8 +354,12 @@ def test_two_writers_wait_or_are_told(library):
 def test_a_failed_append_leaves_nothing(library, monkeypatch):
     from latentscenes.storage.index import Index
 
-    again = latentscenes.storage.library.NewScene(dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball"))
-    twice = [dataclasses.replace(again, info=dataclasses.replace(again.info, name=name)) for name in ("a", "a")]
+    again = latentscenes.storage.library.NewScene(
+        dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball")
+    )
+    twice = [
+        dataclasses.replace(again, info=dataclasses.replace(again.info, name=name)) for name in ("a", "a")
+    ]
     with pytest.raises(UserError, match="scene 'a' is there already"):
         library.store.append(twice)
 
@@ -289,7 +370,9 @@ def test_a_failed_append_leaves_nothing(library, monkeypatch):
         broken.setattr(Index, "add", crash)
         with pytest.raises(KeyboardInterrupt):
             library.store.append([again])
-    assert library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()  # an orphan, not in the index
+    assert (
+        library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
+    )  # an orphan, not in the index
     library.store.append([again])
     assert library.names == [*SOLIDS, "new"] and library.verify() == []
 
@@ -299,7 +382,13 @@ def test_a_hundred_thousand_scenes_are_listed_at_once(library):
     index = library.store.index
     with index.transaction():
         for shard in range(2, 102):
-            index.add(shard, [(dataclasses.replace(info, name=f"car-{shard}-{row}"), "0" * 64, b"png") for row in range(1000)])
+            index.add(
+                shard,
+                [
+                    (dataclasses.replace(info, name=f"car-{shard}-{row}"), "0" * 64, b"png")
+                    for row in range(1000)
+                ],
+            )
     index.close()
     begun = time.perf_counter()
     opened = LibraryFolder.open(library.path)
@@ -314,7 +403,9 @@ def test_a_hundred_thousand_scenes_are_listed_at_once(library):
 
 def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
     usual = config_io.parse(config_io.dump(tiny), "usual", ["planes.resolution=64", "planes.micro=10"])
-    library = latentscenes.create_library(tmp_path / "library", made_run(tmp_path / "run", usual, solids, "train").path, device="cpu")
+    library = latentscenes.create_library(
+        tmp_path / "library", made_run(tmp_path / "run", usual, solids, "train").path, device="cpu"
+    )
     times = []
     for _ in range(20):
         begun = time.perf_counter()
@@ -330,7 +421,10 @@ def test_a_read_only_library_can_be_read(library, solids):
     for folder in (library.path, library.path / "shards", library.path / "model"):
         folder.chmod(0o555)
     try:
-        assert np.array_equal(latentscenes.open_library(library.path, device="cpu")["red_ball"].render(library.orbit(1)).rgb, shown)
+        assert np.array_equal(
+            latentscenes.open_library(library.path, device="cpu")["red_ball"].render(library.orbit(1)).rgb,
+            shown,
+        )
     finally:
         for folder in (library.path, library.path / "shards", library.path / "model"):
             folder.chmod(0o755)

@@ -43,9 +43,9 @@ def library(run, tmp_path):
 @pytest.fixture
 def disc():
     """Images, cameras and silhouettes of a solid."""
-    kind, size, colour, _ = SOLIDS["pink_disc"]
+    kind, size, color, _ = SOLIDS["pink_disc"]
     cameras = orbit(6)
-    return *photograph(kind, size, colour, cameras, 32), cameras
+    return *photograph(kind, size, color, cameras, 32), cameras
 
 
 # From pictures
@@ -54,20 +54,36 @@ def disc():
 def test_adding_a_scene_from_pictures(library, disc):
     images, alpha, cameras = disc
     before = {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}
-    scene = library.add("disc", images, cameras, tags={"colour": "pink"})
+    scene = library.add("disc", images, cameras, tags={"color": "pink"})
     info = scene.metadata
-    assert (info.name, info.origin, info.dataset, info.split, info.precision) == ("disc", "add", None, None, "float32")
-    assert info.seconds > 0 and info.psnr > 5 and info.tags == {"colour": "pink"} and scene.thumbnail.startswith(b"\x89PNG")
+    assert (info.name, info.origin, info.dataset, info.split, info.precision) == (
+        "disc",
+        "add",
+        None,
+        None,
+        "float32",
+    )
+    assert (
+        info.seconds > 0
+        and info.psnr > 5
+        and info.tags == {"color": "pink"}
+        and scene.thumbnail.startswith(b"\x89PNG")
+    )
     assert library.names == [*NAMES, "disc"] and not list((library.path / "work").glob("*/"))
-    assert before.items() <= {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}.items()
+    assert (
+        before.items()
+        <= {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}.items()
+    )
     start = library.store.starting_scene()
-    assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(scene.rows.micro, start.micro)
+    assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(
+        scene.rows.micro, start.micro
+    )
     # pictures over black with masks, as numbers, are the same pictures over white
     share = alpha[..., None] / 255
     over_black = np.clip(images / 255 - (1 - share), 0, 1) / np.maximum(share, 1e-9)
     again = library.add("again", over_black.clip(0, 1), cameras, masks=alpha / 255, precision="int6")
     assert again.metadata.precision == "int6" and abs(again.metadata.psnr - info.psnr) < 0.1
-    library.tag("disc", colour=None, size=3)
+    library.tag("disc", color=None, size=3)
     assert library["disc"].metadata.tags == {"size": 3}
 
 
@@ -83,9 +99,17 @@ def test_pictures_that_cannot_be_learned_are_refused(library, disc):
     refused("the name is empty", images, cameras, name=" ")
     refused(r"must be \(v, H, W, 3\), RGB", images[0], cameras)
     refused("different sizes", [images[0], images[1][:16]], cameras[:2])
-    refused("30x32 pixels, but sides must be multiples of the codec's downsampling, 4", images[:, :, 1:31], cameras)
+    refused(
+        "30x32 pixels, but sides must be multiples of the codec's downsampling, 4",
+        images[:, :, 1:31],
+        cameras,
+    )
     refused("must be bytes", images.astype(np.int64), cameras)
-    refused("reach from 0 to 255", np.minimum(images, 255).astype(np.float32) * (255 / images.max()) * (images > images.min()), cameras)
+    refused(
+        "reach from 0 to 255",
+        np.minimum(images, 255).astype(np.float32) * (255 / images.max()) * (images > images.min()),
+        cameras,
+    )
     refused("their edges are not white", 255 - images, cameras)
     refused(r"masks: must be \(6, 32, 32\)", images, cameras, masks=alpha[:2])
     refused("5 of them for 6 images", images, cameras[:5])
@@ -108,9 +132,12 @@ def test_a_stopped_addition_leaves_nothing(library, disc, monkeypatch):
 
 def test_searching_for_a_scene_of_a_dataset(library, solids):
     found = library.search(solids, "green_box", count=4)
-    assert sorted(neighbour.name for neighbour in found) == sorted(NAMES) and library.names == NAMES
+    assert sorted(neighbor.name for neighbor in found) == sorted(NAMES) and library.names == NAMES
     weights = library.weights()
-    assert library.nearest(3 * weights[2], count=1, metric="cosine")[0] == ("blue_egg", pytest.approx(0, abs=1e-6))
+    assert library.nearest(3 * weights[2], count=1, metric="cosine")[0] == (
+        "blue_egg",
+        pytest.approx(0, abs=1e-6),
+    )
     with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest name is 'green_box'"):
         library.search(solids, "green_bx")
 
@@ -126,8 +153,14 @@ def test_what_is_packed_is_unpacked(precision, tiny):
     rows.micro[0, 1, :, :, 1] = 0  # a plane of zeros has no largest magnitude
     again = unpack(pack(rows, precision), planes)
     bound = {"float32": 0.0, "float16": 2**-11}.get(precision)
-    worst = rows.micro.abs().amax((2, 3), keepdim=True) * (bound if bound is not None else 0.5001 / (2 ** (int(precision[3:]) - 1) - 1))
-    assert ((again.micro - rows.micro).abs() <= worst).all() and torch.equal(again.weights, rows.weights) and again.bias.shape == (1, 1)
+    worst = rows.micro.abs().amax((2, 3), keepdim=True) * (
+        bound if bound is not None else 0.5001 / (2 ** (int(precision[3:]) - 1) - 1)
+    )
+    assert (
+        ((again.micro - rows.micro).abs() <= worst).all()
+        and torch.equal(again.weights, rows.weights)
+        and again.bias.shape == (1, 1)
+    )
     stable = unpack(pack(again, precision), planes)
     assert torch.allclose(stable.micro, again.micro, rtol=1e-6)
 
@@ -135,15 +168,25 @@ def test_what_is_packed_is_unpacked(precision, tiny):
 def test_dial_and_repack(library, solids):
     settings = library.dial()
     assert [setting.precision for setting in settings] == list(PRECISIONS) and settings[0].lost == 0
-    assert [setting.bytes for setting in settings] == sorted((setting.bytes for setting in settings), reverse=True)
-    assert [setting.lost for setting in settings] == sorted(setting.lost for setting in settings) and settings[-1].lost > 1e-3
+    assert [setting.bytes for setting in settings] == sorted(
+        (setting.bytes for setting in settings), reverse=True
+    )
+    assert [setting.lost for setting in settings] == sorted(
+        setting.lost for setting in settings
+    ) and settings[-1].lost > 1e-3
     exact = {name: library[name].rows for name in NAMES}
     assert library.repack("int4") == 4 and library.repack("int4") == 0 and library.repack("int8") == 0
     assert library.verify() == [] and library.names == NAMES
     for name in NAMES:
         info, stored = library[name].metadata, library[name].rows
-        assert info.precision == "int4" and info.bytes == care.payload_bytes(library.store.payload(name)) and info.psnr_lost > 0
-        assert torch.equal(stored.micro, unpack(pack(exact[name], "int4"), library.config.planes).micro) and torch.equal(stored.weights, exact[name].weights)
+        assert (
+            info.precision == "int4"
+            and info.bytes == care.payload_bytes(library.store.payload(name))
+            and info.psnr_lost > 0
+        )
+        assert torch.equal(
+            stored.micro, unpack(pack(exact[name], "int4"), library.config.planes).micro
+        ) and torch.equal(stored.weights, exact[name].weights)
 
 
 def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
@@ -153,8 +196,12 @@ def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
     fine, coarse = (pack(library["red_ball"].rows, precision) for precision in ("float32", "int3"))
     from latentscenes.training.append import measure
 
-    psnr = [measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)]
-    assert care.loss(library.store, model, fine, coarse, psnr[0]) == pytest.approx(psnr[0] - psnr[1], abs=0.05)
+    psnr = [
+        measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)
+    ]
+    assert care.loss(library.store, model, fine, coarse, psnr[0]) == pytest.approx(
+        psnr[0] - psnr[1], abs=0.05
+    )
 
 
 # Copies
@@ -170,13 +217,21 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
         assert two[name].metadata == library[name].metadata and two.thumbnail(name) == library.thumbnail(name)
         assert two.store.index.place(name).checksum == library.store.index.place(name).checksum
     assert np.array_equal(two["disc"].render(two.orbit(1)).rgb, library["disc"].render(library.orbit(1)).rgb)
-    assert library.export(library.names, tmp_path / "two") == 3 and len(two) == 5  # what is there is not copied again
+    assert (
+        library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
+    )  # what is there is not copied again
     two.remove("disc")
     two.rename("blue_egg", "disc")
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
         library.export(["disc"], tmp_path / "two")
     config = config_io.parse(TINY, "tiny", ["seed=6"])
-    other = latentscenes.create_library(tmp_path / "other", made_run(tmp_path / "run", config, latentscenes.data.dataset.PosedImages.open(run.info.data), "train").path, device="cpu")
+    other = latentscenes.create_library(
+        tmp_path / "other",
+        made_run(
+            tmp_path / "run", config, latentscenes.data.dataset.PosedImages.open(run.info.data), "train"
+        ).path,
+        device="cpu",
+    )
     with pytest.raises(UserError, match="a library of another model"):
         library.export(["disc"], other.path)
 
@@ -212,7 +267,11 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
     monkeypatch.setattr(care, "SHARD_BYTES", 4000)  # a shard for each scene
     with monkeypatch.context() as broken:
         commits, commit = [], care._commit
-        broken.setattr(care, "_commit", lambda *given: commits.append(1) or (crash() if len(commits) == 2 else commit(*given)))
+        broken.setattr(
+            care,
+            "_commit",
+            lambda *given: commits.append(1) or (crash() if len(commits) == 2 else commit(*given)),
+        )
         with pytest.raises(Crash):
             many.compact()
     assert many.verify() == [] and len(many) == 3
@@ -243,22 +302,40 @@ def call(monkeypatch, capsys):
 def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     path = library.path
     status, out, _ = call("library", "list", path, "--match", "b*")
-    assert status == 0 and "blue_egg" in out and "brown_bar" in out and "red_ball" not in out and "2 of 4 scenes, " in out
+    assert (
+        status == 0
+        and "blue_egg" in out
+        and "brown_bar" in out
+        and "red_ball" not in out
+        and "2 of 4 scenes, " in out
+    )
     status, out, _ = call("library", "list", path, "--as-json", "--limit", 1)
     assert status == 0 and json.loads(out)["name"] == "red_ball" and json.loads(out)["split"] == "train"
     with monkeypatch.context() as fewer:
         fewer.setattr(cli_library, "MANY", 3)
         status, out, _ = call("library", "list", path, "--limit", 0)
     lines = out.splitlines()
-    assert status == 0 and [line.split()[0] for line in lines[1:5]] == NAMES and len({len(line) for line in lines[:5]}) == 1 and "4 of 4 scenes, " in lines[5]
+    assert (
+        status == 0
+        and [line.split()[0] for line in lines[1:5]] == NAMES
+        and len({len(line) for line in lines[:5]}) == 1
+        and "4 of 4 scenes, " in lines[5]
+    )
     status, out, _ = call("library", "show", path)
     assert status == 0 and "4 (4 from stage 1)" in out and str(solids_path) in out and "32x32" in out
     status, out, _ = call("library", "show", path, "blue_egg")
     assert status == 0 and "psnr" in out and "float32" in out
     assert call("library", "rename", path, "blue_egg", "an egg")[0] == 0 and "an egg" in library
-    assert call("library", "remove", path, "an egg", "red_ball")[0] == 0 and library.names == ["green_box", "brown_bar"]
+    assert call("library", "remove", path, "an egg", "red_ball")[0] == 0 and library.names == [
+        "green_box",
+        "brown_bar",
+    ]
     status, _, err = call("library", "export", path, "--match", "g*", "--out", tmp_path / "one")
-    assert status == 0 and "1 scenes copied" in err and LibraryFolder.open(tmp_path / "one").index.names() == ["green_box"]
+    assert (
+        status == 0
+        and "1 scenes copied" in err
+        and LibraryFolder.open(tmp_path / "one").index.names() == ["green_box"]
+    )
     status, out, _ = call("library", "repack", path, "--device", "cpu")
     assert status == 0 and "int3" in out and library["green_box"].metadata.precision == "float32"
     status, out, err = call("library", "repack", path, "--lost", "100", "--device", "cpu")
@@ -294,24 +371,75 @@ def test_a_list_may_be_read_in_part(library):
         (["library", "remove", "{library}", "red_bal"], "the nearest names are 'red_ball'"),
         (["library", "rename", "{library}", "red_ball", "blue_egg"], "is there already"),
         (["library", "export", "{library}", "--out", "{tmp}/x"], "no scenes named"),
-        (["library", "export", "{library}", "red_ball", "--out", "{tmp}/file/x"], "file/x: cannot be written"),
+        (
+            ["library", "export", "{library}", "red_ball", "--out", "{tmp}/file/x"],
+            "file/x: cannot be written",
+        ),
         (["library", "model", "{library}", "{tmp}/file/x"], "file/x: cannot be written"),
         (["library", "remove", "{library}"], "no scenes named, so none is removed"),
         (["library", "list", "{library}", "--limit", "-1"], "--limit -1: at least 1, or 0 for all"),
         (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, 0 at least"),
-        (["library", "repack", "{library}", "--lost", "1", "--precision", "int8"], "--lost 1: goes without --precision"),
+        (
+            ["library", "repack", "{library}", "--lost", "1", "--precision", "int8"],
+            "--lost 1: goes without --precision",
+        ),
         (["search", "{library}", "red_ball", "--count", "0"], "--count 0: at least 1"),
-        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"], "file/a.gif: cannot be made, for"),
-        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/folder.gif"], "folder.gif: is a folder"),
-        (["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/a.gif", "--elevation", "95"], "--elevation 95: degrees"),
-        (["export", "page", "--run", "{library}", "--match", "*", "--out", "{tmp}/a.html", "--elevations", "95"], "--elevations 95: degrees"),
-        (["export", "images", "--run", "{library}", "--match", "*", "--out", "{tmp}/file/x"], "file/x: cannot be made, for"),
+        (
+            ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"],
+            "file/a.gif: cannot be made, for",
+        ),
+        (
+            ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/folder.gif"],
+            "folder.gif: is a folder",
+        ),
+        (
+            [
+                "render",
+                "--run",
+                "{library}",
+                "--scene",
+                "red_ball",
+                "--out",
+                "{tmp}/a.gif",
+                "--elevation",
+                "95",
+            ],
+            "--elevation 95: degrees",
+        ),
+        (
+            [
+                "export",
+                "page",
+                "--run",
+                "{library}",
+                "--match",
+                "*",
+                "--out",
+                "{tmp}/a.html",
+                "--elevations",
+                "95",
+            ],
+            "--elevations 95: degrees",
+        ),
+        (
+            ["export", "images", "--run", "{library}", "--match", "*", "--out", "{tmp}/file/x"],
+            "file/x: cannot be made, for",
+        ),
         (["library", "repack", "{tmp}", "--precision", "int8"], "no library here"),
         (["search", "{library}", "x"], "the nearest names are"),
-        (["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"], "the nearest name is 'red_ball'"),
-        (["exploit", "--data", "{data}", "--out", "{tmp}/new"], "no library here yet. Name the run that it is to be made of"),
+        (
+            ["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"],
+            "the nearest name is 'red_ball'",
+        ),
+        (
+            ["exploit", "--data", "{data}", "--out", "{tmp}/new"],
+            "no library here yet. Name the run that it is to be made of",
+        ),
         (["exploit", "--finetune", "--data", "{data}", "--out", "{library}"], "to finetune, name with --run"),
-        (["exploit", "--data", "{data}", "--out", "{library}", "--group", "0"], "--group 0: must be at least 1"),
+        (
+            ["exploit", "--data", "{data}", "--out", "{library}", "--group", "0"],
+            "--group 0: must be at least 1",
+        ),
     ],
 )
 def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids_path):
@@ -319,15 +447,38 @@ def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids
     (tmp_path / "file").touch()
     (tmp_path / "folder.gif").mkdir()
     status, out, err = call(*(argument.format(**places) for argument in arguments))
-    assert status == 2 and out == "" and err.startswith("latentscenes: ") and told in err and err.count("\n") == 1
+    assert (
+        status == 2
+        and out == ""
+        and err.startswith("latentscenes: ")
+        and told in err
+        and err.count("\n") == 1
+    )
 
 
 def test_eval_cost_and_render_read_libraries(library, call, tmp_path):
     status, out, _ = call("eval", "--run", library.path, "--sheet", tmp_path / "sheet.png", "--device", "cpu")
-    assert status == 0 and "4 scenes, 4 held-out views" in out and (tmp_path / "sheet.png").exists() and (library.path / "evaluation.json").exists()
+    assert (
+        status == 0
+        and "4 scenes, 4 held-out views" in out
+        and (tmp_path / "sheet.png").exists()
+        and (library.path / "evaluation.json").exists()
+    )
     status, out, _ = call("cost", "--run", library.path)
     assert status == 0 and "as stored" in out and "Stage 1 took 13.5 s for 4 scenes" in out
-    status, _, _ = call("render", "--run", library.path, "--scene", "red_ball", "--out", tmp_path / "orbit.gif", "--frames", 2, "--device", "cpu")
+    status, _, _ = call(
+        "render",
+        "--run",
+        library.path,
+        "--scene",
+        "red_ball",
+        "--out",
+        tmp_path / "orbit.gif",
+        "--frames",
+        2,
+        "--device",
+        "cpu",
+    )
     assert status == 0 and (tmp_path / "orbit.gif").stat().st_size > 100
     library.rename("red_ball", "ball")
     assert not (library.path / "evaluation.json").exists()  # scores end with the next change
@@ -378,7 +529,11 @@ def test_what_is_kept_in_memory_is_read_anew_after_a_change(library):
     before, names = other.weights(), other.names
     library.remove("green_box")
     library.rename("red_ball", "ball")
-    assert other.names == ["ball", "blue_egg", "brown_bar"] and np.array_equal(other.weights(), before[[0, 2, 3]]) and names == NAMES
+    assert (
+        other.names == ["ball", "blue_egg", "brown_bar"]
+        and np.array_equal(other.weights(), before[[0, 2, 3]])
+        and names == NAMES
+    )
     assert [name for name, _ in other.nearest("ball", 5)] == [name for name, _ in library.nearest("ball", 5)]
     other.weights()[:] = 0  # a copy
     assert np.array_equal(other.weights(["blue_egg"]), before[[2]])
@@ -387,7 +542,10 @@ def test_what_is_kept_in_memory_is_read_anew_after_a_change(library):
 # What the pages say
 
 
-@pytest.mark.parametrize(("page", "folder", "names"), [("docs/library.md", "cars", ["car_0024", "car_0025"]), ("README.md", "chairs", ["chair_007", "x"])])
+@pytest.mark.parametrize(
+    ("page", "folder", "names"),
+    [("docs/library.md", "cars", ["car_0024", "car_0025"]), ("README.md", "chairs", ["chair_007", "x"])],
+)
 def test_python_of_the_pages_runs(page, folder, names, run, tmp_path, monkeypatch, disc, capsys):
     images, alpha, cameras = disc
     library = latentscenes.create_library(tmp_path / "libraries" / folder, run.path, device="cpu")

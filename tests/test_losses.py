@@ -13,7 +13,15 @@ from latentscenes.core.runtime import seeded
 from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.training.losses import Batch, at_pixels, edge_error, terms, total, total_variation, transform_alike
+from latentscenes.training.losses import (
+    Batch,
+    at_pixels,
+    edge_error,
+    terms,
+    total,
+    total_variation,
+    transform_alike,
+)
 
 SIZE = 16
 
@@ -46,7 +54,9 @@ def square(a, b):
 def test_each_term_worked_out_with_numpy(model):
     batch, planes = made_batch(model), made_planes(model)
     weights = LossWeights(latent=1.0, rgb=1.0, autoencoder=1.0, preview=1.0, depth_tv=1.0, tv=1.0, edges=1.0)
-    found = {name: float(value.detach()) for name, value in terms(model, planes, batch, weights, step())[0].items()}
+    found = {
+        name: float(value.detach()) for name, value in terms(model, planes, batch, weights, step())[0].items()
+    }
     assert set(found) == {"latent", "rgb", "autoencoder", "preview", "depth_tv", "tv", "edges"}
 
     view = model.render(planes, batch.cameras, batch.background, step())  # the same randomness
@@ -56,19 +66,29 @@ def test_each_term_worked_out_with_numpy(model):
     assert found["latent"] == pytest.approx(square(rendered, encoded), rel=1e-5)
     assert found["rgb"] == pytest.approx(square(decoded, batch.images), rel=1e-5)
     assert found["autoencoder"] == pytest.approx(square(again, batch.images), rel=1e-5)
-    small = 2 * batch.images.reshape(6, 3, 4, 4, 4, 4).mean((3, 5)) - 1  # each latent pixel: the mean of 4 x 4 pixels
-    assert found["preview"] == pytest.approx(square(view.preview.reshape(6, 4, 4, 3).permute(0, 3, 1, 2), small), rel=1e-5)
+    small = (
+        2 * batch.images.reshape(6, 3, 4, 4, 4, 4).mean((3, 5)) - 1
+    )  # each latent pixel: the mean of 4 x 4 pixels
+    assert found["preview"] == pytest.approx(
+        square(view.preview.reshape(6, 4, 4, 3).permute(0, 3, 1, 2), small), rel=1e-5
+    )
     depth = view.depth.detach().double().numpy().reshape(6, 4, 4)
-    assert found["depth_tv"] == pytest.approx(np.mean(np.diff(depth, axis=1) ** 2) + np.mean(np.diff(depth, axis=2) ** 2), rel=1e-5)
+    assert found["depth_tv"] == pytest.approx(
+        np.mean(np.diff(depth, axis=1) ** 2) + np.mean(np.diff(depth, axis=2) ** 2), rel=1e-5
+    )
     truth, edges = batch.images.double().numpy(), 0.0
     for image in (decoded, again):
         for axis in (2, 3):
-            edges += np.mean(np.abs(np.diff(image.detach().double().numpy(), axis=axis) - np.diff(truth, axis=axis)))
+            edges += np.mean(
+                np.abs(np.diff(image.detach().double().numpy(), axis=axis) - np.diff(truth, axis=axis))
+            )
     assert found["edges"] == pytest.approx(edges, rel=1e-5)
     assert found["tv"] == pytest.approx(float(total_variation(planes.texels).detach()), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in dataclasses.fields(LossWeights) if entry.name != "edges"])
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in dataclasses.fields(LossWeights) if entry.name != "edges"]
+)
 def test_only_what_has_a_weight_is_computed(model, name):
     found, _ = terms(model, made_planes(model), made_batch(model), LossWeights(**{name: 0.5}), step())
     assert set(found) == {name}
@@ -106,7 +126,9 @@ def test_some_rays_are_compared_with_their_own_pixels(model):
 def test_total_is_the_weighted_sum(model):
     weights = LossWeights(latent=1.0, rgb=0.25, tv=1e-4)
     found, _ = terms(model, made_planes(model), made_batch(model), weights, step())
-    expected = sum({"latent": 1, "rgb": 0.25, "tv": 1e-4}[name] * float(value.detach()) for name, value in found.items())
+    expected = sum(
+        {"latent": 1, "rgb": 0.25, "tv": 1e-4}[name] * float(value.detach()) for name, value in found.items()
+    )
     assert float(total(found, weights).detach()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -117,7 +139,9 @@ def test_gradients_reach_what_each_term_depends_on(model):
         model.zero_grad()
         terms(model, planes, made_batch(model), LossWeights(**{name: 1.0}), step())[0][name].backward()
         reached[name] = {
-            part for part, parameters in model.parts().items() if any(p.grad is not None and p.grad.abs().sum() > 0 for _, p in parameters)
+            part
+            for part, parameters in model.parts().items()
+            if any(p.grad is not None and p.grad.abs().sum() > 0 for _, p in parameters)
         }
     assert reached == {
         "latent": {"encoder", "field"}, "rgb": {"decoder", "field"}, "autoencoder": {"encoder", "decoder"},
@@ -137,12 +161,16 @@ def test_total_variation_against_loops():
                             rows.append((values[s][p][i][j][f] - values[s][p][i - 1][j][f]) ** 2)
                         if j:
                             columns.append((values[s][p][i][j][f] - values[s][p][i][j - 1][f]) ** 2)
-    assert float(total_variation(planes)) == pytest.approx(sum(rows) / len(rows) + sum(columns) / len(columns))
+    assert float(total_variation(planes)) == pytest.approx(
+        sum(rows) / len(rows) + sum(columns) / len(columns)
+    )
 
 
 def test_total_variation_does_not_depend_on_the_number_of_scenes():
     planes = torch.randn(1, 3, 5, 5, 2, generator=torch.Generator().manual_seed(7))
-    assert float(total_variation(planes.expand(4, -1, -1, -1, -1))) == pytest.approx(float(total_variation(planes)), rel=1e-5)
+    assert float(total_variation(planes.expand(4, -1, -1, -1, -1))) == pytest.approx(
+        float(total_variation(planes)), rel=1e-5
+    )
 
 
 def test_edges_see_blur_and_not_brightness():
@@ -151,7 +179,7 @@ def test_edges_see_blur_and_not_brightness():
     assert float(edge_error(image + 0.3, image)) == pytest.approx(0, abs=1e-6)
     blurred = image.clone()
     blurred[..., 1], blurred[..., 2] = 0.25, 0.75
-    # per row the neighbour differences are (0.25, 0.5, 0.25) where they were (0, 1, 0): 0.25, 0.5, 0.25 off
+    # per row the neighbor differences are (0.25, 0.5, 0.25) where they were (0, 1, 0): 0.25, 0.5, 0.25 off
     assert float(edge_error(blurred, image)) == pytest.approx(1 / 3)
 
 
@@ -177,7 +205,10 @@ def test_moves_mirror_half_of_the_images_and_zoom_within_bounds():
     coordinates = torch.stack([x, y, x]).expand(400, -1, -1, -1).contiguous()
     moved, _ = transform_alike(coordinates[:, :2].contiguous(), coordinates, step())
     middle = moved[:, :, 15:17, 15:17]
-    along_x, along_y = (middle[..., :, 1] - middle[..., :, 0]).mean(-1) * 16, (middle[..., 1, :] - middle[..., 0, :]).mean(-1) * 16
+    along_x, along_y = (
+        (middle[..., :, 1] - middle[..., :, 0]).mean(-1) * 16,
+        (middle[..., 1, :] - middle[..., 0, :]).mean(-1) * 16,
+    )
     determinant = along_x[:, 0] * along_y[:, 1] - along_x[:, 1] * along_y[:, 0]
     zoom = determinant.abs().rsqrt()
     assert 0.74 < float(zoom.min()) < 0.78 and 1.28 < float(zoom.max()) < 1.34

@@ -20,11 +20,11 @@ def along(near, far, count):
 def test_slab_of_constant_density():
     sigma, near, far = 1.7, 0.5, 2.1
     t = along(near, far, 4001)
-    colour = torch.tensor([0.2, -0.4, 0.9], dtype=DOUBLE)
-    out = march.composite(t, torch.full_like(t, sigma), colour.expand(len(t), 3))
+    color = torch.tensor([0.2, -0.4, 0.9], dtype=DOUBLE)
+    out = march.composite(t, torch.full_like(t, sigma), color.expand(len(t), 3))
     opacity = 1 - math.exp(-sigma * (far - near))
     assert float(out.opacity) == pytest.approx(opacity, abs=1e-12)  # exact, whatever the number of samples
-    assert torch.allclose(out.features, opacity * colour)
+    assert torch.allclose(out.features, opacity * color)
     # ∫ t σ exp(−σ(t − near)) dt = (near + 1/σ) − (far + 1/σ) exp(−σL)
     depth = (near + 1 / sigma) - (far + 1 / sigma) * math.exp(-sigma * (far - near))
     assert float(out.depth) == pytest.approx(depth, abs=1e-6)
@@ -41,7 +41,12 @@ def test_gaussian_blob_is_as_opaque_as_its_integral():
 
     def optical(x):
         scale = width * math.sqrt(2)
-        return peak * width * math.sqrt(math.pi / 2) * (math.erf((x - middle) / scale) - math.erf((0 - middle) / scale))
+        return (
+            peak
+            * width
+            * math.sqrt(math.pi / 2)
+            * (math.erf((x - middle) / scale) - math.erf((0 - middle) / scale))
+        )
 
     assert float(out.opacity) == pytest.approx(1 - math.exp(-optical(2.5)), abs=1e-7)
     for k in (2000, 2500, 3000):
@@ -49,12 +54,14 @@ def test_gaussian_blob_is_as_opaque_as_its_integral():
     assert torch.allclose(out.features[0], out.depth)  # features that equal t gather the depth
 
 
-def test_linear_colour_in_a_slab():
-    # colour g(t) = t − near: ∫ (t − near) σ exp(−σ(t − near)) dt = 1/σ − (L + 1/σ) exp(−σL)
+def test_linear_color_in_a_slab():
+    # color g(t) = t − near: ∫ (t − near) σ exp(−σ(t − near)) dt = 1/σ − (L + 1/σ) exp(−σL)
     sigma, near, length = 2.5, 0.3, 1.1
     t = along(near, near + length, 4001)
     out = march.composite(t, torch.full_like(t, sigma), (t - near)[:, None])
-    assert float(out.features) == pytest.approx(1 / sigma - (length + 1 / sigma) * math.exp(-sigma * length), abs=1e-6)
+    assert float(out.features) == pytest.approx(
+        1 / sigma - (length + 1 / sigma) * math.exp(-sigma * length), abs=1e-6
+    )
 
 
 def test_of_two_opaque_walls_the_front_one_is_seen():
@@ -66,13 +73,19 @@ def test_of_two_opaque_walls_the_front_one_is_seen():
     assert float(out.opacity) == pytest.approx(1)
     assert float(out.features[1]) == 0
     assert float(out.depth) == pytest.approx(1.0, abs=0.011)  # within the sampling distance
-    assert float(out.features[0]) == pytest.approx(0.5, abs=1e-9)  # all in the interval whose ends are air and wall: their mean
+    assert float(out.features[0]) == pytest.approx(
+        0.5, abs=1e-9
+    )  # all in the interval whose ends are air and wall: their mean
 
 
 def test_nothing_is_seen_of_empty_space():
     t = along(0.5, 2.0, 9)
     out = march.composite(t, torch.zeros_like(t), torch.ones(9, 2, dtype=DOUBLE))
-    assert float(out.opacity) == 0 and float(out.depth) == 0 and torch.equal(out.features, torch.zeros(2, dtype=DOUBLE))
+    assert (
+        float(out.opacity) == 0
+        and float(out.depth) == 0
+        and torch.equal(out.features, torch.zeros(2, dtype=DOUBLE))
+    )
 
 
 def test_compositing_against_a_loop():
@@ -82,21 +95,25 @@ def test_compositing_against_a_loop():
     features = torch.randn(3, 8, 2, dtype=DOUBLE, generator=generator)
     out = march.composite(t, density, features)
     for ray in range(3):
-        light, colour, depth = 1.0, [0.0, 0.0], 0.0
+        light, color, depth = 1.0, [0.0, 0.0], 0.0
         for k in range(7):
             sigma = (density[ray, k] + density[ray, k + 1]).item() / 2
             alpha = 1 - math.exp(-sigma * (t[ray, k + 1] - t[ray, k]).item())
             for c in range(2):
-                colour[c] += light * alpha * (features[ray, k, c] + features[ray, k + 1, c]).item() / 2
+                color[c] += light * alpha * (features[ray, k, c] + features[ray, k + 1, c]).item() / 2
             depth += light * alpha * (t[ray, k] + t[ray, k + 1]).item() / 2
             light *= 1 - alpha
-        assert out.features[ray].tolist() == pytest.approx(colour)
-        assert float(out.depth[ray]) == pytest.approx(depth) and float(out.opacity[ray]) == pytest.approx(1 - light)
+        assert out.features[ray].tolist() == pytest.approx(color)
+        assert float(out.depth[ray]) == pytest.approx(depth) and float(out.opacity[ray]) == pytest.approx(
+            1 - light
+        )
 
 
 def test_gradients_of_compositing():
     generator = torch.Generator().manual_seed(1)
-    t = (torch.arange(6, dtype=DOUBLE) + 0.8 * torch.rand(2, 6, dtype=DOUBLE, generator=generator)).requires_grad_()
+    t = (
+        torch.arange(6, dtype=DOUBLE) + 0.8 * torch.rand(2, 6, dtype=DOUBLE, generator=generator)
+    ).requires_grad_()
     density = torch.rand(2, 6, dtype=DOUBLE, generator=generator).requires_grad_()
     features = torch.randn(2, 6, 3, dtype=DOUBLE, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda *inputs: tuple(march.composite(*inputs)), (t, density, features))
@@ -120,7 +137,7 @@ def test_stratified_puts_one_sample_in_each_slice():
 
 def target_distribution(t, weights):
     """Cumulative distribution at each t, worked out in plain Python: each weight widened to the larger of itself and
-    its neighbour on either side, the two averaged, padded, spread evenly over its interval."""
+    its neighbor on either side, the two averaged, padded, spread evenly over its interval."""
     w = list(weights)
     n = len(w)
     mass = []
@@ -161,8 +178,16 @@ def test_single_importance_samples_are_distributed_alike():
     # one sample a ray, many rays: Kolmogorov-Smirnov
     generator = torch.Generator().manual_seed(4)
     n = 4000
-    t, weights = torch.tensor(T, dtype=DOUBLE).expand(n, -1), torch.tensor(WEIGHTS, dtype=DOUBLE).expand(n, -1)
-    samples = march.importance(t, weights, torch.rand(n, 1, dtype=DOUBLE, generator=generator)).flatten().sort().values.tolist()
+    t, weights = (
+        torch.tensor(T, dtype=DOUBLE).expand(n, -1),
+        torch.tensor(WEIGHTS, dtype=DOUBLE).expand(n, -1),
+    )
+    samples = (
+        march.importance(t, weights, torch.rand(n, 1, dtype=DOUBLE, generator=generator))
+        .flatten()
+        .sort()
+        .values.tolist()
+    )
     cumulative = target_distribution(T, WEIGHTS)
     distance = max(abs(read(T, cumulative, x) - (k + 0.5) / n) for k, x in enumerate(samples))
     assert distance < 1.63 / math.sqrt(n)  # 1 % level
@@ -191,7 +216,9 @@ def test_importance_at_one_half_is_the_middle_quantile():
 
 def test_importance_survives_a_ray_of_no_length():
     t = torch.full((1, 5), 0.7)
-    samples = march.importance(t, torch.zeros(1, 4), torch.rand(1, 6, generator=torch.Generator().manual_seed(0)))
+    samples = march.importance(
+        t, torch.zeros(1, 4), torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    )
     assert torch.equal(samples, torch.full((1, 6), 0.7))
 
 
@@ -199,7 +226,9 @@ def test_importance_survives_a_ray_of_no_length():
 
 
 def cube(origin, direction):
-    near, far = march.intersect_cube(torch.tensor([origin], dtype=DOUBLE), torch.tensor([direction], dtype=DOUBLE))
+    near, far = march.intersect_cube(
+        torch.tensor([origin], dtype=DOUBLE), torch.tensor([direction], dtype=DOUBLE)
+    )
     return near.item(), far.item()
 
 
@@ -243,5 +272,7 @@ def test_cube_against_brute_force_marching():
     assert 50 < int(hit.sum()) < 300  # both kinds are tried
     first = t[inside.to(torch.uint8).argmax(-1)]
     last = t[len(t) - 1 - inside.flip(-1).to(torch.uint8).argmax(-1)]
-    assert torch.allclose(near[hit], first[hit], atol=1.1e-3) and torch.allclose(far[hit], last[hit], atol=1.1e-3)
+    assert torch.allclose(near[hit], first[hit], atol=1.1e-3) and torch.allclose(
+        far[hit], last[hit], atol=1.1e-3
+    )
     assert (far - near)[~hit].max() < 1e-3  # a clipped corner shorter than the steps may hide

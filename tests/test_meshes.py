@@ -14,12 +14,27 @@ from latentscenes.core.cameras import Cameras, look_at, orbit
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.meshes import find_meshes, make_meshes, read_mesh
-from latentscenes.data.raycast import BLEND, Lights, RayCaster, TriangleSoup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.data.raycast import (
+    BLEND,
+    Lights,
+    RayCaster,
+    TriangleSoup,
+    ViewOptions,
+    box_around,
+    soup_from_mesh,
+)
 
 FLAT = Lights(ambient=1.0, sky=0.0, directions=(), strengths=())
-"""Light under which colours stay what they are."""
+"""Light under which colors stay what they are."""
 FEW = ViewOptions(views=4, size=32, held_out=1)
-COLORS = {(0, 1): (255, 0, 0), (0, -1): (0, 255, 0), (1, 1): (0, 0, 255), (1, -1): (255, 255, 0), (2, 1): (255, 0, 255), (2, -1): (0, 255, 255)}
+COLORS = {
+    (0, 1): (255, 0, 0),
+    (0, -1): (0, 255, 0),
+    (1, 1): (0, 0, 255),
+    (1, -1): (255, 255, 0),
+    (2, 1): (255, 0, 255),
+    (2, -1): (0, 255, 255),
+}
 
 
 def seen_from(*position: float, focal: float = 1.0) -> Cameras:
@@ -63,7 +78,9 @@ def test_each_side_of_a_cube_has_its_color_at_the_right_pixels(tmp_path, axis, s
 def test_a_texture_stands_upright_and_is_not_mirrored():
     texture = np.full((2, 2, 4), 255, np.uint8)
     texture[..., :3] = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
-    rgb, _ = RayCaster(quad(texture.repeat(16, 0).repeat(16, 1)), FLAT).render(seen_from(2.0, 0, 0), 64, samples=1)
+    rgb, _ = RayCaster(quad(texture.repeat(16, 0).repeat(16, 1)), FLAT).render(
+        seen_from(2.0, 0, 0), 64, samples=1
+    )
     shown = rgb[0][[24, 40]][:, [24, 40]]
     assert (shown == texture[..., :3]).all()
 
@@ -71,12 +88,20 @@ def test_a_texture_stands_upright_and_is_not_mirrored():
 def test_a_gltf_texture_has_its_origin_at_the_upper_left(tmp_path):
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[:16, :16] = (255, 0, 0)
-    square = trimesh.Trimesh([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
-    material = trimesh.visual.material.PBRMaterial(baseColorTexture=Image.fromarray(picture), baseColorFactor=[255, 255, 255, 255])
+    square = trimesh.Trimesh(
+        [[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]],
+        [[0, 1, 2], [0, 2, 3]],
+        process=False,
+    )
+    material = trimesh.visual.material.PBRMaterial(
+        baseColorTexture=Image.fromarray(picture), baseColorFactor=[255, 255, 255, 255]
+    )
     square.visual = trimesh.visual.TextureVisuals(uv=[[0, 0], [1, 0], [1, 1], [0, 1]], material=material)
     square.export(tmp_path / "square.glb")
     soup, _ = read_mesh(tmp_path / "square.glb")
-    rgb, _ = RayCaster(soup, FLAT).render(seen_from(0, -2.0, 0), 64, samples=1)  # glTF's front is -y once z is up
+    rgb, _ = RayCaster(soup, FLAT).render(
+        seen_from(0, -2.0, 0), 64, samples=1
+    )  # glTF's front is -y once z is up
     assert tuple(rgb[0, 26, 26]) == (255, 0, 0) and not rgb[0, 26, 38].any() and not rgb[0, 38, 26].any()
 
 
@@ -88,14 +113,20 @@ def test_a_cut_out_shows_what_lies_behind():
     fence[..., :3] = (0, 200, 0)
     both = TriangleSoup.joined([quad(fence, 0.2), quad(red, 0.0), quad(blue, -0.2)])
     rgb, alpha = RayCaster(both, FLAT).render(seen_from(3.0, 0, 0), 64)
-    assert tuple(rgb[0, 32, 32]) == (255, 0, 0) and tuple(rgb[0, 32, 24]) == (0, 200, 0) and alpha[0, 32, 32] == 255
+    assert (
+        tuple(rgb[0, 32, 32]) == (255, 0, 0)
+        and tuple(rgb[0, 32, 24]) == (0, 200, 0)
+        and alpha[0, 32, 32] == 255
+    )
     rgb, alpha = RayCaster(quad(fence, 0.2), FLAT).render(seen_from(3.0, 0, 0), 64)
     assert tuple(rgb[0, 32, 32]) == (255, 255, 255) and alpha[0, 32, 32] == 0 and alpha[0, 32, 24] == 255
 
 
 def test_a_translucent_pane_mixes_with_what_lies_behind():
     pane = quad(np.full((2, 2, 4), (0, 0, 255, 51), np.uint8), 0.2, BLEND)
-    rgb, alpha = RayCaster(TriangleSoup.joined([pane, quad(np.full((2, 2, 4), (255, 0, 0, 255), np.uint8))]), FLAT).render(seen_from(3.0, 0, 0), 16)
+    rgb, alpha = RayCaster(
+        TriangleSoup.joined([pane, quad(np.full((2, 2, 4), (255, 0, 0, 255), np.uint8))]), FLAT
+    ).render(seen_from(3.0, 0, 0), 16)
     assert tuple(rgb[0, 8, 8]) == (204, 0, 51) and alpha[0, 8, 8] == 255
     rgb, alpha = RayCaster(pane, FLAT).render(seen_from(3.0, 0, 0), 16)
     assert tuple(rgb[0, 8, 8]) == (204, 204, 255) and alpha[0, 8, 8] == 51
@@ -105,7 +136,15 @@ def test_light_does_not_depend_on_winding_or_viewer():
     texture = np.full((2, 2, 4), (200, 200, 200, 255), np.uint8)
     square = quad(texture)
     turned = TriangleSoup.joined([square])
-    turned = TriangleSoup(turned.corners[:, ::-1], -turned.normals, turned.uv, turned.colors, turned.texture, turned.cutoff, turned.textures)
+    turned = TriangleSoup(
+        turned.corners[:, ::-1],
+        -turned.normals,
+        turned.uv,
+        turned.colors,
+        turned.texture,
+        turned.cutoff,
+        turned.textures,
+    )
     near, far = seen_from(2.0, 0, 0), seen_from(3.0, 0.4, 0.3)
     one = [RayCaster(square).render(camera, 32)[0][0, 16, 16] for camera in (near, far)]
     two = [RayCaster(turned).render(camera, 32)[0][0, 16, 16] for camera in (near, far)]
@@ -132,7 +171,9 @@ def test_y_up_glb_and_z_up_ply_give_the_same_pictures(tmp_path):
 
 def test_gltf_factors_are_linear_light(tmp_path):
     cube = trimesh.creation.box()
-    cube.visual = trimesh.visual.TextureVisuals(material=trimesh.visual.material.PBRMaterial(baseColorFactor=[128, 0, 255, 255]))
+    cube.visual = trimesh.visual.TextureVisuals(
+        material=trimesh.visual.material.PBRMaterial(baseColorFactor=[128, 0, 255, 255])
+    )
     cube.export(tmp_path / "cube.glb")
     rgb, _ = RayCaster(read_mesh(tmp_path / "cube.glb")[0], FLAT).render(seen_from(2.0, 0, 0), 16)
     assert tuple(rgb[0, 8, 8]) == (188, 0, 255)
@@ -168,7 +209,9 @@ def test_an_object_partly_out_of_the_picture_or_round_the_camera_is_still_drawn(
     close = Cameras(seen_from(1.0, 0, 0).cam2world, torch.tensor([[1.0, 1.0, 0.0, 0.5]]))
     assert tuple(caster.render(close, 32)[1][0, 16, [0, 31]]) == (255, 0)
     assert (caster.render(seen_from(0.1, 0, 0), 16)[1] == 255).all()
-    away = Cameras(look_at(torch.tensor([[2.0, 0, 0]]), torch.tensor([4.0, 0, 0])), torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
+    away = Cameras(
+        look_at(torch.tensor([[2.0, 0, 0]]), torch.tensor([4.0, 0, 0])), torch.tensor([[1.0, 1.0, 0.5, 0.5]])
+    )
     assert not caster.render(away, 16)[1].any()
 
 
@@ -183,9 +226,19 @@ def test_a_folder_becomes_a_dataset_and_every_file_is_accounted_for(tmp_path, ca
     report = capsys.readouterr().err.replace("\n", " ")
     assert "broken.glb: cannot be read" in report and "points.ply: holds no triangles" in report
     views = PosedImages.open(tmp_path / "out")
-    assert {scene.name for scene in views.scenes} == {"a", "b", "more__c"} and views.rgb.shape == (12, 32, 32, 3)
-    assert [scene.name for scene in views.scenes if scene.split == "new"] == ["more__c"]  # of the last two by name
-    assert all(half >= side for half, side in zip(views.box.half, [0.5 / np.sqrt(3)] * 3)) and max(views.box.half) < 0.31
+    assert {scene.name for scene in views.scenes} == {"a", "b", "more__c"} and views.rgb.shape == (
+        12,
+        32,
+        32,
+        3,
+    )
+    assert [scene.name for scene in views.scenes if scene.split == "new"] == [
+        "more__c"
+    ]  # of the last two by name
+    assert (
+        all(half >= side for half, side in zip(views.box.half, [0.5 / np.sqrt(3)] * 3))
+        and max(views.box.half) < 0.31
+    )
     with pytest.raises(UserError, match="broken.glb"):
         make_meshes(folder, tmp_path / "strict", FEW, strict=True)
     assert not (tmp_path / "strict").exists()
@@ -207,7 +260,10 @@ def test_a_split_file_decides_and_what_it_leaves_out_is_said(tmp_path, capsys):
         colored_cube().export(tmp_path / f"{name}.ply")
     (tmp_path / "split.json").write_text(json.dumps({"train": ["c"], "new": ["a"]}))
     make_meshes(tmp_path, tmp_path / "out", FEW, split=tmp_path / "split.json")
-    assert {scene.name: scene.split for scene in PosedImages.open(tmp_path / "out").scenes} == {"c": "train", "a": "new"}
+    assert {scene.name: scene.split for scene in PosedImages.open(tmp_path / "out").scenes} == {
+        "c": "train",
+        "a": "new",
+    }
     assert "1 left out, as the split file does not name them: b" in capsys.readouterr().err
     (tmp_path / "split.json").write_text(json.dumps({"train": ["d"], "new": []}))
     with pytest.raises(UserError, match="'d'"):
@@ -242,6 +298,10 @@ def test_real_cars_are_read_without_remarks_and_lie_along_x():
     for path in sorted(CARS.glob("*.glb"))[::15]:
         soup, remarks = read_mesh(Path(path))
         sides = np.diff(soup.bounds, axis=0)[0]
-        assert not remarks and sides[0] > sides[1] > sides[2] and np.linalg.norm(sides) == pytest.approx(1, abs=1e-4)
+        assert (
+            not remarks
+            and sides[0] > sides[1] > sides[2]
+            and np.linalg.norm(sides) == pytest.approx(1, abs=1e-4)
+        )
         rgb, alpha = RayCaster(soup).render(orbit(2, elevation=0.4), 48, samples=2)
         assert 0.04 < (alpha / 255).mean() < 0.4 and rgb[alpha == 255].std() > 10

@@ -25,7 +25,9 @@ def photos(count: int = 3) -> torch.Tensor:
 
 
 def noisy(images: torch.Tensor, amount: float) -> torch.Tensor:
-    return (images + amount * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    return (images + amount * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(
+        0, 1
+    )
 
 
 def test_psnr_closed_forms():
@@ -85,14 +87,19 @@ ALEXNET = [f"features.{place}" for place in (0, 3, 6, 8, 10)]
 def test_lpips_equals_its_formula(tmp_path, monkeypatch):
     """A folder with backbone and linear weights in two files, against the formula written out with plain loops."""
     state = perceptual_weights(SHAPES, ALEXNET)
-    torch.save({name: value for name, value in state.items() if name.startswith("features")}, tmp_path / "alexnet.pth")
+    torch.save(
+        {name: value for name, value in state.items() if name.startswith("features")},
+        tmp_path / "alexnet.pth",
+    )
     torch.save({name: value for name, value in state.items() if name.startswith("lin")}, tmp_path / "lin.pth")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     metric = Perceptual.find()
     assert metric is not None and metric.name == "LPIPS"
 
     def features(image):
-        x = (2 * image - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        x = (2 * image - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
+            [0.458, 0.448, 0.450]
+        ).view(3, 1, 1)
         for k, name in enumerate(ALEXNET):
             if k in (1, 2):
                 x = functional.max_pool2d(x, 3, 2)
@@ -116,7 +123,10 @@ def test_lpips_equals_its_formula(tmp_path, monkeypatch):
 def test_lpips_folder_mistakes(tmp_path):
     with pytest.raises(UserError, match="no 'features.0.weight'.*folder must hold"):
         Perceptual.find(tmp_path)
-    torch.save(perceptual_weights(SHAPES, ALEXNET) | {"lin2.model.1.weight": torch.ones(1, 5, 1, 1)}, tmp_path / "weights.pth")
+    torch.save(
+        perceptual_weights(SHAPES, ALEXNET) | {"lin2.model.1.weight": torch.ones(1, 5, 1, 1)},
+        tmp_path / "weights.pth",
+    )
     with pytest.raises(UserError, match="linear weights of shape"):
         Perceptual.find(tmp_path)
 
@@ -136,7 +146,9 @@ def test_shift_tolerant_metric_orders_distortions(monkeypatch):
     if not cars.is_dir():
         pytest.skip("car pictures are absent")
     assert metric.name == "ST-LPIPS (reconstructed)"
-    pictures = [Image.open(min((car / "rgb").glob("*.png"))).convert("RGB") for car in sorted(cars.iterdir())[:4]]
+    pictures = [
+        Image.open(min((car / "rgb").glob("*.png"))).convert("RGB") for car in sorted(cars.iterdir())[:4]
+    ]
 
     def jpeg(picture, quality):
         stream = io.BytesIO()
@@ -147,8 +159,13 @@ def test_shift_tolerant_metric_orders_distortions(monkeypatch):
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
 
     truth = stack(pictures)
-    blurred = [metric(truth, stack([p.filter(ImageFilter.GaussianBlur(r)) for p in pictures])).mean() for r in (0, 0.5, 1, 2, 4)]
-    compressed = [metric(truth, stack([jpeg(p, quality) for p in pictures])).mean() for quality in (90, 50, 20, 5)]
+    blurred = [
+        metric(truth, stack([p.filter(ImageFilter.GaussianBlur(r)) for p in pictures])).mean()
+        for r in (0, 0.5, 1, 2, 4)
+    ]
+    compressed = [
+        metric(truth, stack([jpeg(p, quality) for p in pictures])).mean() for quality in (90, 50, 20, 5)
+    ]
     noised = [metric(truth, noisy(truth, amount)).mean() for amount in (0.01, 0.03, 0.1, 0.3)]
     for distances in (blurred, compressed, noised):
         assert sorted(distances) == distances and distances[-1] > 2 * distances[0]

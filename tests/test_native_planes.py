@@ -16,7 +16,12 @@ def rows_and_bases(scenes, resolution, micro, macro, bases, bias):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    rows = SceneParameters(normal(scenes, 3, resolution, resolution, micro), normal(scenes, bases), normal(scenes, int(bias)), torch.zeros(scenes, 0, 0))
+    rows = SceneParameters(
+        normal(scenes, 3, resolution, resolution, micro),
+        normal(scenes, bases),
+        normal(scenes, int(bias)),
+        torch.zeros(scenes, 0, 0),
+    )
     return rows, normal(bases, 3, resolution, resolution, macro)
 
 
@@ -28,7 +33,13 @@ def gradients(output, inputs, upstream):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("scenes", "resolution", "micro", "macro", "bases", "fusion"),
-    [(4, 8, 3, 5, 4, "concat"), (1, 1, 1, 1, 1, "concat"), (3, 7, 0, 9, 2, "concat"), (2, 5, 4, 4, 3, "sum"), (5, 33, 10, 22, 6, "concat")],
+    [
+        (4, 8, 3, 5, 4, "concat"),
+        (1, 1, 1, 1, 1, "concat"),
+        (3, 7, 0, 9, 2, "concat"),
+        (2, 5, 4, 4, 3, "sum"),
+        (5, 33, 10, 22, 6, "concat"),
+    ],
 )
 def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
     rows, shared = rows_and_bases(scenes, resolution, micro, macro, bases, bias)
@@ -52,7 +63,11 @@ def test_only_wanted_gradients_of_a_fusion():
     shared = shared.detach()
     planes = native.compose(rows.micro, rows.weights, rows.bias, shared, "concat")
     planes.square().sum().backward()
-    wanted = gradients(fuse_in_torch(rows.micro, rows.weights, rows.bias, shared, "concat").square().sum(), [rows.micro, rows.weights], None)
+    wanted = gradients(
+        fuse_in_torch(rows.micro, rows.weights, rows.bias, shared, "concat").square().sum(),
+        [rows.micro, rows.weights],
+        None,
+    )
     torch.testing.assert_close(rows.micro.grad, wanted[0])
     torch.testing.assert_close(rows.weights.grad, wanted[1], rtol=1e-4, atol=1e-4)
 
@@ -68,9 +83,13 @@ def test_total_variation(shape):
 
 def test_operators_are_well_formed():
     rows, shared = rows_and_bases(2, 4, 2, 3, 2, True)
-    torch.library.opcheck(torch.ops.latentscenes.compose.default, (rows.micro, rows.weights, rows.bias, shared, False))
+    torch.library.opcheck(
+        torch.ops.latentscenes.compose.default, (rows.micro, rows.weights, rows.bias, shared, False)
+    )
     variation = torch.ops.latentscenes.total_variation.default
-    torch.library.opcheck(variation, (rows.micro.detach().requires_grad_(),), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        variation, (rows.micro.detach().requires_grad_(),), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_same_inputs_same_bits():

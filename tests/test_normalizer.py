@@ -1,4 +1,4 @@
-"""Normaliser: round trips, statistics against all the window's latents at once, forgetting, resuming."""
+"""Normalizer: round trips, statistics against all the window's latents at once, forgetting, resuming."""
 
 import pytest
 import torch
@@ -30,7 +30,9 @@ def test_round_trip(kind):
     latents = batches(4)
     normalizer = fed(kind, latents)
     probe = torch.cat(latents)
-    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(probe)), probe, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        normalizer.denormalize(normalizer.normalize(probe)), probe, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_tanh_is_the_published_formula():

@@ -13,7 +13,13 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebook.ipynb"
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     shorter = ["exploit.fit.epochs=2"]
     true_load = config_io.load
-    monkeypatch.setattr(config_io, "load", lambda path, overrides=(): true_load(path, shorter if pretrained.MODELS in Path(path).parents else overrides))
+    monkeypatch.setattr(
+        config_io,
+        "load",
+        lambda path, overrides=(): true_load(
+            path, shorter if pretrained.MODELS in Path(path).parents else overrides
+        ),
+    )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names: dict = {}
     cells = json.loads(NOTEBOOK.read_text())["cells"]

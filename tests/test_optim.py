@@ -43,7 +43,13 @@ def test_rows_learn_as_if_each_scene_were_alone(beta2, fast, monkeypatch):
     alone = {}
     for row in range(4):
         mine = {name: nn.Parameter(table[row].clone()) for name, table in rows.tables().items()}
-        alone[row] = (mine, torch.optim.Adam([{"params": [mine[name]], "lr": rate, "rate": rate} for name, rate in RATES.items()], betas=(0.9, beta2)))
+        alone[row] = (
+            mine,
+            torch.optim.Adam(
+                [{"params": [mine[name]], "lr": rate, "rate": rate} for name, rate in RATES.items()],
+                betas=(0.9, beta2),
+            ),
+        )
     adam = RowAdam(rows, RATES, beta2=beta2)
     for step, index in enumerate(TURNS):
         factor = 0.8**step
@@ -86,9 +92,10 @@ def test_row_state_loaded_into_its_tensors_goes_on_exactly():
     adam = RowAdam(rows, RATES)
     for step in range(3):
         take_step(adam, rows, step, TURNS[step])
-    kept_rows, kept = dataclasses.replace(rows, **{name: table.clone() for name, table in rows.tables().items()}), {
-        name: value.clone() for name, value in adam.state().items()
-    }
+    kept_rows, kept = (
+        dataclasses.replace(rows, **{name: table.clone() for name, table in rows.tables().items()}),
+        {name: value.clone() for name, value in adam.state().items()},
+    )
     again = RowAdam(kept_rows, RATES)
     for name, value in again.state().items():
         value.copy_(kept[name])
@@ -105,7 +112,9 @@ def test_row_state_loaded_into_its_tensors_goes_on_exactly():
 def made_parts(seed=0):
     torch.manual_seed(seed)
     networks = {name: nn.Linear(3, 3) for name in ("encoder", "decoder", "field")}
-    return networks, {name: list(network.named_parameters()) for name, network in networks.items()} | {"bases": []}
+    return networks, {name: list(network.named_parameters()) for name, network in networks.items()} | {
+        "bases": []
+    }
 
 
 def shared_step(networks, adam, step, factor=1.0):
@@ -120,9 +129,12 @@ def test_shared_parts_learn_like_torch_adam():
     networks, parts = made_parts()
     twins, _ = made_parts()
     adam = SharedAdam(parts, Rates(decoder=1e-2, field=1e-3))
-    reference = torch.optim.Adam([
-        {"params": twins["decoder"].parameters(), "lr": 1e-2}, {"params": twins["field"].parameters(), "lr": 1e-3},
-    ])  # fmt: skip
+    reference = torch.optim.Adam(
+        [
+            {"params": twins["decoder"].parameters(), "lr": 1e-2},
+            {"params": twins["field"].parameters(), "lr": 1e-3},
+        ]
+    )
     for step in range(4):
         for group, rate in zip(reference.param_groups, (1e-2, 1e-3), strict=True):
             group["lr"] = rate * 0.5**step
@@ -140,10 +152,15 @@ def test_what_has_no_rate_is_frozen():
     adam = SharedAdam(parts, Rates(decoder=1e-2, field=1e-3))
     shared_step(networks, adam, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, networks["encoder"].parameters(), strict=True))
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in networks["encoder"].parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad
+        for parameter in networks["encoder"].parameters()
+    )
     SharedAdam(parts, Rates(encoder=1e-2))  # the next stage learns something else
     assert all(parameter.requires_grad for parameter in networks["encoder"].parameters())
-    assert not any(parameter.requires_grad for name in ("decoder", "field") for parameter in networks[name].parameters())
+    assert not any(
+        parameter.requires_grad for name in ("decoder", "field") for parameter in networks[name].parameters()
+    )
 
 
 def test_shared_state_loaded_into_its_tensors_goes_on_exactly():
@@ -162,7 +179,9 @@ def test_shared_state_loaded_into_its_tensors_goes_on_exactly():
         shared_step(networks, adam, step)
         shared_step(twins, again, step)
     for name, network in networks.items():
-        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twins[name].parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.parameters(), twins[name].parameters(), strict=True)
+        )
 
 
 def test_a_part_frozen_midway_stays_as_it_is():
@@ -170,7 +189,9 @@ def test_a_part_frozen_midway_stays_as_it_is():
     adam = SharedAdam(parts, Rates(decoder=1e-2, field=1e-2))
     shared_step(networks, adam, 0)
     adam.freeze("field")
-    field, decoder = ([parameter.clone() for parameter in networks[name].parameters()] for name in ("field", "decoder"))
+    field, decoder = (
+        [parameter.clone() for parameter in networks[name].parameters()] for name in ("field", "decoder")
+    )
     for step in range(1, 4):
         shared_step(networks, adam, step)
     assert all(torch.equal(a, b) for a, b in zip(field, networks["field"].parameters(), strict=True))
@@ -189,7 +210,9 @@ def test_nothing_shared_learns():
 
 
 def stage(**settings):
-    return StageConfig("s", epochs=10, scenes=1, views=1, losses=LossWeights(latent=1.0), rates=Rates(micro=1.0), **settings)
+    return StageConfig(
+        "s", epochs=10, scenes=1, views=1, losses=LossWeights(latent=1.0), rates=Rates(micro=1.0), **settings
+    )
 
 
 def test_schedules():

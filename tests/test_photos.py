@@ -25,15 +25,15 @@ BALLS = {
     (255, 0, 0): (0.40, 0.0, -0.10), (0, 255, 0): (-0.38, 0.1, -0.12), (0, 0, 255): (0.0, 0.18, -0.15),
     (255, 255, 0): (0.1, -0.2, 0.05), (255, 0, 255): (-0.1, 0.0, 0.20), (0, 255, 255): (0.15, 0.05, 0.12),
 }  # fmt: skip
-"""Colour and place of what the object is made of, at most half a unit from the origin."""
+"""Color and place of what the object is made of, at most half a unit from the origin."""
 RADIUS = 0.06
 
 
 def balls() -> TriangleSoup:
     soups = []
-    for colour, place in BALLS.items():
+    for color, place in BALLS.items():
         ball = trimesh.creation.icosphere(subdivisions=3, radius=RADIUS)
-        soups.append(soup_from_mesh(ball.vertices + place, ball.faces, colors=(*np.array(colour) / 255, 1.0)))
+        soups.append(soup_from_mesh(ball.vertices + place, ball.faces, colors=(*np.array(color) / 255, 1.0)))
     return TriangleSoup.joined(soups)
 
 
@@ -70,32 +70,42 @@ def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarra
 
 def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
     """Imported views against the truth: cameras, known points, whole pictures. Gives the similarity from the true world."""
-    scale, rotation, shift = similarity(truth.positions.double().numpy(), found.cameras.positions.double().numpy())
+    scale, rotation, shift = similarity(
+        truth.positions.double().numpy(), found.cameras.positions.double().numpy()
+    )
     moved = scale * truth.positions.double().numpy() @ rotation.T + shift
     assert np.abs(moved - found.cameras.positions.numpy()).max() < 1e-4
-    # known points lie where the colour of their balls is, unless another ball is near
+    # known points lie where the color of their balls is, unless another ball is near
     points = torch.tensor(scale * np.array(list(BALLS.values())) @ rotation.T + shift).float()
     places, depth = found.cameras.project(points)
-    places, radii = places.numpy() * SIZE, (scale * RADIUS * found.cameras.intrinsics[:, :1] / depth).numpy() * SIZE
+    places, radii = (
+        places.numpy() * SIZE,
+        (scale * RADIUS * found.cameras.intrinsics[:, :1] / depth).numpy() * SIZE,
+    )
     pixels, errors = (np.mgrid[:SIZE, :SIZE][::-1] + 0.5), []
     for view, image in enumerate(found.images.astype(float)):
-        for ball, colour in enumerate(BALLS):
+        for ball, color in enumerate(BALLS):
             gap = np.linalg.norm(places[view] - places[view, ball], axis=1) - radii[view] - radii[view, ball]
             if np.delete(gap, ball).min() < 2:
                 continue
             off = np.linalg.norm(pixels.transpose(1, 2, 0) - places[view, ball], axis=-1)
             weight = (255 - image).sum(-1) * (off < radii[view, ball] + 1.5)
-            assert np.abs(image[tuple(places[view, ball].astype(int)[::-1])] - colour).max() < 40
+            assert np.abs(image[tuple(places[view, ball].astype(int)[::-1])] - color).max() < 40
             errors.append((pixels * weight).sum((1, 2)) / weight.sum() - places[view, ball])
     assert len(errors) > 30
     assert np.linalg.norm(errors, axis=1).max() < 0.12 and np.abs(np.mean(errors, 0)).max() < 0.02  # pixels
     # and the pictures are what our own pinhole cameras see there
     back = rotation.T @ (found.cameras.cam2world.double().numpy() - np.pad(shift[:, None], ((0, 0), (3, 0))))
     back[:, :, 3] /= scale
-    rgb, alpha = RayCaster(balls(), FLAT).render(Cameras(torch.tensor(back).float(), found.cameras.intrinsics), SIZE, 4)
+    rgb, alpha = RayCaster(balls(), FLAT).render(
+        Cameras(torch.tensor(back).float(), found.cameras.intrinsics), SIZE, 4
+    )
     inside = alpha == 255
     inside[:, 1:] &= inside[:, :-1] & (alpha[:, :-1] == 255)
-    assert np.abs(rgb.astype(float) - found.images).mean() < 1.5 and np.abs(alpha.astype(float) - found.alpha).mean() < 1.5
+    assert (
+        np.abs(rgb.astype(float) - found.images).mean() < 1.5
+        and np.abs(alpha.astype(float) - found.alpha).mean() < 1.5
+    )
     assert (np.abs(rgb.astype(float) - found.images).max(-1)[inside] < 60).mean() > 0.98
     return scale, rotation, shift
 
@@ -116,7 +126,9 @@ def test_a_capture_comes_back_where_it_is(made, tmp_path):
     points = np.array(list(BALLS.values())) @ rotation.T * scale + shift
     low, high = points.min(0) - scale * RADIUS, points.max(0) + scale * RADIUS
     assert abs(np.linalg.norm(high - low) - 1) < 0.06 and np.abs(low + high).max() < 0.06
-    edges = np.array([np.subtract(views.box.center, views.box.half), np.add(views.box.center, views.box.half)])
+    edges = np.array(
+        [np.subtract(views.box.center, views.box.half), np.add(views.box.center, views.box.half)]
+    )
     assert (edges[0] < low).all() and (edges[1] > high).all() and np.abs(edges - [low, high]).max() < 0.07
 
 
@@ -129,8 +141,12 @@ def test_lenses_are_undone(tmp_path, lens):
 def test_photographs_held_sideways_stand_upright(tmp_path):
     """Files as a phone writes them held upright: lying on their side, with a note that says so."""
     cameras = walk_around(COUNT)
-    turn = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # the file's columns run down in the upright view
-    lying = Cameras(torch.cat([cameras.cam2world[:, :, :3] @ turn, cameras.cam2world[:, :, 3:]], -1), cameras.intrinsics)
+    turn = torch.tensor(
+        [[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]
+    )  # the file's columns run down in the upright view
+    lying = Cameras(
+        torch.cat([cameras.cam2world[:, :, :3] @ turn, cameras.cam2world[:, :, 3:]], -1), cameras.intrinsics
+    )
     write_capture(tmp_path / "balls", balls(), lying, any_world(), "SIMPLE_RADIAL", lights=FLAT)
     with pytest.raises(UserError, match="which way is up.*pose.json"):
         read_capture(tmp_path / "balls", SIZE)
@@ -141,14 +157,19 @@ def test_photographs_held_sideways_stand_upright(tmp_path):
             image.save(file, exif=exif)
     with Image.open(tmp_path / "balls" / "images" / "IMG_0.png") as image:
         shown = np.asarray(ImageOps.exif_transpose(image)).astype(int)
-    rows = [np.nonzero((np.abs(shown - colour).sum(-1) < 60).any(1))[0].mean() for colour in ((255, 0, 255), (255, 0, 0))]
+    rows = [
+        np.nonzero((np.abs(shown - color).sum(-1) < 60).any(1))[0].mean()
+        for color in ((255, 0, 255), (255, 0, 0))
+    ]
     assert rows[0] < rows[1]  # the uppermost ball is above: this is how a person sees the file
     _, rotation, _ = check(read_capture(tmp_path / "balls", SIZE), cameras)
     assert np.degrees(np.arccos(rotation[2, 2])) < 2
 
 
 def test_front_and_up_can_be_given(made, spoilt):
-    (spoilt / "pose.json").write_text(json.dumps({"front": "IMG_3.png", "up": (any_world().rotation @ [0, 0, 3.0]).tolist()}))
+    (spoilt / "pose.json").write_text(
+        json.dumps({"front": "IMG_3.png", "up": (any_world().rotation @ [0, 0, 3.0]).tolist()})
+    )
     found = read_capture(spoilt, SIZE)
     _, rotation, _ = check(found, made[1])
     assert np.degrees(np.arccos(rotation[2, 2])) < 0.1
@@ -174,13 +195,21 @@ def test_reduced_copies_and_what_is_left_out(made, spoilt):
     assert np.abs((found.cameras.positions - whole.cameras.positions[kept]).numpy()).max() < 0.1
     assert np.abs(found.images.astype(float) - whole.images[kept]).mean() < 5
     told = "\n".join(found.notes)
-    for what in ("1 photographs COLMAP did not place", "1 photographs show only part", "1 photographs have a black mask"):
+    for what in (
+        "1 photographs COLMAP did not place",
+        "1 photographs show only part",
+        "1 photographs have a black mask",
+    ):
         assert what in told
 
 
 def spoil(folder, what: str) -> str:
     """Do one kind of damage to a capture; gives what the message must say."""
-    model, image, mask = folder / "sparse" / "0", folder / "images" / "IMG_4.png", folder / "masks" / "IMG_4.png"
+    model, image, mask = (
+        folder / "sparse" / "0",
+        folder / "images" / "IMG_4.png",
+        folder / "masks" / "IMG_4.png",
+    )
     match what:
         case "no photographs":
             shutil.rmtree(folder / "images")
@@ -208,9 +237,17 @@ def spoil(folder, what: str) -> str:
             pycolmap.Reconstruction(str(model)).write_text(str(model))
             for file in model.glob("*.bin"):
                 file.unlink()
-            new = "1 SPECTACLES 160 120 1 2 3" if what == "unknown lens" else "1 EQUIRECTANGULAR 160 120 160 120"
+            new = (
+                "1 SPECTACLES 160 120 1 2 3"
+                if what == "unknown lens"
+                else "1 EQUIRECTANGULAR 160 120 160 120"
+            )
             (model / "cameras.txt").write_text(f"{new}\n")
-            return "EQUIRECTANGULAR" if what == "panorama" and KNOWN else "no readable COLMAP model.*amera model does not exist"
+            return (
+                "EQUIRECTANGULAR"
+                if what == "panorama" and KNOWN
+                else "no readable COLMAP model.*amera model does not exist"
+            )
         case "no masks":
             shutil.rmtree(folder / "masks")
             return "IMG_0.png: nothing says what is object.*masks/IMG_0.png"

@@ -28,11 +28,19 @@ def test_comparison_sheet(run, tmp_path, tiny, solids):
     alone = sheets.comparison_sheet(ours, solids, scenes, limit=2)
     other = SceneSet.of_run(made_run(tmp_path / "other", tiny, solids, "train", count=1)).labeled("RGB")
     both = sheets.comparison_sheet(ours, solids, scenes, limit=2, others=[other])
-    assert alone.dtype == np.uint8 and both.shape[0] == alone.shape[0] and both.shape[1] == alone.shape[1] + 32 + sheets.GAP
+    assert (
+        alone.dtype == np.uint8
+        and both.shape[0] == alone.shape[0]
+        and both.shape[1] == alone.shape[1] + 32 + sheets.GAP
+    )
     index = torch.tensor(scenes[0].views("held_out"))
     left, top = 2 * sheets.GAP, 2 * sheets.GAP + sheets.CAPTION + 1
-    assert np.array_equal(alone[top : top + 32, left : left + 32], solids.rgb[index[0]])  # the truth, untouched
-    mine = model_module.render_images(ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size).images
+    assert np.array_equal(
+        alone[top : top + 32, left : left + 32], solids.rgb[index[0]]
+    )  # the truth, untouched
+    mine = model_module.render_images(
+        ours.model, ours.planes(scenes[0].name), solids.cameras[index], solids.size
+    ).images
     third = left + 2 * (32 + sheets.GAP)
     assert np.array_equal(alone[top : top + 32, third : third + 32], model_module.to_uint8(mine)[0])
 
@@ -59,7 +67,9 @@ def test_dashboard_sheet(run, solids):
 def test_orbit_frames(run, mode):
     learned = SceneSet.of_run(run)
     frames = video.orbit_frames(learned, "green_box", learned.view, frames=3, size=16, mode=mode)
-    assert len(frames) == 3 and all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
+    assert len(frames) == 3 and all(
+        frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames
+    )
     if mode in ("rgb", "depth", "opacity"):
         assert frames[0].shape == (16, 16, 3)
     elif mode == "latent":
@@ -90,12 +100,12 @@ def test_orbit_cameras_are_like_those_of_the_data():
 
 
 def test_depth_and_opacity_of_a_known_scene(run, solids):
-    """Where nothing is solid, both pictures are white; a wall twice as far has another colour."""
+    """Where nothing is solid, both pictures are white; a wall twice as far has another color."""
     depth, opacity = np.array([[[1.0, 2.0, 1.5]]], np.float32), np.array([[[1.0, 1.0, 0.0]]], np.float32)
-    near, far, nothing = sheets.colour_depth(depth, opacity, (1.0, 2.0))[0, 0]
+    near, far, nothing = sheets.color_depth(depth, opacity, (1.0, 2.0))[0, 0]
     assert np.array_equal(near, sheets.DEPTH_COLOURS[0]) and np.array_equal(far, sheets.DEPTH_COLOURS[-1])
     assert np.array_equal(nothing, [255, 255, 255])
-    assert sheets.grey(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
+    assert sheets.gray(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
 
 
 def test_enlarge_keeps_squares():
@@ -105,7 +115,7 @@ def test_enlarge_keeps_squares():
 
 @pytest.fixture
 def moving() -> list[np.ndarray]:
-    """Five frames of 31 x 45, a coloured square moving over white."""
+    """Five frames of 31 x 45, a colored square moving over white."""
     frames = np.full((5, 31, 45, 3), 255, np.uint8)
     for k in range(5):
         frames[k, 8:20, 5 + 5 * k : 17 + 5 * k] = (200, 40, 10 + 40 * k)
@@ -115,7 +125,12 @@ def moving() -> list[np.ndarray]:
 def test_gif(tmp_path, moving):
     video.save_frames(tmp_path / "a" / "x.gif", moving, fps=10)
     with Image.open(tmp_path / "a" / "x.gif") as file:
-        assert file.n_frames == 5 and file.size == (45, 31) and file.info["duration"] == 100 and file.info["loop"] == 0
+        assert (
+            file.n_frames == 5
+            and file.size == (45, 31)
+            and file.info["duration"] == 100
+            and file.info["loop"] == 0
+        )
         for k, frame in enumerate(moving):
             file.seek(k)
             found = np.array(file.convert("RGB")).astype(int)
@@ -151,6 +166,9 @@ def test_strip_and_image(tmp_path, moving):
     sheets.save_image(tmp_path / "one.png", moving[1])
     with Image.open(tmp_path / "one.png") as file:
         assert np.array_equal(np.array(file), moving[1])
-    for save in (lambda: video.save_frames(tmp_path / "x.avi", moving), lambda: sheets.save_image(tmp_path / "x.txt", moving[0])):
+    for save in (
+        lambda: video.save_frames(tmp_path / "x.avi", moving),
+        lambda: sheets.save_image(tmp_path / "x.txt", moving[0]),
+    ):
         with pytest.raises(UserError, match="are written as"):
             save()

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from latentscenes.core.config import PlanesConfig
-from latentscenes.model.planes import SceneParameters, compose, mean_parameters, random_bases, random_parameters
+from latentscenes.model.planes import (
+    SceneParameters,
+    compose,
+    mean_parameters,
+    random_bases,
+    random_parameters,
+)
 
 
 def made(scenes=3, seed=0, **settings):
@@ -18,13 +24,17 @@ def made(scenes=3, seed=0, **settings):
 
 
 def macro_by_loops(rows, bases, scene, plane, row, column, feature):
-    total = sum(float(rows.weights[scene, k]) * float(bases[k, plane, row, column, feature]) for k in range(len(bases)))
+    total = sum(
+        float(rows.weights[scene, k]) * float(bases[k, plane, row, column, feature])
+        for k in range(len(bases))
+    )
     return total + (float(rows.bias[scene, 0]) if rows.bias.shape[1] else 0.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("fusion", "micro", "macro"), [("concat", 2, 3), ("concat", 2, 0), ("concat", 0, 3), ("sum", 3, 3), ("sum", 0, 3), ("sum", 2, 0)]
+    ("fusion", "micro", "macro"),
+    [("concat", 2, 3), ("concat", 2, 0), ("concat", 0, 3), ("sum", 3, 3), ("sum", 0, 3), ("sum", 2, 0)],
 )
 def test_compose_against_loops(fusion, micro, macro, bias):
     rows, bases, config = made(fusion=fusion, micro=micro, macro=macro, bias=bias)
@@ -44,7 +54,9 @@ def test_compose_against_loops(fusion, micro, macro, bias):
 def test_mixing_against_loops():
     rows, bases, config = made(mixing=True)
     plain = compose(rows, bases, "concat")
-    assert rows.mixing.shape == (3, 5, 5) and torch.equal(plain, compose(dataclasses.replace(rows, mixing=torch.zeros(3, 0, 0)), bases, "concat"))
+    assert rows.mixing.shape == (3, 5, 5) and torch.equal(
+        plain, compose(dataclasses.replace(rows, mixing=torch.zeros(3, 0, 0)), bases, "concat")
+    )
     rows.mixing.copy_(torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(9)))
     mixed = compose(rows, bases, "concat")
     for place in torch.cartesian_prod(*map(torch.arange, (3, 3, 4, 4))).tolist():
@@ -77,7 +89,9 @@ def test_gathered_rows_are_copies_that_take_gradients():
 
 def test_fresh_planes_are_spread_as_asked():
     rows, bases, _ = made(scenes=40, resolution=16, micro=4, macro=4, bases=20, initial_std=0.3)
-    assert float(rows.micro.std()) == pytest.approx(0.3, rel=0.02) and float(bases.std()) == pytest.approx(0.3, rel=0.02)
+    assert float(rows.micro.std()) == pytest.approx(0.3, rel=0.02) and float(bases.std()) == pytest.approx(
+        0.3, rel=0.02
+    )
     # macro planes start like micro ones: Σ w B has the same deviation
     planes = compose(rows, bases, "concat")
     assert float(planes[..., 4:].std()) == pytest.approx(0.3, rel=0.1)
@@ -98,5 +112,10 @@ def test_bytes_of_a_scene_at_the_published_setting():
     config = PlanesConfig(resolution=64, micro=10, macro=22, bases=50)
     rows = random_parameters(2, config, torch.Generator().manual_seed(0))
     assert rows.bytes_per_scene() == 4 * (3 * 10 * 64**2 + 50)
-    assert random_parameters(2, dataclasses.replace(config, micro=0), torch.Generator().manual_seed(0)).bytes_per_scene() == 200
+    assert (
+        random_parameters(
+            2, dataclasses.replace(config, micro=0), torch.Generator().manual_seed(0)
+        ).bytes_per_scene()
+        == 200
+    )
     assert len(rows) == 2 and isinstance(rows.to("cpu"), SceneParameters)

@@ -18,15 +18,30 @@ from latentscenes.evaluation.tables import print_cost, print_scores, scores_tabl
 
 
 def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: float = 30.0) -> Evaluation:
-    scores = [SceneScore(f"scene{k}", 20.0 + k, 0.8, perceptual, codec_psnr, 0.9, perceptual, 0.01) for k in range(count)]
+    scores = [
+        SceneScore(f"scene{k}", 20.0 + k, 0.8, perceptual, codec_psnr, 0.9, perceptual, 0.01)
+        for k in range(count)
+    ]
     kind = "ST-LPIPS" if perceptual else None
     return Evaluation("data", "held_out", 4 * count, kind, 0.0123, scores, mean_score(scores))
 
 
 def test_units():
-    assert [bytes_text(n) for n in (50, 9_748, 491_720, 1_572_864, 334_615_452)] == ["50 B", "9.52 KiB", "0.469 MiB", "1.50 MiB", "319 MiB"]
+    assert [bytes_text(n) for n in (50, 9_748, 491_720, 1_572_864, 334_615_452)] == [
+        "50 B",
+        "9.52 KiB",
+        "0.469 MiB",
+        "1.50 MiB",
+        "319 MiB",
+    ]
     assert bytes_text(3 * 2**30) == "3.00 GiB"
-    assert [seconds_text(s) for s in (0.0123, 5.0, 133.8, 9000.0, None)] == ["0.012 s", "5.00 s", "2.23 min", "2.50 h", "–"]
+    assert [seconds_text(s) for s in (0.0123, 5.0, 133.8, 9000.0, None)] == [
+        "0.012 s",
+        "5.00 s",
+        "2.23 min",
+        "2.50 h",
+        "–",
+    ]
     assert percent_text(-44.2) == "−44 %" and percent_text(7.0) == "+7 %"
 
 
@@ -34,16 +49,36 @@ def test_table_in_three_forms():
     table = Table("T", ("name", "a|b"), (("x <y>", "1"), ("z", "2")), strong=(1,), note="Read so.")
     assert table.markdown() == "| name | a\\|b |\n|---|---:|\n| x <y> | 1 |\n| **z** | **2** |\n"
     page = table.html()
-    assert "<td>x &lt;y&gt;</td><td>1</td>" in page and '<tr class="strong"><td>z</td>' in page and "Read so." in page
+    assert (
+        "<td>x &lt;y&gt;</td><td>1</td>" in page
+        and '<tr class="strong"><td>z</td>' in page
+        and "Read so." in page
+    )
     assert table.rich().row_count == 2
 
 
 def test_scores_show_the_worst_first():
     few = scores_table(made_evaluation(3))
-    assert few.columns == ("scene, worst first", "PSNR", "SSIM", "ST-LPIPS", "codec PSNR", "codec SSIM", "codec ST-LPIPS", "latent error")
-    assert [row[0] for row in few.rows] == ["scene0", "scene1", "scene2", "mean"] and few.rows[3][1] == "21.00"
+    assert few.columns == (
+        "scene, worst first",
+        "PSNR",
+        "SSIM",
+        "ST-LPIPS",
+        "codec PSNR",
+        "codec SSIM",
+        "codec ST-LPIPS",
+        "latent error",
+    )
+    assert [row[0] for row in few.rows] == ["scene0", "scene1", "scene2", "mean"] and few.rows[3][
+        1
+    ] == "21.00"
     many = scores_table(made_evaluation(100))
-    assert len(many.rows) == 14 and many.rows[0][0] == "scene0" and many.rows[8][0] == "… 88 scenes …" and many.rows[12][0] == "scene99"
+    assert (
+        len(many.rows) == 14
+        and many.rows[0][0] == "scene0"
+        and many.rows[8][0] == "… 88 scenes …"
+        and many.rows[12][0] == "scene99"
+    )
     assert "12.3 ms" in many.note
 
 
@@ -82,7 +117,12 @@ def content(tmp_path_factory, solids):
 def test_print_cost_of_runs(content, capsys):
     print_cost(content.new.path, None, str(content.rgb.path), ())
     out = capsys.readouterr().out
-    assert "counting" in out and "as stored" in out and "Stage 1 took 13.5 s for 4 scenes (3.38 s each)." in out and "A scene by itself took 4.50 s." in out
+    assert (
+        "counting" in out
+        and "as stored" in out
+        and "Stage 1 took 13.5 s for 4 scenes (3.38 s each)." in out
+        and "A scene by itself took 4.50 s." in out
+    )
     print_cost(content.train.path, None, "rgb", ("planes.bases=7",))
     assert "is known once" in capsys.readouterr().out
 
@@ -90,12 +130,23 @@ def test_print_cost_of_runs(content, capsys):
 def test_summary_compares_the_same_scenes(content):
     table = summary_table(content)
     labels = [row[0] for row in table.rows]
-    assert labels == ["RGB tri-planes", "latentscenes, new scenes", "… scenes of stage 1", "… codec alone (ceiling)"]
+    assert labels == [
+        "RGB tri-planes",
+        "latentscenes, new scenes",
+        "… scenes of stage 1",
+        "… codec alone (ceiling)",
+    ]
     (shared,) = content.common
     score = next(score for score in content.evaluation_new.scenes if score.name == shared)
     assert table.rows[1][1] == f"{score.psnr:.2f}" and "1 of 2 new scenes" in table.note
-    ready = summary_table(dataclasses.replace(content, pretrained=content.train, evaluation_pretrained=content.evaluation_new))
-    assert ready.rows[2][0] == "… on the shipped model" and ready.rows[2][1:3] == table.rows[1][1:3] and ready.strong == (1,)
+    ready = summary_table(
+        dataclasses.replace(content, pretrained=content.train, evaluation_pretrained=content.evaluation_new)
+    )
+    assert (
+        ready.rows[2][0] == "… on the shipped model"
+        and ready.rows[2][1:3] == table.rows[1][1:3]
+        and ready.strong == (1,)
+    )
     without = summary_table(dataclasses.replace(content, rgb=None, evaluation_rgb=None))
     assert without.rows[0][0] == "latentscenes, new scenes" and without.strong == (0,)
 
@@ -114,7 +165,11 @@ class Outline(HTMLParser):
         self.headings += tag == "h2"
         if tag == "img":
             self.images.append(found["src"])
-        if tag in ("script", "link", "iframe") or "href" in found or not found.get("src", "data:").startswith("data:"):
+        if (
+            tag in ("script", "link", "iframe")
+            or "href" in found
+            or not found.get("src", "data:").startswith("data:")
+        ):
             self.outside.append((tag, attributes))
         if tag not in self.VOID:
             self.open.append(tag)
@@ -157,18 +212,28 @@ def test_report_tells_the_numbers(page, content):
 
 
 def test_report_without_baseline(content, tmp_path):
-    page = write_report(tmp_path / "r.html", dataclasses.replace(content, rgb=None, evaluation_rgb=None)).read_text()
-    assert "no RGB baseline was learned" in page and sorted(file.name for file in tmp_path.iterdir()) == ["r.html", "r.md", "r.png"]
+    page = write_report(
+        tmp_path / "r.html", dataclasses.replace(content, rgb=None, evaluation_rgb=None)
+    ).read_text()
+    assert "no RGB baseline was learned" in page and sorted(file.name for file in tmp_path.iterdir()) == [
+        "r.html",
+        "r.md",
+        "r.png",
+    ]
 
 
 def test_chart_places_points():
-    chart = line_chart("T", [Series("a & b", (0.0, 10.0), (0.0, 1.0), 3)], "x", "y", mark=5.0, mark_label="half")
+    chart = line_chart(
+        "T", [Series("a & b", (0.0, 10.0), (0.0, 1.0), 3)], "x", "y", mark=5.0, mark_label="half"
+    )
     (first, last) = re.search(r'class="s3" points="([^"]+)"', chart).group(1).split()
     assert float(first.split(",")[0]) == 52 and float(last.split(",")[0]) == 420 - 24
     assert float(first.split(",")[1]) > float(last.split(",")[1]) and "half" in chart and "a &amp; b" in chart
     assert line_chart("T", [Series("a", (1.0,), (float("nan"),))], "x", "y") == ""
     assert "<circle" in line_chart("T", [Series("a", (1.0,), (2.0,))], "x", "y", log_x=True, log_y=True)
-    flat = line_chart("T", [Series("a", (0.0, 1.0), (-1.0, 0.5))], "x", "y", log_y=True)  # what a logarithm cannot take is left out
+    flat = line_chart(
+        "T", [Series("a", (0.0, 1.0), (-1.0, 0.5))], "x", "y", log_y=True
+    )  # what a logarithm cannot take is left out
     assert "<circle" in flat
 
 

@@ -25,8 +25,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def windowed(tiny):
-    """All stages, with a normaliser that has a state of its own."""
-    return config_io.parse(config_io.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"])
+    """All stages, with a normalizer that has a state of its own."""
+    return config_io.parse(
+        config_io.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"]
+    )
 
 
 def learn_all(config, solids, folder):
@@ -38,16 +40,23 @@ def assert_same_library(a, b):
     assert a.index.names() == b.index.names() and a.checksums == b.checksums
     for name in a.index.names():
         assert a.index.place(name) == b.index.place(name)  # checksums among them
-    assert [{k: v for k, v in line.items() if k != "time"} for line in a.metrics()] == [{k: v for k, v in line.items() if k != "time"} for line in b.metrics()]
+    assert [{k: v for k, v in line.items() if k != "time"} for line in a.metrics()] == [
+        {k: v for k, v in line.items() if k != "time"} for line in b.metrics()
+    ]
 
 
 def assert_same_run(a, b):
     first, second = a.load(), b.load()
-    for mine, other in ((first[0].state_dict(), second[0].state_dict()), (first[1].tables(), second[1].tables())):
+    for mine, other in (
+        (first[0].state_dict(), second[0].state_dict()),
+        (first[1].tables(), second[1].tables()),
+    ):
         assert set(mine) == set(other)
         for name, value in mine.items():
             assert torch.equal(value, other[name]), name
-    without_time = [[{k: v for k, v in line.items() if k != "time"} for line in run.metrics()] for run in (a, b)]
+    without_time = [
+        [{k: v for k, v in line.items() if k != "time"} for line in run.metrics()] for run in (a, b)
+    ]
     assert without_time[0] == without_time[1] and without_time[0]
     assert dataclasses.replace(a.position, seconds={}) == dataclasses.replace(b.position, seconds={})
 
@@ -79,7 +88,11 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
             break
         except Crash:
             groups = list((tmp_path / "broken" / "new").glob("work/*/run.json"))
-            crashed.add(("new", Run.open(groups[0].parent).position.stage) if groups else ("train", Run.open(tmp_path / "broken" / "train").position.stage))
+            crashed.add(
+                ("new", Run.open(groups[0].parent).position.stage)
+                if groups
+                else ("train", Run.open(tmp_path / "broken" / "train").position.stage)
+            )
     if every_step_saved:
         assert crashed == {("train", 0), ("train", 1), ("train", 2), ("new", 0), ("new", 1)}
     else:
@@ -89,10 +102,12 @@ def test_crashes_in_every_stage_leave_no_trace(solids, windowed, tmp_path, monke
 
 
 def test_a_decoder_learned_beside_a_frozen_encoder_resumes_exactly(solids, windowed, tmp_path, monkeypatch):
-    # latents are encoded anew at each step, and the normaliser must not drift meanwhile
+    # latents are encoded anew at each step, and the normalizer must not drift meanwhile
     rates = "{decoder: 1e-3, micro: 1e-2, weights: 1e-2, field: 1e-2, bases: 1e-2}"
     config = config_io.parse(
-        config_io.dump(windowed), "test", ["train.joint.losses={latent: 1, rgb: 1, autoencoder: 1}", f"train.joint.rates={rates}"]
+        config_io.dump(windowed),
+        "test",
+        ["train.joint.losses={latent: 1, rgb: 1, autoencoder: 1}", f"train.joint.rates={rates}"],
     )
     whole = train(config, solids, tmp_path / "whole", device=CPU)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
@@ -159,10 +174,14 @@ def start(config_path, solids_path, out):
 def wait_for_checkpoint(out, above, process):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "run.json").exists() and any(p.name.isdigit() and int(p.name) > above for p in (out / "checkpoints").glob("*")):
+        if (out / "run.json").exists() and any(
+            p.name.isdigit() and int(p.name) > above for p in (out / "checkpoints").glob("*")
+        ):
             return
         time.sleep(0.01)
-    raise AssertionError(f"no checkpoint above {above} in time: {process.communicate()[1] if process.poll() is not None else ''}")
+    raise AssertionError(
+        f"no checkpoint above {above} in time: {process.communicate()[1] if process.poll() is not None else ''}"
+    )
 
 
 def test_killed_processes(solids, solids_path, tiny, tmp_path):
@@ -206,7 +225,9 @@ def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeyp
         train(tiny, solids, tmp_path / "run", device=CPU)
     assert Run.open(tmp_path / "run").position.total == 9
     assert signal.getsignal(signal.SIGINT) is before
-    assert_same_run(train(tiny, solids, tmp_path / "whole", device=CPU), train(tiny, solids, tmp_path / "run", device=CPU))
+    assert_same_run(
+        train(tiny, solids, tmp_path / "whole", device=CPU), train(tiny, solids, tmp_path / "run", device=CPU)
+    )
 
 
 def test_a_folder_holds_one_run(solids, tiny, tmp_path):
@@ -229,11 +250,11 @@ def test_a_folder_holds_one_run(solids, tiny, tmp_path):
 def test_two_processes_on_one_run_are_refused(solids, tiny, tmp_path):
     out = tmp_path / "run"
     config = dataclasses.replace(tiny, train=tiny.train[:1])
-    holder = (
-        "import sys; from latentscenes.storage.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
-    )
+    holder = "import sys; from latentscenes.storage.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
     train(config, solids, out, device=CPU)
-    process = subprocess.Popen([sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is working on this run"):

@@ -13,7 +13,9 @@ def test_one_sample_of_the_smallest_field_counted_by_hand():
     # Place 6; texels' places and weights 3 * 16; read 12 * 2; hidden 2 + 1; outputs 2 * (2 + 1); activations 1 + 2;
     # interval: density 4, transmittance 1, weight 1, opacity 1, depth 4, feature 4.
     assert cost.forward.flops == 6 + 48 + 24 + 3 + 6 + 3 + 15
-    assert cost.forward.functions == 1 + 2 + 2  # the hidden unit; density, feature; exp and expm1 of compositing
+    assert (
+        cost.forward.functions == 1 + 2 + 2
+    )  # the hidden unit; density, feature; exp and expm1 of compositing
     # Planes 3; network 1 + 1 + 2 + 2; ray 8; random number 1; results 3; saved 3.
     assert cost.forward.bytes == 4 * (3 + 6 + 8 + 1 + 3 + 3)
     assert cost.forward.texel_bytes == 4 * 12
@@ -33,20 +35,31 @@ def test_matrix_products_are_those_that_torch_counts():
         field = Field(6, 3, hidden)
         features = torch.randn(points, 6, requires_grad=True)
         with FlopCounterMode(display=False) as forward:
-            density, colours = field(features, torch.zeros(points, 3), torch.zeros(points, 3))
+            density, colors = field(features, torch.zeros(points, 3), torch.zeros(points, 3))
         with FlopCounterMode(display=False) as backward:
-            (density.sum() + colours.sum()).backward()
+            (density.sum() + colors.sum()).backward()
         return forward.get_total_flops(), backward.get_total_flops()
 
     narrow, wide = step_cost(hidden=8, **sizes), step_cost(hidden=72, **sizes)
     (forward_narrow, backward_narrow), (forward_wide, backward_wide) = counted(8), counted(72)
     assert wide.forward.flops - narrow.forward.flops == forward_wide - forward_narrow + points * 64
     again = points * 2 * 6 * 64  # the hidden layer is evaluated a second time
-    assert wide.backward.flops - narrow.backward.flops == backward_wide - backward_narrow + again + points * 3 * 64
+    assert (
+        wide.backward.flops - narrow.backward.flops
+        == backward_wide - backward_narrow + again + points * 3 * 64
+    )
 
 
 def test_dropped_samples_cost_only_their_compositing():
-    sizes = {"scenes": 2, "rays": 3, "samples": 10, "resolution": 8, "features": 4, "hidden": 16, "channels": 5}
+    sizes = {
+        "scenes": 2,
+        "rays": 3,
+        "samples": 10,
+        "resolution": 8,
+        "features": 4,
+        "hidden": 16,
+        "channels": 5,
+    }
     whole, half, none = (step_cost(**sizes, kept=kept) for kept in (1.0, 0.5, 0.0))
     assert none.forward == whole.forward
     assert none.backward.flops == 60 * (11 * 5 + 24) and none.backward.texel_bytes == 0
@@ -60,4 +73,6 @@ def test_total_and_least_time():
     bound = Cost(flops=100, functions=10, bytes=40, texel_bytes=0)
     assert bound.seconds(flops_per_second=50.0, bytes_per_second=40.0) == 2  # arithmetic decides
     assert bound.seconds(flops_per_second=50.0, bytes_per_second=10.0) == 4  # memory decides
-    assert bound.seconds(flops_per_second=50.0, bytes_per_second=10.0, flops_per_function=20.0) == 6  # functions do
+    assert (
+        bound.seconds(flops_per_second=50.0, bytes_per_second=10.0, flops_per_function=20.0) == 6
+    )  # functions do

@@ -108,8 +108,12 @@ def unbroken(solids, tiny, tmp_path):
 
 def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path, monkeypatch):
     config, on_disk = unbroken
-    fresh, _ = rows_on_disk(tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows"))
-    monkeypatch.setattr("latentscenes.storage.run.random_parameters", lambda *_: fresh)  # the order of random numbers differs
+    fresh, _ = rows_on_disk(
+        tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows")
+    )
+    monkeypatch.setattr(
+        "latentscenes.storage.run.random_parameters", lambda *_: fresh
+    )  # the order of random numbers differs
     in_memory = train(dataclasses.replace(tiny, storage="memory"), solids, tmp_path / "run", device=CPU)
     assert all(torch.equal(a, b) for a, b in zip(state(on_disk), state(in_memory), strict=True))
 
@@ -157,7 +161,14 @@ def test_killed_at_any_moment(solids, tiny, tmp_path):
     config = config_io.parse(config_io.dump(tiny), "test", ["train.scenes.epochs=60", "storage=disk"])
     (tmp_path / "config.yaml").write_text(config_io.dump(config))
     expected = train(config, solids, tmp_path / "unbroken", device=CPU)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), str(solids.path), str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(tmp_path / "config.yaml"),
+        str(solids.path),
+        str(tmp_path / "run"),
+    ]
     kills = 0
     for wait in (0.2, 0.1, 0.3, 0.05):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -172,7 +183,9 @@ def test_killed_at_any_moment(solids, tiny, tmp_path):
         process.wait()
     assert kills > 0
     subprocess.run(command, check=True, capture_output=True)
-    assert all(torch.equal(a, b) for a, b in zip(state(Run.open(tmp_path / "run")), state(expected), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(state(Run.open(tmp_path / "run")), state(expected), strict=True)
+    )
 
 
 def test_a_run_that_was_interrupted_is_not_read(tmp_path):

@@ -22,7 +22,9 @@ def cars():
 def test_every_kind_lies_along_x_centred_with_diagonal_one(cars):
     for kind, soup in cars.items():
         low, high = soup.bounds
-        assert np.allclose(low + high, 0, atol=1e-5) and np.linalg.norm(high - low) == pytest.approx(1, abs=1e-4), kind
+        assert np.allclose(low + high, 0, atol=1e-5) and np.linalg.norm(high - low) == pytest.approx(
+            1, abs=1e-4
+        ), kind
         length, width, height = high - low
         assert 1.8 < length / width < 3.2 and 0.15 < height / length < 0.6, kind
 
@@ -55,7 +57,9 @@ def test_seeds_reproduce_bit_for_bit_and_differ():
         assert np.array_equal(getattr(one, name), getattr(again, name))
     assert all(np.array_equal(a, b) for a, b in zip(one.textures, again.textures))
     for different in (other, reseeded):
-        assert one.corners.shape != different.corners.shape or not np.array_equal(one.corners, different.corners)
+        assert one.corners.shape != different.corners.shape or not np.array_equal(
+            one.corners, different.corners
+        )
 
 
 def test_bodies_are_symmetric_and_their_normals_point_outward():
@@ -77,7 +81,9 @@ def test_a_dataset_of_cars_has_splits_box_and_different_cars(tmp_path):
     assert (half < 0.52).all() and half[0] > half[1] > 0.1
     assert not np.array_equal(views.rgb[0], views.rgb[3])
     make_cars(tmp_path / "fewer", options, train=1, new=0)
-    assert np.array_equal(PosedImages.open(tmp_path / "fewer").rgb, views.rgb[:3])  # a car does not depend on its neighbours
+    assert np.array_equal(
+        PosedImages.open(tmp_path / "fewer").rgb, views.rgb[:3]
+    )  # a car does not depend on its neighbors
 
 
 def test_a_box_can_be_chosen_but_must_hold_every_object(tmp_path):

@@ -43,18 +43,24 @@ rows:
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("study")
     for name, text in {"alone.yaml": ALONE, "tiny.yaml": TINY, "study.yaml": STUDY}.items():
-        (path / name).write_text(text.replace("alone.yaml", str(path / "alone.yaml")).replace("tiny.yaml", str(path / "tiny.yaml")))
+        (path / name).write_text(
+            text.replace("alone.yaml", str(path / "alone.yaml")).replace("tiny.yaml", str(path / "tiny.yaml"))
+        )
     return path
 
 
 @pytest.fixture(scope="module")
 def found(folder, solids):
-    return run_study(read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu"))
+    return run_study(
+        read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu")
+    )
 
 
 def test_every_row_with_every_seed(found):
     labels = ["alone", "ours, float32", "ours, int4", "learning on", "more"]
-    assert [(figures.label, figures.seed) for figures in found] == [(label, seed) for seed in (0, 1) for label in labels]
+    assert [(figures.label, figures.seed) for figures in found] == [
+        (label, seed) for seed in (0, 1) for label in labels
+    ]
     assert len({figures.psnr for figures in found}) > 6
 
 
@@ -71,13 +77,19 @@ def test_figures_are_those_of_eval_and_cost(folder, found, solids):
         if LibraryFolder.open(path).info.finetuned_from or learned.stored != "float32, 0.000 dB lost":
             continue
         mean, account = evaluate(learned, solids, learned.scenes(solids)).mean, account_learned(learned)
-        scores.append((mean.psnr, mean.ssim, account.memory.scene, account.memory.shared, account.time.stage_one))
+        scores.append(
+            (mean.psnr, mean.ssim, account.memory.scene, account.memory.shared, account.time.stage_one)
+        )
     assert (ours.psnr, ours.ssim, ours.scene_bytes, ours.shared_bytes, ours.stage_one_seconds) in scores
 
 
 def test_old_scenes_are_scored_with_what_became_of_the_shared_parts(folder, found):
     first = {figures.label: figures for figures in found if figures.seed == 0}
-    run = next(path for path in (folder / "out").glob("stage-one-*") if len(SceneSet.open(path).names) == 2 and SceneSet.open(path).config.seed == 0)
+    run = next(
+        path
+        for path in (folder / "out").glob("stage-one-*")
+        if len(SceneSet.open(path).names) == 2 and SceneSet.open(path).config.seed == 0
+    )
     learned = SceneSet.open(run)
     views = PosedImages.open(learned.data)
     before = evaluate(learned, views, learned.scenes(views)).mean.psnr
@@ -87,8 +99,15 @@ def test_old_scenes_are_scored_with_what_became_of_the_shared_parts(folder, foun
 
 
 def test_coarser_is_smaller(found):
-    fine, coarse = (next(figures for figures in found if figures.label == f"ours, {precision}") for precision in ("float32", "int4"))
-    assert coarse.stored_bytes < fine.stored_bytes and coarse.psnr != fine.psnr and coarse.scene_bytes == fine.scene_bytes
+    fine, coarse = (
+        next(figures for figures in found if figures.label == f"ours, {precision}")
+        for precision in ("float32", "int4")
+    )
+    assert (
+        coarse.stored_bytes < fine.stored_bytes
+        and coarse.psnr != fine.psnr
+        and coarse.scene_bytes == fine.scene_bytes
+    )
 
 
 def test_files(folder, found):
@@ -105,12 +124,20 @@ def test_a_second_call_learns_nothing(folder, found, solids, monkeypatch):
         raise AssertionError("learned again")
 
     monkeypatch.setattr("latentscenes.training.loop.Trainer._fit_stage", refuse)
-    again = run_study(read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu"))
-    assert [(figures.label, figures.psnr, figures.seconds) for figures in again] == [(figures.label, figures.psnr, figures.seconds) for figures in found]
+    again = run_study(
+        read_study(folder / "study.yaml"), {"data": solids.path}, folder / "out", torch.device("cpu")
+    )
+    assert [(figures.label, figures.psnr, figures.seconds) for figures in again] == [
+        (figures.label, figures.psnr, figures.seconds) for figures in found
+    ]
     assert len(table(read_study(folder / "study.yaml"), again).rows) == 5
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "docs/results/claims").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "docs/results/claims").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_studies_of_the_results_can_be_read(path):
     wanted = read_study(path)
     for row in wanted.rows:
@@ -137,7 +164,11 @@ def test_mistakes(text, told, tmp_path):
 
 def test_mistakes_show_before_anything_is_learned(folder, solids, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", None)
-    for row, told in (("data: chairs", "--data chairs=FOLDER"), ("config: nothing.yaml", "no such configuration"), ("set: [planes.size=3]", "unknown setting")):
+    for row, told in (
+        ("data: chairs", "--data chairs=FOLDER"),
+        ("config: nothing.yaml", "no such configuration"),
+        ("set: [planes.size=3]", "unknown setting"),
+    ):
         (tmp_path / "s.yaml").write_text(f"title: t\nrows: [{{label: a, {row}}}]")
         with pytest.raises(UserError, match=told):
             run_study(read_study(tmp_path / "s.yaml"), {"data": solids.path}, tmp_path, torch.device("cpu"))

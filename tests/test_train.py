@@ -28,7 +28,9 @@ def trained(solids, tmp_path_factory):
     """A finished run of all stages."""
     from conftest import TINY
 
-    return train(config_io.parse(TINY, "tiny"), solids, tmp_path_factory.mktemp("runs") / "trained", device=CPU)
+    return train(
+        config_io.parse(TINY, "tiny"), solids, tmp_path_factory.mktemp("runs") / "trained", device=CPU
+    )
 
 
 def state(run):
@@ -42,7 +44,9 @@ def test_a_finished_run_says_what_it_did(trained, solids, tiny):
     assert trained.position.total == 6 * (1 + 2 + 1)
     assert set(trained.position.seconds) == {"codec", "scenes", "joint"}
     lines = trained.metrics()
-    assert [line["total"] for line in lines] == sorted(line["total"] for line in lines) and lines[-1]["total"] == 24
+    assert [line["total"] for line in lines] == sorted(line["total"] for line in lines) and lines[-1][
+        "total"
+    ] == 24
     assert set(lines[-1]) >= {"latent", "rgb", "autoencoder", "tv", "rate", "stage", "step"}
     before = trained.position
     train(tiny, solids, trained.path, device=CPU)  # nothing is left to do
@@ -54,7 +58,11 @@ def test_same_seed_same_result_and_other_seed_another(trained, solids, tiny, tmp
     other = train(changed(tiny, "seed=6"), solids, tmp_path / "other", device=CPU)
     for mine, twin, third in zip(state(trained), state(again), state(other), strict=True):
         assert all(torch.equal(value, twin[name]) for name, value in mine.items())
-        assert not any(torch.equal(value, third[name]) for name, value in mine.items() if value.numel() and not name.startswith("normalizer"))
+        assert not any(
+            torch.equal(value, third[name])
+            for name, value in mine.items()
+            if value.numel() and not name.startswith("normalizer")
+        )
 
 
 @pytest.fixture
@@ -82,13 +90,20 @@ def test_field_epochs_freeze_the_field(solids, tiny, tmp_path):
         stage = dataclasses.replace(tiny.train[1], epochs=epochs, field_epochs=1)
         run = train(dataclasses.replace(tiny, train=(stage,)), solids, tmp_path / str(epochs), device=CPU)
         fields.append(run.load()[0])
-    assert all(torch.equal(a, b) for a, b in zip(fields[0].field.parameters(), fields[1].field.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fields[0].field.parameters(), fields[1].field.parameters(), strict=True)
+    )
     assert not torch.equal(fields[0].bases, fields[1].bases)
 
 
 def test_the_loss_falls(solids, tiny, tmp_path):
     config = changed(
-        tiny, "train.scenes.epochs=10", "train.scenes.field_epochs=null", "train.codec.epochs=25", "train.codec.losses={autoencoder: 1}"
+        tiny,
+        "train.scenes.epochs=10",
+        "train.scenes.field_epochs=null",
+        "train.codec.epochs=25",
+        "train.codec.losses={autoencoder: 1}",
     )
     lines = train(config, solids, tmp_path / "run", device=CPU).metrics()
     for stage, name in (("codec", "autoencoder"), ("scenes", "latent")):
@@ -99,9 +114,19 @@ def test_the_loss_falls(solids, tiny, tmp_path):
 def test_rgb_baseline_learns_a_ball(solids, tmp_path):
     config = config_io.load(
         "rgb",
-        ["planes.resolution=16", "planes.micro=8", "render.coarse=16", "render.fine=8", "field.hidden=32",
-         "train.0.rays=256", "train.0.views=5", "train.0.epochs=1", "train.0.schedule=constant", "train.0.losses.tv=1e-3"],
-    )  # fmt: skip
+        [
+            "planes.resolution=16",
+            "planes.micro=8",
+            "render.coarse=16",
+            "render.fine=8",
+            "field.hidden=32",
+            "train.0.rays=256",
+            "train.0.views=5",
+            "train.0.epochs=1",
+            "train.0.schedule=constant",
+            "train.0.losses.tv=1e-3",
+        ],
+    )
     scene = solids.select("train", limit=1)
     scores = {}
     for epochs in (1, 150):
@@ -125,7 +150,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, 
         return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found, errors
 
     monkeypatch.setattr(loop, "terms", spoiled)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # a checkpoint is due at every step, between two logged ones
+    monkeypatch.setattr(
+        loop, "SAVE_SECONDS", 0.0
+    )  # a checkpoint is due at every step, between two logged ones
     with pytest.raises(UserError, match="stage 'scenes', step 3: a loss is no longer finite"):
         train(tiny, solids, tmp_path / "run", device=CPU)
     run = Run.open(tmp_path / "run")
@@ -143,7 +170,9 @@ OPTIONS = {
     "meanstd and tanh": ["normalizer.kind=meanstd_tanh"],
     "preview": ["render.preview=true", "train.0.losses={latent: 1, preview: 1}"],
     "depth": ["train.0.losses={latent: 1, depth_tv: 0.1}"],
-    "equivariance and edges": ["train.0.losses={latent: 1, rgb: 1, autoencoder: 1, equivariance: 0.5, edges: 0.1}"],
+    "equivariance and edges": [
+        "train.0.losses={latent: 1, rgb: 1, autoencoder: 1, equivariance: 0.5, edges: 0.1}"
+    ],
     "ultra-light": ["planes.micro=0"],
     "micro alone": ["planes.macro=0"],
     "view direction": ["field.view_direction=true"],
@@ -156,7 +185,10 @@ OPTIONS = {
     "downsampling 8": ["codec.downsampling=8"],
     "bfloat16": ["codec.bfloat16=true"],
     "identity codec": ["codec.kind=identity", "train.0.rays=50", "train.0.losses={latent: 1}"],
-    "frozen codec": ["train.0.rates={micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}", "normalizer.kind=minmax"],
+    "frozen codec": [
+        "train.0.rates={micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}",
+        "normalizer.kind=minmax",
+    ],
 }
 
 
@@ -171,6 +203,8 @@ def test_every_option_takes_a_step(name, solids, tiny, tmp_path, only_two_batche
     weights = dataclasses.asdict(config.train[0].losses)
     assert {term for term in weights if weights[term]} <= set(lines[-1])
     model, rows = run.load()
-    assert all(torch.isfinite(value).all() for value in (*model.state_dict().values(), *rows.tables().values()))
+    assert all(
+        torch.isfinite(value).all() for value in (*model.state_dict().values(), *rows.tables().values())
+    )
     view = evaluate(SceneSet.of_run(run), solids, solids.select("train", limit=1))
     assert math.isfinite(view.mean.psnr)

@@ -50,8 +50,12 @@ def small(**sizes):
     return on_device(problem(**{"rays": 5, **sizes}))
 
 
-def run(planes, field, rays, u_coarse, u_fine, axes="xy,xz,yz", aggregation="sum", precision="float32", skip=0.0):
-    return triton_ops.render(planes, *network(field), *rays, u_coarse, u_fine, axes, aggregation, precision, skip)
+def run(
+    planes, field, rays, u_coarse, u_fine, axes="xy,xz,yz", aggregation="sum", precision="float32", skip=0.0
+):
+    return triton_ops.render(
+        planes, *network(field), *rays, u_coarse, u_fine, axes, aggregation, precision, skip
+    )
 
 
 def both_ways(arguments, axes="xy,xz,yz", aggregation="sum", precision="float32"):
@@ -80,7 +84,9 @@ def test_axes_and_aggregations(axes, aggregation):
 @pytest.mark.parametrize(("features", "aggregation"), [(5, "product"), (16, "sum")])
 def test_view_direction(features, aggregation):
     planes, field, rays, *numbers = small(features=features, directed=True)
-    stretched = rays._replace(directions=1.7 * rays.directions)  # the network sees the unit vector all the same
+    stretched = rays._replace(
+        directions=1.7 * rays.directions
+    )  # the network sees the unit vector all the same
     assert_same_as_readable((planes, field, stretched, *numbers), aggregation=aggregation)
 
 
@@ -138,7 +144,9 @@ def test_each_output_alone_has_the_right_gradient(alone):
     planes, field, *rest = small()
     expected = march_planes(planes, field, *rest)[alone].square().sum()
     actual = run(planes, field, *rest)[alone].square().sum()
-    for a, b in zip(gradients([actual], None, planes, field), gradients([expected], None, planes, field), strict=True):
+    for a, b in zip(
+        gradients([actual], None, planes, field), gradients([expected], None, planes, field), strict=True
+    ):
         assert_close(a, b, 1e-4)
 
 
@@ -230,13 +238,24 @@ def test_demanded_but_impossible_says_why(monkeypatch):
         render_rays(FusedPlanes(planes), field, rays, *numbers, kernel="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="CUDA device, got cpu"):
-        render_rays(FusedPlanes(planes.cpu()), field.cpu(), Rays(*(x.cpu() for x in rays)), *(x.cpu() for x in numbers), kernel="triton")
+        render_rays(
+            FusedPlanes(planes.cpu()),
+            field.cpu(),
+            Rays(*(x.cpu() for x in rays)),
+            *(x.cpu() for x in numbers),
+            kernel="triton",
+        )
 
 
 def python(code, **environment):
     """What a new process prints, in which kernels are not interpreted unless asked for."""
-    environment = {**{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}, **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -24,7 +24,17 @@ import latentscenes
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Cameras, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.viewer.painter import FAR_AWAY, Blend, Frame, Painter, Renderer, ViewRequest, along_axis, blended, picture_size
+from latentscenes.viewer.painter import (
+    FAR_AWAY,
+    Blend,
+    Frame,
+    Painter,
+    Renderer,
+    ViewRequest,
+    along_axis,
+    blended,
+    picture_size,
+)
 
 viser = pytest.importorskip("viser")
 
@@ -67,7 +77,12 @@ def car_library(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cars")
     make_cars(folder / "data", ViewOptions(views=14, size=48, held_out=2, samples=2), train=3, new=0)
-    train(config_io.parse(CAR, "car"), PosedImages.open(folder / "data"), folder / "run", device=torch.device("cpu"))
+    train(
+        config_io.parse(CAR, "car"),
+        PosedImages.open(folder / "data"),
+        folder / "run",
+        device=torch.device("cpu"),
+    )
     return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
 
 
@@ -87,7 +102,10 @@ def test_pictures_are_those_of_the_library(solid_library):
     opacity = painter.draw(wish(solid_library, "blue_egg", mode="opacity"), 32).picture
     assert np.abs(opacity[..., 0] - 255 * (1 - truth.opacity[0])).max() <= 1
     latent = painter.draw(wish(solid_library, "blue_egg", mode="latent", channel=2), 32).picture
-    assert latent.shape == (32, 32, 3) and np.corrcoef(latent[::4, ::4, 0].ravel(), coarse.latents[0, :, :, 2].ravel())[0, 1] > 0.98
+    assert (
+        latent.shape == (32, 32, 3)
+        and np.corrcoef(latent[::4, ::4, 0].ravel(), coarse.latents[0, :, :, 2].ravel())[0, 1] > 0.98
+    )
     assert painter.draw(wish(solid_library, "blue_egg", mode="depth"), 32).picture.shape == (32, 32, 3)
 
 
@@ -97,7 +115,9 @@ def test_depth_is_given_where_something_solid_is(car_library):
     depth = Painter(car_library).draw(wish(car_library, scene.name, depth=True), 32).depth
     solid = truth.opacity[0] > 0.5
     assert solid.any() and not solid.all() and np.all(depth[~solid] == np.float32(FAR_AWAY))
-    assert np.allclose(depth[solid], along_axis(torch.from_numpy(truth.depth[0]), camera).numpy()[solid], atol=1e-5)
+    assert np.allclose(
+        depth[solid], along_axis(torch.from_numpy(truth.depth[0]), camera).numpy()[solid], atol=1e-5
+    )
 
 
 def test_depth_along_the_axis_is_what_projection_gives(solid_library):
@@ -114,14 +134,23 @@ def test_a_picture_can_be_given_up(solid_library):
 def test_blends_run_from_one_scene_to_the_other(solid_library):
     first, second = solid_library["red_ball"].rows, solid_library["green_box"].rows
     half = blended(first, second, Blend("green_box", 0.5))
-    assert torch.equal(half.micro, first.micro) and torch.allclose(half.weights, (first.weights + second.weights) / 2)
+    assert torch.equal(half.micro, first.micro) and torch.allclose(
+        half.weights, (first.weights + second.weights) / 2
+    )
     for share, like in ((0.0, first), (1.0, second)):
         both = blended(first, second, Blend("green_box", share, micro=True))
-        assert all(torch.allclose(value, like.tables()[name], atol=1e-6) for name, value in both.tables().items())
+        assert all(
+            torch.allclose(value, like.tables()[name], atol=1e-6) for name, value in both.tables().items()
+        )
     painter = Painter(solid_library)
-    ends = [painter.draw(wish(solid_library, "red_ball", blend=Blend("green_box", share, micro=True)), 32).picture for share in (0.0, 1.0)]
+    ends = [
+        painter.draw(wish(solid_library, "red_ball", blend=Blend("green_box", share, micro=True)), 32).picture
+        for share in (0.0, 1.0)
+    ]
     alone = [painter.draw(wish(solid_library, name), 32).picture for name in ("red_ball", "green_box")]
-    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(ends, alone, strict=True)) and not np.array_equal(*alone)
+    assert all(
+        np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(ends, alone, strict=True)
+    ) and not np.array_equal(*alone)
 
 
 def test_what_others_change_is_seen(solid_library, tmp_path):
@@ -208,14 +237,19 @@ def test_who_moves_comes_before_who_is_still():
     renderer.ask(2, wish_for("moving"))
     painter.go.release(10)
     until(lambda: len(painter.drawn) == 4)
-    assert painter.drawn[:2] == [("still", 10), ("moving", 10)] and set(painter.drawn[2:]) == {("still", 30), ("moving", 30)}
+    assert painter.drawn[:2] == [("still", 10), ("moving", 10)] and set(painter.drawn[2:]) == {
+        ("still", 30),
+        ("moving", 30),
+    }
     renderer.close()
 
 
 def test_names_are_matched_by_parts_and_patterns():
     names = ["Car-1", "car-12", "bus-1"]
     assert panels.matching(names, " CAR ") == ["Car-1", "car-12"] and panels.matching(names, "") == names
-    assert panels.matching(names, "*-1") == ["Car-1", "bus-1"] and panels.matching(names, "c?r-1") == ["Car-1"]
+    assert panels.matching(names, "*-1") == ["Car-1", "bus-1"] and panels.matching(names, "c?r-1") == [
+        "Car-1"
+    ]
 
 
 # Many who look
@@ -241,7 +275,9 @@ class Looker:
         try:
             for message in self.socket:
                 length = int.from_bytes(message[8:16], "little")
-                content = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(message[16 : 16 + length]))
+                content = msgspec.msgpack.decode(
+                    zstandard.ZstdDecompressor().decompress(message[16 : 16 + length])
+                )
                 for part in content["messages"]:
                     if part["type"] == "BackgroundImageMessage" and part["rgb_data"]:
                         self.pictures.append(np.array(Image.open(io.BytesIO(part["rgb_data"]))))
@@ -253,10 +289,17 @@ class Looker:
 
         matrix, position = camera.cam2world[0].double().numpy(), camera.positions[0].tolist()
         self.send(
-            "ViewerCameraMessage", wxyz=SO3.from_matrix(matrix[:, :3]).wxyz.tolist(), position=position,
-            fov=2 * math.atan(0.5 / camera.intrinsics[0, 1].item()), near=0.01, far=1000.0,
-            image_height=canvas[0], image_width=canvas[1], look_at=[0.0, 0.0, 0.0], up_direction=[0.0, 0.0, 1.0],
-        )  # fmt: skip
+            "ViewerCameraMessage",
+            wxyz=SO3.from_matrix(matrix[:, :3]).wxyz.tolist(),
+            position=position,
+            fov=2 * math.atan(0.5 / camera.intrinsics[0, 1].item()),
+            near=0.01,
+            far=1000.0,
+            image_height=canvas[0],
+            image_width=canvas[1],
+            look_at=[0.0, 0.0, 0.0],
+            up_direction=[0.0, 0.0, 1.0],
+        )
 
     def send(self, kind: str, **values) -> None:
         import msgspec
@@ -283,7 +326,11 @@ def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
         assert looker.pictures[0].shape == (32, 48, 3)
         intrinsics = camera.intrinsics.clone()
         intrinsics[:, 0] = intrinsics[:, 1] * 400 / 600
-        truth = car_library[car_library.names[0]].render(Cameras(camera.cam2world, intrinsics), size=(48, 72)).images[0]
+        truth = (
+            car_library[car_library.names[0]]
+            .render(Cameras(camera.cam2world, intrinsics), size=(48, 72))
+            .images[0]
+        )
         assert truth.min() < 100 and same_picture(looker.pictures[-1], truth)
 
 
@@ -301,8 +348,14 @@ def test_twenty_look_and_half_of_them_vanish(car_library):
             looker.pictures.clear()
             looker.render_images(cameras[torch.tensor([place - 5])], (64, 64))
         until(lambda: all(looker.pictures for looker in lookers[10:]))
-        truth = [car_library[car_library.names[0]].render(cameras[torch.tensor([place - 5])], size=32).images[0] for place in range(10, 20)]
-        assert all(same_picture(looker.pictures[-1], image) for looker, image in zip(lookers[10:], truth, strict=True))
+        truth = [
+            car_library[car_library.names[0]].render(cameras[torch.tensor([place - 5])], size=32).images[0]
+            for place in range(10, 20)
+        ]
+        assert all(
+            same_picture(looker.pictures[-1], image)
+            for looker, image in zip(lookers[10:], truth, strict=True)
+        )
         for looker in lookers[10:]:
             looker.socket.close()
         until(lambda: viewer.sessions == viewer._renderer.watchers == 0)
@@ -327,7 +380,9 @@ def test_mistakes_are_explained(car_library, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+: cannot serve there \(Address already in use\).*--port"):
+        with pytest.raises(
+            UserError, match=r"127\.0\.0\.1:\d+: cannot serve there \(Address already in use\).*--port"
+        ):
             Viewer(car_library, port=taken.getsockname()[1])
     with pytest.raises(UserError, match="another --host"):
         check_port("192.0.2.1", 0)
@@ -348,15 +403,31 @@ def test_mistakes_are_explained(car_library, tmp_path):
 def test_without_viser_the_remedy_is_named(car_library):
     script = f"import sys; sys.modules['viser'] = None; from latentscenes.cli.main import main; sys.argv = ['l', 'view', {str(car_library.path)!r}]; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stderr == "latentscenes: view needs viser. Run: pip install latentscenes[viewer]\n" and done.returncode == 2
+    assert (
+        done.stderr == "latentscenes: view needs viser. Run: pip install latentscenes[viewer]\n"
+        and done.returncode == 2
+    )
 
 
 def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library):
-    command = [sys.executable, "-c", "from latentscenes.cli.main import main; main()", "view", str(car_library.path), "--port", "0", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-c",
+        "from latentscenes.cli.main import main; main()",
+        "view",
+        str(car_library.path),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+    ]
+
     def listen() -> None:  # children of a shell's background jobs are born deaf to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
     try:
         line = process.stdout.readline()
         assert "3 scenes at http://127.0.0.1:" in line, line + process.stderr.read()
@@ -378,14 +449,19 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
     names = car_library.names
     car_library.export(names, tmp_path / "library")
     library = latentscenes.open_library(tmp_path / "library", device="cpu")
-    with Viewer(library, port=0, moving=48, still=96) as viewer, browser(tmp_path / "profile", 1000, 600) as new:
+    with (
+        Viewer(library, port=0, moving=48, still=96) as viewer,
+        browser(tmp_path / "profile", 1000, 600) as new,
+    ):
         page = new()
         page.open(viewer.url)
         page.wait("document.querySelectorAll('.scenes label').length >= 2")
 
         def canvas() -> np.ndarray:
             """What is in the middle of the page, between the panels."""
-            return np.array(Image.open(io.BytesIO(page.picture())).convert("RGB"))[150:500, 330:670].astype(int)
+            return np.array(Image.open(io.BytesIO(page.picture())).convert("RGB"))[150:500, 330:670].astype(
+                int
+            )
 
         def settled() -> np.ndarray:
             time.sleep(0.5)
@@ -402,11 +478,15 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
             return np.abs(a - b).mean() > 2
 
         def press(text: str) -> None:
-            page.evaluate(f"[...document.querySelectorAll('button')].find(button => button.innerText.trim() == {text!r}).click()")
+            page.evaluate(
+                f"[...document.querySelectorAll('button')].find(button => button.innerText.trim() == {text!r}).click()"
+            )
 
         # it shows the car: something in the middle, white above it
         first = settled()
-        assert (first[:20].min(-1) > 200).mean() > 0.9 and (first[120:230, 110:230].min(-1) < 230).mean() > 0.5
+        assert (first[:20].min(-1) > 200).mean() > 0.9 and (
+            first[120:230, 110:230].min(-1) < 230
+        ).mean() > 0.5
 
         # it reacts to a drag
         page.drag((500, 300), (400, 320))
@@ -421,7 +501,9 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
         # pages and search
         press("next")
         page.wait("document.body.innerText.includes('3–3 of 3')")
-        page.evaluate(f"(e => {{ while (!e.querySelector('input')) e = e.parentElement; e.querySelector('input').focus() }})({LABEL.format('Search')})")
+        page.evaluate(
+            f"(e => {{ while (!e.querySelector('input')) e = e.parentElement; e.querySelector('input').focus() }})({LABEL.format('Search')})"
+        )
         page.type(names[2][-4:])
         page.wait("document.body.innerText.includes('1–1 of 1')")
 

@@ -84,7 +84,10 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path):
         writer.add("a", images, orbit(2), "train", (), np.zeros((2, 4, 4), np.uint8))
         with pytest.raises(UserError, match="twice"):
             writer.add("a", images, orbit(2), "train", (), np.zeros((2, 4, 4), np.uint8))
-    with DatasetWriter(tmp_path / "none", (4, 4), False, "") as writer, pytest.raises(UserError, match="nothing to write"):
+    with (
+        DatasetWriter(tmp_path / "none", (4, 4), False, "") as writer,
+        pytest.raises(UserError, match="nothing to write"),
+    ):
         writer.finish(BOX)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

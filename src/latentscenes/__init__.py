@@ -14,12 +14,31 @@ if TYPE_CHECKING:
     from latentscenes.core.errors import UserError
 
 _HOMES = {
-    "Box": "core.cameras", "Cameras": "core.cameras", "look_at": "core.cameras", "orbit": "core.cameras",
-    "LearnedScene": "api", "Library": "api", "RenderedViews": "api", "create_library": "api", "open_library": "api",
+    "Box": "core.cameras",
+    "Cameras": "core.cameras",
+    "look_at": "core.cameras",
+    "orbit": "core.cameras",
+    "LearnedScene": "api",
+    "Library": "api",
+    "RenderedViews": "api",
+    "create_library": "api",
+    "open_library": "api",
     "UserError": "core.errors",
-}  # fmt: skip
+}
 
-__all__ = ["Box", "Cameras", "LearnedScene", "Library", "RenderedViews", "UserError", "__version__", "create_library", "look_at", "open_library", "orbit"]
+__all__ = [
+    "Box",
+    "Cameras",
+    "LearnedScene",
+    "Library",
+    "RenderedViews",
+    "UserError",
+    "__version__",
+    "create_library",
+    "look_at",
+    "open_library",
+    "orbit",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,7 +105,9 @@ class LearnedScene:
         with torch.no_grad():
             return self.library.model.compose(self.rows)
 
-    def render(self, cameras: Cameras, size: int | tuple[int, int] | None = None, geometry: bool = True) -> RenderedViews:
+    def render(
+        self, cameras: Cameras, size: int | tuple[int, int] | None = None, geometry: bool = True
+    ) -> RenderedViews:
         """Pictures from some cameras.
 
         Args:
@@ -124,7 +126,9 @@ class LearnedScene:
             )
         if not len(cameras):
             raise UserError("render: there are no cameras in this set; give one at least.")
-        shown = render_images(self.library.model, self.planes, cameras, self.library.picture_size(size), geometry)
+        shown = render_images(
+            self.library.model, self.planes, cameras, self.library.picture_size(size), geometry
+        )
         return RenderedViews(
             rgb=shown.images.movedim(1, -1).contiguous().numpy(),
             latents=shown.latents.movedim(1, -1).contiguous().numpy(),
@@ -210,7 +214,9 @@ class Library:
             if not names:
                 raise UserError(f"{self.path}: no scene {name!r} here; the library is empty.")
             near = difflib.get_close_matches(str(name), names, n=3, cutoff=0)
-            raise UserError(f"{self.path}: no scene {name!r} here; the nearest names are {', '.join(map(repr, near))}.")
+            raise UserError(
+                f"{self.path}: no scene {name!r} here; the nearest names are {', '.join(map(repr, near))}."
+            )
 
     # Looking
 
@@ -225,7 +231,9 @@ class Library:
         step = self.model.codec.downsampling
         for side in (height, width):
             if side < step or side % step:
-                raise UserError(f"size {side}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(side / step) * step)}.")
+                raise UserError(
+                    f"size {side}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(side / step) * step)}."
+                )
         return height, width
 
     def weights(self, names: Sequence[str] | None = None) -> Float[np.ndarray, "n M"]:
@@ -246,7 +254,9 @@ class Library:
             self._weights = version, known
         return known
 
-    def nearest(self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes") -> list[Neighbor]:
+    def nearest(
+        self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes"
+    ) -> list[Neighbor]:
         """The scenes whose weights are nearest to those of a scene (which is left out), or to some weights.
 
         Args:
@@ -260,7 +270,9 @@ class Library:
         """
         bases = self.model.bases.detach().cpu().flatten(1)
         if not bases.numel():
-            raise UserError(f"{self.path}: its scenes have no base planes in common (planes.macro = 0), so there are no weights to compare.")
+            raise UserError(
+                f"{self.path}: its scenes have no base planes in common (planes.macro = 0), so there are no weights to compare."
+            )
         (names, table), own = self._all_weights(), None
         if isinstance(to, str):
             self._check(to)
@@ -269,7 +281,9 @@ class Library:
         else:
             wanted = torch.as_tensor(np.asarray(to, np.float32))
             if wanted.shape != table.shape[1:]:
-                raise UserError(f"nearest: {tuple(wanted.shape)} weights given, but this library has {table.shape[1]} base planes.")
+                raise UserError(
+                    f"nearest: {tuple(wanted.shape)} weights given, but this library has {table.shape[1]} base planes."
+                )
         if metric == "planes":
             offset = table - wanted
             distance = ((offset @ (bases @ bases.T / bases.shape[1])) * offset).sum(1).clamp_min(0).sqrt()
@@ -308,7 +322,9 @@ class Library:
             UserError: the name is taken, or pictures, masks and cameras do not go together or with this library.
             Interrupted: Ctrl-C; nothing is added.
         """
-        return self[learn_from_pictures(self.store, name, images, cameras, masks, precision, tags, self.device)]
+        return self[
+            learn_from_pictures(self.store, name, images, cameras, masks, precision, tags, self.device)
+        ]
 
     def remove(self, *names: str) -> None:
         """Take scenes out. `compact` gives their room back."""
@@ -376,7 +392,13 @@ def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> L
 
 
 def create_library(
-    path: str | Path, run: str | Path, *, data: str | Path | None = None, precision: StoragePrecision = "int8", scenes: bool = True, device: str = "auto"
+    path: str | Path,
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    precision: StoragePrecision = "int8",
+    scenes: bool = True,
+    device: str = "auto",
 ) -> Library:
     """Make a library from a finished run of `latentscenes train`: its model and, with `scenes`, the scenes it learned; or an
     empty one from a model alone: `cars`, which comes with the package, or what `latentscenes library model` wrote.
@@ -390,4 +412,6 @@ def create_library(
     if isinstance(opened, LibraryFolder):
         return Library(library_from_model(Path(path), opened, opened.config, precision), chosen)
     views = PosedImages.open(data or opened.info.data)
-    return Library(library_from_run(path, opened, views, frozen(opened.config), precision, scenes, chosen), chosen)
+    return Library(
+        library_from_run(path, opened, views, frozen(opened.config), precision, scenes, chosen), chosen
+    )

@@ -36,7 +36,9 @@ def data_cars(
     from latentscenes.data.raycast import ViewOptions
     from latentscenes.data.synthetic.cars import make_cars
 
-    make_cars(out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new)
+    make_cars(
+        out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new
+    )
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
@@ -51,7 +53,10 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
 
     made = join(folders, out)
     known = "" if made.alpha is not None else "; without silhouettes, as not all parts have them"
-    console.print(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{known}.", highlight=False)
+    console.print(
+        f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{known}.",
+        highlight=False,
+    )
 
 
 def data_meshes(
@@ -117,7 +122,11 @@ ImportOptions = Annotated[Import, tyro.conf.arg(name="")]
 
 
 def data_srn(
-    folder: Path, out: Path, above: bool = False, intrinsics_size: int | None = None, options: ImportOptions = Import()
+    folder: Path,
+    out: Path,
+    above: bool = False,
+    intrinsics_size: int | None = None,
+    options: ImportOptions = Import(),
 ) -> None:
     """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
 
@@ -133,7 +142,10 @@ def data_srn(
 
 
 def data_transforms(
-    folder: Path, out: Path, held_out_from: Literal["test", "val", "none"] | None = None, options: ImportOptions = Import()
+    folder: Path,
+    out: Path,
+    held_out_from: Literal["test", "val", "none"] | None = None,
+    options: ImportOptions = Import(),
 ) -> None:
     """Import nerfstudio or Blender transforms*.json: one scene or a folder of scenes.
 
@@ -148,7 +160,13 @@ def data_transforms(
 
 
 def data_photos(
-    folder: Path, out: Path, size: int = 128, held_out: int = 4, split: Path | None = None, new: int = 0, limit: int | None = None
+    folder: Path,
+    out: Path,
+    size: int = 128,
+    held_out: int = 4,
+    split: Path | None = None,
+    new: int = 0,
+    limit: int | None = None,
 ) -> None:
     """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
 
@@ -180,7 +198,10 @@ def _say_made(made: "Imported") -> None:
 
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
-    console.print(f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: {made.background}.", highlight=False)
+    console.print(
+        f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: {made.background}.",
+        highlight=False,
+    )
     console.print(f"Scene box: half sides {half}, {made.box_from}.", highlight=False)
     for note in made.notes:
         console.print(f"Note: {note}", highlight=False)

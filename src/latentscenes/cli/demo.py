@@ -58,7 +58,10 @@ def run_demo(out: Path, device: torch.device) -> None:
     )  # fmt: skip
     report = write_report(out / "report.html", content)
     print_summary(content)
-    console.print(f"\n{report}: open it in a browser. All of it took {(time.monotonic() - begun) / 60:.1f} minutes.", highlight=False)
+    console.print(
+        f"\n{report}: open it in a browser. All of it took {(time.monotonic() - begun) / 60:.1f} minutes.",
+        highlight=False,
+    )
 
 
 def _say(text: str) -> None:

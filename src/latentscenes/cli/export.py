@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from latentscenes.storage.scene_set import StoredScenes
 
 
-
 def render(
     run: Path,
     scene: str,
@@ -59,25 +58,22 @@ def render(
         cameras, speed = film.at(wanted), fps or film.fps
     pictures = camera_frames(learned, scene, cameras, wanted, mode)
     save_frames(out, _counted(pictures, len(cameras), "rendering"), speed)
-    _say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{f', {speed:g} a second' if out.suffix.lower() in ('.mp4', '.gif') else ''}.")
+    _say(
+        f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{f', {speed:g} a second' if out.suffix.lower() in ('.mp4', '.gif') else ''}."
+    )
 
 
 def export_mesh(
-    run: Path,
-    scene: str,
-    out: Path,
-    cells: int = 128,
-    lowest: float = 0.0,
-    machine: MachineOptions = MACHINE,
+    run: Path, scene: str, out: Path, cells: int = 128, lowest: float = 0.0, machine: MachineOptions = MACHINE
 ) -> None:
-    """Write the surface of a scene as a closed mesh with vertex colours (GLB).
+    """Write the surface of a scene as a closed mesh with vertex colors (GLB).
 
     Args:
         run: library, or run folder of train.
         scene: name of the scene.
         out: .glb file.
         cells: along the longest side of the scene box; more are finer and slower.
-        lowest: elevation in degrees of the lowest camera that colours come from; -90 for objects photographed from below too.
+        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed from below too.
     """
     from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
 
@@ -97,7 +93,7 @@ def export_points(
     lowest: float = 0.0,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Write the surface of a scene as points with normals and colours (PLY).
+    """Write the surface of a scene as points with normals and colors (PLY).
 
     Args:
         run: library, or run folder of train.
@@ -185,29 +181,33 @@ def export_page(
     check_ending(out, ".html")
     learned, names = _chosen(run, scenes, match, set_up(machine))
     listed = _counted(names, len(names), "rendering")
-    written = write_page(out, learned, learned.view, listed, title=title or run.resolve().name, frames=frames, size=size, elevations=elevations)
+    written = write_page(
+        out,
+        learned,
+        learned.view,
+        listed,
+        title=title or run.resolve().name,
+        frames=frames,
+        size=size,
+        elevations=elevations,
+    )
     _say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 
-EXPORT_COMMANDS = {
-    "mesh": export_mesh,
-    "points": export_points,
-    "images": export_images,
-    "page": export_page,
-}
+EXPORT_COMMANDS = {"mesh": export_mesh, "points": export_points, "images": export_images, "page": export_page}
 
 
 def _opened(run: Path, scene: str, device: "torch.device") -> "StoredScenes":
     from latentscenes.storage.scene_set import SceneSet
-
-
 
     learned = SceneSet.open_all(run, device)
     learned.check(scene)
     return learned
 
 
-def _chosen(run: Path, scenes: tuple[str, ...], match: str | None, device: "torch.device") -> "tuple[StoredScenes, list[str]]":
+def _chosen(
+    run: Path, scenes: tuple[str, ...], match: str | None, device: "torch.device"
+) -> "tuple[StoredScenes, list[str]]":
     """Scenes by name or by pattern, each once, in the order given."""
     from fnmatch import fnmatchcase
 
@@ -216,9 +216,15 @@ def _chosen(run: Path, scenes: tuple[str, ...], match: str | None, device: "torc
     learned = SceneSet.open_all(run, device)
     for scene in scenes:
         learned.check(scene)
-    names = list(dict.fromkeys([*scenes, *(name for name in learned.names if match is not None and fnmatchcase(name, match))]))
+    names = list(
+        dict.fromkeys(
+            [*scenes, *(name for name in learned.names if match is not None and fnmatchcase(name, match))]
+        )
+    )
     if not names:
-        raise UserError(f"{run}: no scenes chosen. Name some with --scenes, or give --match, for instance --match '*'.")
+        raise UserError(
+            f"{run}: no scenes chosen. Name some with --scenes, or give --match, for instance --match '*'."
+        )
     return learned, names
 
 

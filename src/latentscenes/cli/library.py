@@ -47,19 +47,34 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         _print_lines(json.dumps(asdict(info)) for info in shown)
         return
     rows = [
-        (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr), _decibels(info.psnr_lost, 3), seconds_text(info.seconds), info.added[:10])
+        (
+            info.name,
+            info.origin,
+            info.precision,
+            bytes_text(info.bytes),
+            _decibels(info.psnr),
+            _decibels(info.psnr_lost, 3),
+            seconds_text(info.seconds),
+            info.added[:10],
+        )
         for info in shown
     ]
     known = [info.psnr for info in infos if info.psnr is not None]
     note = f"{_thousands(len(infos))} of {_thousands(len(opened))} scenes, {bytes_text(sum(info.bytes for info in infos))}"
     note += f"; mean {sum(known) / len(known):.2f} dB" if known else ""
-    note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all" if len(shown) < len(infos) else ""
+    note += (
+        f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
+        if len(shown) < len(infos)
+        else ""
+    )
     columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added")
     if len(rows) <= MANY:
         _print(Table(str(library), columns, tuple(rows), (), note))
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows))
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows)
+    )
     _print_lines(itertools.chain(lines, [note]))
 
 
@@ -79,7 +94,9 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         return
     opened.store.check_model()
     info, infos = opened.store.info, opened.infos()
-    origins = {origin: sum(entry.origin == origin for entry in infos) for origin in ("stage 1", "exploit", "add")}
+    origins = {
+        origin: sum(entry.origin == origin for entry in infos) for origin in ("stage 1", "exploit", "add")
+    }
     facts = {
         "scenes": f"{len(infos)} ({', '.join(f'{count} from {origin}' for origin, count in origins.items() if count)})",
         "scenes' bytes": bytes_text(sum(entry.bytes for entry in infos)),
@@ -103,10 +120,14 @@ def library_remove(library: Folder, scenes: Names) -> None:
         scenes: their names.
     """
     if not scenes:
-        raise UserError(f"{library}: no scenes named, so none is removed. Name some; `latentscenes library list {library}` lists them.")
+        raise UserError(
+            f"{library}: no scenes named, so none is removed. Name some; `latentscenes library list {library}` lists them."
+        )
     opened = _open(library)
     opened.remove(*scenes)
-    _say(f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. `latentscenes library compact {library}` gives their room back.")
+    _say(
+        f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. `latentscenes library compact {library}` gives their room back."
+    )
 
 
 def library_rename(library: Folder, scene: Name, new: Name) -> None:
@@ -131,7 +152,10 @@ def library_export(library: Folder, scenes: Names = (), match: str | None = None
         out: folder of the other library.
     """
     opened = _open(library)
-    names = [*scenes, *(info.name for info in (opened.infos(match) if match else []) if info.name not in scenes)]
+    names = [
+        *scenes,
+        *(info.name for info in (opened.infos(match) if match else []) if info.name not in scenes),
+    ]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
     _say(f"{out}: {opened.export(names, out)} scenes copied.")
@@ -147,7 +171,10 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.library import LibraryFolder
     from latentscenes.storage.pretrained import export_model
-    _say(f"{out}: {bytes_text(export_model(LibraryFolder.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
+
+    _say(
+        f"{out}: {bytes_text(export_model(LibraryFolder.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …"
+    )
 
 
 def library_verify(library: Folder) -> None:
@@ -177,7 +204,10 @@ def library_compact(library: Folder) -> None:
 
 
 def library_repack(
-    library: Folder, precision: StoragePrecision | None = None, lost: float | None = None, machine: MachineOptions = MACHINE
+    library: Folder,
+    precision: StoragePrecision | None = None,
+    lost: float | None = None,
+    machine: MachineOptions = MACHINE,
 ) -> None:
     """Store scenes more coarsely. Without a choice: tell what each precision would cost and lose.
 
@@ -202,14 +232,18 @@ def library_repack(
     infos = opened.infos()
     mean = sum(info.psnr_lost or 0.0 for info in infos) / max(len(infos), 1)
     size = sum(info.bytes for info in infos) / max(len(infos), 1)
-    _say(f"{library}: {count} scenes stored as {precision}; now {bytes_text(size)} and {mean:.3f} dB lost a scene, in the mean over all.")
+    _say(
+        f"{library}: {count} scenes stored as {precision}; now {bytes_text(size)} and {mean:.3f} dB lost a scene, in the mean over all."
+    )
 
 
 def dial_table(settings: "list[Setting]") -> "Table":
     """Bytes against quality."""
     from latentscenes.core.console import Table, bytes_text
 
-    rows = tuple((setting.precision, bytes_text(setting.bytes), f"{setting.lost:.3f} dB") for setting in settings)
+    rows = tuple(
+        (setting.precision, bytes_text(setting.bytes), f"{setting.lost:.3f} dB") for setting in settings
+    )
     return Table("What precision costs and loses", ("stored as", "bytes / scene", "PSNR lost"), rows)
 
 
@@ -227,11 +261,7 @@ LIBRARY_COMMANDS = {
 
 
 def search(
-    library: Folder,
-    scene: Name,
-    count: int = 5,
-    data: Path | None = None,
-    machine: MachineOptions = MACHINE,
+    library: Folder, scene: Name, count: int = 5, data: Path | None = None, machine: MachineOptions = MACHINE
 ) -> None:
     """Find the scenes of a library that are most like another.
 
@@ -252,7 +282,7 @@ def search(
         from latentscenes.data.dataset import PosedImages
 
         found = opened.search(PosedImages.open(data), scene, count)
-    rows = tuple((neighbour.name, f"{neighbour.distance:.4f}") for neighbour in found)
+    rows = tuple((neighbor.name, f"{neighbor.distance:.4f}") for neighbor in found)
     note = "Root mean square difference of macro planes." if data is None else "1 − cosine between weights."
     _print(Table(f"Most like {scene}", ("scene", "distance"), rows, (), note))
 

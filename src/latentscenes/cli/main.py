@@ -49,7 +49,9 @@ def train(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.loop import train as run_training
 
-    run = run_training(settings, PosedImages.open(data), out, split=split, limit=limit, device=device, track=track)
+    run = run_training(
+        settings, PosedImages.open(data), out, split=split, limit=limit, device=device, track=track
+    )
     _say_done(out, run.seconds, len(run.info.scenes))
 
 
@@ -99,7 +101,15 @@ def exploit(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.exploit import ExploitOptions, learn_new
 
-    store = learn_new(out, PosedImages.open(data), settings, run, finetune, ExploitOptions(group, precision, stage_one, limit, wait, workers, track), device)
+    store = learn_new(
+        out,
+        PosedImages.open(data),
+        settings,
+        run,
+        finetune,
+        ExploitOptions(group, precision, stage_one, limit, wait, workers, track),
+        device,
+    )
     _say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
@@ -142,11 +152,7 @@ def evaluate(
 
 
 def report(
-    run: Path,
-    out: Path,
-    rgb: Path | None = None,
-    data: Path | None = None,
-    machine: MachineOptions = MACHINE,
+    run: Path, out: Path, rgb: Path | None = None, data: Path | None = None, machine: MachineOptions = MACHINE
 ) -> None:
     """Write one HTML file about new scenes: scores, pictures, orbits, costs, curves, beside RGB tri-planes of the same.
 
@@ -163,7 +169,10 @@ def report(
     from latentscenes.evaluation.tables import Comparison, print_summary
     from latentscenes.storage.scene_set import SceneSet
 
-    new, baseline = SceneSet.open(run, data, device=device), SceneSet.open(rgb, device=device) if rgb else None
+    new, baseline = (
+        SceneSet.open(run, data, device=device),
+        SceneSet.open(rgb, device=device) if rgb else None,
+    )
     views, trained = PosedImages.open(new.data), SceneSet.open(new.parent, device=device)
     content = Comparison(
         train=trained, new=new, rgb=baseline, views=views, title=run.name,
@@ -176,10 +185,7 @@ def report(
 
 
 def cost(
-    run: Path | None = None,
-    config: str | None = None,
-    baseline: str = "rgb",
-    overrides: Overrides = (),
+    run: Path | None = None, config: str | None = None, baseline: str = "rgb", overrides: Overrides = ()
 ) -> None:
     """The ledger: bytes and seconds per scene at N scenes, shared parts included, and break-even against RGB tri-planes.
 
@@ -239,7 +245,9 @@ def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     run_demo(out, device)
 
 
-def _settings(source: str, overrides: tuple[str, ...], print_and_stop: bool, finetune: bool = False) -> "Config":
+def _settings(
+    source: str, overrides: tuple[str, ...], print_and_stop: bool, finetune: bool = False
+) -> "Config":
     from latentscenes.core import config, config_io
 
     settings = config_io.load(source, overrides)
@@ -291,7 +299,10 @@ COMMANDS = {
 
 GROUPS = {
     "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
-    "export": (EXPORT_COMMANDS, "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them."),
+    "export": (
+        EXPORT_COMMANDS,
+        "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them.",
+    ),
     "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it."),
 }
 """Commands of two words, and what each group is for."""
@@ -316,4 +327,9 @@ def main() -> None:
         if group := GROUPS.get("".join(sys.argv[1:2])):
             run_commands(f"latentscenes {sys.argv[1]}", *group, sys.argv[2:] or ["--help"])
         else:
-            run_commands("latentscenes", COMMANDS, "Learn large collections of 3D objects from posed images.", _arguments())
+            run_commands(
+                "latentscenes",
+                COMMANDS,
+                "Learn large collections of 3D objects from posed images.",
+                _arguments(),
+            )

@@ -3,7 +3,7 @@
 Notable:
 - Camera-to-world, OpenCV axes: x right, y down, z forward. World z is up.
 - Intrinsics are fractions of the image, so one camera serves images, latents and previews alike.
-- Pixel (row i, column j) of an h x w grid has its centre at ((j + 1/2) / w, (i + 1/2) / h).
+- Pixel (row i, column j) of an h x w grid has its center at ((j + 1/2) / w, (i + 1/2) / h).
 """
 
 import math
@@ -32,13 +32,20 @@ class Cameras:
     """fx, fy, cx, cy; fx and cx as fractions of the image's width, fy and cy of its height."""
 
     @classmethod
-    def from_matrices(cls, cam2world: ArrayLike, focal: float | tuple[float, float], axes: Literal["opencv", "opengl"] = "opencv") -> "Cameras":
+    def from_matrices(
+        cls,
+        cam2world: ArrayLike,
+        focal: float | tuple[float, float],
+        axes: Literal["opencv", "opengl"] = "opencv",
+    ) -> "Cameras":
         """Cameras from camera-to-world matrices (v, 3 or 4, 4) of numpy, torch or lists, looking through the middle of
         their images. `focal`: fraction of the image's width and height, one for both or one each. `axes`: those of the
         matrices; `opengl` is y up and z backward, as in Blender and nerfstudio."""
         matrices = torch.as_tensor(np.asarray(cam2world), dtype=torch.float32)
         if matrices.ndim != 3 or matrices.shape[1] not in (3, 4) or matrices.shape[2] != 4:
-            raise UserError(f"cameras: camera-to-world matrices must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}.")
+            raise UserError(
+                f"cameras: camera-to-world matrices must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}."
+            )
         matrices = matrices[:, :3].clone()
         if axes == "opengl":
             matrices[:, :, :3] = matrices[:, :, :3] @ OPENGL_TO_OPENCV
@@ -61,14 +68,14 @@ class Cameras:
     def rays(
         self, height: int, width: int, pixels: Int[Tensor, "v p"] | None = None
     ) -> tuple[Float[Tensor, "v p 3"], Float[Tensor, "v p 3"]]:
-        """Origins and unit directions of the rays through the centres of an h x w grid, row by row (p = h·w), or of some
+        """Origins and unit directions of the rays through the centers of an h x w grid, row by row (p = h·w), or of some
         `pixels` (row · w + column) of each view alone."""
-        chosen = torch.arange(height * width, device=self.cam2world.device)[None] if pixels is None else pixels
+        chosen = (
+            torch.arange(height * width, device=self.cam2world.device)[None] if pixels is None else pixels
+        )
         x, y = (chosen % width + 0.5) / width, (chosen // width + 0.5) / height
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
-        toward = torch.stack(
-            [(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(self), -1)], -1
-        )
+        toward = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(self), -1)], -1)
         directions = torch.einsum("vij,vpj->vpi", self.cam2world[:, :, :3], toward)
         directions = directions / directions.norm(dim=-1, keepdim=True)
         return self.positions[:, None].expand_as(directions), directions
@@ -76,7 +83,9 @@ class Cameras:
     def project(self, points: Float[Tensor, "p 3"]) -> tuple[Float[Tensor, "v p 2"], Float[Tensor, "v p"]]:
         """Where world points appear, as fractions (x, y) of the image, and their depth along the camera's z axis.
         Points at depth <= 0 are behind the camera and their fractions mean nothing."""
-        inside = torch.einsum("vij,vpi->vpj", self.cam2world[:, :, :3], points[None] - self.positions[:, None])
+        inside = torch.einsum(
+            "vij,vpi->vpj", self.cam2world[:, :, :3], points[None] - self.positions[:, None]
+        )
         depth = inside[..., 2]
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
         safe = torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)
@@ -124,7 +133,11 @@ def look_at(
 
 
 def _around(
-    azimuth: Tensor, elevation: Tensor, distance: float, focal: float | tuple[float, float], center: tuple[float, float, float]
+    azimuth: Tensor,
+    elevation: Tensor,
+    distance: float,
+    focal: float | tuple[float, float],
+    center: tuple[float, float, float],
 ) -> Cameras:
     outward = torch.stack(
         [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1
@@ -177,7 +190,7 @@ class Viewpoint:
     size: tuple[int, int]
     """Height and width of its pictures."""
     distance: float
-    """Of its cameras from the centre (median), world units."""
+    """Of its cameras from the center (median), world units."""
     focal: tuple[float, float]
     """Its focal lengths (medians), fractions of the width and of the height."""
     center: tuple[float, float, float]
@@ -190,11 +203,13 @@ class Viewpoint:
         return cls(size, distance, (fx, fy), box.center)
 
     def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
-        """`count` cameras once around the centre, the first at `azimuth`; degrees."""
-        return orbit(count, self.distance, self.focal, math.radians(elevation), self.center, math.radians(azimuth))
+        """`count` cameras once around the center, the first at `azimuth`; degrees."""
+        return orbit(
+            count, self.distance, self.focal, math.radians(elevation), self.center, math.radians(azimuth)
+        )
 
     def dome(self, count: int, lowest: float = 0.0) -> Cameras:
-        """`count` cameras all around the centre, evenly spread above an elevation; degrees."""
+        """`count` cameras all around the center, evenly spread above an elevation; degrees."""
         center = torch.tensor(self.center)
         eyes = center + self.distance * spread_directions(count, math.radians(lowest))
         return Cameras(look_at(eyes, center), torch.tensor([*self.focal, 0.5, 0.5]).repeat(count, 1))

@@ -108,7 +108,7 @@ class RenderConfig:
     fine: int = 48
     """Further samples, placed where the first found matter."""
     half_side: float | None = None
-    """Half the side of a cubic scene box about the dataset's centre; unset: the box fitted to the objects."""
+    """Half the side of a cubic scene box about the dataset's center; unset: the box fitted to the objects."""
     near: float | None = None
     """First distance of every ray; unset: where the ray enters the box."""
     far: float | None = None
@@ -220,7 +220,9 @@ class Config:
     def __post_init__(self) -> None:
         for stages in (self.train, self.exploit):
             names = [stage.name for stage in stages]
-            _require(len(set(names)) == len(names), f"stages {', '.join(map(repr, names))}: names must differ")
+            _require(
+                len(set(names)) == len(names), f"stages {', '.join(map(repr, names))}: names must differ"
+            )
             for stage in stages:
                 _check_stage(self, stage)
         planes, render = self.planes, self.render
@@ -228,46 +230,84 @@ class Config:
             not self.exploit_fresh_field or any(stage.rates.field for stage in self.exploit),
             "exploit_fresh_field: no stage of `exploit` has a rate for the field, so it would stay random",
         )
-        _require(min(planes.micro, planes.macro, planes.bases, self.field.frequencies) >= 0, "planes and field: counts must not be negative")
-        _require(planes.resolution > 0 and self.field.hidden > 0, "planes.resolution and field.hidden must be at least 1")
-        _require(self.codec.channels > 0 and self.codec.width > 0, "codec: channels and width must be at least 1")
+        _require(
+            min(planes.micro, planes.macro, planes.bases, self.field.frequencies) >= 0,
+            "planes and field: counts must not be negative",
+        )
+        _require(
+            planes.resolution > 0 and self.field.hidden > 0,
+            "planes.resolution and field.hidden must be at least 1",
+        )
+        _require(
+            self.codec.channels > 0 and self.codec.width > 0, "codec: channels and width must be at least 1"
+        )
         _require(render.half_side is None or render.half_side > 0, "render.half_side must be above 0")
-        _require(planes.micro + planes.macro > 0, "planes: micro and macro are both 0; a scene needs features")
-        _require(planes.macro == 0 or planes.bases > 0, "planes.bases: must be at least 1 when planes.macro > 0")
+        _require(
+            planes.micro + planes.macro > 0, "planes: micro and macro are both 0; a scene needs features"
+        )
+        _require(
+            planes.macro == 0 or planes.bases > 0, "planes.bases: must be at least 1 when planes.macro > 0"
+        )
         _require(
             planes.fusion == "concat" or planes.micro == planes.macro or 0 in (planes.micro, planes.macro),
             f"planes.fusion: sum needs micro = macro, but they are {planes.micro} and {planes.macro}",
         )
-        _require(render.coarse >= 2 and render.fine >= 0, "render: coarse must be at least 2 and fine at least 0")
-        _require((render.near is None) == (render.far is None), "render: set near and far together, or neither")
+        _require(
+            render.coarse >= 2 and render.fine >= 0, "render: coarse must be at least 2 and fine at least 0"
+        )
+        _require(
+            (render.near is None) == (render.far is None), "render: set near and far together, or neither"
+        )
         _require(render.near is None or 0 <= render.near < render.far, "render: 0 <= near < far must hold")
         _require(
             self.codec.kind != "convolutional" or self.codec.downsampling in (2, 4, 8),
             f"codec.downsampling: 2, 4 or 8, not {self.codec.downsampling}",
         )
-        _require(self.codec.kind not in ("diffusers", "tiny") or bool(self.codec.path), f"codec.path: {self.codec.kind} needs the folder of its weights")
+        _require(
+            self.codec.kind not in ("diffusers", "tiny") or bool(self.codec.path),
+            f"codec.path: {self.codec.kind} needs the folder of its weights",
+        )
 
 
 def _check_stage(config: Config, stage: StageConfig) -> None:
     losses, where = stage.losses, f"stage {stage.name!r}"
-    _require(stage.epochs > 0 and stage.scenes > 0 and stage.views > 0, f"{where}: epochs, scenes and views must be at least 1")
+    _require(
+        stage.epochs > 0 and stage.scenes > 0 and stage.views > 0,
+        f"{where}: epochs, scenes and views must be at least 1",
+    )
     for values in (stage.rates, losses):
         for name, value in dataclasses.asdict(values).items():
-            _require(math.isfinite(value) and value >= 0, f"{where}: {name} is {value}, but rates and loss weights must be 0 or above")
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"{where}: {name} is {value}, but rates and loss weights must be 0 or above",
+            )
     _require(any(dataclasses.astuple(stage.rates)), f"{where}: all rates are 0, so nothing would be learned")
     _require(any(dataclasses.astuple(losses)), f"{where}: all losses are 0, so nothing would be learned")
-    _require(not (stage.rays and (losses.rgb or losses.depth_tv)), f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0")
-    _require(not losses.edges or bool(losses.rgb or losses.autoencoder), f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight")
+    _require(
+        not (stage.rays and (losses.rgb or losses.depth_tv)),
+        f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0",
+    )
+    _require(
+        not losses.edges or bool(losses.rgb or losses.autoencoder),
+        f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight",
+    )
     _require(stage.rays >= 0, f"{where}: rays must not be negative")
     _require(0 <= stage.focus <= 1, f"{where}: focus must be in [0, 1]")
-    _require(not stage.focus or bool(stage.rays and losses.latent), f"{where}: focus chooses rays by what they were wrong by; give rays and losses.latent")
-    _require(not stage.rates.mixing or config.planes.mixing, f"{where}: rates.mixing needs planes.mixing: true")
+    _require(
+        not stage.focus or bool(stage.rays and losses.latent),
+        f"{where}: focus chooses rays by what they were wrong by; give rays and losses.latent",
+    )
+    _require(
+        not stage.rates.mixing or config.planes.mixing, f"{where}: rates.mixing needs planes.mixing: true"
+    )
     codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
     _require(
         not codec_only or stage.rates.encoder > 0 or stage.rates.decoder > 0,
         f"{where}: its losses reach encoder and decoder alone, but their rates are 0",
     )
-    _require(not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true")
+    _require(
+        not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true"
+    )
     _require(0 <= stage.beta2 < 1, f"{where}: beta2 must be in [0, 1)")
     _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
 
@@ -290,7 +330,11 @@ def frozen(config: Config) -> Config:
     """The same with shared parts frozen in all exploit stages; stages that would learn nothing are left out."""
     still = {name: 0.0 for name in SHARED}
     rates = [dataclasses.replace(stage.rates, **still) for stage in config.exploit]
-    stages = [dataclasses.replace(stage, rates=rate, field_epochs=None) for stage, rate in zip(config.exploit, rates, strict=True) if rate != Rates()]
+    stages = [
+        dataclasses.replace(stage, rates=rate, field_epochs=None)
+        for stage, rate in zip(config.exploit, rates, strict=True)
+        if rate != Rates()
+    ]
     return dataclasses.replace(config, exploit=tuple(stages), exploit_fresh_field=False)
 
 

@@ -38,7 +38,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def presets() -> list[str]:
     """Names of the configurations that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in (resources.files("latentscenes") / "presets").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in (resources.files("latentscenes") / "presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
@@ -113,7 +117,11 @@ def build(kind: Any, value: Any, where: str) -> Any:
             if key not in hints:
                 near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
                 raise UserError(f"{where}: unknown setting {key!r}; the nearest known is {near[0]!r}.")
-        required = [entry.name for entry in fields(kind) if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+        required = [
+            entry.name
+            for entry in fields(kind)
+            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        ]
         for name in required:
             if name not in value:
                 raise UserError(f"{where}: {name!r} is missing.")
@@ -127,7 +135,9 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
+        return (
+            None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
+        )
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -21,7 +28,14 @@ class StageProgress:
         self.title = f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}"
         self.steps, self.next_line = steps, done
         self.lines = not label and not console.is_terminal
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=bool(label))
         self.task = self.bar.add_task(self.title, total=steps, completed=done, note="")
 
@@ -59,7 +73,9 @@ class Table:
     def rich(self) -> RichTable:
         """For a terminal."""
         note = Text(self.note) if self.note else None
-        table = RichTable(title=self.title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE_HEAD)
+        table = RichTable(
+            title=self.title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE_HEAD
+        )
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
         for index, row in enumerate(self.rows):
@@ -74,15 +90,29 @@ class Table:
             return "| " + " | ".join(f"**{cell}**" if stress and cell else cell for cell in shown) + " |"
 
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        return "\n".join([line(self.columns), rule, *(line(row, index in self.strong) for index, row in enumerate(self.rows))]) + "\n"
+        return (
+            "\n".join(
+                [
+                    line(self.columns),
+                    rule,
+                    *(line(row, index in self.strong) for index, row in enumerate(self.rows)),
+                ]
+            )
+            + "\n"
+        )
 
     def html(self) -> str:
         """A <figure> with a <table> that scrolls sideways where it must."""
 
         def line(cells: tuple[str, ...], kind: str, style: str = "") -> str:
-            return f"<tr{style}>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+            return (
+                f"<tr{style}>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+            )
 
-        body = "".join(line(row, "td", ' class="strong"' if index in self.strong else "") for index, row in enumerate(self.rows))
+        body = "".join(
+            line(row, "td", ' class="strong"' if index in self.strong else "")
+            for index, row in enumerate(self.rows)
+        )
         note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
         return f'<figure><div class="wide"><table><thead>{line(self.columns, "th")}</thead><tbody>{body}</tbody></table></div>{note}</figure>'
 
@@ -111,4 +141,12 @@ def percent_text(change: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
+    return (
+        f"{value:.0f}"
+        if value >= 99.95
+        else f"{value:.1f}"
+        if value >= 9.995
+        else f"{value:.2f}"
+        if value >= 0.9995
+        else f"{value:.3f}"
+    )

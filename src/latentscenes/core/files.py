@@ -22,7 +22,9 @@ def writing_to(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}). Make room, see to permissions, or name another place.") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). Make room, see to permissions, or name another place."
+        ) from None
 
 
 def check_place(path: str | Path) -> None:
@@ -37,7 +39,9 @@ def check_place(path: str | Path) -> None:
     if not home.is_dir():
         raise UserError(f"{path}: cannot be made, for {home} is a file, not a folder. Name another place.")
     if not os.access(home, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be made, for {home} may not be written to. Name another place, or see to its permissions.")
+        raise UserError(
+            f"{path}: cannot be made, for {home} may not be written to. Name another place, or see to its permissions."
+        )
 
 
 @contextmanager

@@ -63,7 +63,9 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         try:
-            self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:  # not in the main thread: signals are someone else's business
             self._before = {}
         return self

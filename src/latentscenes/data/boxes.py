@@ -35,7 +35,9 @@ def parse_box(text: str | int | float | Box) -> Box:
     if len(numbers) == 1:
         numbers = [0.0, 0.0, 0.0, *numbers * 3]
     if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
-        raise UserError(f"box={text!r}: give a half side above 0, or centre and half sides as cx,cy,cz,hx,hy,hz.")
+        raise UserError(
+            f"box={text!r}: give a half side above 0, or center and half sides as cx,cy,cz,hx,hy,hz."
+        )
     return Box(tuple(numbers[:3]), tuple(numbers[3:]))
 
 
@@ -44,7 +46,8 @@ def small_masks(foreground: Bool[np.ndarray, "v H W"]) -> Bool[np.ndarray, "v h 
     height, width = foreground.shape[1:]
     shrink = max(1.0, max(height, width) / MASK_SIDE)
     rows, columns = (
-        (np.arange(count) * side) // count for side, count in ((height, round(height / shrink)), (width, round(width / shrink)))
+        (np.arange(count) * side) // count
+        for side, count in ((height, round(height / shrink)), (width, round(width / shrink)))
     )
     return np.logical_or.reduceat(np.logical_or.reduceat(foreground, rows, axis=1), columns, axis=2)
 
@@ -61,7 +64,9 @@ def visible_cube(cameras: Cameras) -> Box:
     return Box(tuple(point.tolist()), (float(np.median(reach)),) * 3)
 
 
-def carve(masks: Bool[np.ndarray, "v h w"], cameras: Cameras, grid: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "q 3"]:
+def carve(
+    masks: Bool[np.ndarray, "v h w"], cameras: Cameras, grid: Float[np.ndarray, "p 3"]
+) -> Float[np.ndarray, "q 3"]:
     """Those points of `grid` that lie within all silhouettes but a few (BAD_SILHOUETTES).
 
     What a view does not show counts as empty there, unless its silhouette touches the image's edge: then the object
@@ -71,7 +76,10 @@ def carve(masks: Bool[np.ndarray, "v h w"], cameras: Cameras, grid: Float[np.nda
     allowed = math.ceil(BAD_SILHOUETTES * len(masks)) if len(masks) >= 12 else 0
     cut_off = masks[:, [0, -1]].any((1, 2)) | masks[:, :, [0, -1]].any((1, 2))
     points, misses = np.ascontiguousarray(grid.T), np.zeros(len(grid), dtype=np.int32)
-    matrices, intrinsics = cameras.cam2world.numpy().astype(grid.dtype), cameras.intrinsics.numpy().astype(grid.dtype)
+    matrices, intrinsics = (
+        cameras.cam2world.numpy().astype(grid.dtype),
+        cameras.intrinsics.numpy().astype(grid.dtype),
+    )
     stride = next((k for k in (7, 5, 3) if len(masks) % k), 1)  # views far apart first: they carve away most
     for view in (np.arange(len(masks)) * stride) % len(masks):
         rotation, eye, (fx, fy, cx, cy) = matrices[view, :, :3], matrices[view, :, 3:], intrinsics[view]
@@ -130,7 +138,11 @@ def fit_box(scenes: list[tuple[str, Bool[np.ndarray, "_ _ _"], Cameras]]) -> Box
 
 
 def _bounds(
-    masks: Bool[np.ndarray, "v h w"], cameras: Cameras, low: Float[np.ndarray, "3"], high: Float[np.ndarray, "3"], name: str
+    masks: Bool[np.ndarray, "v h w"],
+    cameras: Cameras,
+    low: Float[np.ndarray, "3"],
+    high: Float[np.ndarray, "3"],
+    name: str,
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
     """Corners of what carving leaves of the grid between `low` and `high`."""
     voxel = (high - low) / GRID

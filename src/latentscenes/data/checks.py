@@ -1,4 +1,4 @@
-"""Cameras as people give them: numbers checked, and the usual mix-ups of conventions recognised and named."""
+"""Cameras as people give them: numbers checked, and the usual mix-ups of conventions recognized and named."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,24 +21,35 @@ OTHER: dict[str, Axes] = {"opencv": "opengl", "opengl": "opencv"}
 def read_matrix(numbers: Sequence[float], file: Path | str, axes: Axes) -> Float[Tensor, "3 4"]:
     """Camera-to-world in OpenCV axes from 16 numbers, row by row."""
     if len(numbers) != 16:
-        raise UserError(f"{file}: holds {len(numbers)} numbers; a camera-to-world matrix has 16 (4 rows of 4, row by row).")
+        raise UserError(
+            f"{file}: holds {len(numbers)} numbers; a camera-to-world matrix has 16 (4 rows of 4, row by row)."
+        )
     matrix = torch.tensor(numbers, dtype=torch.float64).reshape(4, 4)
     if not torch.isfinite(matrix).all():
-        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view.")
+        raise UserError(
+            f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view."
+        )
     if not torch.allclose(matrix[3], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64), atol=1e-4):
-        column = torch.allclose(matrix[:3, 3], torch.zeros(3, dtype=torch.float64)) and matrix[3, :3].abs().max() > 1e-4
+        column = (
+            torch.allclose(matrix[:3, 3], torch.zeros(3, dtype=torch.float64))
+            and matrix[3, :3].abs().max() > 1e-4
+        )
         why = (
             "it looks transposed: the position stands in the last row; write it row by row"
             if column
             else "is it another kind of matrix?"
         )
-        raise UserError(f"{file}: the last row of the camera matrix is {matrix[3].tolist()} instead of 0 0 0 1; {why}")
+        raise UserError(
+            f"{file}: the last row of the camera matrix is {matrix[3].tolist()} instead of 0 0 0 1; {why}"
+        )
     if axes == "opengl":
         matrix[:3, :3] = matrix[:3, :3] @ OPENGL_TO_OPENCV.double()
     return matrix[:3].float()
 
 
-def check_cameras(cameras: Cameras, files: Sequence[Path | str], box: Box | None, axes: Axes = "opencv") -> None:
+def check_cameras(
+    cameras: Cameras, files: Sequence[Path | str], box: Box | None, axes: Axes = "opencv"
+) -> None:
     """Refuse cameras that cannot be right; `files` says where each came from, `axes` how it was read.
 
     Numbers must be finite, rotations proper, focal lengths positive, the principal point near the image. With `box`
@@ -51,19 +62,27 @@ def check_cameras(cameras: Cameras, files: Sequence[Path | str], box: Box | None
         blind = (~_sees(cameras, box)).nonzero().ravel().tolist()
         if not blind:
             return
-        file, wrong = files[blind[0]], f"{len(blind)} of {len(files)} cameras, this one first, see nothing of the box"
+        file, wrong = (
+            files[blind[0]],
+            f"{len(blind)} of {len(files)} cameras, this one first, see nothing of the box",
+        )
     elif len(files) < 2 or _converge(cameras):
         return
     else:
-        file, wrong = files[0], f"the {len(files)} cameras beginning with this one do not look toward a common point"
+        file, wrong = (
+            files[0],
+            f"the {len(files)} cameras beginning with this one do not look toward a common point",
+        )
     if cause := _mix_up(cameras, axes):
         raise UserError(f"{file}: {wrong}. {cause}")
     if box is not None:
         raise UserError(
-            f"{file}: {wrong} (centre {_short(box.center)}, half sides {_short(box.half)}). Check that box and cameras "
+            f"{file}: {wrong} (center {_short(box.center)}, half sides {_short(box.half)}). Check that box and cameras "
             "share one world, and that matrices are camera-to-world; or remove those views."
         )
-    raise UserError(f"{file}: {wrong}, so the object's place is unknown. Check the matrices, or give the box by hand (box=…).")
+    raise UserError(
+        f"{file}: {wrong}, so the object's place is unknown. Check the matrices, or give the box by hand (box=…)."
+    )
 
 
 def converging_point(cameras: Cameras) -> tuple[np.ndarray, np.ndarray, float]:
@@ -119,16 +138,22 @@ def _suspects(cameras: Cameras) -> list[int]:
     """Views that are not plainly right, to be looked at one by one: all at once is far quicker for thousands of scenes."""
     rotation = cameras.cam2world[:, :, :3]
     skew = (rotation.mT @ rotation - torch.eye(3)).abs().amax((1, 2))
-    fine = (skew < 1e-3) & (torch.linalg.det(rotation) > 0) & torch.isfinite(cameras.cam2world).all(-1).all(-1)
+    fine = (
+        (skew < 1e-3) & (torch.linalg.det(rotation) > 0) & torch.isfinite(cameras.cam2world).all(-1).all(-1)
+    )
     fine &= (
-        (cameras.intrinsics > 0).all(-1) & (cameras.intrinsics[:, 2:] < 1.5).all(-1) & torch.isfinite(cameras.intrinsics).all(-1)
+        (cameras.intrinsics > 0).all(-1)
+        & (cameras.intrinsics[:, 2:] < 1.5).all(-1)
+        & torch.isfinite(cameras.intrinsics).all(-1)
     )
     return (~fine).nonzero().ravel().tolist()
 
 
 def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
     if not torch.isfinite(cam2world).all():
-        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view.")
+        raise UserError(
+            f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view."
+        )
     rotation = cam2world[:, :3]
     gram = rotation.mT @ rotation
     scale = float(gram.diagonal().mean().sqrt())
@@ -151,7 +176,9 @@ def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
 def _check_intrinsics(intrinsics: Float[Tensor, "4"], file: Path | str) -> None:
     fx, fy, cx, cy = intrinsics.tolist()
     if not torch.isfinite(intrinsics).all() or fx <= 0 or fy <= 0:
-        raise UserError(f"{file}: focal lengths {fx:.4g}, {fy:.4g} (in image widths, heights) must be finite and above 0.")
+        raise UserError(
+            f"{file}: focal lengths {fx:.4g}, {fy:.4g} (in image widths, heights) must be finite and above 0."
+        )
     if not (-0.5 <= cx <= 1.5 and -0.5 <= cy <= 1.5):
         raise UserError(
             f"{file}: the principal point lies at {cx:.4g}, {cy:.4g} of the image's width and height, far outside it. "

@@ -68,19 +68,27 @@ class PosedImages:
         path = Path(path)
         index = path / "views.json"
         if not index.is_file():
-            raise UserError(f"{path}: no dataset here (views.json is absent). Make one with `latentscenes data …`.")
+            raise UserError(
+                f"{path}: no dataset here (views.json is absent). Make one with `latentscenes data …`."
+            )
         try:
             meta = json.loads(index.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
         if meta.get("format") != FORMAT:
-            raise UserError(f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the dataset again.")
+            raise UserError(
+                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the dataset again."
+            )
         try:
-            scenes = tuple(Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"])
+            scenes = tuple(
+                Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"]
+            )
             height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
             box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
         except (KeyError, TypeError) as error:
-            raise UserError(f"{index}: incomplete ({type(error).__name__}: {error}). Make the dataset again.") from None
+            raise UserError(
+                f"{index}: incomplete ({type(error).__name__}: {error}). Make the dataset again."
+            ) from None
         count = sum(scene.count for scene in scenes)
         rgb = _open_array(path / "rgb.npy", (count, height, width, 3), np.uint8)
         alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if has_alpha else None
@@ -108,10 +116,14 @@ class PosedImages:
         if names:
             known = {scene.name: scene for scene in chosen}
             if missing := [name for name in names if name not in known]:
-                raise UserError(f"{self.path}: no scene {missing[0]!r} in split {split!r}. It has: {', '.join(list(known)[:8])} …")
+                raise UserError(
+                    f"{self.path}: no scene {missing[0]!r} in split {split!r}. It has: {', '.join(list(known)[:8])} …"
+                )
             chosen = [known[name] for name in names]
         if not chosen:
-            raise UserError(f"{self.path}: no scene has split {split!r}. Make the dataset again with some, see `latentscenes data --help`.")
+            raise UserError(
+                f"{self.path}: no scene has split {split!r}. Make the dataset again with some, see `latentscenes data --help`."
+            )
         return chosen[:limit]
 
 
@@ -121,9 +133,13 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); it may be truncated. Make the dataset again.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); it may be truncated. Make the dataset again."
+        ) from None
     if array.shape != shape or array.dtype != dtype:
-        raise UserError(f"{path}: holds {array.dtype} {array.shape}, views.json says {np.dtype(dtype)} {shape}. Make the dataset again.")
+        raise UserError(
+            f"{path}: holds {array.dtype} {array.shape}, views.json says {np.dtype(dtype)} {shape}. Make the dataset again."
+        )
     return array
 
 
@@ -143,15 +159,17 @@ def spread_evenly(index: list[int], count: int) -> list[int]:
 class DatasetWriter:
     """Writes a dataset scene by scene; nothing appears under its final name until `finish`.
 
-        with DatasetWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
-            writer.add("car_0001", images, cameras, "train", held_out=spread(40, 4), alpha=alphas)
-            writer.finish(box)
+    with DatasetWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
+        writer.add("car_0001", images, cameras, "train", held_out=spread(40, 4), alpha=alphas)
+        writer.finish(box)
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], alpha: bool, origin: str):
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self.path}: exists and is not an empty folder. Name another, or remove it first.")
+            raise UserError(
+                f"{self.path}: exists and is not an empty folder. Name another, or remove it first."
+            )
         check_place(self.path)
         self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         self.size, self.has_alpha, self.origin = size, alpha, origin
@@ -176,9 +194,13 @@ class DatasetWriter:
     ) -> None:
         """Append one scene."""
         if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
-            raise UserError(f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with {len(cameras)} cameras; the dataset holds {self.size[1]}x{self.size[0]}.")
+            raise UserError(
+                f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with {len(cameras)} cameras; the dataset holds {self.size[1]}x{self.size[0]}."
+            )
         if self.has_alpha and (alpha is None or alpha.shape != images.shape[:3]):
-            raise UserError(f"scene {name!r}: this dataset holds silhouettes, but this scene has none of its images' number and size.")
+            raise UserError(
+                f"scene {name!r}: this dataset holds silhouettes, but this scene has none of its images' number and size."
+            )
         if any(scene.name == name for scene in self.scenes):
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
@@ -186,7 +208,9 @@ class DatasetWriter:
         self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
         if self._alpha is not None:
             self._alpha.write(np.ascontiguousarray(alpha).data)
-        self.cameras.append(torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1).float().numpy())
+        self.cameras.append(
+            torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1).float().numpy()
+        )
 
     def finish(self, box: Box) -> None:
         """Write the index and move the folder into place."""
@@ -199,9 +223,14 @@ class DatasetWriter:
             _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
         np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
         meta = {
-            "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha, "origin": self.origin,
-            "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
-        }  # fmt: skip
+            "format": FORMAT,
+            "height": height,
+            "width": width,
+            "alpha": self.has_alpha,
+            "origin": self.origin,
+            "box": asdict(box),
+            "scenes": [asdict(scene) for scene in self.scenes],
+        }
         (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
         if self.path.exists():
             self.path.rmdir()
@@ -225,7 +254,6 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
     raw.unlink()
 
 
-
 # Joining
 
 
@@ -240,12 +268,16 @@ def join(folders: Sequence[Path], out: Path) -> PosedImages:
     parts = [PosedImages.open(folder) for folder in folders]
     _check(parts)
     alpha = all(part.alpha is not None for part in parts)
-    with DatasetWriter(out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)) as writer:
+    with DatasetWriter(
+        out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)
+    ) as writer:
         for part in parts:
             for scene in part.scenes:
                 views = slice(scene.first, scene.first + scene.count)
                 silhouettes = part.alpha[views] if alpha else None
-                writer.add(scene.name, part.rgb[views], part.cameras[views], scene.split, scene.held_out, silhouettes)
+                writer.add(
+                    scene.name, part.rgb[views], part.cameras[views], scene.split, scene.held_out, silhouettes
+                )
         writer.finish(box_of([part.box for part in parts]))
     return PosedImages.open(out)
 
@@ -262,7 +294,9 @@ def _check(parts: list[PosedImages]) -> None:
     for part in parts:
         if part.size != first.size:
             (height, width), (rows, columns) = part.size, first.size
-            differ = f"{part.path}: images of {width}x{height}, but those of {first.path} are {columns}x{rows}"
+            differ = (
+                f"{part.path}: images of {width}x{height}, but those of {first.path} are {columns}x{rows}"
+            )
             raise UserError(f"{differ}. Make both with the same --size.")
         for scene in part.scenes:
             if scene.name in owner:

@@ -23,19 +23,23 @@ def read_image(
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]:
     """RGB over white, and alpha (0 … 255) if the file has any.
 
-    PNG, JPEG and whatever else Pillow reads; grey, palette and 16-bit images become 8-bit RGB. `size` (height, width)
+    PNG, JPEG and whatever else Pillow reads; gray, palette and 16-bit images become 8-bit RGB. `size` (height, width)
     averages the pixels that fall into each new one; enlarging is refused.
     """
     with _opened(path) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: cannot be decoded ({error}); it looks truncated or damaged. Get the file again.") from None
+            raise UserError(
+                f"{path}: cannot be decoded ({error}); it looks truncated or damaged. Get the file again."
+            ) from None
         has_alpha = "A" in image.getbands() or "transparency" in image.info
         if image.mode == "F":
             raise UserError(f"{path}: holds floating-point values; convert it to 8 or 16 bits first.")
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it
-            image = Image.fromarray(((np.asarray(image).astype(np.int64).clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it
+            image = Image.fromarray(
+                ((np.asarray(image).astype(np.int64).clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8)
+            )
             has_alpha = False
         pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
     rgb, alpha = (over_white(pixels), pixels[..., 3]) if has_alpha else (pixels, None)
@@ -65,7 +69,10 @@ def white_background(rgb: UInt8[np.ndarray, "v H W 3"]) -> Bool[np.ndarray, "v H
     reached = -1
     while (count := int(background.sum())) != reached:
         reached = count
-        for lines, open_lines in ((background, white), (background.transpose(0, 2, 1), white.transpose(0, 2, 1))):
+        for lines, open_lines in (
+            (background, white),
+            (background.transpose(0, 2, 1), white.transpose(0, 2, 1)),
+        ):
             for here, before in [(k, k - 1) for k in range(1, lines.shape[1])] + [
                 (k, k + 1) for k in range(lines.shape[1] - 2, -1, -1)
             ]:
@@ -83,7 +90,9 @@ def _opened(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image, though the dataset names it. Restore it, or remove its camera.") from None
+        raise UserError(
+            f"{path}: no such image, though the dataset names it. Restore it, or remove its camera."
+        ) from None
     except UnidentifiedImageError:
         raise UserError(
             f"{path}: is not an image that can be read (damaged, empty, or of another kind). Get the file again."

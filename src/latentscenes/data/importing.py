@@ -120,13 +120,23 @@ def import_scenes(
                 progress(place, len(splits), name)
             source = first if place == 0 else load(name)
             _check_source(name, source, box, axes)
-            held_out = source.held_out if source.held_out is not None else _spread(name, len(source.images), options.held_out)
-            images, alpha = _read(source, None if as_stored else size, size, background == "alpha", writer.partial)
+            held_out = (
+                source.held_out
+                if source.held_out is not None
+                else _spread(name, len(source.images), options.held_out)
+            )
+            images, alpha = _read(
+                source, None if as_stored else size, size, background == "alpha", writer.partial
+            )
             if has_alpha and alpha is None:
                 alpha = np.where(white_background(images), np.uint8(0), np.uint8(255))
             if fitted:
                 chosen = carving_views(len(images))
-                extents.append(fit_extent(_silhouettes(images, alpha, chosen), source.cameras[torch.tensor(chosen)], name))
+                extents.append(
+                    fit_extent(
+                        _silhouettes(images, alpha, chosen), source.cameras[torch.tensor(chosen)], name
+                    )
+                )
             elif box is None:
                 cubes.append(visible_cube(source.cameras))
             writer.add(name, images, source.cameras, split, held_out, alpha)
@@ -134,7 +144,9 @@ def import_scenes(
         if fitted:
             box, how = union_box(extents), "fitted to the silhouettes"
         elif box is None:
-            box = union_box([(np.subtract(c.center, c.half), np.add(c.center, c.half), np.zeros(3)) for c in cubes])
+            box = union_box(
+                [(np.subtract(c.center, c.half), np.add(c.center, c.half), np.zeros(3)) for c in cubes]
+            )
             how = "what the cameras see around the point they look at (unknown background; a box given by hand may be tighter)"
         else:
             how = "given"
@@ -142,13 +154,18 @@ def import_scenes(
     if progress:
         progress(len(splits), len(splits), "")
     if left_out:
-        notes = [*notes, f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"]
+        notes = [
+            *notes,
+            f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out",
+        ]
     return Imported(Path(out), len(splits), views, size, box, how, background, tuple(notes))
 
 
 def subfolders(folder: Path) -> list[Path]:
     """The folders inside, in natural order of names, without hidden ones and archive debris."""
-    found = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    found = [
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
+    ]
     return sorted(found, key=lambda entry: natural_key(entry.name))
 
 
@@ -162,7 +179,9 @@ def open_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _choose(origin: Path, names: list[str], options: ImportOptions) -> tuple[Mapping[str, Literal["train", "new"]], int]:
+def _choose(
+    origin: Path, names: list[str], options: ImportOptions
+) -> tuple[Mapping[str, Literal["train", "new"]], int]:
     """The scenes to take, with their splits, and how many a split file leaves out."""
     if options.limit is not None:
         if options.split is not None:
@@ -190,7 +209,9 @@ def _target_size(image: Path, options: ImportOptions) -> tuple[int, int]:
     if options.reduce != 1:
         raise UserError(f"size={options.size} and reduce={options.reduce} were both given; give one of them.")
     if isinstance(options.size, int) and height != width:
-        raise UserError(f"{image}: is {width}x{height} (width x height), not square; give size as (height, width).")
+        raise UserError(
+            f"{image}: is {width}x{height} (width x height), not square; give size as (height, width)."
+        )
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
     if min(size) < 1:
         raise UserError(f"size={options.size}: sides must be at least 1.")
@@ -213,7 +234,9 @@ def _check_source(name: str, source: Source, box: Box | None, axes: Axes) -> Non
         raise UserError(f"scene {name!r}: has no views.")
     check_cameras(source.cameras, source.camera_files, box, axes)
     if box is None and len(source.images) < 2:
-        raise UserError(f"{source.images[0]}: is the only view of scene {name!r}; no box can be fitted to one view. Give box=….")
+        raise UserError(
+            f"{source.images[0]}: is the only view of scene {name!r}; no box can be fitted to one view. Give box=…."
+        )
 
 
 def _spread(name: str, count: int, held_out: int) -> tuple[int, ...]:
@@ -280,13 +303,16 @@ def _space(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
-
 # Splits
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which `car_9` comes before `car_10`."""
-    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part]
+    return [
+        (0, int(part), "") if part[0] in "0123456789" else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name)
+        if part
+    ]
 
 
 def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
@@ -314,7 +340,9 @@ def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
             if name not in known:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(names)[:5])} …"
-                raise UserError(f"{path}: lists scene {name!r}, which is not among the {len(names)} found; {hint}")
+                raise UserError(
+                    f"{path}: lists scene {name!r}, which is not among the {len(names)} found; {hint}"
+                )
             if name in chosen:
                 raise UserError(f"{path}: lists scene {name!r} twice; a scene is either `train` or `new`.")
             chosen[name] = split
@@ -334,6 +362,8 @@ def choose_splits(names: Sequence[str], split: str | Path | None = None, new: in
             raise UserError(f"Both a split file ({split}) and new={new} were given; give one of them.")
         return read_split(split, ordered)
     if not 0 <= new <= len(ordered):
-        raise UserError(f"new={new}, but there are {len(ordered)} scenes; give a number from 0 to {len(ordered)}.")
+        raise UserError(
+            f"new={new}, but there are {len(ordered)} scenes; give a number from 0 to {len(ordered)}."
+        )
     first_new = len(ordered) - new
     return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}

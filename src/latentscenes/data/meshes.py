@@ -2,7 +2,7 @@
 
 Notable:
 - What cannot be read is named with the reason; nothing is left out in silence.
-- glTF states its axes (y up) and that factors and vertex colours are linear light; both are honoured.
+- glTF states its axes (y up) and that factors and vertex colors are linear light; both are honored.
 - Objects have the middle of their bounding box at the origin and its diagonal 1, z up.
 """
 
@@ -21,7 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter, Split, spread
 from latentscenes.data.importing import choose_splits
-from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, OPAQUE, RayCaster, TriangleSoup, ViewOptions, soup_from_mesh
+from latentscenes.data.raycast import (
+    BLEND,
+    DEFAULT_VIEWS,
+    OPAQUE,
+    RayCaster,
+    TriangleSoup,
+    ViewOptions,
+    soup_from_mesh,
+)
 
 Up = Literal["auto", "y", "z"]
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
@@ -76,13 +84,20 @@ def make_meshes(
             writer.add(name, rgb, cameras, splits[name], spread(options.views, options.held_out), alpha)
             bounds.append(soup.bounds)
         if not bounds:
-            raise UserError(f"{folder}: none of {len(splits)} meshes could be read.\n" + "\n".join(failed.values()))
+            raise UserError(
+                f"{folder}: none of {len(splits)} meshes could be read.\n" + "\n".join(failed.values())
+            )
         writer.finish(options.scene_box(bounds))
     _report(console, out, len(bounds), failed, remarks, unlisted)
 
 
 def _report(
-    console: Console, out: Path, count: int, failed: dict[str, str], remarks: dict[str, list[str]], unlisted: list[str]
+    console: Console,
+    out: Path,
+    count: int,
+    failed: dict[str, str],
+    remarks: dict[str, list[str]],
+    unlisted: list[str],
 ) -> None:
     """Say what was read and, by name, what was not."""
 
@@ -115,7 +130,9 @@ def find_meshes(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() in FORMATS and path.is_file():
             name = "__".join(path.relative_to(folder).with_suffix("").parts)
             if name in files:
-                raise UserError(f"{path} and {files[name]} would both be called {name!r}; rename or remove one.")
+                raise UserError(
+                    f"{path} and {files[name]} would both be called {name!r}; rename or remove one."
+                )
             files[name] = path
     if not files:
         raise UserError(f"{folder}: holds no mesh ({', '.join(FORMATS)}), nor do its subfolders.")
@@ -134,7 +151,7 @@ def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
 
 
 def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
-    """A mesh file as a normalised soup with z up, and the loader's remarks about it (a texture not found, say)."""
+    """A mesh file as a normalized soup with z up, and the loader's remarks about it (a texture not found, say)."""
     suffix = path.suffix.lower()
     with _remarks() as remarks:
         try:
@@ -144,7 +161,9 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
             raise
         except Exception as error:  # a broken file may break its reader in any way
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise UserError(f"{path}: cannot be read; it is damaged or not {suffix[1:].upper()} ({reason}).") from None
+            raise UserError(
+                f"{path}: cannot be read; it is damaged or not {suffix[1:].upper()} ({reason})."
+            ) from None
     if not soups:
         raise UserError(f"{path}: holds no triangles.")
     soup = TriangleSoup.joined(soups)
@@ -158,7 +177,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
 
 
 def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
-    """Every mesh with triangles, at its place. (trimesh's own `dump` forgets vertex colours that stand beside a material.)"""
+    """Every mesh with triangles, at its place. (trimesh's own `dump` forgets vertex colors that stand beside a material.)"""
     for node in scene.graph.nodes_geometry:
         matrix, name = scene.graph[node]
         mesh = scene.geometry[name]
@@ -166,7 +185,10 @@ def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
             continue
         placed = mesh.copy()
         placed.apply_transform(matrix)
-        if isinstance(mesh.visual, trimesh.visual.TextureVisuals) and "color" in mesh.visual.vertex_attributes:
+        if (
+            isinstance(mesh.visual, trimesh.visual.TextureVisuals)
+            and "color" in mesh.visual.vertex_attributes
+        ):
             placed.visual.vertex_attributes["color"] = mesh.visual.vertex_attributes["color"]
         yield placed
 
@@ -197,7 +219,7 @@ def _remarks() -> Iterator[list[str]]:
 
 
 def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
-    """One mesh with one material. `linear`: factors and vertex colours are linear light, not sRGB values."""
+    """One mesh with one material. `linear`: factors and vertex colors are linear light, not sRGB values."""
     uv, texture, cutoff, factor = None, None, OPAQUE, np.ones(4)
     colors = np.ones((len(mesh.vertices), 4))
     visual = mesh.visual
@@ -217,7 +239,13 @@ def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
     if linear:
         colors, factor = _to_srgb(colors), _to_srgb(factor)
     return soup_from_mesh(
-        mesh.vertices, mesh.faces, normals=_normals(mesh), uv=uv, colors=colors * factor, texture=texture, cutoff=cutoff
+        mesh.vertices,
+        mesh.faces,
+        normals=_normals(mesh),
+        uv=uv,
+        colors=colors * factor,
+        texture=texture,
+        cutoff=cutoff,
     )
 
 
@@ -226,15 +254,22 @@ def _normals(mesh: trimesh.Trimesh) -> Float[np.ndarray, "p 3"] | None:
     if "vertex_normals" not in mesh._cache.cache:
         return None
     normals = np.asarray(mesh.vertex_normals)
-    usable = normals.shape == mesh.vertices.shape and np.isfinite(normals).all() and (np.abs(normals).max(1) > 0.1).all()
+    usable = (
+        normals.shape == mesh.vertices.shape
+        and np.isfinite(normals).all()
+        and (np.abs(normals).max(1) > 0.1).all()
+    )
     return normals if usable else None
 
 
 def _material(material: object) -> tuple[UInt8[np.ndarray, "h w 4"] | None, Float[np.ndarray, "4"], float]:
-    """Texture, colour factor and cutoff of a glTF or MTL material."""
+    """Texture, color factor and cutoff of a glTF or MTL material."""
     if isinstance(material, trimesh.visual.material.PBRMaterial):
         picture, factor, mode = material.baseColorTexture, material.baseColorFactor, material.alphaMode
-        cutoff = {"MASK": 0.5 if material.alphaCutoff is None else float(material.alphaCutoff), "BLEND": BLEND}.get(mode, OPAQUE)
+        cutoff = {
+            "MASK": 0.5 if material.alphaCutoff is None else float(material.alphaCutoff),
+            "BLEND": BLEND,
+        }.get(mode, OPAQUE)
     else:
         picture, factor = getattr(material, "image", None), getattr(material, "diffuse", None)
         cutoff = 0.5
@@ -243,7 +278,7 @@ def _material(material: object) -> tuple[UInt8[np.ndarray, "h w 4"] | None, Floa
 
 
 def _rgba(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
-    """Colours with three or four channels, bytes, 16-bit or fractions, as fractions with alpha."""
+    """Colors with three or four channels, bytes, 16-bit or fractions, as fractions with alpha."""
     scale = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
     values = values / scale
     if values.shape[-1] == 3:
@@ -254,5 +289,7 @@ def _rgba(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
 def _to_srgb(rgba: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n 4"]:
     """Linear light → sRGB values; alpha stays."""
     light = rgba[..., :3]
-    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055)
+    encoded = np.where(
+        light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055
+    )
     return np.concatenate([encoded, rgba[..., 3:]], -1)

@@ -5,7 +5,7 @@ Notable:
 - Light depends on the surface alone (ambient and directional, no highlights): an object looks the same from
   everywhere, which is what a field without view direction can learn.
 - A transparent or translucent surface lets its ray go on: up to `LAYERS` surfaces are composited front to back.
-- Colours are multiplied and averaged as stored (sRGB values), as every later resizing of the pictures does too.
+- Colors are multiplied and averaged as stored (sRGB values), as every later resizing of the pictures does too.
 """
 
 import os
@@ -56,7 +56,7 @@ class Lights:
 
 @dataclass(frozen=True)
 class TriangleSoup:
-    """f triangles that share nothing, and k textures. Corner colours multiply texture colours."""
+    """f triangles that share nothing, and k textures. Corner colors multiply texture colors."""
 
     corners: Float32[np.ndarray, "f 3 3"]
     """Positions: triangle, corner, xyz."""
@@ -111,7 +111,12 @@ def soup_from_mesh(
     *,
     normals: Float[np.ndarray, "p 3"] | None = None,
     uv: Float[np.ndarray, "p 2"] | None = None,
-    colors: Float[np.ndarray, "p 4"] | Float[np.ndarray, "f 3 4"] | tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+    colors: Float[np.ndarray, "p 4"] | Float[np.ndarray, "f 3 4"] | tuple[float, float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ),
     texture: UInt8[np.ndarray, "h w 4"] | None = None,
     cutoff: float = OPAQUE,
 ) -> TriangleSoup:
@@ -160,9 +165,13 @@ class RayCaster:
             height, width = rows.stop - rows.start, columns.stop - columns.start
             if height <= 0 or width <= 0:
                 return
-            inside = slice(rows.start * samples, rows.stop * samples), slice(columns.start * samples, columns.stop * samples)
+            inside = (
+                slice(rows.start * samples, rows.stop * samples),
+                slice(columns.start * samples, columns.stop * samples),
+            )
             origins, directions = (
-                rays.numpy().reshape(fine, fine, 3)[inside].reshape(-1, 3) for rays in cameras[view : view + 1].rays(fine, fine)
+                rays.numpy().reshape(fine, fine, 3)[inside].reshape(-1, 3)
+                for rays in cameras[view : view + 1].rays(fine, fine)
             )
             colors, rest = self.trace(origins, directions)
             rgb[view, rows, columns] = _shrink(colors + rest[:, None], height, width, samples)
@@ -189,14 +198,20 @@ class RayCaster:
     def trace(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"]
     ) -> tuple[Float32[np.ndarray, "n 3"], Float32[np.ndarray, "n"]]:
-        """Colour that each ray (unit direction) gathers, and the share of it that passes everything."""
+        """Color that each ray (unit direction) gathers, and the share of it that passes everything."""
         colors, rest = np.zeros((len(origins), 3), np.float32), np.ones(len(origins), np.float32)
-        ray, start, toward = np.arange(len(origins)), np.ascontiguousarray(origins), np.ascontiguousarray(directions)
+        ray, start, toward = (
+            np.arange(len(origins)),
+            np.ascontiguousarray(origins),
+            np.ascontiguousarray(directions),
+        )
         for _ in range(LAYERS):
             hit = self.scene.run(start, toward, output=True)
             met = np.flatnonzero(hit["primID"] >= 0)
             ray, start, toward, distance = ray[met], start[met], toward[met], hit["tfar"][met]
-            color, opacity = self._surface(hit["primID"][met], hit["u"][met], hit["v"][met], hit["Ng"][met], toward)
+            color, opacity = self._surface(
+                hit["primID"][met], hit["u"][met], hit["v"][met], hit["Ng"][met], toward
+            )
             share = rest[ray] * opacity
             colors[ray] += share[:, None] * color
             rest[ray] -= share
@@ -208,7 +223,7 @@ class RayCaster:
         return colors, np.maximum(rest, 0)
 
     def _surface(self, face, u, v, across, toward):
-        """Lit colour (n 3) and opacity (n) where rays along `toward` meet triangles `face` at (u, v)."""
+        """Lit color (n 3) and opacity (n) where rays along `toward` meet triangles `face` at (u, v)."""
         soup = self.soup
         weights = np.stack([1 - u - v, u, v], -1)[:, None]
         normal = (weights @ soup.normals[face])[:, 0]
@@ -240,7 +255,12 @@ class RayCaster:
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"], within: float
     ) -> Bool[np.ndarray, "n"]:
         """Whether each ray (unit direction) meets anything, seen or not, nearer than `within`."""
-        return self.scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=True)["tfar"] < within
+        return (
+            self.scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=True)[
+                "tfar"
+            ]
+            < within
+        )
 
 
 @dataclass(frozen=True)
@@ -272,13 +292,19 @@ class ViewOptions:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.held_out < 0 or self.held_out >= self.views:
-            raise UserError(f"held_out = {self.held_out} of views = {self.views}: keep at least one view to learn from.")
+            raise UserError(
+                f"held_out = {self.held_out} of views = {self.views}: keep at least one view to learn from."
+            )
         if self.distance <= 0.5:
-            raise UserError(f"distance = {self.distance}: cameras must stay outside the object, whose radius is 0.5.")
+            raise UserError(
+                f"distance = {self.distance}: cameras must stay outside the object, whose radius is 0.5."
+            )
 
     def cameras(self, name: str) -> Cameras:
-        """The cameras of one object. They depend on the seed and its name, not on its neighbours."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))  # torch uses 32 bits
+        """The cameras of one object. They depend on the seed and its name, not on its neighbors."""
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{self.seed} {name}".encode())
+        )  # torch uses 32 bits
         return upper_hemisphere(self.views, generator, self.distance, self.focal, self.lowest)
 
     def chosen_box(self) -> Box | None:
@@ -292,7 +318,9 @@ class ViewOptions:
         reach = np.abs(bounds - np.array(box.center)).max(0)
         if (reach > np.array(box.half) + 1e-6).any():
             sides = ", ".join(f"{side:.3f}" for side in reach)
-            raise UserError(f"box={self.box!r}: {name} reaches {sides} from the box's centre along x, y and z and would be cut off. Give a larger one.")
+            raise UserError(
+                f"box={self.box!r}: {name} reaches {sides} from the box's center along x, y and z and would be cut off. Give a larger one."
+            )
 
     def scene_box(self, bounds: list[Float32[np.ndarray, "2 3"]]) -> Box:
         """The chosen box, or the one around all objects."""
@@ -314,7 +342,9 @@ def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def _shrink(values: Float32[np.ndarray, "n c"], height: int, width: int, samples: int) -> UInt8[np.ndarray, "h w c"]:
+def _shrink(
+    values: Float32[np.ndarray, "n c"], height: int, width: int, samples: int
+) -> UInt8[np.ndarray, "h w c"]:
     """The mean of each samples x samples block, as bytes."""
     values = np.clip(values, 0, 1).reshape(height, samples, width, samples, -1)
     mean = sum(values[:, row, :, column] for row in range(samples) for column in range(samples)) / samples**2

@@ -97,16 +97,23 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
             raise UserError(
                 f"{folder / part}: no such folder, though other objects have one. Complete the object, or move it away."
             )
-    images = sorted((p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES), key=lambda p: natural_key(p.stem))
+    images = sorted(
+        (p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES),
+        key=lambda p: natural_key(p.stem),
+    )
     poses = {p.stem: p for p in (folder / "pose").glob("*.txt")}
     if not images:
-        raise UserError(f"{folder / 'rgb'}: holds no PNG or JPEG image. Complete the object, or move it away.")
+        raise UserError(
+            f"{folder / 'rgb'}: holds no PNG or JPEG image. Complete the object, or move it away."
+        )
     if lone := [p for p in images if p.stem not in poses]:
         raise UserError(f"{lone[0]}: has no pose; {folder / 'pose' / (lone[0].stem + '.txt')} is absent.")
     if len(images) != len(poses):
         known = {p.stem for p in images}
         lone_pose = next(poses[stem] for stem in sorted(poses, key=natural_key) if stem not in known)
-        raise UserError(f"{lone_pose}: has no image in {folder / 'rgb'}. Restore the image, or remove the pose.")
+        raise UserError(
+            f"{lone_pose}: has no image in {folder / 'rgb'}. Restore the image, or remove the pose."
+        )
     files = tuple(poses[p.stem] for p in images)
     matrices = torch.stack([read_matrix(_numbers(file), file, axes) for file in files])
     intrinsics = _read_intrinsics(folder / "intrinsics.txt", images[0], stated)
@@ -124,7 +131,9 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
             f"{file}: the first line must hold focal, cx and cy (in pixels), the last one height and width."
         ) from None
     if min(height, width) <= 0:
-        raise UserError(f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above 0.")
+        raise UserError(
+            f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above 0."
+        )
     real = image_size(image)
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
@@ -155,9 +164,13 @@ def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
         folder = Path(path).parent
         name = (folder.parent if folder.name == "rgb" else folder).as_posix()
         if name == ".":
-            raise UserError(f"{file}: {path} lies in no object's subfolder, so which images show the same object is unknown.")
+            raise UserError(
+                f"{file}: {path} lies in no object's subfolder, so which images show the same object is unknown."
+            )
         if len(numbers) != 25:
-            raise UserError(f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 intrinsics).")
+            raise UserError(
+                f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 intrinsics)."
+            )
         scenes.setdefault(name, []).append((path, numbers))
     return scenes
 
@@ -170,13 +183,19 @@ def _labelled(folder: Path, labels: list[tuple[str, list[float]]], axes: Axes) -
         matrices.append(read_matrix(numbers[:16], file, axes))
         fx, skew, cx, lower, fy, cy, *last = numbers[16:]
         if abs(skew) > 1e-6 or abs(lower) > 1e-6 or last != [0, 0, 1]:
-            raise UserError(f"{file}: intrinsics must be fx 0 cx 0 fy cy 0 0 1, as fractions of the image, without skew.")
+            raise UserError(
+                f"{file}: intrinsics must be fx 0 cx 0 fy cy 0 0 1, as fractions of the image, without skew."
+            )
         if fx > 20 or fy > 20:
             raise UserError(
                 f"{file}: intrinsics are fractions of the image in dataset.json; {fx:g} looks like pixels. Divide by the size."
             )
         intrinsics.append([fx, fy, cx, cy])
-    return Source(tuple(folder / path for path, _ in labels), Cameras(torch.stack(matrices), torch.tensor(intrinsics)), files)
+    return Source(
+        tuple(folder / path for path, _ in labels),
+        Cameras(torch.stack(matrices), torch.tensor(intrinsics)),
+        files,
+    )
 
 
 def _above(source: Source, name: str, above: bool) -> Source:
@@ -185,7 +204,9 @@ def _above(source: Source, name: str, above: bool) -> Source:
         return source
     keep = (source.cameras.positions[:, 2] > ABOVE).nonzero().ravel()
     if not len(keep):
-        raise UserError(f"scene {name!r}: no camera is higher than z = {ABOVE}; import without above, or check that z is up.")
+        raise UserError(
+            f"scene {name!r}: no camera is higher than z = {ABOVE}; import without above, or check that z is up."
+        )
     return replace(
         source,
         images=tuple(source.images[k] for k in keep),

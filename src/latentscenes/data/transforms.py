@@ -60,7 +60,9 @@ def make_transforms(
     else:
         scenes = {entry.name: entry for entry in subfolders(folder) if _described(entry)}
         if not scenes:
-            raise UserError(f"{folder}: no transforms.json or transforms_train.json here or in its subfolders.")
+            raise UserError(
+                f"{folder}: no transforms.json or transforms_train.json here or in its subfolders."
+            )
         if bare := [entry for entry in subfolders(folder) if entry.name not in scenes]:
             raise UserError(
                 f"{bare[0]}: has no transforms.json or transforms_train.json, though {next(iter(scenes))} has. Move it away."
@@ -92,12 +94,16 @@ def _parts(folder: Path, held_out_from: HeldOutFrom | None) -> list[tuple[Path, 
     if not train.is_file():
         return [(folder / "transforms.json", False)]
     if held_out_from is None:
-        held_out_from = next((part for part in ("test", "val") if (folder / f"transforms_{part}.json").is_file()), "none")
+        held_out_from = next(
+            (part for part in ("test", "val") if (folder / f"transforms_{part}.json").is_file()), "none"
+        )
     if held_out_from == "none":
         return [(train, False)]
     held = folder / f"transforms_{held_out_from}.json"
     if not held.is_file():
-        raise UserError(f"{held}: no such file, though held-out views were to come from it. Choose another held_out_from.")
+        raise UserError(
+            f"{held}: no such file, though held-out views were to come from it. Choose another held_out_from."
+        )
     return [(train, False), (held, True)]
 
 
@@ -143,7 +149,9 @@ def _frames(meta: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     """The frames in natural order of their images."""
     frames = meta.get("frames")
     if not isinstance(frames, list) or not frames:
-        raise UserError(f'{file}: has no frames; expected {{"frames": [{{"file_path": …, "transform_matrix": …}}, …]}}.')
+        raise UserError(
+            f'{file}: has no frames; expected {{"frames": [{{"file_path": …, "transform_matrix": …}}, …]}}.'
+        )
     for place, frame in enumerate(frames):
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise UserError(f"{file}: frame {place} has no file_path.")
@@ -215,10 +223,19 @@ def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
         angle = given.get(f"camera_angle_{axis}")
         if f"fl_{axis}" not in given and angle is not None:
             if not 0 < angle < math.pi:
-                raise UserError(f"{label}: camera_angle_{axis} is {angle:g}; it must lie between 0 and pi (radians).")
+                raise UserError(
+                    f"{label}: camera_angle_{axis} is {angle:g}; it must lie between 0 and pi (radians)."
+                )
             given[f"fl_{axis}"] = 0.5 * (width if axis == "x" else height) / math.tan(angle / 2)
     fl_x = given.get("fl_x", given.get("fl_y"))
     if fl_x is None:
-        raise UserError(f"{label}: no focal length; give fl_x (pixels) or camera_angle_x (radians), at the top or per frame.")
+        raise UserError(
+            f"{label}: no focal length; give fl_x (pixels) or camera_angle_x (radians), at the top or per frame."
+        )
     fl_y = given.get("fl_y", fl_x)
-    return [fl_x / width, fl_y / height, given.get("cx", width / 2) / width, given.get("cy", height / 2) / height]
+    return [
+        fl_x / width,
+        fl_y / height,
+        given.get("cx", width / 2) / width,
+        given.get("cy", height / 2) / height,
+    ]

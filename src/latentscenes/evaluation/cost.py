@@ -1,7 +1,7 @@
 """What a scene costs: bytes and seconds, shared parts divided over N scenes.
 
 Two published conventions:
-- `amortised`: (shared)/N + per scene (3Da-AE, arXiv 2403.11678). Used unless another is named.
+- `amortized`: (shared)/N + per scene (3Da-AE, arXiv 2403.11678). Used unless another is named.
 - `counting`: scenes of stage 1 are among the N: t(N) = t₁ + (N − N₁) τ (Fused-Planes, arXiv 2410.23742).
 """
 
@@ -60,12 +60,16 @@ class Time:
     """One new scene; None if none has been learned yet."""
 
     def per_scene(self, count: int) -> float | None:
-        """Seconds per new scene with stage 1 divided over `count` of them (`amortised`)."""
+        """Seconds per new scene with stage 1 divided over `count` of them (`amortized`)."""
         return None if self.scene is None else self.stage_one / count + self.scene
 
     def per_scene_counting(self, count: int) -> float | None:
         """Seconds per scene where those of stage 1 are among the `count` (`counting`)."""
-        return None if self.scene is None else seconds_counting(self.stage_one, self.stage_one_scenes, self.scene, count) / count
+        return (
+            None
+            if self.scene is None
+            else seconds_counting(self.stage_one, self.stage_one_scenes, self.scene, count) / count
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def account(config: Config) -> Account:
 
 def account_learned(learned: StoredScenes, config: Config | None = None) -> Account:
     """Of learned scenes (with other settings in `config`: then of memory, beside the seconds they took)."""
-    used = memory(config or learned.config, codec_parameters(config.codec) if config else stored_codec_parameters(learned.shared_file))
+    used = memory(
+        config or learned.config,
+        codec_parameters(config.codec) if config else stored_codec_parameters(learned.shared_file),
+    )
     count = len(learned.names)
     if learned.stage_one:
         time = Time(*learned.stage_one, learned.seconds / count)
@@ -94,21 +101,30 @@ def account_learned(learned: StoredScenes, config: Config | None = None) -> Acco
         time = Time(0.0, 0, learned.seconds / count)
     else:
         time = Time(learned.seconds, count, None)
-    return Account(config or learned.config, used, time, (learned.shared_file.stat().st_size, learned.scene_bytes))
+    return Account(
+        config or learned.config, used, time, (learned.shared_file.stat().st_size, learned.scene_bytes)
+    )
 
 
 def plane_bytes(planes: PlanesConfig) -> tuple[int, int]:
     """Bytes of one scene's rows, and of all base planes."""
     texels = 3 * planes.resolution**2
     bases = planes.bases if planes.macro else 0
-    scene = texels * planes.micro + bases + int(planes.bias and bases > 0) + planes.mixing * planes.features**2
+    scene = (
+        texels * planes.micro + bases + int(planes.bias and bases > 0) + planes.mixing * planes.features**2
+    )
     return FLOAT_BYTES * scene, FLOAT_BYTES * texels * planes.macro * bases
 
 
 def memory(config: Config, codec_parameters: int) -> Memory:
     """Memory of a collection learned with `config`; `codec_parameters` as counted in the codec."""
     scene, bases = plane_bytes(config.planes)
-    return Memory(codec=FLOAT_BYTES * codec_parameters, bases=bases, field=FLOAT_BYTES * field_parameters(config), scene=scene)
+    return Memory(
+        codec=FLOAT_BYTES * codec_parameters,
+        bases=bases,
+        field=FLOAT_BYTES * field_parameters(config),
+        scene=scene,
+    )
 
 
 def field_parameters(config: Config) -> int:
@@ -135,14 +151,20 @@ def codec_parameters(config: CodecConfig) -> int:
         for name, count in KNOWN_CODECS.items():
             if name in (config.path or "").lower():
                 return count
-        raise UserError(f"codec.path: {config.path!r} is no folder here, and its size is not known by name ({', '.join(KNOWN_CODECS)} are).")
+        raise UserError(
+            f"codec.path: {config.path!r} is no folder here, and its size is not known by name ({', '.join(KNOWN_CODECS)} are)."
+        )
     return sum(parameter.numel() for parameter in build_codec(config).parameters())
 
 
 def stored_codec_parameters(path: Path) -> int:
     """Numbers of the codec in a checkpoint's shared.safetensors, from its header alone."""
     with safe_open(path, "pt") as stored:
-        return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys() if name.startswith("codec."))  # noqa: SIM118
+        return sum(
+            math.prod(stored.get_slice(name).get_shape())
+            for name in stored.keys()
+            if name.startswith("codec.")
+        )  # noqa: SIM118
 
 
 def break_even(shared: float | int, ours: float | int, other: float | int) -> float | None:
@@ -156,7 +178,7 @@ def memory_break_even(ours: Memory, other: Memory) -> float | None:
 
 
 def time_break_even(ours: Time, other: Time) -> float | None:
-    """By the amortised convention."""
+    """By the amortized convention."""
     if ours.scene is None or other.scene is None:
         return None
     return break_even(ours.stage_one - other.stage_one, ours.scene, other.scene)

@@ -61,11 +61,20 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         raw = json.loads(path.read_text())
-        return cls(**raw | {"scenes": [SceneScore(**score) for score in raw["scenes"]], "mean": SceneScore(**raw["mean"])})
+        return cls(
+            **raw
+            | {"scenes": [SceneScore(**score) for score in raw["scenes"]], "mean": SceneScore(**raw["mean"])}
+        )
 
 
 @torch.no_grad()
-def evaluate(loaded: SceneSet, views: PosedImages, scenes: Sequence[Scene], part: str = "held_out", limit: int | None = None) -> Evaluation:
+def evaluate(
+    loaded: SceneSet,
+    views: PosedImages,
+    scenes: Sequence[Scene],
+    part: str = "held_out",
+    limit: int | None = None,
+) -> Evaluation:
     """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
     spread."""
     perceptual = metrics.Perceptual.find()
@@ -96,7 +105,10 @@ def evaluate(loaded: SceneSet, views: PosedImages, scenes: Sequence[Scene], part
                 perceptual(decoded, images) if perceptual else missing,
                 (latents - encoded).square().mean((1, 2, 3)),
             ])  # fmt: skip
-        means = [float(torch.cat([column.cpu() for column in columns]).double().mean()) for columns in zip(*table, strict=True)]
+        means = [
+            float(torch.cat([column.cpu() for column in columns]).double().mean())
+            for columns in zip(*table, strict=True)
+        ]
         scores.append(SceneScore(scene.name, *(None if math.isnan(value) else value for value in means)))
         count += len(index)
     kind = perceptual.name if perceptual else None
@@ -127,4 +139,7 @@ def mean_score(scores: Sequence[SceneScore]) -> SceneScore:
     """Mean over scenes."""
     names = [entry.name for entry in fields(SceneScore)][1:]
     columns = {name: [getattr(score, name) for score in scores] for name in names}
-    return SceneScore("mean", **{name: None if None in values else statistics.fmean(values) for name, values in columns.items()})
+    return SceneScore(
+        "mean",
+        **{name: None if None in values else statistics.fmean(values) for name, values in columns.items()},
+    )

@@ -70,7 +70,12 @@ def scores_table(evaluation: Evaluation) -> Table:
     ordered = sorted(evaluation.scenes, key=lambda score: score.psnr)
     left_out = len(ordered) - SHOWN_WORST - SHOWN_BEST
     shown = ordered if left_out <= 1 else [*ordered[:SHOWN_WORST], None, *ordered[-SHOWN_BEST:]]
-    columns = ["scene, worst first", "PSNR", "SSIM", *([str(evaluation.perceptual_metric)] if perceptual else [])]
+    columns = [
+        "scene, worst first",
+        "PSNR",
+        "SSIM",
+        *([str(evaluation.perceptual_metric)] if perceptual else []),
+    ]
     if not exact:
         columns += [f"codec {name}" for name in columns[1:]]
     columns.append("latent error")
@@ -78,9 +83,18 @@ def scores_table(evaluation: Evaluation) -> Table:
     def line(score: SceneScore | None) -> tuple[str, ...]:
         if score is None:
             return (f"… {left_out} scenes …", *[""] * (len(columns) - 1))
-        cells = [score.name, f"{score.psnr:.2f}", f"{score.ssim:.4f}", *([f"{score.perceptual:.4f}"] if perceptual else [])]
+        cells = [
+            score.name,
+            f"{score.psnr:.2f}",
+            f"{score.ssim:.4f}",
+            *([f"{score.perceptual:.4f}"] if perceptual else []),
+        ]
         if not exact:
-            cells += [f"{score.codec_psnr:.2f}", f"{score.codec_ssim:.4f}", *([f"{score.codec_perceptual:.4f}"] if perceptual else [])]
+            cells += [
+                f"{score.codec_psnr:.2f}",
+                f"{score.codec_ssim:.4f}",
+                *([f"{score.codec_perceptual:.4f}"] if perceptual else []),
+            ]
         return (*cells, f"{score.latent_error:.5f}")
 
     part = {"held_out": "held-out views", "fit": "views learned from"}.get(evaluation.part, evaluation.part)
@@ -90,7 +104,9 @@ def scores_table(evaluation: Evaluation) -> Table:
     if not perceptual:
         note += " No perceptual metric is installed."
     rows = tuple(line(score) for score in [*shown, evaluation.mean])
-    return Table(f"{len(ordered)} scenes, {evaluation.views} {part}", tuple(columns), rows, (len(rows) - 1,), note)
+    return Table(
+        f"{len(ordered)} scenes, {evaluation.views} {part}", tuple(columns), rows, (len(rows) - 1,), note
+    )
 
 
 def is_exact(score: SceneScore) -> bool:
@@ -101,17 +117,27 @@ def is_exact(score: SceneScore) -> bool:
 # Costs
 
 
-def print_cost(run_path: Path | None, config_name: str | None, baseline: str, overrides: Sequence[str] = ()) -> None:
+def print_cost(
+    run_path: Path | None, config_name: str | None, baseline: str, overrides: Sequence[str] = ()
+) -> None:
     """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset, a YAML
     file, or a folder of learned scenes (then its seconds count too). Overrides change the configuration of the first."""
     if run_path is None and config_name is None:
-        raise UserError(f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}.")
+        raise UserError(
+            f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}."
+        )
     if run_path is not None:
         learned = SceneSet.open(run_path)
-        ours = cost.account_learned(learned, config_io.load(run_path / "config.yaml", overrides) if overrides else None)
+        ours = cost.account_learned(
+            learned, config_io.load(run_path / "config.yaml", overrides) if overrides else None
+        )
     else:
         ours = cost.account(config_io.load(str(config_name), overrides))
-    other = cost.account_learned(SceneSet.open(baseline)) if Path(baseline).is_dir() else cost.account(config_io.load(baseline))
+    other = (
+        cost.account_learned(SceneSet.open(baseline))
+        if Path(baseline).is_dir()
+        else cost.account(config_io.load(baseline))
+    )
     print_things(parts_table(ours, other), ledger_table(ours, other))
     for sentence in ledger_sentences(ours, other):
         print_things(sentence)
@@ -119,14 +145,25 @@ def print_cost(run_path: Path | None, config_name: str | None, baseline: str, ov
 
 def parts_table(ours: Account, other: Account) -> Table:
     """Where the bytes are."""
-    names = (("codec", "codec"), ("base planes", "bases"), ("field", "field"), ("all that is shared", "shared"), ("one scene", "scene"))
+    names = (
+        ("codec", "codec"),
+        ("base planes", "bases"),
+        ("field", "field"),
+        ("all that is shared", "shared"),
+        ("one scene", "scene"),
+    )
     columns = ["bytes, float32", "ours", "RGB"]
     stored: dict[str, str] = {}
     if ours.stored:
         columns.append("ours as stored")
         stored = {"shared": bytes_text(ours.stored[0]), "scene": bytes_text(ours.stored[1])}
     rows = tuple(
-        (title, bytes_text(getattr(ours.memory, name)), bytes_text(getattr(other.memory, name)), *([stored.get(name, "")] if stored else []))
+        (
+            title,
+            bytes_text(getattr(ours.memory, name)),
+            bytes_text(getattr(other.memory, name)),
+            *([stored.get(name, "")] if stored else []),
+        )
         for title, name in names
     )
     return Table("Memory", tuple(columns), rows, (3, 4))
@@ -140,14 +177,24 @@ def ledger_table(ours: Account, other: Account, counts: Sequence[int] = cost.COU
     rows = []
     for count in counts:
         mine, theirs = ours.memory.per_scene(count), other.memory.per_scene(count)
-        cells = [f"{count:,}".replace(",", " "), bytes_text(mine), bytes_text(theirs), percent_text(cost.saving(mine, theirs))]
+        cells = [
+            f"{count:,}".replace(",", " "),
+            bytes_text(mine),
+            bytes_text(theirs),
+            percent_text(cost.saving(mine, theirs)),
+        ]
         if ours.time is not None and ours.time.scene is not None:
             cells.append(seconds_text(ours.time.per_scene(count)))
             if times:
-                cells += [seconds_text(times[1].per_scene(count)), percent_text(cost.saving(times[0].per_scene(count), times[1].per_scene(count)))]
-            cells.append(seconds_text(ours.time.per_scene_counting(count)) if ours.time.stage_one_scenes else "–")
+                cells += [
+                    seconds_text(times[1].per_scene(count)),
+                    percent_text(cost.saving(times[0].per_scene(count), times[1].per_scene(count))),
+                ]
+            cells.append(
+                seconds_text(ours.time.per_scene_counting(count)) if ours.time.stage_one_scenes else "–"
+            )
         rows.append(tuple(cells))
-    note = "Amortised: shared / N + own."
+    note = "Amortized: shared / N + own."
     if len(columns) > 4 and ours.time is not None:
         note += f" Counting: the {ours.time.stage_one_scenes} scenes of stage 1 are among the N, (t₁ + (N − N₁) τ) / N."
     return Table("Cost per scene", tuple(columns), tuple(rows), (), note)
@@ -157,9 +204,15 @@ def ledger_sentences(ours: Account, other: Account) -> list[str]:
     """Break-even and what the times rest on, in words."""
     found = [f"Memory: {_break_even_text(cost.memory_break_even(ours.memory, other.memory))}."]
     if ours.time is not None:
-        each = f" ({seconds_text(ours.time.stage_one / ours.time.stage_one_scenes)} each)" if ours.time.stage_one_scenes else ""
+        each = (
+            f" ({seconds_text(ours.time.stage_one / ours.time.stage_one_scenes)} each)"
+            if ours.time.stage_one_scenes
+            else ""
+        )
         if ours.time.stage_one:
-            found.append(f"Stage 1 took {seconds_text(ours.time.stage_one)} for {ours.time.stage_one_scenes or 'its'} scenes{each}.")
+            found.append(
+                f"Stage 1 took {seconds_text(ours.time.stage_one)} for {ours.time.stage_one_scenes or 'its'} scenes{each}."
+            )
         if ours.time.scene is None:
             found.append("How long a new scene takes is known once `latentscenes exploit` has learned some.")
         else:
@@ -181,7 +234,11 @@ def _comparable_time(ours: Account, other: Account) -> tuple[cost.Time, cost.Tim
 def _break_even_text(count: float | None) -> str:
     if count is None:
         return "RGB tri-planes stay cheaper at any number of scenes"
-    return "cheaper than RGB tri-planes from the first scene on" if count < 1 else f"cheaper than RGB tri-planes from N = {math.floor(count) + 1} scenes on"
+    return (
+        "cheaper than RGB tri-planes from the first scene on"
+        if count < 1
+        else f"cheaper than RGB tri-planes from N = {math.floor(count) + 1} scenes on"
+    )
 
 
 # Ours against RGB tri-planes
@@ -193,14 +250,33 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     rgb = content.mean(content.evaluation_rgb) if content.evaluation_rgb else None
     perceptual = scores.perceptual is not None and (rgb is None or rgb.perceptual is not None)
     at = f"at N = {count}"
-    columns = ["", "PSNR", "SSIM", *([str(content.evaluation_new.perceptual_metric)] if perceptual else []), "time / scene", at, "bytes / scene", at, "ms / view"]
+    columns = [
+        "",
+        "PSNR",
+        "SSIM",
+        *([str(content.evaluation_new.perceptual_metric)] if perceptual else []),
+        "time / scene",
+        at,
+        "bytes / scene",
+        at,
+        "ms / view",
+    ]
 
     def quality(score: SceneScore) -> list[str]:
-        return [f"{score.psnr:.2f}", f"{score.ssim:.4f}", *([f"{score.perceptual:.4f}"] if perceptual else [])]
+        return [
+            f"{score.psnr:.2f}",
+            f"{score.ssim:.4f}",
+            *([f"{score.perceptual:.4f}"] if perceptual else []),
+        ]
 
     def line(label: str, score: SceneScore, of: Account, evaluation: Evaluation) -> tuple[str, ...]:
         time = of.time or cost.Time(0.0, 0, None)
-        costs = [seconds_text(time.scene), seconds_text(time.per_scene(count)), bytes_text(of.memory.scene), bytes_text(of.memory.per_scene(count))]
+        costs = [
+            seconds_text(time.scene),
+            seconds_text(time.per_scene(count)),
+            bytes_text(of.memory.scene),
+            bytes_text(of.memory.per_scene(count)),
+        ]
         return (label, *quality(score), *costs, f"{1000 * evaluation.render_seconds:.1f}")
 
     rows = []
@@ -209,12 +285,32 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     rows.append(line("latentscenes, new scenes", scores, ours, content.evaluation_new))
     stressed = len(rows) - 1
     if content.pretrained and content.evaluation_pretrained:
-        rows.append(line("… on the shipped model", content.mean(content.evaluation_pretrained), cost.account_learned(content.pretrained), content.evaluation_pretrained))
+        rows.append(
+            line(
+                "… on the shipped model",
+                content.mean(content.evaluation_pretrained),
+                cost.account_learned(content.pretrained),
+                content.evaluation_pretrained,
+            )
+        )
     trained, empty = content.evaluation_train.mean, [""] * 4
-    train_quality = quality(trained) if not perceptual or trained.perceptual is not None else [*quality(trained)[:2], "–"]
-    rows.append(("… scenes of stage 1", *train_quality, *empty, f"{1000 * content.evaluation_train.render_seconds:.1f}"))
+    train_quality = (
+        quality(trained) if not perceptual or trained.perceptual is not None else [*quality(trained)[:2], "–"]
+    )
+    rows.append(
+        (
+            "… scenes of stage 1",
+            *train_quality,
+            *empty,
+            f"{1000 * content.evaluation_train.render_seconds:.1f}",
+        )
+    )
     if not is_exact(scores):
-        ceiling = [f"{scores.codec_psnr:.2f}", f"{scores.codec_ssim:.4f}", *([f"{scores.codec_perceptual:.4f}"] if perceptual else [])]
+        ceiling = [
+            f"{scores.codec_psnr:.2f}",
+            f"{scores.codec_ssim:.4f}",
+            *([f"{scores.codec_perceptual:.4f}"] if perceptual else []),
+        ]
         rows.append(("… codec alone (ceiling)", *ceiling, *empty, ""))
     shown, learned = len(content.common), len(content.evaluation_new.scenes)
     note = f"Means over {shown}{f' of {learned}' if shown < learned else ''} new scenes, held-out views."

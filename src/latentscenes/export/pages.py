@@ -65,25 +65,45 @@ def write_page(
         check_elevation("--elevations", elevation)
     height, width = size_shown = scaled(view.size, size, loaded.model.codec.downsampling)
     orbits = [view.orbit(frames, elevation, FIRST) for elevation in sorted(elevations)]
-    cameras = Cameras(torch.cat([turn.cam2world for turn in orbits]), torch.cat([turn.intrinsics for turn in orbits]))
+    cameras = Cameras(
+        torch.cat([turn.cam2world for turn in orbits]), torch.cat([turn.intrinsics for turn in orbits])
+    )
     window = window_on(loaded.model.box, cameras, (height, width))
     height, width = (edge.stop - edge.start for edge in window)
     columns = math.ceil(math.sqrt(len(cameras)))
     if columns * max(height, width) > LONGEST:
-        raise UserError(f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; choose fewer or smaller ones.")
+        raise UserError(
+            f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; choose fewer or smaller ones."
+        )
     entries = []
     for scene in scenes:
         parts = torch.arange(len(cameras)).split(TOGETHER)
-        tiles = [with_alpha(render_images(loaded.model, loaded.planes(scene), cameras[part], size_shown))[:, *window] for part in parts]
-        entries.append({"name": scene, "sheet": base64.b64encode(_webp(sheet(np.concatenate(tiles), columns))).decode()})
-    data = {"frames": frames, "rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns), "scenes": entries}
+        tiles = [
+            with_alpha(render_images(loaded.model, loaded.planes(scene), cameras[part], size_shown))[
+                :, *window
+            ]
+            for part in parts
+        ]
+        entries.append(
+            {"name": scene, "sheet": base64.b64encode(_webp(sheet(np.concatenate(tiles), columns))).decode()}
+        )
+    data = {
+        "frames": frames,
+        "rows": len(orbits),
+        "columns": columns,
+        "lines": math.ceil(len(cameras) / columns),
+        "scenes": entries,
+    }
     embedded = json.dumps(data).replace("</", "<\\/")
     many = "1 scene" if len(entries) == 1 else f"{len(entries)} scenes"
     summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each; {len(embedded) / 2**20:.1f} MiB, all in this file."
     slots = {
-        "title": html.escape(title), "summary": summary, "aspect": f"{width / height:.4g}", "least": str(max(150, min(260, round(1.6 * width)))),
+        "title": html.escape(title),
+        "summary": summary,
+        "aspect": f"{width / height:.4g}",
+        "least": str(max(150, min(260, round(1.6 * width)))),
         "data": embedded,
-    }  # fmt: skip
+    }
     content = re.sub(r"{{(\w+)}}", lambda slot: slots[slot[1]], TEMPLATE.read_text("utf-8")).encode()
     with writing_to(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +117,10 @@ def window_on(box: Box, cameras: Cameras, size: tuple[int, int]) -> tuple[slice,
     if (depth <= 0).any():
         return slice(0, size[0]), slice(0, size[1])
     low, high = places.amin((0, 1)).tolist(), places.amax((0, 1)).tolist()
-    rows, columns = (slice(max(0, math.floor(low[k] * side) - 1), min(side, math.ceil(high[k] * side) + 1)) for k, side in ((1, size[0]), (0, size[1])))
+    rows, columns = (
+        slice(max(0, math.floor(low[k] * side) - 1), min(side, math.ceil(high[k] * side) + 1))
+        for k, side in ((1, size[0]), (0, size[1]))
+    )
     return rows, columns
 
 
@@ -117,7 +140,6 @@ def _webp(picture: UInt8[np.ndarray, "h w 4"]) -> bytes:
     return stream.getvalue()
 
 
-
 # Posed pictures
 
 
@@ -125,12 +147,14 @@ def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
     """Pictures with straight alpha that, put over white, are the rendered ones.
 
     White that reaches to the border is transparent: the field may well hold white matter there, which pictures over
-    white cannot tell from nothing. Elsewhere a pixel is as opaque as rendered, beside that white as little as its colour
+    white cannot tell from nothing. Elsewhere a pixel is as opaque as rendered, beside that white as little as its color
     allows, and never less than that.
     """
     over_white = shown.images.movedim(1, -1).numpy()
     ground = white_background(to_uint8(shown.images))
-    near_ground = torch.nn.functional.max_pool2d(torch.from_numpy(ground).float()[:, None], 3, 1, 1)[:, 0].numpy() > 0
+    near_ground = (
+        torch.nn.functional.max_pool2d(torch.from_numpy(ground).float()[:, None], 3, 1, 1)[:, 0].numpy() > 0
+    )
     least = 1 - over_white.min(-1)
     alpha = np.where(near_ground, least, np.maximum(least, shown.opacity.numpy()))
     alpha = np.where(ground, 0, np.ceil(255 * alpha - 1e-3) / 255)[..., None]
@@ -138,7 +162,9 @@ def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
     return np.round(255 * np.concatenate([color, alpha], -1).clip(0, 1)).astype(np.uint8)
 
 
-def write_views(out: str | Path, loaded: SceneSet, scenes: Iterable[str], cameras: Cameras, size: tuple[int, int]) -> None:
+def write_views(
+    out: str | Path, loaded: SceneSet, scenes: Iterable[str], cameras: Cameras, size: tuple[int, int]
+) -> None:
     """One folder per scene, with a picture from each camera and their transforms.json.
 
     Args:
@@ -156,9 +182,15 @@ def write_views(out: str | Path, loaded: SceneSet, scenes: Iterable[str], camera
                 folder = partial / scene.replace("/", "_")
                 (folder / "images").mkdir(parents=True)
                 files = [f"images/{place:05d}.png" for place in range(len(cameras))]
-                for file, picture in zip(files, with_alpha(render_images(loaded.model, loaded.planes(scene), cameras, size)), strict=True):
+                for file, picture in zip(
+                    files,
+                    with_alpha(render_images(loaded.model, loaded.planes(scene), cameras, size)),
+                    strict=True,
+                ):
                     Image.fromarray(picture).save(folder / file)
-                (folder / "transforms.json").write_text(json.dumps(transforms(cameras, files, size), indent=1))
+                (folder / "transforms.json").write_text(
+                    json.dumps(transforms(cameras, files, size), indent=1)
+                )
             if out.exists():
                 out.rmdir()
             partial.rename(out)
@@ -167,12 +199,21 @@ def write_views(out: str | Path, loaded: SceneSet, scenes: Iterable[str], camera
 
 
 def transforms(cameras: Cameras, files: list[str], size: tuple[int, int]) -> dict:
-    """nerfstudio's description of pictures: OpenGL axes, focal lengths and centres in pixels of `size` (height, width)."""
+    """nerfstudio's description of pictures: OpenGL axes, focal lengths and centers in pixels of `size` (height, width)."""
     height, width = size
     frames = []
     for file, matrix, intrinsics in zip(files, cameras.cam2world, cameras.intrinsics.tolist(), strict=True):
         rotation = matrix[:, :3] @ OPENGL_TO_OPENCV
         rows = [*torch.cat([rotation, matrix[:, 3:]], 1).tolist(), [0.0, 0.0, 0.0, 1.0]]
         fx, fy, cx, cy = intrinsics
-        frames.append({"file_path": file, "transform_matrix": rows, "fl_x": fx * width, "fl_y": fy * height, "cx": cx * width, "cy": cy * height})
+        frames.append(
+            {
+                "file_path": file,
+                "transform_matrix": rows,
+                "fl_x": fx * width,
+                "fl_y": fy * height,
+                "cx": cx * width,
+                "cy": cy * height,
+            }
+        )
     return {"camera_model": "OPENCV", "w": width, "h": height, "frames": frames}

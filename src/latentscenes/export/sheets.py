@@ -34,22 +34,34 @@ CAPTION = 15
 INK, FAINT = (38, 42, 51), (112, 118, 130)
 
 DEPTH_COLOURS = np.array(
-    [(252, 206, 92), (247, 156, 70), (233, 100, 82), (194, 64, 112), (140, 56, 136), (86, 60, 146), (46, 66, 132), (22, 48, 88)], np.float64
+    [
+        (252, 206, 92),
+        (247, 156, 70),
+        (233, 100, 82),
+        (194, 64, 112),
+        (140, 56, 136),
+        (86, 60, 146),
+        (46, 66, 132),
+        (22, 48, 88),
+    ],
+    np.float64,
 )
 """Near to far: gold, red, violet, night blue. All of it stands out from a white ground."""
 
 
-def colour_depth(depth: Float[np.ndarray, "v H W"], opacity: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
+def color_depth(
+    depth: Float[np.ndarray, "v H W"], opacity: Float[np.ndarray, "v H W"], ends: tuple[float, float]
+) -> Pictures:
     """Depth between `ends` (near, far) by DEPTH_COLOURS, fading to white with opacity (in [0, 1])."""
     place = np.clip((depth - ends[0]) / (ends[1] - ends[0]), 0, 1) * (len(DEPTH_COLOURS) - 1)
     low = np.minimum(place.astype(int), len(DEPTH_COLOURS) - 2)
     share = (place - low)[..., None]
-    colours = DEPTH_COLOURS[low] * (1 - share) + DEPTH_COLOURS[low + 1] * share
+    colors = DEPTH_COLOURS[low] * (1 - share) + DEPTH_COLOURS[low + 1] * share
     solid = np.clip(opacity, 0, 1)[..., None]
-    return np.round(colours * solid + 255 * (1 - solid)).astype(np.uint8)
+    return np.round(colors * solid + 255 * (1 - solid)).astype(np.uint8)
 
 
-def grey(values: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
+def gray(values: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
     """Values from ends[0] (black) to ends[1] (white)."""
     span = ends[1] - ends[0]
     shade = np.clip((values - ends[0]) / (span if abs(span) > 1e-9 else 1e-9), 0, 1)
@@ -84,8 +96,13 @@ def stacked(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
 def grid(pictures: Sequence[Picture], across: int) -> Picture:
     """Row by row, `across` in each, with some air between and around."""
     across = min(across, len(pictures))
-    lines = [beside(pictures[k * across : (k + 1) * across], 4 * GAP) for k in range(math.ceil(len(pictures) / across))]
-    return np.pad(stacked(lines, 2 * GAP), ((2 * GAP, 2 * GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255)
+    lines = [
+        beside(pictures[k * across : (k + 1) * across], 4 * GAP)
+        for k in range(math.ceil(len(pictures) / across))
+    ]
+    return np.pad(
+        stacked(lines, 2 * GAP), ((2 * GAP, 2 * GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255
+    )
 
 
 def captioned(picture: Picture, text: str) -> Picture:
@@ -98,7 +115,7 @@ def headed(picture: Picture, text: str) -> Picture:
     return stacked([_line(text, picture.shape[1], INK), picture], gap=1)
 
 
-def _line(text: str, width: int, colour: tuple[int, int, int]) -> Picture:
+def _line(text: str, width: int, color: tuple[int, int, int]) -> Picture:
     """One line of text on white, cut with an ellipsis to `width` pixels."""
     font = _font()
     if font.getlength(text) > width:
@@ -106,7 +123,7 @@ def _line(text: str, width: int, colour: tuple[int, int, int]) -> Picture:
             text = text[:-1]
         text += "…"
     image = Image.new("RGB", (width, CAPTION), (255, 255, 255))
-    ImageDraw.Draw(image).text((0, 0), text, fill=colour, font=font)
+    ImageDraw.Draw(image).text((0, 0), text, fill=color, font=font)
     return np.array(image)
 
 
@@ -116,6 +133,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 # Sheets
+
 
 def comparison_sheet(
     ours: SceneSet,
@@ -140,19 +158,31 @@ def comparison_sheet(
                 columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
         for loaded in (ours, *others):
             if scene.name in loaded.names:
-                columns.append((loaded.label, render_images(loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False).images))
+                columns.append(
+                    (
+                        loaded.label,
+                        render_images(
+                            loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False
+                        ).images,
+                    )
+                )
         for view in range(len(index)):
             tiles = [
-                captioned(to_uint8(images[view : view + 1])[0], label if images is truth else f"{label}  {_psnr(images[view], truth[view])}")
+                captioned(
+                    to_uint8(images[view : view + 1])[0],
+                    label if images is truth else f"{label}  {_psnr(images[view], truth[view])}",
+                )
                 for label, images in columns
             ]
             groups.append(headed(beside(tiles), scene.name))
     return grid(groups, across)
 
 
-def dashboard_sheet(loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6) -> Picture:
+def dashboard_sheet(
+    loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6
+) -> Picture:
     """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
-    channels, the rendered ones, their colour code, the decoded render, depth, opacity."""
+    channels, the rendered ones, their color code, the decoded render, depth, opacity."""
     model = loaded.model
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
@@ -162,19 +192,27 @@ def dashboard_sheet(loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Sce
             encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
         truths.append(truth)
         shown.append(render_images(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
-    together = RenderedImages(*(torch.cat([getattr(one, name) for one in shown]) for name in ("images", "latents", "depth", "opacity")))
+    together = RenderedImages(
+        *(
+            torch.cat([getattr(one, name) for one in shown])
+            for name in ("images", "latents", "depth", "opacity")
+        )
+    )
     height, width = dataset.size
     reference = torch.cat(encoded)
     columns = [
         ("truth", to_uint8(torch.cat(truths))),
         ("latent of the truth", channel_tiles(reference, reference, height)),
         ("latent rendered", channel_tiles(together.latents, reference, height)),
-        ("as colours", enlarge(_colour_code(together.latents, reference, together.opacity), (height, width))),
+        ("as colors", enlarge(_color_code(together.latents, reference, together.opacity), (height, width))),
         ("decoded", to_uint8(together.images)),
-        ("depth", colour_depth(together.depth.numpy(), together.opacity.numpy(), depth_range(together))),
-        ("opacity", grey(together.opacity.numpy(), (1.0, 0.0))),
+        ("depth", color_depth(together.depth.numpy(), together.opacity.numpy(), depth_range(together))),
+        ("opacity", gray(together.opacity.numpy(), (1.0, 0.0))),
     ]
-    lines = [headed(beside([captioned(tiles[k], label) for label, tiles in columns]), scene.name) for k, scene in enumerate(scenes[:limit])]
+    lines = [
+        headed(beside([captioned(tiles[k], label) for label, tiles in columns]), scene.name)
+        for k, scene in enumerate(scenes[:limit])
+    ]
     return grid(lines, 1)
 
 
@@ -195,7 +233,7 @@ def depth_range(shown: RenderedImages) -> tuple[float, float]:
 
 
 def channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], height: int) -> Pictures:
-    """Every channel in grey, in two rows of tiles if there are many; black to white is a channel's range in `like`.
+    """Every channel in gray, in two rows of tiles if there are many; black to white is a channel's range in `like`.
     All tiles together are `height` pixels tall."""
     count = latents.shape[1]
     lines = 1 if count < 3 else 2 if count <= 8 else math.ceil(count / 6)
@@ -205,15 +243,22 @@ def channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h 
     wide = round(tall * latents.shape[3] / latents.shape[2])
     canvas = np.full((len(latents), height, columns * wide + (columns - 1) * gap, 3), 200, np.uint8)
     for channel in range(count):
-        ends = torch.quantile(like[:, channel].flatten()[:: max(1, like[:, channel].numel() // 100_000)], torch.tensor([0.005, 0.995])).tolist()
+        ends = torch.quantile(
+            like[:, channel].flatten()[:: max(1, like[:, channel].numel() // 100_000)],
+            torch.tensor([0.005, 0.995]),
+        ).tolist()
         line, column = divmod(channel, columns)
         top, bottom = round(line * (tall + gap)), round(line * (tall + gap) + tall)
-        tile = grey(latents[:, channel].numpy(), (ends[0], ends[1]))
-        canvas[:, top:bottom, column * (wide + gap) : column * (wide + gap) + wide] = enlarge(tile, (bottom - top, wide))
+        tile = gray(latents[:, channel].numpy(), (ends[0], ends[1]))
+        canvas[:, top:bottom, column * (wide + gap) : column * (wide + gap) + wide] = enlarge(
+            tile, (bottom - top, wide)
+        )
     return canvas
 
 
-def _colour_code(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], opacity: Float[Tensor, "v H W"]) -> Pictures:
+def _color_code(
+    latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], opacity: Float[Tensor, "v H W"]
+) -> Pictures:
     """Latents by their first three principal components in `like`, as red, green and blue, over white."""
     points = like.movedim(1, -1).flatten(0, 2)
     middle = points.mean(0)
@@ -223,8 +268,8 @@ def _colour_code(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w
     ends = torch.quantile(reference, torch.tensor([0.01, 0.99]), dim=0)
     codes = ((latents.movedim(1, -1) - middle) @ axes.T - ends[0]) / (ends[1] - ends[0]).clamp_min(1e-6)
     solid = torch.nn.functional.adaptive_avg_pool2d(opacity[:, None], latents.shape[2:]).movedim(1, -1)
-    colours = codes.clamp(0, 1) * solid + 1 - solid
-    return torch.nn.functional.pad(255 * colours, (0, 3 - colours.shape[-1]), value=127).round().byte().numpy()
+    colors = codes.clamp(0, 1) * solid + 1 - solid
+    return torch.nn.functional.pad(255 * colors, (0, 3 - colors.shape[-1]), value=127).round().byte().numpy()
 
 
 def save_image(path: str | Path, picture: Picture) -> None:

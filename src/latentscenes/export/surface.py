@@ -57,7 +57,9 @@ class Grid(NamedTuple):
 
     def points(self) -> Float[Tensor, "x y z 3"]:
         """Middles of all cells, world units."""
-        lines = [torch.arange(count) * self.step + start for count, start in zip(self.count, self.origin.tolist())]
+        lines = [
+            torch.arange(count) * self.step + start for count, start in zip(self.count, self.origin.tolist())
+        ]
         return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
 
 
@@ -75,7 +77,9 @@ def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y
     return torch.cat(found).reshape(grid.count)
 
 
-def most_light(density: Float[Tensor, "x y z"], step: float, directions: Float[Tensor, "n 3"]) -> Float[Tensor, "x y z"]:
+def most_light(
+    density: Float[Tensor, "x y z"], step: float, directions: Float[Tensor, "n 3"]
+) -> Float[Tensor, "x y z"]:
     """For each cell of side `step`, the largest share of light from any of the directions (unit vectors toward the
     light) that reaches its middle: max exp(−∫ σ), as in eq. 1 of NeRF (arXiv 2003.08934)."""
     size = step * torch.tensor(density.shape, dtype=density.dtype, device=density.device)
@@ -88,13 +92,19 @@ def most_light(density: Float[Tensor, "x y z"], step: float, directions: Float[T
         turned = _resampled(density, axes.T * turned_size / size[:, None], count)
         passed = turned.flip(2).cumsum(2).flip(2) - turned / 2
         light = torch.exp(-step * passed)
-        found = torch.maximum(found, _resampled(light, axes * size / turned_size[:, None], list(density.shape)))
+        found = torch.maximum(
+            found, _resampled(light, axes * size / turned_size[:, None], list(density.shape))
+        )
     return found
 
 
-def _resampled(values: Float[Tensor, "x y z"], matrix: Float[Tensor, "3 3"], count: list[int]) -> Float[Tensor, "a b c"]:
+def _resampled(
+    values: Float[Tensor, "x y z"], matrix: Float[Tensor, "3 3"], count: list[int]
+) -> Float[Tensor, "a b c"]:
     """Values at the cells of another grid; `matrix` takes its coordinates, in (−1, 1)³, to those of `values`."""
-    theta = torch.nn.functional.pad(matrix.flip(0, 1), (0, 1))[None]  # torch names coordinates last dimension first
+    theta = torch.nn.functional.pad(matrix.flip(0, 1), (0, 1))[
+        None
+    ]  # torch names coordinates last dimension first
     places = torch.nn.functional.affine_grid(theta, [1, 1, *count], align_corners=False)
     return torch.nn.functional.grid_sample(values[None, None], places, align_corners=False)[0, 0]
 
@@ -119,7 +129,11 @@ class Surface(NamedTuple):
 
 
 def surface(
-    model: Model, planes: FusedPlanes, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras, cells: int = 128
+    model: Model,
+    planes: FusedPlanes,
+    pictures: UInt8[np.ndarray, "v H W 3"],
+    cameras: Cameras,
+    cells: int = 128,
 ) -> Surface:
     """The surface of a scene's fused planes.
 
@@ -131,31 +145,43 @@ def surface(
         UserError: the export extra is absent, `cells` is out of range, or nothing is solid.
     """
     if not FEWEST <= cells <= MOST:
-        raise UserError(f"--cells {cells}: choose between {FEWEST} and {MOST}; planes of this model have {model.config.planes.resolution} texels a side.")
+        raise UserError(
+            f"--cells {cells}: choose between {FEWEST} and {MOST}; planes of this model have {model.config.planes.resolution} texels a side."
+        )
     try:
         from skimage.measure import marching_cubes
     except ImportError:
-        raise UserError("meshes and points need scikit-image. Run: pip install latentscenes[export]") from None
+        raise UserError(
+            "meshes and points need scikit-image. Run: pip install latentscenes[export]"
+        ) from None
     grid = Grid.filling(model.box, cells)
     light = most_light(density(model, planes, grid), grid.step, spread_directions(DIRECTIONS)).cpu()
     light[seen_as_ground(grid, pictures, cameras) > GROUND] = 1.0
     light = np.pad(light.numpy(), 1, constant_values=1.0)
     solid = large_parts(light < REACHED)
     if not solid.any():
-        raise UserError("nothing in this scene is solid, so it has no surface. Has it been learned long enough? Look at it: latentscenes render --mode opacity")
+        raise UserError(
+            "nothing in this scene is solid, so it has no surface. Has it been learned long enough? Look at it: latentscenes render --mode opacity"
+        )
     air = large_parts(~solid, 1.0)  # what light reaches through cracks narrower than a cell is no air
     field = np.where(air, np.maximum(light, REACHED + 1e-3), np.minimum(light, REACHED - 1e-3))
     vertices, faces, _, _ = marching_cubes(field, REACHED, gradient_direction="descent")
-    return Surface(grid.origin + grid.step * (vertices - 1).astype(np.float64), faces.astype(np.int64), grid.step)
+    return Surface(
+        grid.origin + grid.step * (vertices - 1).astype(np.float64), faces.astype(np.int64), grid.step
+    )
 
 
-def seen_as_ground(grid: Grid, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras) -> Float[Tensor, "x y z"]:
+def seen_as_ground(
+    grid: Grid, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras
+) -> Float[Tensor, "x y z"]:
     """Share of the pictures in which the middle of each cell lies before, or behind, white that reaches to the border."""
     ground = torch.from_numpy(white_background(pictures)).float()
     points, total = grid.points().reshape(-1, 3), torch.zeros(grid.count)
     for view in range(len(cameras)):
         places, depth = cameras[view : view + 1].project(points)
-        shown = torch.nn.functional.grid_sample(ground[view][None, None], 2 * places[None] - 1, align_corners=False)
+        shown = torch.nn.functional.grid_sample(
+            ground[view][None, None], 2 * places[None] - 1, align_corners=False
+        )
         total += ((shown[0, 0, 0] > 0.5) & (depth[0] > 0)).reshape(grid.count)
     return total / len(cameras)
 

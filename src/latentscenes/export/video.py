@@ -29,9 +29,9 @@ from latentscenes.export.sheets import (
     beside,
     captioned,
     channel_tiles,
-    colour_depth,
+    color_depth,
     depth_range,
-    grey,
+    gray,
     grid,
     save_image,
 )
@@ -60,7 +60,7 @@ def orbit_frames(
     Args:
         view: how its dataset looks at it.
         size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
-        mode: `latent` shows every channel in grey; `dashboard` image, latent channels, depth and opacity side by side.
+        mode: `latent` shows every channel in gray; `dashboard` image, latent channels, depth and opacity side by side.
         elevation: degrees above the horizon.
 
     Raises:
@@ -72,7 +72,9 @@ def orbit_frames(
     return list(camera_frames(loaded, scene, view.orbit(frames, elevation), (height, width), mode))
 
 
-def camera_frames(loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb") -> Iterator[Picture]:
+def camera_frames(
+    loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb"
+) -> Iterator[Picture]:
     """Pictures of a scene from any cameras, one after the other: no more than a few are held.
 
     Args:
@@ -80,7 +82,11 @@ def camera_frames(loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[in
     """
     planes, geometry = loaded.planes(scene), mode in ("depth", "opacity", "dashboard")
     some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
-    like = None if mode in ("rgb", "opacity") else render_images(loaded.model, planes, cameras[some], size, geometry)
+    like = (
+        None
+        if mode in ("rgb", "opacity")
+        else render_images(loaded.model, planes, cameras[some], size, geometry)
+    )
     for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
         shown = render_images(loaded.model, planes, cameras[chunk], size, geometry)
         yield from _frames(shown, like or shown, mode, size[0])
@@ -91,14 +97,19 @@ def _frames(shown: RenderedImages, like: RenderedImages, mode: Mode, height: int
     if mode == "rgb":
         return to_uint8(shown.images)
     if mode == "depth":
-        return colour_depth(shown.depth.numpy(), shown.opacity.numpy(), depth_range(like))
+        return color_depth(shown.depth.numpy(), shown.opacity.numpy(), depth_range(like))
     if mode == "opacity":
-        return grey(shown.opacity.numpy(), (1.0, 0.0))
+        return gray(shown.opacity.numpy(), (1.0, 0.0))
     if mode == "latent":
         return channel_tiles(shown.latents, like.latents, height)
     labels = ("image", "latent channels", "depth", "opacity")
     panels = [_frames(shown, like, part, height) for part in ("rgb", "latent", "depth", "opacity")]
-    return np.stack([beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)]) for k in range(len(panels[0]))])
+    return np.stack(
+        [
+            beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)])
+            for k in range(len(panels[0]))
+        ]
+    )
 
 
 def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
@@ -106,7 +117,9 @@ def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, i
     if size is None:
         return stored
     if size < step or size % step:
-        raise UserError(f"--size {size}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(size / step) * step)}.")
+        raise UserError(
+            f"--size {size}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(size / step) * step)}."
+        )
     height, width = (max(step, round(side * size / max(stored) / step) * step) for side in stored)
     return height, width
 
@@ -124,17 +137,23 @@ def check_film(path: str | Path) -> None:
     """Refuse, before anything is rendered, a name that `save_frames` cannot write to."""
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
-        raise UserError(f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending).")
+        raise UserError(
+            f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending)."
+        )
     if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty folder. Name another, or remove it first.")
     if path.suffix and path.is_dir():
-        raise UserError(f"{path}: is a folder. Name a file, or for a folder of pictures a name without an ending.")
+        raise UserError(
+            f"{path}: is a folder. Name a file, or for a folder of pictures a name without an ending."
+        )
     check_place(path)
     if path.suffix.lower() == ".mp4":
         try:
             import av  # noqa: F401
         except ImportError:
-            raise UserError(f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif.") from None
+            raise UserError(
+                f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif."
+            ) from None
 
 
 def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 20) -> None:
@@ -173,9 +192,13 @@ def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
     import av
 
     with av.open(str(path), "w") as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), pix_fmt="yuv420p", options={"crf": "16"})
+        stream = film.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), pix_fmt="yuv420p", options={"crf": "16"}
+        )
         for place, frame in enumerate(frames):
-            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
+            even = np.pad(
+                frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255
+            )
             if place == 0:
                 stream.height, stream.width = even.shape[:2]
             film.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
@@ -183,10 +206,10 @@ def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
 
 
 def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
-    """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colours hold still."""
+    """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colors hold still."""
     pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
-    coloured = pixels[(pixels != 255).any(1)]
-    sample = coloured[:: max(1, len(coloured) // 120_000)] if len(coloured) else np.zeros((1, 3), np.uint8)
+    colored = pixels[(pixels != 255).any(1)]
+    sample = colored[:: max(1, len(colored) // 120_000)] if len(colored) else np.zeros((1, 3), np.uint8)
     chosen = Image.fromarray(sample[None]).quantize(255, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 255]
     white = len(chosen) // 3
     images = []
@@ -194,12 +217,20 @@ def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
     palette.putpalette(chosen)
     for frame in frames:
         index = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
-        index[(frame == 255).all(-1)] = white  # the ground: exactly white, whatever colours are near it
+        index[(frame == 255).all(-1)] = white  # the ground: exactly white, whatever colors are near it
         image = Image.fromarray(index)
         image.putpalette([*chosen, 255, 255, 255])
         images.append(image)
     stream = io.BytesIO()
-    images[0].save(stream, "GIF", save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0, optimize=False)
+    images[0].save(
+        stream,
+        "GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=max(20, round(100 / fps) * 10),
+        loop=0,
+        optimize=False,
+    )
     return stream.getvalue()
 
 
@@ -241,7 +272,9 @@ def read_camera_path(path: str | Path) -> CameraPath:
         raise UserError(f"{path}: not valid JSON ({error}).") from None
     frames = content.get("camera_path") if isinstance(content, dict) else None
     if not isinstance(frames, list) or not frames:
-        raise UserError(f"{path}: no camera path of nerfstudio's: it needs a list \"camera_path\" with one entry per frame.")
+        raise UserError(
+            f'{path}: no camera path of nerfstudio\'s: it needs a list "camera_path" with one entry per frame.'
+        )
     if (kind := content.get("camera_type", "perspective")) != "perspective":
         raise UserError(f"{path}: camera_type is {kind!r}, but only perspective cameras are rendered here.")
     height, width = (_number(content, key, path) for key in ("render_height", "render_width"))
@@ -259,7 +292,9 @@ def read_camera_path(path: str | Path) -> CameraPath:
     cam2world[:, :, :3] = cam2world[:, :, :3] @ OPENGL_TO_OPENCV
     intrinsics = torch.tensor([[fy * height / width, fy, 0.5, 0.5] for fy in focal])
     seconds = content.get("seconds")
-    fps = content.get("fps") or (len(frames) / seconds if isinstance(seconds, int | float) and seconds > 0 else FPS)
+    fps = content.get("fps") or (
+        len(frames) / seconds if isinstance(seconds, int | float) and seconds > 0 else FPS
+    )
     return CameraPath(Cameras(cam2world, intrinsics), (round(height), round(width)), float(fps))
 
 

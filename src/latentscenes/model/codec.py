@@ -73,7 +73,9 @@ class IdentityCodec(Codec):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("where", torch.empty(0), persistent=False)  # remembers the device it was moved to
+        self.register_buffer(
+            "where", torch.empty(0), persistent=False
+        )  # remembers the device it was moved to
 
     def encode(
         self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
@@ -105,6 +107,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: cannot be read as weights ({reason}). Give a .safetensors file, or a .pth that holds tensors only."
         ) from None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds something else than named tensors. Save the network's state_dict alone.")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise UserError(
+            f"{path}: holds something else than named tensors. Save the network's state_dict alone."
+        )
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

@@ -57,7 +57,12 @@ class ConvolutionalCodec(Codec):
         encoder += [Residual(width), Residual(width), nn.SiLU(), _zeroed(_convolution(width, channels))]
         self.encoder = nn.Sequential(*encoder)
 
-        decoder: list[nn.Module] = [_convolution(channels, width), Residual(width), Residual(width), Residual(width)]
+        decoder: list[nn.Module] = [
+            _convolution(channels, width),
+            Residual(width),
+            Residual(width),
+            Residual(width),
+        ]
         for coarser, finer in zip(widths[:0:-1], widths[-2::-1], strict=True):
             decoder += [_convolution(coarser, 4 * finer), nn.PixelShuffle(2), Residual(finer)]
         decoder += [nn.SiLU(), _zeroed(_convolution(widths[0], 12)), nn.PixelShuffle(2)]
@@ -74,26 +79,38 @@ class ConvolutionalCodec(Codec):
     def fit_components(self, images: Float[Tensor, "n 3 H W"]) -> None:
         """Set the linear part to the principal components of these images' patches (about white, not about their
         mean, so that white stays 0)."""
-        patches = nn.functional.pixel_unshuffle(1 - images, self.downsampling).transpose(0, 1).flatten(1).double()
+        patches = (
+            nn.functional.pixel_unshuffle(1 - images, self.downsampling).transpose(0, 1).flatten(1).double()
+        )
         _, vectors = torch.linalg.eigh(patches @ patches.t() / patches.shape[1])
         largest = vectors[:, -self.channels :].flip(1)
-        largest = largest * largest.sum(0).sign()  # the sign of an eigenvector is arbitrary: more ink, more latent
+        largest = (
+            largest * largest.sum(0).sign()
+        )  # the sign of an eigenvector is arbitrary: more ink, more latent
         self.synthesis.copy_(largest.float()[:, :, None, None])
         self.analysis.copy_(largest.t().float()[:, :, None, None])
 
     def _autocast(self, x: Tensor) -> torch.autocast:
-        fast = x.is_cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = (
+            x.is_cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and fast)
 
-    def encode(self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None) -> Float[Tensor, "n c h w"]:
+    def encode(
+        self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n c h w"]:
         ink = (1 - images).contiguous(memory_format=torch.channels_last)
-        linear = nn.functional.conv2d(nn.functional.pixel_unshuffle(ink, self.downsampling), self.analysis * self.scale)
+        linear = nn.functional.conv2d(
+            nn.functional.pixel_unshuffle(ink, self.downsampling), self.analysis * self.scale
+        )
         with self._autocast(ink):
             return linear + self.encoder(ink).float() * self.scale
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         latents = latents.contiguous(memory_format=torch.channels_last)
-        linear = nn.functional.pixel_shuffle(nn.functional.conv2d(latents, self.synthesis / self.scale), self.downsampling)
+        linear = nn.functional.pixel_shuffle(
+            nn.functional.conv2d(latents, self.synthesis / self.scale), self.downsampling
+        )
         with self._autocast(latents):
             return 1 - linear - self.decoder(latents / (self.scale * self.downsampling)).float()
 

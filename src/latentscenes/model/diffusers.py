@@ -35,14 +35,21 @@ class DiffusersCodec(Codec):
         self.downsampling = 2 ** (len(stages) - 1)
 
     @classmethod
-    def load(cls, name: str | Path, subfolder: str | None = None, allow_download: bool = False) -> "DiffusersCodec":
+    def load(
+        cls, name: str | Path, subfolder: str | None = None, allow_download: bool = False
+    ) -> "DiffusersCodec":
         """From a folder that holds config.json and .safetensors weights (or a pipeline's folder with such a `vae`
         folder inside), or from a name on the Hugging Face hub: from its local cache, or the hub itself if
         `allow_download`. In float32."""
         library = _diffusers()
         folder = Path(name).expanduser()
         local = folder.is_dir()
-        if local and subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        if (
+            local
+            and subfolder is None
+            and not (folder / "config.json").is_file()
+            and (folder / "vae" / "config.json").is_file()
+        ):
             subfolder = "vae"
         options: dict[str, Any] = {"local_files_only": local or not allow_download}
         if subfolder is not None:
@@ -51,7 +58,9 @@ class DiffusersCodec(Codec):
         try:
             config = library.AutoencoderKL.load_config(source, **options)
             kind = _class(library, config, source)
-            autoencoder = kind.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32, **options)
+            autoencoder = kind.from_pretrained(
+                source, use_safetensors=True, torch_dtype=torch.float32, **options
+            )
         except (OSError, ValueError) as error:  # what diffusers raises for absent, unreachable or unfit files
             reason = " ".join(str(error).split())[:300]
             advice = (
@@ -110,5 +119,7 @@ def _diffusers() -> ModuleType:
 def _class(library: ModuleType, config: dict[str, Any], source: str) -> type[nn.Module]:
     name = config.get("_class_name")
     if name not in CLASSES:
-        raise UserError(f"{source}: its config.json is of class {name!r}; only {' and '.join(CLASSES)} are known.")
+        raise UserError(
+            f"{source}: its config.json is of class {name!r}; only {' and '.join(CLASSES)} are known."
+        )
     return getattr(library, name)

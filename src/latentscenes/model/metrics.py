@@ -40,13 +40,17 @@ def ssim(a: Float[Tensor, "n 3 H W"], b: Float[Tensor, "n 3 H W"]) -> Float[Tens
     Computed in float64: the moments' differences cancel badly in flat regions.
     """
     if min(a.shape[-2:]) <= 2 * SSIM_RADIUS:
-        raise ValueError(f"SSIM needs images of at least {2 * SSIM_RADIUS + 1} pixels a side, got {tuple(a.shape[-2:])}.")
+        raise ValueError(
+            f"SSIM needs images of at least {2 * SSIM_RADIUS + 1} pixels a side, got {tuple(a.shape[-2:])}."
+        )
     a, b = a.clamp(0, 1).double(), b.clamp(0, 1).double()
     offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=a.dtype, device=a.device)
     window = torch.exp(-0.5 * (offsets / SSIM_SIGMA).square())
     window = window / window.sum()
 
-    moments = torch.stack([a, b, a * a, b * b, a * b])  # (5, n, 3, H, W), each smoothed along rows, then columns
+    moments = torch.stack(
+        [a, b, a * a, b * b, a * b]
+    )  # (5, n, 3, H, W), each smoothed along rows, then columns
     moments = functional.conv2d(moments.flatten(0, 2)[:, None], window.view(1, 1, 1, -1))
     moments = functional.conv2d(moments, window.view(1, 1, -1, 1))
     mean_a, mean_b, square_a, square_b, product = moments.view(5, *a.shape[:2], *moments.shape[-2:])
@@ -65,7 +69,7 @@ SHIFT_TOLERANT = ("stlpips-pytorch", "alex_shift_tolerant.pth")
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-"""Per-channel standardisation of images in [−1, 1], from the published weight files."""
+"""Per-channel standardization of images in [−1, 1], from the published weight files."""
 
 
 class Perceptual(nn.Module):
@@ -119,7 +123,10 @@ class Perceptual(nn.Module):
     def _shift_tolerant(cls, path: Path) -> "Perceptual":
         names = [f"net.slice{place}" for place in ("1.0", "2.5", "3.9", "4.11", "5.13")]
         advice = "Install stlpips-pytorch 0.0.2, whose layout is known, or uninstall it to do without."
-        return cls("ST-LPIPS (reconstructed)", *_assemble(read_weights(path), names, _shift_tolerant_stages(), str(path), advice))
+        return cls(
+            "ST-LPIPS (reconstructed)",
+            *_assemble(read_weights(path), names, _shift_tolerant_stages(), str(path), advice),
+        )
 
     @torch.no_grad()
     def forward(self, a: Float[Tensor, "n 3 H W"], b: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n"]:
@@ -139,7 +146,9 @@ class Blur(nn.Module):
     def forward(self, x: Float[Tensor, "n c H W"]) -> Float[Tensor, "n c h w"]:
         line = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
         kernel = torch.outer(line, line).expand(x.shape[1], 1, 3, 3)
-        return functional.conv2d(functional.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+        return functional.conv2d(
+            functional.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1]
+        )
 
 
 def _alexnet_stages() -> list[nn.Sequential]:

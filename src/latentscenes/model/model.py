@@ -1,4 +1,4 @@
-"""The one place where the parts meet: codec, normaliser, field and base planes, built from a Config.
+"""The one place where the parts meet: codec, normalizer, field and base planes, built from a Config.
 
 Scenes are not in here (see planes.py): a Model is what all of them share.
 """
@@ -44,7 +44,7 @@ class LatentView(NamedTuple):
 
 
 class Model(nn.Module):
-    """What scenes share. Latents here are always normalised, in (−1, 1)."""
+    """What scenes share. Latents here are always normalized, in (−1, 1)."""
 
     def __init__(self, config: Config, box: Box, pretrained: bool = True):
         """With `pretrained` off, `codec.path` is not read where the architecture is known without it: the weights are
@@ -55,7 +55,12 @@ class Model(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.codec = build_codec(config.codec, pretrained)
-            self.normalizer = Normalizer(config.normalizer.kind, self.codec.channels, scale=config.normalizer.scale, window=config.normalizer.window)
+            self.normalizer = Normalizer(
+                config.normalizer.kind,
+                self.codec.channels,
+                scale=config.normalizer.scale,
+                window=config.normalizer.window,
+            )
             self.field = self.random_field()
         self.bases = nn.Parameter(random_bases(config.planes, generator))
 
@@ -63,7 +68,9 @@ class Model(nn.Module):
         """A field with random weights (from torch's global generator)."""
         field = self.config.field
         channels = self.codec.channels + PREVIEW_CHANNELS * self.config.render.preview
-        return Field(self.config.planes.features, channels, field.hidden, field.frequencies, field.view_direction)
+        return Field(
+            self.config.planes.features, channels, field.hidden, field.frequencies, field.view_direction
+        )
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Parameters by the part that a stage learns or freezes, each with a unique name."""
@@ -75,15 +82,15 @@ class Model(nn.Module):
         }
 
     def encode(self, images: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c h w"]:
-        """Images in [0, 1] to normalised latents."""
+        """Images in [0, 1] to normalized latents."""
         return self.normalizer.normalize(self.codec.encode(images))
 
     def decode(self, latents: Float[Tensor, "v c h w"]) -> Float[Tensor, "v 3 H W"]:
-        """Normalised latents to images, about [0, 1]."""
+        """Normalized latents to images, about [0, 1]."""
         return self.codec.decode(self.normalizer.denormalize(latents))
 
     def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
-        """Normalised latent of a white image of that size in pixels."""
+        """Normalized latent of a white image of that size in pixels."""
         return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
 
     @property
@@ -136,7 +143,9 @@ class Model(nn.Module):
         behind = behind[None] if pixels is None else behind[pixels]
         empty = 1 - opacity[..., None]
         channels = self.codec.channels
-        return LatentView(features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity)
+        return LatentView(
+            features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,9 @@ class RenderedImages:
 
 
 @torch.no_grad()
-def render_images(model: Model, planes: FusedPlanes, cameras: Cameras, size: tuple[int, int], geometry: bool = True) -> RenderedImages:
+def render_images(
+    model: Model, planes: FusedPlanes, cameras: Cameras, size: tuple[int, int], geometry: bool = True
+) -> RenderedImages:
     """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
     are those of the latent's few rays."""
     background = model.background(*size)
@@ -172,8 +183,6 @@ def render_images(model: Model, planes: FusedPlanes, cameras: Cameras, size: tup
 def to_uint8(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:
     """Images in [0, 1] as bytes."""
     return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 
 
 def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
@@ -204,9 +213,17 @@ def _load_from_run(codec: Codec, path: Path) -> None:
     """Weights of the same codec learned by another run."""
     files = sorted(path.glob("checkpoints/*/shared.safetensors"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise UserError(f"codec.path: {path} holds no checkpoint of a run. Name a run folder of `latentscenes train`.")
-    state = {name.removeprefix("codec."): tensor for name, tensor in load_file(files[-1]).items() if name.startswith("codec.")}
+        raise UserError(
+            f"codec.path: {path} holds no checkpoint of a run. Name a run folder of `latentscenes train`."
+        )
+    state = {
+        name.removeprefix("codec."): tensor
+        for name, tensor in load_file(files[-1]).items()
+        if name.startswith("codec.")
+    }
     try:
         codec.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"codec.path: {path} learned another codec ({str(error).splitlines()[1].strip()[:120]}). Use the same codec settings.") from None
+        raise UserError(
+            f"codec.path: {path} learned another codec ({str(error).splitlines()[1].strip()[:120]}). Use the same codec settings."
+        ) from None

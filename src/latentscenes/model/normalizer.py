@@ -42,7 +42,9 @@ class Normalizer(nn.Module):
         if kind not in get_args(Kind):
             raise UserError(f"normalizer: no kind {kind!r}; choose one of {', '.join(get_args(Kind))}.")
         if scale <= 0 or window < 1:
-            raise UserError(f"normalizer: scale {scale} must be above 0 and window {window} at least 1 batch.")
+            raise UserError(
+                f"normalizer: scale {scale} must be above 0 and window {window} at least 1 batch."
+            )
         self.kind, self.window = kind, window
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("span", torch.full((channels,), 1 / scale if kind == "tanh" else 1.0))
@@ -110,4 +112,6 @@ class Normalizer(nn.Module):
         return scaled * self.span[:, None, None] + self.shift[:, None, None]
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, channels={len(self.shift)}" + (f", window={self.window}" if self.windowed else "")
+        return f"{self.kind!r}, channels={len(self.shift)}" + (
+            f", window={self.window}" if self.windowed else ""
+        )

@@ -41,7 +41,9 @@ class SceneParameters:
 
     def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneParameters":
         """Copies of the rows at `index`, as leaves that take gradients; on a device if tables lie elsewhere."""
-        return SceneParameters(**{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()})
+        return SceneParameters(
+            **{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()}
+        )
 
     def one_by_one(self) -> "Iterator[SceneParameters]":
         """Each scene by itself (n = 1)."""
@@ -82,17 +84,27 @@ def zero_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
 
 def mean_parameters(count: int, learned: SceneParameters) -> SceneParameters:
     """`count` rows that all equal the mean of learned ones."""
-    return SceneParameters(**{name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone() for name, table in learned.tables().items()})
+    return SceneParameters(
+        **{
+            name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone()
+            for name, table in learned.tables().items()
+        }
+    )
 
 
-def compose(rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+def compose(
+    rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str
+) -> Float[Tensor, "s 3 r r f"]:
     """Tri-planes of a batch of scenes as they are rendered: fused, then mixed."""
     planes = fuse(rows, bases, fusion)
     return mix(planes, rows.mixing) if rows.mixing.numel() else planes
 
 
 def fuse(
-    rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str, macro: Float[Tensor, "s 3 r r g"] | None = None
+    rows: SceneParameters,
+    bases: Float[Tensor, "k 3 r r g"],
+    fusion: str,
+    macro: Float[Tensor, "s 3 r r g"] | None = None,
 ) -> Float[Tensor, "s 3 r r f"]:
     """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can. `macro` is what
     `macro_planes` gave, where that is known already."""
@@ -116,13 +128,17 @@ def fuse_in_torch(
     return join(micro, macro_planes(weights, bias, bases), fusion)
 
 
-def macro_planes(weights: Float[Tensor, "s k"], bias: Float[Tensor, "s b"], bases: Float[Tensor, "k 3 r r g"]) -> Float[Tensor, "s 3 r r g"]:
+def macro_planes(
+    weights: Float[Tensor, "s k"], bias: Float[Tensor, "s b"], bases: Float[Tensor, "k 3 r r g"]
+) -> Float[Tensor, "s 3 r r g"]:
     """Σ_k w^k B_k, with the scene's bias if it has one."""
     macro = (weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
     return macro + bias[:, :, None, None, None] if bias.shape[1] else macro
 
 
-def join(micro: Float[Tensor, "s 3 r r m"], macro: Float[Tensor, "s 3 r r g"], fusion: str) -> Float[Tensor, "s 3 r r f"]:
+def join(
+    micro: Float[Tensor, "s 3 r r m"], macro: Float[Tensor, "s 3 r r g"], fusion: str
+) -> Float[Tensor, "s 3 r r f"]:
     """Beside each other, or their sum."""
     if not micro.shape[-1]:
         return macro

@@ -1,6 +1,6 @@
 """TAESD-family autoencoders from their published weight files: no diffusers needed.
 
-TAESD (Ollin Boer Bohan, MIT licence) distils large image autoencoders into a few convolutions:
+TAESD (Ollin Boer Bohan, MIT license) distils large image autoencoders into a few convolutions:
 
     encoder   convolution; per halving: a stride-2 convolution, then blocks; convolution to c channels
     decoder   soft clamp 3 tanh(z / 3); convolution, relu; per doubling: blocks, nearest upsampling, convolution;
@@ -32,13 +32,13 @@ class TinyCodec(Codec):
         self.encoder, self.decoder = _build(encoder, "encoder"), _build(decoder, "decoder")
         first, last = self.encoder[0].weight, self.encoder[-1].weight
         entrance, leaving = self.decoder[1].weight.shape[1], self.decoder[-1].weight.shape[0]
-        self.channels, colours = last.shape[0], first.shape[1]
+        self.channels, colors = last.shape[0], first.shape[1]
         halvings = sum(getattr(layer, "stride", None) == (2, 2) for layer in self.encoder)
         doublings = sum(isinstance(layer, nn.Upsample) for layer in self.decoder)
         self.downsampling = 2**halvings
-        if (colours, self.channels, halvings) != (leaving, entrance, doublings) or colours != 3:
+        if (colors, self.channels, halvings) != (leaving, entrance, doublings) or colors != 3:
             raise UserError(
-                f"tiny codec: the encoder turns {colours} channels into {self.channels} at 1/{2**halvings} size, the decoder "
+                f"tiny codec: the encoder turns {colors} channels into {self.channels} at 1/{2**halvings} size, the decoder "
                 f"{entrance} into {leaving} at {2**doublings} times the size. Give the two files of one autoencoder for RGB images."
             )
 
@@ -50,7 +50,9 @@ class TinyCodec(Codec):
         for part in ("encoder", "decoder"):
             found = [path for path in folder.glob(f"*{part}*") if path.suffix in (".pth", ".safetensors")]
             if len(found) != 1:
-                raise UserError(f"{folder}: found {len(found)} files *{part}*.pth or .safetensors, need exactly one.")
+                raise UserError(
+                    f"{folder}: found {len(found)} files *{part}*.pth or .safetensors, need exactly one."
+                )
             pair += found
         return cls.load(*pair)
 
@@ -93,7 +95,7 @@ class SoftClamp(nn.Module):
 
 
 class Block(nn.Module):
-    """Three 3x3 convolutions with a skip; with `hidden`, a normalised 1x1 bottleneck is added to the input first."""
+    """Three 3x3 convolutions with a skip; with `hidden`, a normalized 1x1 bottleneck is added to the input first."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 0):
         super().__init__()
@@ -138,7 +140,9 @@ def _layer(state: State, place: int, half: str) -> nn.Module:
     if (weight := state.get(f"{place}.weight")) is not None:
         biased = f"{place}.bias" in state
         stride = 2 if half == "encoder" and not biased else 1
-        return nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[-1], stride, weight.shape[-1] // 2, bias=biased)
+        return nn.Conv2d(
+            weight.shape[1], weight.shape[0], weight.shape[-1], stride, weight.shape[-1] // 2, bias=biased
+        )
     if (weight := state.get(f"{place}.conv.0.weight")) is not None:
         bottleneck = state.get(f"{place}.pool.0.weight")
         return Block(weight.shape[1], weight.shape[0], 0 if bottleneck is None else bottleneck.shape[0])

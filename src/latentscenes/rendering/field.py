@@ -1,7 +1,7 @@
 """A point in space to density and features: three planes read bilinearly, then a tiny network.
 
 Planes are stored channels last, (scene, plane, row, column, feature), so that the four texels around a point are
-four contiguous runs of memory. Texel k of r has its centre at (2k + 1) / r − 1; outside the planes all is zero.
+four contiguous runs of memory. Texel k of r has its center at (2k + 1) / r − 1; outside the planes all is zero.
 """
 
 import math
@@ -15,7 +15,11 @@ from latentscenes.core.config import Aggregation, Axes
 
 PLANE_AXES: dict[str, tuple[tuple[int, int], ...]] = {
     "xy,xz,yz": ((0, 1), (0, 2), (1, 2)),
-    "eg3d": ((0, 1), (0, 2), (2, 0)),  # the third plane repeats the second: y and z never meet (kept for comparison)
+    "eg3d": (
+        (0, 1),
+        (0, 2),
+        (2, 0),
+    ),  # the third plane repeats the second: y and z never meet (kept for comparison)
 }
 """For each plane, which coordinate runs along its columns and which along its rows."""
 
@@ -36,7 +40,9 @@ def sample_planes(
     read = []
     for k, (column, row) in enumerate(PLANE_AXES[axes]):
         grid = points[:, :, None, (column, row)]
-        sampled = nn.functional.grid_sample(images[:, k], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        sampled = nn.functional.grid_sample(
+            images[:, k], grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         read.append(sampled[..., 0].transpose(1, 2))
     if aggregation == "sum":
         return read[0] + read[1] + read[2]
@@ -66,7 +72,14 @@ class Field(nn.Module):
     view direction. Both are off by default, as published; the native kernel serves all but the encoding.
     """
 
-    def __init__(self, plane_features: int, channels: int, hidden: int = 64, frequencies: int = 0, view_direction: bool = False):
+    def __init__(
+        self,
+        plane_features: int,
+        channels: int,
+        hidden: int = 64,
+        frequencies: int = 0,
+        view_direction: bool = False,
+    ):
         super().__init__()
         self.frequencies, self.view_direction = frequencies, view_direction
         inputs = plane_features + 6 * frequencies + 3 * view_direction
@@ -88,7 +101,9 @@ class Field(nn.Module):
     ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b c"]]:
         inputs = [features]
         if self.frequencies:
-            octaves = math.pi * 2.0 ** torch.arange(self.frequencies, dtype=points.dtype, device=points.device)
+            octaves = math.pi * 2.0 ** torch.arange(
+                self.frequencies, dtype=points.dtype, device=points.device
+            )
             angles = (points[..., None] * octaves).flatten(-2)
             inputs += [angles.sin(), angles.cos()]
         if self.view_direction:

@@ -3,7 +3,7 @@
 This is the readable truth that every fast path in `kernels/` is tested against. Randomness comes in as
 numbers u in [0, 1), so a caller decides between jitter (u random) and determinism (u = 1/2).
 
-Quadrature: densities and features are averaged over the two ends of each interval between neighbouring
+Quadrature: densities and features are averaged over the two ends of each interval between neighboring
 samples; α = 1 − exp(−σδ), weights = α · transmittance (Max 1995, as used by NeRF, arXiv 2003.08934, eq. 3,
 with midpoints as in Mip-NeRF, arXiv 2103.13415).
 """
@@ -44,7 +44,7 @@ def importance(
 ) -> Float[Tensor, "*b m"]:
     """m samples distributed like `weights` over the intervals between the sorted `t`.
 
-    Weights are first widened to the larger of their neighbours, averaged, and padded (Mip-NeRF, eq. 18), so that
+    Weights are first widened to the larger of their neighbors, averaged, and padded (Mip-NeRF, eq. 18), so that
     a surface between two coarse samples is not missed. Stratified: slice k of m of the cumulative distribution is
     read at the fraction u[k], hence the result is sorted.
     """

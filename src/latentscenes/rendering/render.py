@@ -56,7 +56,10 @@ def camera_rays(
     else:
         near, far = (torch.full_like(origins[..., 0], bound) for bound in bounds)
     return Rays(
-        origins.reshape(scenes, -1, 3), directions.reshape(scenes, -1, 3), near.reshape(scenes, -1), far.reshape(scenes, -1)
+        origins.reshape(scenes, -1, 3),
+        directions.reshape(scenes, -1, 3),
+        near.reshape(scenes, -1),
+        far.reshape(scenes, -1),
     )
 
 
@@ -183,7 +186,9 @@ def render_rays(
         features, depth, opacity = native.render(texels, *network, *rays, u_coarse, u_fine, axes, aggregation)
     elif chosen == "triton":
         render = triton_kernel().render
-        features, depth, opacity = render(texels, *network, *rays, u_coarse, u_fine, axes, aggregation, precision)
+        features, depth, opacity = render(
+            texels, *network, *rays, u_coarse, u_fine, axes, aggregation, precision
+        )
     else:
         features, depth, opacity, _ = march_planes(texels, field, rays, u_coarse, u_fine, axes, aggregation)
     return Rendered(features, depth + (1 - opacity) * rays.far, opacity)

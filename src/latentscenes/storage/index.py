@@ -86,21 +86,31 @@ class Index:
         self.path = path
         self._lock = threading.RLock()
         if not path.is_file():
-            raise UserError(f"{path}: absent, so nobody knows what the shards beside it hold. Restore it from a copy of the library.")
+            raise UserError(
+                f"{path}: absent, so nobody knows what the shards beside it hold. Restore it from a copy of the library."
+            )
         if os.access(path.parent, os.W_OK):
             mode = "rw"
         else:  # without a journal nobody is writing, and none may be made here
             mode = "ro" if path.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
         try:
             self._connection = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=60
+                f"{path.resolve().as_uri()}?mode={mode}",
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=60,
             )
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
             self._connection.execute("PRAGMA foreign_keys = ON")
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: cannot be read ({error}). Restore it from a copy of the library.") from None
+            raise UserError(
+                f"{path}: cannot be read ({error}). Restore it from a copy of the library."
+            ) from None
         if found != VERSION:
-            raise UserError(f"{path}: an index of version {found}, but this version of latentscenes reads {VERSION}.")
+            raise UserError(
+                f"{path}: an index of version {found}, but this version of latentscenes reads {VERSION}."
+            )
 
     @classmethod
     def create(cls, path: Path) -> "Index":
@@ -119,13 +129,17 @@ class Index:
             try:
                 return self._connection.execute(question, values).fetchall()
             except sqlite3.DatabaseError as error:
-                raise UserError(f"{self.path}: cannot be read ({error}). Restore it from a copy of the library.") from None
+                raise UserError(
+                    f"{self.path}: cannot be read ({error}). Restore it from a copy of the library."
+                ) from None
 
     @property
     def version(self) -> tuple[int, int]:
         """Another one after every change, whoever made it."""
         with self._lock:
-            return self._connection.execute("PRAGMA data_version").fetchone()[0], self._connection.total_changes
+            return self._connection.execute("PRAGMA data_version").fetchone()[
+                0
+            ], self._connection.total_changes
 
     # Reading
 
@@ -151,28 +165,45 @@ class Index:
 
     def places(self) -> dict[str, Place]:
         """Of all scenes, in the order in which they were added."""
-        return {name: Place(*rest) for name, *rest in self._ask("SELECT name, shard, row, checksum FROM scenes ORDER BY id")}
+        return {
+            name: Place(*rest)
+            for name, *rest in self._ask("SELECT name, shard, row, checksum FROM scenes ORDER BY id")
+        }
 
     def known(self, names: Sequence[str]) -> set[str]:
         """Which of these names are taken."""
         found: set[str] = set()
         for start in range(0, len(names), BATCH):
             some = names[start : start + BATCH]
-            found |= {name for (name,) in self._ask(f"SELECT name FROM scenes WHERE name IN ({','.join('?' * len(some))})", some)}
+            found |= {
+                name
+                for (name,) in self._ask(
+                    f"SELECT name FROM scenes WHERE name IN ({','.join('?' * len(some))})", some
+                )
+            }
         return found
 
     def sources(self, dataset: str, split: Split) -> set[str]:
         """Names in a dataset of the scenes that were learned from that split of it."""
-        return {name for (name,) in self._ask("SELECT source FROM scenes WHERE dataset = ? AND split = ?", (dataset, split))}
+        return {
+            name
+            for (name,) in self._ask(
+                "SELECT source FROM scenes WHERE dataset = ? AND split = ?", (dataset, split)
+            )
+        }
 
     def thumbnail(self, name: str) -> bytes | None:
         """A PNG file."""
-        found = self._ask("SELECT png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene WHERE name = ?", (name,))
+        found = self._ask(
+            "SELECT png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene WHERE name = ?", (name,)
+        )
         return found[0][0] if found else None
 
     def shards(self) -> dict[int, tuple[int, int]]:
         """Of every shard: how many scenes were written into it, and how many of them are still there."""
-        rows = self._ask("SELECT shards.id, shards.scenes, count(scenes.id) FROM shards LEFT JOIN scenes ON scenes.shard = shards.id GROUP BY shards.id")
+        rows = self._ask(
+            "SELECT shards.id, shards.scenes, count(scenes.id) FROM shards LEFT JOIN scenes ON scenes.shard = shards.id GROUP BY shards.id"
+        )
         return {shard: (written, alive) for shard, written, alive in rows}
 
     def next_shard(self) -> int:
@@ -189,7 +220,9 @@ class Index:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                raise UserError(f"{self.path}: cannot be written ({error}). Check that the folder and its files may be written to.") from None
+                raise UserError(
+                    f"{self.path}: cannot be written ({error}). Check that the folder and its files may be written to."
+                ) from None
             try:
                 yield
             except BaseException:
@@ -203,11 +236,26 @@ class Index:
         run("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
         for row, (info, checksum, png) in enumerate(scenes):
             values = (
-                info.name, shard, row, checksum, info.precision, info.bytes, info.origin, info.dataset, info.split, info.source, info.added,
-                info.seconds, info.psnr, info.psnr_lost, json.dumps(info.tags),
-            )  # fmt: skip
+                info.name,
+                shard,
+                row,
+                checksum,
+                info.precision,
+                info.bytes,
+                info.origin,
+                info.dataset,
+                info.split,
+                info.source,
+                info.added,
+                info.seconds,
+                info.psnr,
+                info.psnr_lost,
+                json.dumps(info.tags),
+            )
             columns = "name, shard, row, checksum, precision, bytes, origin, dataset, split, source, added, seconds, psnr, psnr_lost, tags"
-            scene = run(f"INSERT INTO scenes ({columns}) VALUES ({','.join('?' * len(values))})", values).lastrowid
+            scene = run(
+                f"INSERT INTO scenes ({columns}) VALUES ({','.join('?' * len(values))})", values
+            ).lastrowid
             if png is not None:
                 run("INSERT INTO thumbnails VALUES (?, ?)", (scene, png))
 
@@ -223,12 +271,18 @@ class Index:
     def move(self, shard: int, names: Sequence[str]) -> None:
         """Scenes now lie in a new shard, in this order."""
         self._connection.execute("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(names)))
-        self._connection.executemany("UPDATE scenes SET shard = ?, row = ? WHERE name = ?", [(shard, row, name) for row, name in enumerate(names)])
+        self._connection.executemany(
+            "UPDATE scenes SET shard = ?, row = ? WHERE name = ?",
+            [(shard, row, name) for row, name in enumerate(names)],
+        )
 
-    def restate(self, name: str, checksum: str, precision: StoragePrecision, size: int, psnr_lost: float | None) -> None:
+    def restate(
+        self, name: str, checksum: str, precision: StoragePrecision, size: int, psnr_lost: float | None
+    ) -> None:
         """A scene is now stored otherwise."""
         self._connection.execute(
-            "UPDATE scenes SET checksum = ?, precision = ?, bytes = ?, psnr_lost = ? WHERE name = ?", (checksum, precision, size, psnr_lost, name)
+            "UPDATE scenes SET checksum = ?, precision = ?, bytes = ?, psnr_lost = ? WHERE name = ?",
+            (checksum, precision, size, psnr_lost, name),
         )
 
     def forget_shards(self, shards: Iterable[int]) -> None:
@@ -240,4 +294,6 @@ class Index:
 
 
 def _info(row: tuple) -> SceneInfo:
-    return SceneInfo(*row[:-1], tags={} if row[-1] == "{}" else json.loads(row[-1]))  # 100,000 times where all are listed
+    return SceneInfo(
+        *row[:-1], tags={} if row[-1] == "{}" else json.loads(row[-1])
+    )  # 100,000 times where all are listed

@@ -2,10 +2,10 @@
 
     library.json                what it is: box, picture size, where the model came from, its checksum
     config.yaml                 every setting
-    model/shared.safetensors    codec, normaliser, field, base planes; never changes
+    model/shared.safetensors    codec, normalizer, field, base planes; never changes
     model/start.safetensors     where new scenes start: the mean of those of stage 1
     index.sqlite                one line per scene (index.py)
-    shards/000001.safetensors   scenes, stacked tensor by tensor (quantise.py); written once
+    shards/000001.safetensors   scenes, stacked tensor by tensor (quantize.py); written once
     work/                       what is being learned
     lock                        held while somebody writes
 
@@ -32,7 +32,15 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import file_checksum, locked, now, payload_checksum, write_json, write_tensors, writing_to
+from latentscenes.core.files import (
+    file_checksum,
+    locked,
+    now,
+    payload_checksum,
+    write_json,
+    write_tensors,
+    writing_to,
+)
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.index import FILE, Index, Place, SceneInfo
@@ -48,7 +56,20 @@ TRIES = 5
 """Times that a reader asks anew where a scene lies, when it was moved between the question and the reading."""
 SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
 """Scores of held-out views and of those learned from. They end with the next change of the library."""
-OURS = {"library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl", SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm"}
+OURS = {
+    "library.json",
+    "config.yaml",
+    "model",
+    "shards",
+    "work",
+    "lock",
+    "metrics.jsonl",
+    SCORES,
+    FIT_SCORES,
+    FILE,
+    f"{FILE}-wal",
+    f"{FILE}-shm",
+}
 
 
 @dataclass(frozen=True)
@@ -101,23 +122,47 @@ class LibraryFolder:
     def open(cls, path: str | Path) -> "LibraryFolder":
         path = Path(path)
         if not cls.exists(path):
-            raise UserError(f"{path}: no library here (library.json is absent). Make one with `latentscenes exploit`.")
+            raise UserError(
+                f"{path}: no library here (library.json is absent). Make one with `latentscenes exploit`."
+            )
         try:
             raw = json.loads((path / "library.json").read_text())
             if raw.get("format") != FORMAT:
-                raise UserError(f"{path}: a library of format {raw.get('format')!r}, but this version reads {FORMAT!r}.")
+                raise UserError(
+                    f"{path}: a library of format {raw.get('format')!r}, but this version reads {FORMAT!r}."
+                )
             values = {name: raw[name] for name in LibraryInfo.__dataclass_fields__ if name in raw}
-            tuples = {part: {name: tuple(value) if isinstance(value, list) else value for name, value in raw[part].items()} for part in ("box", "view")}
+            tuples = {
+                part: {
+                    name: tuple(value) if isinstance(value, list) else value
+                    for name, value in raw[part].items()
+                }
+                for part in ("box", "view")
+            }
             info = LibraryInfo(**values | {"box": Box(**tuples["box"]), "view": Viewpoint(**tuples["view"])})
-            checksums = raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}  # of earlier versions
+            checksums = (
+                raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}
+            )  # of earlier versions
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy.") from None
+            raise UserError(
+                f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy."
+            ) from None
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{path / 'config.yaml'}: absent, and nothing here can be read without it. Restore it from a copy of this library.")
+            raise UserError(
+                f"{path / 'config.yaml'}: absent, and nothing here can be read without it. Restore it from a copy of this library."
+            )
         return cls(path, config_io.load(path / "config.yaml"), info, checksums)
 
     @classmethod
-    def create(cls, path: str | Path, config: Config, info: LibraryInfo, model: Model, start: SceneParameters, scenes: Sequence[NewScene] = ()) -> "LibraryFolder":
+    def create(
+        cls,
+        path: str | Path,
+        config: Config,
+        info: LibraryInfo,
+        model: Model,
+        start: SceneParameters,
+        scenes: Sequence[NewScene] = (),
+    ) -> "LibraryFolder":
         """Make a library with some first scenes. It exists once everything is written.
 
         Raises:
@@ -131,7 +176,9 @@ class LibraryFolder:
             path.mkdir(parents=True, exist_ok=True)
         with locked(path / "lock", True, f"{path}: another process is making it"):
             if cls.exists(path):  # it was, while this one waited
-                raise UserError(f"{path}: another process has just made a library there. The same command again goes on with it.")
+                raise UserError(
+                    f"{path}: another process has just made a library there. The same command again goes on with it."
+                )
             for leftover in (path / "shards", path / "model"):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.mkdir()
@@ -145,7 +192,10 @@ class LibraryFolder:
             store = cls(path, config, info, checksums)
             if scenes:
                 store._append(scenes)
-            write_json(path / "library.json", {"format": FORMAT, **asdict(info), "checksums": checksums, "made": now(), **circumstances()})
+            write_json(
+                path / "library.json",
+                {"format": FORMAT, **asdict(info), "checksums": checksums, "made": now(), **circumstances()},
+            )
         return store
 
     def close(self) -> None:
@@ -156,7 +206,9 @@ class LibraryFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only writer."""
-        with locked(self.path / "lock", self.wait, f"{self.path}: another process is writing to this library"):
+        with locked(
+            self.path / "lock", self.wait, f"{self.path}: another process is writing to this library"
+        ):
             yield
             for scores in (SCORES, FIT_SCORES):
                 (self.path / scores).unlink(missing_ok=True)
@@ -188,7 +240,9 @@ class LibraryFolder:
                 return
         except (OSError, SafetensorError) as error:
             what = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise UserError(f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model.") from None
+            raise UserError(
+                f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model."
+            ) from None
 
     def starting_scene(self) -> SceneParameters:
         """Where new scenes start (n = 1): the mean of stage 1."""
@@ -196,7 +250,9 @@ class LibraryFolder:
         self._readable(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
         mixing = zero_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
-        return SceneParameters(**tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing})
+        return SceneParameters(
+            **tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing}
+        )
 
     # Scenes
 
@@ -219,10 +275,14 @@ class LibraryFolder:
             except FileNotFoundError:
                 continue
             except SafetensorError as error:
-                raise UserError(f"{self.shard_file(place.shard)}: cannot be read ({error}). `latentscenes library verify` tells which scenes are lost.") from None
+                raise UserError(
+                    f"{self.shard_file(place.shard)}: cannot be read ({error}). `latentscenes library verify` tells which scenes are lost."
+                ) from None
         if self.index.place(name) is None:
             raise UserError(f"{self.path}: no scene {name!r} here.")
-        raise UserError(f"{self.shard_file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
+        raise UserError(
+            f"{self.shard_file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost."
+        )
 
     def all_weights(self) -> tuple[list[str], torch.Tensor]:
         """Names of all scenes, in the order in which they were added, and their weights over the base planes (n, M);
@@ -234,8 +294,12 @@ class LibraryFolder:
             except FileNotFoundError:
                 continue
             except SafetensorError as error:
-                raise UserError(f"{self.path}: a shard cannot be read ({error}). `latentscenes library verify` tells which scenes are lost.") from None
-        raise UserError(f"{self.path}: a shard is absent, though the index lists it. `latentscenes library verify` tells which scenes are lost.")
+                raise UserError(
+                    f"{self.path}: a shard cannot be read ({error}). `latentscenes library verify` tells which scenes are lost."
+                ) from None
+        raise UserError(
+            f"{self.path}: a shard is absent, though the index lists it. `latentscenes library verify` tells which scenes are lost."
+        )
 
     def _weights_at(self, places: Sequence[Place]) -> torch.Tensor:
         planes = self.config.planes
@@ -260,14 +324,21 @@ class LibraryFolder:
     def _append(self, scenes: Sequence[NewScene]) -> None:
         names = [scene.info.name for scene in scenes]
         if taken := self.index.known(names) or {name for name in names if names.count(name) > 1}:
-            raise UserError(f"{self.path}: a scene {min(taken)!r} is there already. Rename or remove it first.")
-        groups = [list(group) for _, group in itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))]
+            raise UserError(
+                f"{self.path}: a scene {min(taken)!r} is there already. Rename or remove it first."
+            )
+        groups = [
+            list(group) for _, group in itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))
+        ]
         first = self.index.next_shard()
         for number, group in enumerate(groups, first):
             self.write_shard(number, [scene.payload for scene in group])
         with self.index.transaction():
             for number, group in enumerate(groups, first):
-                self.index.add(number, [(scene.info, payload_checksum(scene.payload), scene.thumbnail) for scene in group])
+                self.index.add(
+                    number,
+                    [(scene.info, payload_checksum(scene.payload), scene.thumbnail) for scene in group],
+                )
 
     def remove(self, names: Sequence[str]) -> None:
         """Take scenes out; `compact` gives their room back."""
@@ -291,7 +362,9 @@ class LibraryFolder:
         with self.writing():
             self._check_names([name])
             info = self.index.info(name)
-            kept = {key: value for key, value in ((info.tags if info else {}) | tags).items() if value is not None}
+            kept = {
+                key: value for key, value in ((info.tags if info else {}) | tags).items() if value is not None
+            }
             with self.index.transaction():
                 self.index.tag(name, kept)
 

@@ -21,7 +21,15 @@ from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.library import SHARED, START, LibraryFolder, NewScene
-from latentscenes.storage.quantize import PRECISIONS, Payload, check_precision, pack, payload_bytes, payload_kind, unpack
+from latentscenes.storage.quantize import (
+    PRECISIONS,
+    Payload,
+    check_precision,
+    pack,
+    payload_bytes,
+    payload_kind,
+    unpack,
+)
 
 SHARD_BYTES = 64 << 20
 """Shards are merged to about this size."""
@@ -87,9 +95,15 @@ def compact(store: LibraryFolder) -> int:
     before = folder_bytes(store.path / "shards")
     with store.writing():
         shards = store.index.shards()
-        worn = {shard for shard, (written, alive) in shards.items() if alive < written or _is_small(store, shard)}
+        worn = {
+            shard for shard, (written, alive) in shards.items() if alive < written or _is_small(store, shard)
+        }
         if len(worn) > 1 or any(alive < written for written, alive in shards.values()):
-            _rewrite(store, [name for name, place in store.index.places().items() if place.shard in worn], lambda name, payload: None)
+            _rewrite(
+                store,
+                [name for name, place in store.index.places().items() if place.shard in worn],
+                lambda name, payload: None,
+            )
         _drop_orphans(store)
         _drop_work(store)
         store.index.vacuum()
@@ -130,9 +144,17 @@ def dial(store: LibraryFolder, device: torch.device | str = "cpu") -> list[Setti
     model, settings = store.model(device), []
     chosen = [(infos[place], store.payload(infos[place].name)) for place in spread_evenly(places, SAMPLE)]
     for precision in PRECISIONS[finest:]:
-        coarse = [pack(unpack(payload, store.config.planes), precision) if precision != info.precision else payload for info, payload in chosen]
-        lost = [loss(store, model, payload, other, info.psnr) for (info, payload), other in zip(chosen, coarse, strict=True)]
-        settings.append(Setting(precision, sum(map(payload_bytes, coarse)) / len(chosen), sum(lost) / len(chosen)))
+        coarse = [
+            pack(unpack(payload, store.config.planes), precision) if precision != info.precision else payload
+            for info, payload in chosen
+        ]
+        lost = [
+            loss(store, model, payload, other, info.psnr)
+            for (info, payload), other in zip(chosen, coarse, strict=True)
+        ]
+        settings.append(
+            Setting(precision, sum(map(payload_bytes, coarse)) / len(chosen), sum(lost) / len(chosen))
+        )
     return settings
 
 
@@ -140,7 +162,9 @@ def dial(store: LibraryFolder, device: torch.device | str = "cpu") -> list[Setti
 def loss(store: LibraryFolder, model: Model, fine: Payload, coarse: Payload, psnr: float) -> float:
     """dB of PSNR against the truth that a coarser payload loses, from renders of both: their mean squared difference
     is added to the squared error that `psnr` says, since rounding knows nothing of that error."""
-    if payload_kind(fine) == payload_kind(coarse) and all(torch.equal(fine[name], coarse[name]) for name in fine):
+    if payload_kind(fine) == payload_kind(coarse) and all(
+        torch.equal(fine[name], coarse[name]) for name in fine
+    ):
         return 0.0
     view, device = store.info.view, model.bases.device
 
@@ -162,7 +186,9 @@ def export(store: LibraryFolder, names: Sequence[str], out: str | Path) -> int:
     if LibraryFolder.exists(out):
         target = LibraryFolder.open(out)
         if target.checksums[SHARED] != store.checksums[SHARED]:
-            raise UserError(f"{out}: a library of another model, which cannot render scenes of {store.path}. Name a new folder.")
+            raise UserError(
+                f"{out}: a library of another model, which cannot render scenes of {store.path}. Name a new folder."
+            )
     else:
         target = LibraryFolder.create(out, store.config, store.info, store.model(), store.starting_scene())
     ours, theirs = store.index.places(), target.index.places()
@@ -187,14 +213,18 @@ def checked_payload(store: LibraryFolder, name: str) -> Payload:
     """A scene as it is stored, compared with its checksum."""
     payload, place = store.payload(name), store.index.place(name)
     if place is None or payload_checksum(payload) != place.checksum:
-        raise UserError(f"{store.path}: scene {name!r} is damaged. Remove it, or restore its shard from a copy, and begin again.")
+        raise UserError(
+            f"{store.path}: scene {name!r} is damaged. Remove it, or restore its shard from a copy, and begin again."
+        )
     return payload
 
 
 # Moving scenes, for holders of the library's lock
 
 
-def _rewrite(store: LibraryFolder, names: Iterable[str], change: Callable[[str, Payload], Change | None]) -> None:
+def _rewrite(
+    store: LibraryFolder, names: Iterable[str], change: Callable[[str, Payload], Change | None]
+) -> None:
     """Move scenes to new shards, changed or (None) as they are."""
     batch: list[tuple[str, Payload, Change | None]] = []
     size = 0
@@ -218,7 +248,13 @@ def _commit(store: LibraryFolder, batch: Sequence[tuple[str, Payload, Change | N
         index.move(number, [name for name, _, _ in batch])
         for name, payload, changed in batch:
             if changed:
-                index.restate(name, payload_checksum(payload), changed.precision, payload_bytes(payload), changed.psnr_lost)
+                index.restate(
+                    name,
+                    payload_checksum(payload),
+                    changed.precision,
+                    payload_bytes(payload),
+                    changed.psnr_lost,
+                )
     _drop_orphans(store)
 
 

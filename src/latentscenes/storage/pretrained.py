@@ -1,8 +1,8 @@
 """Models that come with the package: a library's shared parts without its scenes, ready for new objects of the kind.
 
-    models/NAME/library.json, config.yaml, index.sqlite    as in a library
-    models/NAME/model/*.safetensors                        in half precision
-    models/NAME/CARD.md                                    what it learned from, how, how well it does
+models/NAME/library.json, config.yaml, index.sqlite    as in a library
+models/NAME/model/*.safetensors                        in half precision
+models/NAME/CARD.md                                    what it learned from, how, how well it does
 """
 
 import dataclasses
@@ -63,17 +63,33 @@ def export_model(source: LibraryFolder, out: Path) -> int:
         write_tensors(out / "model" / name, halves)
     Index.create(out / FILE).close()
     plain = sqlite3.connect(out / FILE)
-    plain.execute("PRAGMA journal_mode = DELETE")  # nothing will be written to it, so reading need leave nothing beside it
+    plain.execute(
+        "PRAGMA journal_mode = DELETE"
+    )  # nothing will be written to it, so reading need leave nothing beside it
     plain.close()
     (out / "config.yaml").write_text((source.path / "config.yaml").read_text())
     known = json.loads((source.path / "library.json").read_text())
-    kept = {key: known[key] for key in ("format", "box", "view", "precision", "parent_seconds", "parent_scenes", "finetuned_from", "versions")}
+    kept = {
+        key: known[key]
+        for key in (
+            "format",
+            "box",
+            "view",
+            "precision",
+            "parent_seconds",
+            "parent_scenes",
+            "finetuned_from",
+            "versions",
+        )
+    }
     checksums = {name: file_checksum(out / "model" / name) for name in (SHARED, START)}
     write_json(out / "library.json", kept | {"parent": out.name, "checksums": checksums, "made": now()})
     return sum((out / "model" / name).stat().st_size for name in (SHARED, START))
 
 
-def library_from_model(out: Path, source: LibraryFolder, config: Config, precision: StoragePrecision | None) -> LibraryFolder:
+def library_from_model(
+    out: Path, source: LibraryFolder, config: Config, precision: StoragePrecision | None
+) -> LibraryFolder:
     """Make an empty library with the shared parts of another one, or of a shipped model."""
     info = dataclasses.replace(source.info, precision=precision or source.info.precision)
     return LibraryFolder.create(out, config, info, source.model(), source.starting_scene())

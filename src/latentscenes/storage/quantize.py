@@ -1,7 +1,7 @@
 """A scene's rows as bytes: exactly, in half precision, or as few levels per texel as its pictures need.
 
 Integers: each micro plane and feature has its own step, its largest magnitude / (2^(bits − 1) − 1), and texels are
-rounded to it (uniform mid-tread quantisation). The codes are then deflated (RFC 1951, zlib): they gather around zero, so
+rounded to it (uniform mid-tread quantization). The codes are then deflated (RFC 1951, zlib): they gather around zero, so
 fewer bits make smaller streams even below the byte that holds each. Weights and bias are tiny and stay float32; a scene's
 mixing of features is held in half precision.
 """
@@ -38,7 +38,9 @@ def check_precision(name: str) -> StoragePrecision:
 
 def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
     """What to store of one scene (n = 1). Empty tables are left out."""
-    payload = {name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneParameters.NAMES}
+    payload = {
+        name: getattr(rows, name)[0].detach().cpu().float().contiguous() for name in SceneParameters.NAMES
+    }
     micro = payload.pop("micro")
     if precision != "float32":
         payload["mixing"] = payload["mixing"].half()
@@ -46,7 +48,9 @@ def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
         payload["micro"] = micro
     elif precision == "float16":
         if micro.abs().max() > torch.finfo(torch.float16).max:
-            raise UserError("precision: float16 cannot hold this scene's planes, which reach beyond 65504. Use float32 or an int precision.")
+            raise UserError(
+                "precision: float16 cannot hold this scene's planes, which reach beyond 65504. Use float32 or an int precision."
+            )
         payload["micro"] = micro.half()
     else:
         scale, stream = _deflate(micro, int(precision.removeprefix("int")))
@@ -61,7 +65,9 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
     if f"micro.{STREAM}" in payload:
         micro = _inflate(payload["micro.scale"], payload[f"micro.{STREAM}"], side)
     else:
-        micro = torch.from_numpy(payload.get("micro", torch.zeros(3, side, side, 0)).numpy().astype(np.float32))
+        micro = torch.from_numpy(
+            payload.get("micro", torch.zeros(3, side, side, 0)).numpy().astype(np.float32)
+        )
     weights, bias = (payload.get(name, torch.zeros(0)) for name in ("weights", "bias"))
     mixing = payload.get("mixing", torch.zeros(0, 0)).float()
     return SceneParameters(micro[None], weights[None], bias[None], mixing[None])
@@ -81,7 +87,14 @@ def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor
     """Steps (3, m) and the deflated codes, plane by plane and feature by feature."""
     top = 2 ** (bits - 1) - 1
     scale = (micro.abs().amax((1, 2)) / top).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = (micro / scale[:, None, None]).round().clamp(-top, top).to(torch.int8).permute(0, 3, 1, 2).contiguous()
+    codes = (
+        (micro / scale[:, None, None])
+        .round()
+        .clamp(-top, top)
+        .to(torch.int8)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
     return scale, torch.from_numpy(np.frombuffer(zlib.compress(codes.numpy().tobytes(), 6), np.uint8).copy())
 
 

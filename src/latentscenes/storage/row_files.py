@@ -91,7 +91,9 @@ class RowFiles:
         size = 8 + len(TABLES) * self.tables["micro"][0].nbytes
         if path.exists():
             with open(path, "rb") as stream:
-                while len(record := stream.read(size)) == size:  # the last one may be torn: then its row has not changed
+                while (
+                    len(record := stream.read(size)) == size
+                ):  # the last one may be torn: then its row has not changed
                     row = int(np.frombuffer(record, np.int64, 1)[0])
                     values = np.frombuffer(record, np.float32, offset=8).reshape(len(TABLES), *self.shape[1:])
                     for name, value in zip(TABLES, values, strict=True):
@@ -103,7 +105,9 @@ class RowFiles:
         return self.folder / f"journal-{total}.bin"
 
 
-def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torch.Generator) -> tuple[SceneParameters, RowFiles]:
+def rows_on_disk(
+    folder: Path, count: int, config: PlanesConfig, generator: torch.Generator
+) -> tuple[SceneParameters, RowFiles]:
     """The rows of a run whose micro planes lie in files: random ones if the files are new. Weights stay in memory."""
     small = random_parameters(count, dataclasses.replace(config, micro=0), generator)
     folder.mkdir(exist_ok=True)
@@ -121,7 +125,9 @@ def rows_on_disk(folder: Path, count: int, config: PlanesConfig, generator: torc
 def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
     """The micro planes of a run that stands still, mapped for reading (changes to the tensor are not written)."""
     if any(folder.glob("journal-*.bin")):
-        raise UserError(f"{folder.parent}: this run is being learned, or was interrupted. Run its `latentscenes train` command again first.")
+        raise UserError(
+            f"{folder.parent}: this run is being learned, or was interrupted. Run its `latentscenes train` command again first."
+        )
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     return torch.from_numpy(np.memmap(folder / "micro.bin", np.float32, "c", shape=shape))
 

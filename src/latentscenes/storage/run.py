@@ -79,8 +79,12 @@ class Run:
         path = Path(path)
         if (path / "run.json").is_file():
             run = cls.open(path)
-            if run.config != config or any(getattr(run.info, name) != getattr(info, name) for name in ("kind", "scenes", "box")):
-                raise UserError(f"{path}: holds a run with other settings, other scenes or another box. Name another folder, or remove this one.")
+            if run.config != config or any(
+                getattr(run.info, name) != getattr(info, name) for name in ("kind", "scenes", "box")
+            ):
+                raise UserError(
+                    f"{path}: holds a run with other settings, other scenes or another box. Name another folder, or remove this one."
+                )
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
@@ -97,9 +101,14 @@ class Run:
         try:
             meta = json.loads((path / "run.json").read_text())
         except json.JSONDecodeError as error:
-            raise UserError(f"{path / 'run.json'}: not valid JSON ({error}). Start the run again in a new folder.") from None
+            raise UserError(
+                f"{path / 'run.json'}: not valid JSON ({error}). Start the run again in a new folder."
+            ) from None
         box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
-        info = RunInfo(**{name: meta[name] for name in ("kind", "data", "split", "scenes", "parent", "parent_seconds")}, box=box)
+        info = RunInfo(
+            **{name: meta[name] for name in ("kind", "data", "split", "scenes", "parent", "parent_seconds")},
+            box=box,
+        )
         return cls(path, config_io.load(path / "config.yaml"), info)
 
     def lock(self) -> None:
@@ -108,7 +117,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path}: another process is working on this run. Wait for it, or name another folder.") from None
+            raise UserError(
+                f"{self.path}: another process is working on this run. Wait for it, or name another folder."
+            ) from None
 
     def unlock(self) -> None:
         """Let others write."""
@@ -117,8 +128,12 @@ class Run:
     # Checkpoints
 
     def _newest(self) -> Path | None:
-        found = [path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()]
-        return max(found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None)
+        found = [
+            path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()
+        ]
+        return max(
+            found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None
+        )
 
     def save(self, model: Model, rows: SceneParameters, state: dict[str, Tensor], position: Position) -> None:
         """Write a checkpoint and drop the one before."""
@@ -132,7 +147,9 @@ class Run:
         if self.files:
             self.files.flush()
         _write_json(partial / "state.json", asdict(position))
-        if target.exists():  # the end of a stage after a step that was saved already; `.old` counts until it is replaced
+        if (
+            target.exists()
+        ):  # the end of a stage after a step that was saved already; `.old` counts until it is replaced
             target.rename(target.with_name(f"{target.name}.old"))
         partial.rename(target)
         if self.files:
@@ -143,7 +160,9 @@ class Run:
 
     def _unfiled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of a checkpoint: all, or all but the micro planes and moments that lie in files."""
-        return {name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))}
+        return {
+            name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))
+        }
 
     def begin_parameters(self, device: torch.device) -> SceneParameters:
         """Fresh random rows for the run's scenes: in memory, or in files where they belong there."""
@@ -176,7 +195,9 @@ class Run:
         saved = _load(file)
         for name, tensor in self._unfiled(tensors).items():
             if name not in saved or saved[name].shape != tensor.shape:
-                raise UserError(f"{file.parent}: {name} is absent or of another shape; this checkpoint belongs to other settings.")
+                raise UserError(
+                    f"{file.parent}: {name} is absent or of another shape; this checkpoint belongs to other settings."
+                )
             tensor.copy_(saved[name])
 
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
@@ -202,13 +223,17 @@ class Run:
     def _learned(self) -> Path:
         newest = self._newest()
         if newest is None:
-            raise UserError(f"{self.path}: nothing has been learned yet. Run the command that started it again.")
+            raise UserError(
+                f"{self.path}: nothing has been learned yet. Run the command that started it again."
+            )
         return newest
 
     @property
     def finished(self) -> bool:
         """Whether every stage is done."""
-        return self.position.stage >= len(self.config.train if self.info.kind == "train" else self.config.exploit)
+        return self.position.stage >= len(
+            self.config.train if self.info.kind == "train" else self.config.exploit
+        )
 
     # Metrics
 
@@ -216,7 +241,11 @@ class Run:
         """Drop lines of steps that a crash undid."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["total"] <= total]
+            lines = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["total"] <= total
+            ]
             _write_text(path, "".join(f"{line}\n" for line in lines))
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -248,14 +277,18 @@ def fill_model(model: Model, path: Path) -> None:
         model.load_state_dict(_load(path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: does not fit this version's model ({reason} …). Learn the run again in a new folder.") from None
+        raise UserError(
+            f"{path}: does not fit this version's model ({reason} …). Learn the run again in a new folder."
+        ) from None
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own kinds
-        raise UserError(f"{path}: cannot be read ({error}). It is the only checkpoint kept: remove the run folder and start again.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}). It is the only checkpoint kept: remove the run folder and start again."
+        ) from None
 
 
 def _write_text(path: Path, text: str) -> None:

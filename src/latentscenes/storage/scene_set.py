@@ -59,13 +59,18 @@ class SceneSet(ABC):
         return other
 
     @staticmethod
-    def of_table(model: Model, parameters: SceneParameters, names: Sequence[str], label: str = "") -> "SceneSet":
+    def of_table(
+        model: Model, parameters: SceneParameters, names: Sequence[str], label: str = ""
+    ) -> "SceneSet":
         """Scenes in memory: row k of the parameters is the scene names[k]."""
         return _ScenesInMemory(model, parameters, names, label)
 
     @staticmethod
     def open(
-        path: str | Path, data: str | Path | None = None, split: Split | None = None, device: torch.device | str = "cpu"
+        path: str | Path,
+        data: str | Path | None = None,
+        split: Split | None = None,
+        device: torch.device | str = "cpu",
     ) -> "StoredScenes":
         """Opens the scenes of a run folder, or those scenes of a library that were learned from one dataset and split:
         from the given ones, otherwise from those of its newest scene (scenes of stage 1 only if there are no others).
@@ -95,7 +100,9 @@ class SceneSet(ABC):
         return LibraryScenes(library, "", "new", names, names, device)
 
     @staticmethod
-    def of_run(run: Run, data: str | Path | None = None, device: torch.device | str = "cpu") -> "StoredScenes":
+    def of_run(
+        run: Run, data: str | Path | None = None, device: torch.device | str = "cpu"
+    ) -> "StoredScenes":
         """The scenes of an opened run."""
         return RunScenes(run, data, device)
 
@@ -113,9 +120,14 @@ class StoredScenes(SceneSet):
     """Scenes of one dataset in a folder. The model and the scenes are read when first used."""
 
     def __init__(
-        self, folder: Run | LibraryFolder, data: str, split: Split, names: tuple[str, ...], sources: tuple[str, ...],
+        self,
+        folder: Run | LibraryFolder,
+        data: str,
+        split: Split,
+        names: tuple[str, ...],
+        sources: tuple[str, ...],
         device: torch.device | str,
-    ):  # fmt: skip
+    ):
         self.path, self.config, self.box = folder.path, folder.config, folder.info.box
         self.data, self.split, self.names = data, split, names
         self._sources, self._device = sources, device
@@ -260,9 +272,14 @@ class LibraryScenes(StoredScenes):
     """Some scenes of a library."""
 
     def __init__(
-        self, library: LibraryFolder, data: str, split: Split, names: tuple[str, ...], sources: tuple[str, ...],
+        self,
+        library: LibraryFolder,
+        data: str,
+        split: Split,
+        names: tuple[str, ...],
+        sources: tuple[str, ...],
         device: torch.device | str,
-    ):  # fmt: skip
+    ):
         super().__init__(library, data, split, names, sources, device)
         self._library = library
 

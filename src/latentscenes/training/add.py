@@ -49,14 +49,20 @@ def learn_from_pictures(
     """Learn one scene and append it; gives its name. See Library.add."""
     config = frozen(store.config)
     if not config.exploit:
-        raise UserError(f"{store.path}: its configuration lists no exploit stages, so it does not say how to learn a scene. Add some to config.yaml.")
+        raise UserError(
+            f"{store.path}: its configuration lists no exploit stages, so it does not say how to learn a scene. Add some to config.yaml."
+        )
     if not name.strip() or store.index.known([name]):
-        raise UserError(f"{store.path}: {f'a scene {name!r} is there already' if name.strip() else 'the name is empty'}. Choose another name.")
+        raise UserError(
+            f"{store.path}: {f'a scene {name!r} is there already' if name.strip() else 'the name is empty'}. Choose another name."
+        )
     model = store.model(device)
     pictures = checked_pictures(images, masks, model.codec.downsampling)
     _check_cameras(store, cameras, len(pictures))
     with work_folder(store) as work:
-        with DatasetWriter(work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python") as writer:
+        with DatasetWriter(
+            work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python"
+        ) as writer:
             writer.add(name, pictures, cameras, "new", held_out=())
             writer.finish(store.info.box)
         views = PosedImages.open(work / "views")
@@ -89,17 +95,28 @@ def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> U
         raise UserError(f"images: must be (v, H, W, 3), RGB, one picture at least; got {pictures.shape}.")
     height, width = pictures.shape[1:3]
     if height % step or width % step:
-        raise UserError(f"images: {width}x{height} pixels, but sides must be multiples of the codec's downsampling, {step}. Shrink or crop them.")
+        raise UserError(
+            f"images: {width}x{height} pixels, but sides must be multiples of the codec's downsampling, {step}. Shrink or crop them."
+        )
     pictures = _as_bytes(pictures, "images")
     if masks is not None:
         share = np.asarray(masks)
         if share.shape != pictures.shape[:3]:
-            raise UserError(f"masks: must be {pictures.shape[:3]}, as many and as large as the images; got {share.shape}.")
-        solid = _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")[..., None].astype(np.float32) / 255
+            raise UserError(
+                f"masks: must be {pictures.shape[:3]}, as many and as large as the images; got {share.shape}."
+            )
+        solid = (
+            _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")[..., None].astype(
+                np.float32
+            )
+            / 255
+        )
         return np.round(pictures * solid + 255 * (1 - solid)).astype(np.uint8)
     edges = np.concatenate([pictures[:, [0, -1]].reshape(-1, 3), pictures[:, :, [0, -1]].reshape(-1, 3)])
     if (edges >= WHITE).all(1).mean() < LEAST_WHITE:
-        raise UserError("images: their edges are not white, but scenes are learned over white. Give `masks`, where the object is.")
+        raise UserError(
+            "images: their edges are not white, but scenes are learned over white. Give `masks`, where the object is."
+        )
     return np.ascontiguousarray(pictures)
 
 
@@ -109,13 +126,17 @@ def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
     if not np.issubdtype(values.dtype, np.floating):
         raise UserError(f"{what}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise UserError(f"{what}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. Bytes must be uint8.")
+        raise UserError(
+            f"{what}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. Bytes must be uint8."
+        )
     return np.round(255 * values).astype(np.uint8)
 
 
 def _check_cameras(store: LibraryFolder, cameras: Cameras, count: int) -> None:
     if not isinstance(cameras, Cameras):
-        raise UserError(f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. Cameras.from_matrices takes camera-to-world matrices.")
+        raise UserError(
+            f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. Cameras.from_matrices takes camera-to-world matrices."
+        )
     if len(cameras) != count:
         raise UserError(f"cameras: {len(cameras)} of them for {count} images; give one each.")
     check_cameras(cameras, [f"camera {place}" for place in range(count)], store.info.box)
@@ -129,12 +150,18 @@ def quick(config: Config, views: int) -> Config:
     """
     stages = [stage for stage in frozen(config).exploit if stage.rates.weights and stage.losses.latent]
     if not stages:
-        raise UserError("search: no exploit stage of this library's configuration learns weights from latents.")
+        raise UserError(
+            "search: no exploit stage of this library's configuration learns weights from latents."
+        )
     epochs = math.ceil(QUICK_STEPS / math.ceil(views / stages[0].views))
-    return dataclasses.replace(frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean")
+    return dataclasses.replace(
+        frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean"
+    )
 
 
-def quick_weights(store: LibraryFolder, views: PosedImages, name: str, device: torch.device) -> Float[np.ndarray, "M"]:
+def quick_weights(
+    store: LibraryFolder, views: PosedImages, name: str, device: torch.device
+) -> Float[np.ndarray, "M"]:
     """Weights over the base planes of a dataset's scene, learned for a second or two; nothing is stored."""
     found = [scene for scene in views.scenes if scene.name == name]
     if not found:
@@ -142,7 +169,9 @@ def quick_weights(store: LibraryFolder, views: PosedImages, name: str, device: t
         raise UserError(f"{views.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
     config = quick(store.config, len(found[0].views("fit")))
     model = store.model(device)
-    with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # not in the library, which may be only for reading
+    with tempfile.TemporaryDirectory(
+        prefix="latentscenes-"
+    ) as work:  # not in the library, which may be only for reading
         info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
         run = Run.create(Path(work) / "run", config, info)
         rows = starting_parameters(config, store.starting_scene(), [name]).to(device)

@@ -1,4 +1,4 @@
-"""From learned rows to scenes of a library: quantised, what that costs measured, a thumbnail taken, all noted."""
+"""From learned rows to scenes of a library: quantized, what that costs measured, a thumbnail taken, all noted."""
 
 import io
 from collections.abc import Sequence
@@ -31,12 +31,22 @@ THUMBNAIL_ANGLES = 25.0, 40.0
 """Elevation and azimuth of its camera, degrees."""
 
 
-def library_from_run(out: str | Path, run: Run, views: PosedImages, config: Config, precision: str, scenes: bool, device: torch.device | str) -> LibraryFolder:
+def library_from_run(
+    out: str | Path,
+    run: Run,
+    views: PosedImages,
+    config: Config,
+    precision: str,
+    scenes: bool,
+    device: torch.device | str,
+) -> LibraryFolder:
     """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes, which
     `views` shows. `config` says how further ones will be learned; its model must be that of the run."""
     chosen = check_precision(precision)
     if not run.finished:
-        raise UserError(f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped.")
+        raise UserError(
+            f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped."
+        )
     if LibraryFolder.exists(out):
         raise UserError(f"{out}: holds a library already. Name another folder.")
     model, rows = run.load(device)
@@ -54,7 +64,9 @@ def library_from_run(out: str | Path, run: Run, views: PosedImages, config: Conf
 def library_info(run: Run, views: PosedImages, precision: StoragePrecision) -> LibraryInfo:
     """What a library of a run's model is."""
     view = Viewpoint.of(views.cameras, views.size, run.info.box)
-    return LibraryInfo(run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes))
+    return LibraryInfo(
+        run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes)
+    )
 
 
 @dataclass(frozen=True)
@@ -82,9 +94,19 @@ def new_scene(
     lost = 0.0 if precision == "float32" else before - measure(model, stored, images, index)
     dataset = str(images.path.resolve()) if provenance.split else None
     info = SceneInfo(
-        scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split, scene.name, now(),
-        provenance.seconds, round(before, 3), round(lost, 4), provenance.tags or {},
-    )  # fmt: skip
+        scene.name,
+        precision,
+        payload_bytes(payload),
+        provenance.origin,
+        dataset,
+        provenance.split,
+        scene.name,
+        now(),
+        provenance.seconds,
+        round(before, 3),
+        round(lost, 4),
+        provenance.tags or {},
+    )
     return NewScene(info, payload, thumbnail(model, stored, view))
 
 
@@ -92,16 +114,23 @@ def new_scene(
 def measure(model: Model, rows: SceneParameters, views: PosedImages, index: Sequence[int]) -> float:
     """Mean PSNR (dB) of a scene's decoded renders on views of a dataset."""
     device = rows.weights.device
-    shown = render_images(model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False)
+    shown = render_images(
+        model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False
+    )
     return metrics.psnr(shown.images, views.images(list(index)).float() / 255).mean().item()
 
 
 def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
     """A small picture of a scene, as PNG: from the same camera for all, so near that the scene box just fits."""
     camera = view.orbit(1, *THUMBNAIL_ANGLES)
-    corners = torch.tensor(model.box.center) + torch.cartesian_prod(*(torch.tensor([-half, half]) for half in model.box.half))
+    corners = torch.tensor(model.box.center) + torch.cartesian_prod(
+        *(torch.tensor([-half, half]) for half in model.box.half)
+    )
     reach = (camera.project(corners)[0] - 0.5).abs().max()
-    near = Cameras(camera.cam2world, camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]))
+    near = Cameras(
+        camera.cam2world,
+        camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]),
+    )
     picture = to_uint8(render_images(model, model.compose(rows), near, view.size, geometry=False).images)[0]
     image = Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

@@ -55,7 +55,9 @@ class BatchSource:
             self._cache()
         elif frozen and model.normalizer.untouched:
             chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
-            self._settle(self._encoded(chunk) for chunk in chunks[:: 1 + len(chunks) // model.normalizer.window])
+            self._settle(
+                self._encoded(chunk) for chunk in chunks[:: 1 + len(chunks) // model.normalizer.window]
+            )
         self._background = model.background(*views.size) if frozen else None
         self.steps_per_epoch = len(self._order(0))
         self._epoch: tuple[int, list] = (-1, [])
@@ -73,7 +75,7 @@ class BatchSource:
         return self.model.codec.encode(self._images(index))
 
     def _settle(self, encoded: Iterable[Tensor]) -> None:
-        """A frozen codec's latents do not change, so its normaliser need not either: statistics are taken once."""
+        """A frozen codec's latents do not change, so its normalizer need not either: statistics are taken once."""
         for chunk in encoded:
             self.model.normalizer.update(chunk)
 
@@ -90,7 +92,9 @@ class BatchSource:
     def _allocate(self, *shape: int) -> Tensor:
         if 4 * math.prod(shape) <= machine_memory() // 4:
             return torch.empty(shape, device=self.device)
-        return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=self.scratch), np.float32, "w+", shape=shape))
+        return torch.from_numpy(
+            np.memmap(tempfile.TemporaryFile(dir=self.scratch), np.float32, "w+", shape=shape)
+        )
 
     def _images(self, index: Int[Tensor, "n"]) -> Tensor:
         return self.views.images(index).to(self.device).float() / 255
@@ -101,7 +105,10 @@ class BatchSource:
         generator = seeded("cpu", self.seed, self.stage.name, "order", epoch)
         size = self.stage.views
         shuffled = [fitted[torch.randperm(len(fitted), generator=generator)] for fitted in self.fitted]
-        chunked = [views.repeat(2 + size // len(views))[: size * math.ceil(len(views) / size)].split(size) for views in shuffled]
+        chunked = [
+            views.repeat(2 + size // len(views))[: size * math.ceil(len(views) / size)].split(size)
+            for views in shuffled
+        ]
         batches = []
         for turn in range(max(map(len, chunked))):
             present = [scene for scene, chunks in enumerate(chunked) if turn < len(chunks)]
@@ -118,10 +125,14 @@ class BatchSource:
             self._epoch = (epoch, self._order(epoch))
         scenes, chunks = self._epoch[1][place]
         index = torch.cat(chunks)
-        background = self._background if self._background is not None else self.model.background(*self.views.size)
+        background = (
+            self._background if self._background is not None else self.model.background(*self.views.size)
+        )
         cameras = self.views.cameras[index].to(self.device)
         views = self._slot[index].to(self.device) if self.focus else None
-        pixels, cells = self._pixels(cameras, *background.shape[1:], step, views) if self.stage.rays else (None, None)
+        pixels, cells = (
+            self._pixels(cameras, *background.shape[1:], step, views) if self.stage.rays else (None, None)
+        )
         latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
         missing = latents is None and bool(self.stage.losses.latent)
         images = self._images(index) if self.images_needed or missing else None
@@ -150,15 +161,21 @@ class BatchSource:
 
     @torch.no_grad()
     def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:
-        """Normalised latents of some pixels; all without."""
+        """Normalized latents of some pixels; all without."""
         if self._latents is not None:
             slot = self._slot[index]
-            found = self._latents[slot] if pixels is None else self._latents[slot[:, None], pixels.to(slot.device)]
+            found = (
+                self._latents[slot]
+                if pixels is None
+                else self._latents[slot[:, None], pixels.to(slot.device)]
+            )
             return found.to(self.device)
         if pixels is None:
             return at_pixels(self.model.encode(self._images(index)))
-        colours = self.views.pixels(index, pixels.cpu()).to(self.device).float() / 255  # no encoder: latents are pixels
-        return at_pixels(self.model.encode(colours.transpose(1, 2)[:, :, None]))
+        colors = (
+            self.views.pixels(index, pixels.cpu()).to(self.device).float() / 255
+        )  # no encoder: latents are pixels
+        return at_pixels(self.model.encode(colors.transpose(1, 2)[:, :, None]))
 
 
 def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor, "v 4"]:
@@ -194,7 +211,11 @@ class ErrorGuidedSampling:
         self.errors: Float[Tensor, "n c"] = torch.ones(views, SIDE * SIDE, device=device)
 
     def draw(
-        self, views: Int[Tensor, "v"], x: Float[Tensor, "v p"], y: Float[Tensor, "v p"], u: Float[Tensor, "v p"]
+        self,
+        views: Int[Tensor, "v"],
+        x: Float[Tensor, "v p"],
+        y: Float[Tensor, "v p"],
+        u: Float[Tensor, "v p"],
     ) -> tuple[Float[Tensor, "v p"], Float[Tensor, "v p"], Int[Tensor, "v p"]]:
         """From uniform numbers in [0, 1): places in the rectangle, as fractions of its sides, and their cells. Each view's
         cells come in order, one from each p-th of their chances, so that chance leaves none of them out."""
@@ -212,4 +233,6 @@ class ErrorGuidedSampling:
         rays = torch.bincount(at, minlength=len(views) * count).view(len(views), count)
         sums = torch.bincount(at, errors.flatten(), len(views) * count).view(len(views), count)
         old = self.errors[views]
-        self.errors[views] = torch.where(rays > 0, MEMORY * old + (1 - MEMORY) * sums / rays.clamp(min=1), old)
+        self.errors[views] = torch.where(
+            rays > 0, MEMORY * old + (1 - MEMORY) * sums / rays.clamp(min=1), old
+        )

@@ -60,12 +60,18 @@ def train(
     scenes = images.select(split, limit=limit)
     half = config.render.half_side
     box = images.box if half is None else Box(images.box.center, (half, half, half))
-    run = Run.create(out, config, RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box))
+    run = Run.create(
+        out,
+        config,
+        RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box),
+    )
     model = Model(config, box).to(device)
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
         model.codec.fit_components(_sample(images, scenes).to(device))
     tracker = Tracker(track, run.path, {"seed": config.seed})
-    Trainer(run, model, TrainingScenes(run.begin_parameters(device), images, scenes), tracker).fit(config.train)
+    Trainer(run, model, TrainingScenes(run.begin_parameters(device), images, scenes), tracker).fit(
+        config.train
+    )
     tracker.close()
     return run
 
@@ -80,7 +86,14 @@ def _sample(images: PosedImages, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 
 class Trainer:
     """Learns scenes stage by stage in a run folder, with checkpoints that a later process continues exactly."""
 
-    def __init__(self, run: Run, model: Model, scenes: TrainingScenes, tracker: "Tracker | None" = None, label: str = ""):
+    def __init__(
+        self,
+        run: Run,
+        model: Model,
+        scenes: TrainingScenes,
+        tracker: "Tracker | None" = None,
+        label: str = "",
+    ):
         """With a label, this is one of many runs: progress is shown under that label and leaves no trace."""
         self.run, self.model, self.scenes = run, model, scenes
         self.tracker = tracker or Tracker("none", run.path, {})
@@ -118,7 +131,9 @@ class Trainer:
             run.files.clear_moments()
 
         model.train()
-        with StageProgress(stage.name, position.stage, len(stages), source.steps, position.step, self.label) as bar:
+        with StageProgress(
+            stage.name, position.stage, len(stages), source.steps, position.step, self.label
+        ) as bar:
             spent = position.seconds.get(stage.name, 0.0)
             while position.step < source.steps:
                 # One step
@@ -139,8 +154,18 @@ class Trainer:
                 _refuse_nonfinite(values, stage, position)
                 if logged:
                     bar.show(position.step, values)
-                    run.log({"stage": stage.name, "step": position.step, "total": position.total, "rate": factor, **values})
-                    self.tracker.log(position.total, {f"{stage.name}/{name}": value for name, value in values.items()})
+                    run.log(
+                        {
+                            "stage": stage.name,
+                            "step": position.step,
+                            "total": position.total,
+                            "rate": factor,
+                            **values,
+                        }
+                    )
+                    self.tracker.log(
+                        position.total, {f"{stage.name}/{name}": value for name, value in values.items()}
+                    )
 
                 # Save
                 now = time.monotonic()
@@ -167,7 +192,12 @@ class StageLearner:
     """Takes the steps of one stage: renders, compares, and updates the parts that learn, with fresh optimizers."""
 
     def __init__(
-        self, model: Model, parameters: SceneParameters, stage: StageConfig, files: RowFiles | None = None, shortcuts: bool = True
+        self,
+        model: Model,
+        parameters: SceneParameters,
+        stage: StageConfig,
+        files: RowFiles | None = None,
+        shortcuts: bool = True,
     ):
         """`shortcuts` leaves the mixing of features to the renderer and computes macro planes once where they no longer
         change. Without, planes are composed in full at every step; results differ by rounding only."""
@@ -186,10 +216,16 @@ class StageLearner:
         """Freezes the parts that the stage freezes at this epoch or before."""
         if self.stage.field_epochs is not None and epoch >= self.stage.field_epochs:
             self.shared.freeze("field")
-        if self.stage.weights_epochs is not None and epoch >= self.stage.weights_epochs and "weights" in self.own.rates:
+        if (
+            self.stage.weights_epochs is not None
+            and epoch >= self.stage.weights_epochs
+            and "weights" in self.own.rates
+        ):
             self.own.freeze("weights", "bias")
 
-    def step(self, batch: Batch, factor: float, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor | None]:
+    def step(
+        self, batch: Batch, factor: float, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Takes one step at `factor` times the stage's learning rates. Returns the unweighted terms of the objective
         before the step, and the errors of rays (see `terms`)."""
         losses = self.stage.losses
@@ -209,14 +245,19 @@ class StageLearner:
             return self.model.compose(leaves)
         if self._macro is None and self._macro_is_constant():
             with torch.no_grad():
-                weights, bias = (table.to(self.model.device) for table in (self.parameters.weights, self.parameters.bias))
+                weights, bias = (
+                    table.to(self.model.device) for table in (self.parameters.weights, self.parameters.bias)
+                )
                 self._macro = macro_planes(weights, bias, self.model.bases)
         return self.model.fuse(leaves, None if self._macro is None else self._macro[batch.scenes])
 
     def _macro_is_constant(self) -> bool:
         """Whether neither base planes nor weights learn, and the macro planes of all scenes fit into memory."""
         learns = self.stage.rates.bases or "weights" in self.own.rates
-        return not learns and 0 < 4 * len(self.parameters) * self.model.bases[:1].numel() <= machine_memory() // 8
+        return (
+            not learns
+            and 0 < 4 * len(self.parameters) * self.model.bases[:1].numel() <= machine_memory() // 8
+        )
 
 
 TrackerKind = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -235,14 +276,22 @@ class Tracker:
             elif kind == "wandb":
                 import wandb
 
-                same = hashlib.blake2b(str(run_path.resolve()).encode(), digest_size=8).hexdigest()  # goes on after a stop
-                self.sink = wandb.init(project="latentscenes", name=run_path.name, config=config, resume="allow", id=same)
+                same = hashlib.blake2b(
+                    str(run_path.resolve()).encode(), digest_size=8
+                ).hexdigest()  # goes on after a stop
+                self.sink = wandb.init(
+                    project="latentscenes", name=run_path.name, config=config, resume="allow", id=same
+                )
             elif kind == "trackio":
                 import trackio
 
-                self.sink = trackio.init(project="latentscenes", name=run_path.name, config=config, resume="allow")
+                self.sink = trackio.init(
+                    project="latentscenes", name=run_path.name, config=config, resume="allow"
+                )
         except ImportError as error:
-            raise UserError(f"--track {kind}: not installed ({error}). Run: pip install 'latentscenes[track]'.") from None
+            raise UserError(
+                f"--track {kind}: not installed ({error}). Run: pip install 'latentscenes[track]'."
+            ) from None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if self.kind == "tensorboard":

@@ -1,11 +1,11 @@
 """The objective: a weighted sum of mean squared errors between what is rendered, encoded, decoded and seen.
 
-    latent        ‖E(x) − z̃‖²            rendered latents z̃ against encoded ones (normalised)
+    latent        ‖E(x) − z̃‖²            rendered latents z̃ against encoded ones (normalized)
     rgb           ‖x − D(z̃)‖²
     autoencoder   ‖x − D(E(x))‖²
     equivariance  ‖τ(x) − D(τ(E(x)))‖²    τ: a random rotation, zoom and mirror of the image plane
     preview       ‖x↓ − ỹ‖²               low-resolution RGB beside the latent
-    tv, depth_tv                          squared differences of neighbours
+    tv, depth_tv                          squared differences of neighbors
 
 Source: 3Da-AE (arXiv 2403.11678, section 3); equivariance after EQ-VAE (arXiv 2502.09509). Only what a stage weighs
 is computed.
@@ -36,7 +36,7 @@ class Batch:
     images: Float[Tensor, "v 3 H W"] | None
     """In [0, 1]; absent where no loss looks at pixels."""
     latents: Float[Tensor, "v p c"] | None
-    """Normalised, of the rays' pixels; absent where the encoder learns, or no loss looks at them."""
+    """Normalized, of the rays' pixels; absent where the encoder learns, or no loss looks at them."""
     pixels: Int[Tensor, "v p"] | None
     """Latent pixels whose rays are rendered; all where absent."""
     views: Int[Tensor, "v"] | None = None
@@ -64,7 +64,7 @@ def terms(
     images, encoded, cached = batch.images, None, batch.latents
     if weights.autoencoder or weights.equivariance or weights.latent and cached is None:
         raw = model.codec.encode(images)
-        if raw.requires_grad:  # a frozen codec's normaliser stays as it is
+        if raw.requires_grad:  # a frozen codec's normalizer stays as it is
             model.normalizer.update(raw.detach())
         encoded = model.normalizer.normalize(raw)
 
@@ -99,7 +99,9 @@ def terms(
     return found, errors if errors is None else errors.detach()
 
 
-def at_pixels(image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None = None) -> Float[Tensor, "v p c"]:
+def at_pixels(
+    image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None = None
+) -> Float[Tensor, "v p c"]:
     """An image's values at some pixels (row · w + column) of each view; all, row by row, without."""
     flat = image.flatten(2).transpose(1, 2)
     return flat if pixels is None else flat.gather(1, pixels[..., None].expand(-1, -1, flat.shape[2]))
@@ -107,7 +109,9 @@ def at_pixels(image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None
 
 def total(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
     """Σ λ · term."""
-    return sum(getattr(weights, entry.name) * found[entry.name] for entry in fields(weights) if entry.name in found)
+    return sum(
+        getattr(weights, entry.name) * found[entry.name] for entry in fields(weights) if entry.name in found
+    )
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def mean_square(difference: Tensor) -> Tensor:
 
 
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
-    """Mean over scenes of the mean squared difference of neighbouring texels, rows plus columns; by the native kernel where
+    """Mean over scenes of the mean squared difference of neighboring texels, rows plus columns; by the native kernel where
     it can."""
     if planes.shape[2] > 1 and native.serves(planes):
         return native.total_variation(planes)
@@ -128,7 +132,7 @@ def total_variation_in_torch(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor
 
 
 def edge_error(a: Float[Tensor, "v 3 H W"], b: Float[Tensor, "v 3 H W"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of neighbour differences: punishes blur more than a squared error does."""
+    """Mean absolute difference of neighbor differences: punishes blur more than a squared error does."""
     difference = a - b
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
@@ -147,6 +151,8 @@ def transform_alike(
 
     def moved(image: Tensor) -> Tensor:
         grid = nn.functional.affine_grid(affine, list(image.shape), align_corners=False)
-        return nn.functional.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return nn.functional.grid_sample(
+            image, grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
 
     return moved(latents), moved(images)

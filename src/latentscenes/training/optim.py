@@ -28,14 +28,26 @@ class RowAdam:
     With `files`, the moments of micro planes lie there, and rows are kept there before they change.
     """
 
-    def __init__(self, rows: SceneParameters, rates: dict[str, float], files: "RowFiles | None" = None, beta2: float = 0.999):
+    def __init__(
+        self,
+        rows: SceneParameters,
+        rates: dict[str, float],
+        files: "RowFiles | None" = None,
+        beta2: float = 0.999,
+    ):
         self.rows, self.beta2 = rows, beta2
         self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
         tables = {name: rows.tables()[name] for name in self.rates}
         self.files = files if "micro" in tables else None
         filed = {} if self.files is None else {"micro": self.files.moments}
-        self.first = {name: filed[name][0] if name in filed else torch.zeros_like(table) for name, table in tables.items()}
-        self.second = {name: filed[name][1] if name in filed else torch.zeros_like(table) for name, table in tables.items()}
+        self.first = {
+            name: filed[name][0] if name in filed else torch.zeros_like(table)
+            for name, table in tables.items()
+        }
+        self.second = {
+            name: filed[name][1] if name in filed else torch.zeros_like(table)
+            for name, table in tables.items()
+        }
         self.steps = torch.zeros(len(rows), dtype=torch.int64)
 
     def freeze(self, *tables: str) -> None:
@@ -52,9 +64,16 @@ class RowAdam:
             table, gradients = self.rows.tables()[name], batch.tables()[name].grad
             adam = native.adam if native.serves(table, gradients) and table.is_contiguous() else adam_in_torch
             adam(
-                table, self.first[name], self.second[name], index, gradients.to(table.device), self.steps[index],
-                rate * factor, (BETA1, self.beta2), EPSILON,
-            )  # fmt: skip
+                table,
+                self.first[name],
+                self.second[name],
+                index,
+                gradients.to(table.device),
+                self.steps[index],
+                rate * factor,
+                (BETA1, self.beta2),
+                EPSILON,
+            )
 
     def state(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""
@@ -65,9 +84,16 @@ class RowAdam:
 
 
 def adam_in_torch(
-    table: Float[Tensor, "n *d"], first: Float[Tensor, "n *d"], second: Float[Tensor, "n *d"], index: Int[Tensor, "s"],
-    gradients: Float[Tensor, "s *d"], steps: Int[Tensor, "s"], rate: float, betas: tuple[float, float], epsilon: float,
-) -> None:  # fmt: skip
+    table: Float[Tensor, "n *d"],
+    first: Float[Tensor, "n *d"],
+    second: Float[Tensor, "n *d"],
+    index: Int[Tensor, "s"],
+    gradients: Float[Tensor, "s *d"],
+    steps: Int[Tensor, "s"],
+    rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> None:
     """One step of Adam, readable, on any device, for the rows of `table` at `index` and their moments, in place; `steps`
     counts each row's steps, this one included."""
     for row, gradient, count in zip(index.tolist(), gradients, steps.tolist(), strict=True):
@@ -89,8 +115,17 @@ class SharedAdam:
                 parameter.grad = None
             if rate and parameters:
                 self.names += [f"{part}.{name}" for name, _ in parameters]
-                groups.append({"params": [parameter for _, parameter in parameters], "lr": rate, "rate": rate, "part": part})
-        self.adam = torch.optim.Adam(groups, betas=(BETA1, beta2), eps=EPSILON, fused=True) if groups else None
+                groups.append(
+                    {
+                        "params": [parameter for _, parameter in parameters],
+                        "lr": rate,
+                        "rate": rate,
+                        "part": part,
+                    }
+                )
+        self.adam = (
+            torch.optim.Adam(groups, betas=(BETA1, beta2), eps=EPSILON, fused=True) if groups else None
+        )
         for parameter in self.parameters():
             self.adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -99,7 +134,11 @@ class SharedAdam:
             }
 
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.adam.param_groups for parameter in group["params"]] if self.adam else []
+        return (
+            [parameter for group in self.adam.param_groups for parameter in group["params"]]
+            if self.adam
+            else []
+        )
 
     def freeze(self, part: str) -> None:
         """Stop learning one part for the rest of the stage."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from latentscenes.api import Library
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.export.sheets import Picture, colour_depth, enlarge, grey
+from latentscenes.export.sheets import Picture, color_depth, enlarge, gray
 from latentscenes.model.model import LatentView, Model, render_images, to_uint8
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
@@ -89,7 +89,9 @@ class Painter:
         self._backgrounds: OrderedDict[object, Tensor] = OrderedDict()
 
     @torch.no_grad()
-    def draw(self, wish: ViewRequest, side: int, is_stale: Callable[[], bool] = lambda: False) -> Frame | None:
+    def draw(
+        self, wish: ViewRequest, side: int, is_stale: Callable[[], bool] = lambda: False
+    ) -> Frame | None:
         """A picture whose shorter side is about `side` pixels, or None once `is_stale` says so.
 
         Raises:
@@ -104,21 +106,34 @@ class Painter:
         view = march(model, self.planes(wish.scene, wish.blend), camera, background, is_stale)
         if view is None:
             return None
-        depth, opacity = (value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity))
+        depth, opacity = (
+            value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity)
+        )
         along = along_axis(depth, camera).where(opacity > 0.5, FAR_AWAY).numpy() if wish.depth else None
         return Frame(self._picture(wish, view, depth, opacity, background, (height, width)), along)
 
     def _picture(
-        self, wish: ViewRequest, view: LatentView, depth: Float[Tensor, "a b"], opacity: Float[Tensor, "a b"], background: Tensor, size: tuple[int, int]
+        self,
+        wish: ViewRequest,
+        view: LatentView,
+        depth: Float[Tensor, "a b"],
+        opacity: Float[Tensor, "a b"],
+        background: Tensor,
+        size: tuple[int, int],
     ) -> Picture:
         if wish.mode == "depth":
-            return colour_depth(depth[None].numpy(), opacity[None].numpy(), self._depth_ends(wish.camera))[0]
+            return color_depth(depth[None].numpy(), opacity[None].numpy(), self._depth_ends(wish.camera))[0]
         if wish.mode == "opacity":
-            return grey(opacity[None].numpy(), (1.0, 0.0))[0]
+            return gray(opacity[None].numpy(), (1.0, 0.0))[0]
         latents = view.image(*background.shape[1:])
         if wish.mode == "rgb":
             return to_uint8(self.library.model.decode(latents).float())[0]
-        return enlarge(grey(latents[:, wish.channel].float().cpu().numpy(), self._channel_ends(wish.scene)[wish.channel]), size)[0]
+        return enlarge(
+            gray(
+                latents[:, wish.channel].float().cpu().numpy(), self._channel_ends(wish.scene)[wish.channel]
+            ),
+            size,
+        )[0]
 
     # What is kept
 
@@ -150,9 +165,17 @@ class Painter:
         """For each latent channel of a scene what is shown black and what white: the same from every side."""
 
         def measure() -> list[tuple[float, float]]:
-            shown = render_images(self.library.model, self.planes(scene), self.library.orbit(4), self.library.size, geometry=False)
+            shown = render_images(
+                self.library.model,
+                self.planes(scene),
+                self.library.orbit(4),
+                self.library.size,
+                geometry=False,
+            )
             channels = shown.latents.transpose(0, 1).flatten(1)
-            low, high = torch.quantile(channels[:, :: max(1, channels.shape[1] // 100_000)], torch.tensor([0.005, 0.995]), dim=1).tolist()
+            low, high = torch.quantile(
+                channels[:, :: max(1, channels.shape[1] // 100_000)], torch.tensor([0.005, 0.995]), dim=1
+            ).tolist()
             return list(zip(low, high, strict=True))
 
         return _kept(self._ends, self._mark(scene), measure)
@@ -168,7 +191,11 @@ class Painter:
 
 @torch.no_grad()
 def march(
-    model: Model, planes: FusedPlanes, camera: Cameras, background: Float[Tensor, "c h w"], is_stale: Callable[[], bool] = lambda: False
+    model: Model,
+    planes: FusedPlanes,
+    camera: Cameras,
+    background: Float[Tensor, "c h w"],
+    is_stale: Callable[[], bool] = lambda: False,
 ) -> LatentView | None:
     """`model.render` for one camera, some rays at a time and only those that meet the box; None once `is_stale` says so."""
     height, width = background.shape[1:]
@@ -180,7 +207,11 @@ def march(
         if is_stale():
             return None
         part = model.render(planes, camera, background, pixels=some[None])
-        whole.latents[:, some], whole.depth[:, some], whole.opacity[:, some] = part.latents, part.depth, part.opacity
+        whole.latents[:, some], whole.depth[:, some], whole.opacity[:, some] = (
+            part.latents,
+            part.depth,
+            part.opacity,
+        )
     return whole
 
 
@@ -191,7 +222,12 @@ def blended(first: SceneParameters, second: SceneParameters, blend: Blend) -> Sc
         return torch.lerp(a, b, blend.share)
 
     kept = () if blend.micro else ("micro", "mixing")
-    return SceneParameters(**{name: table if name in kept else mix(table, second.tables()[name]) for name, table in first.tables().items()})
+    return SceneParameters(
+        **{
+            name: table if name in kept else mix(table, second.tables()[name])
+            for name, table in first.tables().items()
+        }
+    )
 
 
 def along_axis(depth: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w"]:
@@ -222,7 +258,6 @@ def _kept(store: OrderedDict[object, T], key: object, make: Callable[[], T]) -> 
             store.popitem(last=False)
     store.move_to_end(key)
     return store[key]
-
 
 
 # The thread that draws
@@ -289,7 +324,7 @@ class Renderer:
         return len(self._watchers)
 
     def close(self) -> None:
-        """End the thread; jobs not begun are cancelled."""
+        """End the thread; jobs not begun are canceled."""
         with self._changed:
             self._open = False
             self._changed.notify()
@@ -331,7 +366,11 @@ class Renderer:
 
     def _somebody_waits(self) -> bool:
         with self._changed:
-            return not self._open or bool(self._jobs) or any(watcher.waits for watcher in self._watchers.values())
+            return (
+                not self._open
+                or bool(self._jobs)
+                or any(watcher.waits for watcher in self._watchers.values())
+            )
 
     def _draw(self, watcher: _Client, wish: ViewRequest, sharp: bool) -> None:
         try:

@@ -73,7 +73,15 @@ STYLE = """<style>
 class Thumbnails:
     """Up to `count` scenes in rows of `across`; `pick` is called with the name of the one that is clicked."""
 
-    def __init__(self, gui: GuiApi, callbacks: Callbacks, library: Library, count: int, across: int, pick: Callable[[str], None]):
+    def __init__(
+        self,
+        gui: GuiApi,
+        callbacks: Callbacks,
+        library: Library,
+        count: int,
+        across: int,
+        pick: Callable[[str], None],
+    ):
         self._library, self._across, self._pick = library, across, pick
         self._names: list[str] = []
         self._grid = gui.add_html("")
@@ -129,7 +137,9 @@ class Gallery:
         self._count = gui.add_html("")
         self._thumbnails = Thumbnails(gui, callbacks, library, PAGE, 3, pick)
         self._search.on_update(callbacks(lambda: self._go(0)))
-        self._turn.on_click(callbacks(lambda: self._go(self._page + (1 if self._turn.value == "next" else -1))))
+        self._turn.on_click(
+            callbacks(lambda: self._go(self._page + (1 if self._turn.value == "next" else -1)))
+        )
         self._go(0)
 
     def _go(self, page: int) -> None:
@@ -163,7 +173,7 @@ SHOWN = 32
 SMALL = 64
 """Pixels along the longer side of a photograph shown in its camera."""
 LEARNED, HELD_OUT = (34, 139, 230), (245, 124, 0)
-"""Colours of cameras."""
+"""Colors of cameras."""
 
 
 class Datasets:
@@ -204,9 +214,21 @@ class Photographs:
     """One browser's panel of them. `changed` is called when their cameras appear or go."""
 
     def __init__(
-        self, client: ClientHandle, callbacks: Callbacks, library: Library, renderer: Renderer, datasets: Datasets, changed: Callable[[], None]
+        self,
+        client: ClientHandle,
+        callbacks: Callbacks,
+        library: Library,
+        renderer: Renderer,
+        datasets: Datasets,
+        changed: Callable[[], None],
     ):
-        self._client, self._callbacks, self._library, self._renderer, self._datasets = client, callbacks, library, renderer, datasets
+        self._client, self._callbacks, self._library, self._renderer, self._datasets = (
+            client,
+            callbacks,
+            library,
+            renderer,
+            datasets,
+        )
         self._changed = changed
         self._name = ""
         self._views: PosedImages | None = None
@@ -220,7 +242,9 @@ class Photographs:
         """Cameras nearer than this to who looks are not drawn; they would hide everything. World units."""
         gui = client.gui
         self._note = gui.add_html("", visible=False)
-        self._show = gui.add_checkbox("Show cameras", False, hint="Blue: learned from. Orange: held out. Click one to look through it.")
+        self._show = gui.add_checkbox(
+            "Show cameras", False, hint="Blue: learned from. Orange: held out. Click one to look through it."
+        )
         self._which = gui.add_slider("Photograph", 1, 2, 1, 1)
         self._pair = gui.add_image(np.full((1, 2, 3), 255, np.uint8), visible=False)
         self._show.on_update(callbacks(self._toggle))
@@ -237,7 +261,10 @@ class Photographs:
         try:
             self._views, scene = self._datasets.find(name)
             self._held_out = set(scene.views("held_out"))
-            chosen = {*spread_evenly(scene.views("fit"), SHOWN), *spread_evenly(scene.views("held_out"), SHOWN // 4)}
+            chosen = {
+                *spread_evenly(scene.views("fit"), SHOWN),
+                *spread_evenly(scene.views("held_out"), SHOWN // 4),
+            }
             self._index = sorted(chosen)
             self._note.visible = False
         except UserError as error:
@@ -264,13 +291,17 @@ class Photographs:
             camera, center = self._client.camera, np.array(self._library.box.center)
             outward = camera.position - center
             with self._client.atomic():
-                camera.position = center + outward / np.linalg.norm(outward) * 2.2 * self._distances().max().item()
+                camera.position = (
+                    center + outward / np.linalg.norm(outward) * 2.2 * self._distances().max().item()
+                )
                 camera.look_at = center
         self._draw_frusta()
 
     def _distances(self) -> Float[Tensor, "n"]:
         """Of the cameras from the middle of the box."""
-        return (self._views.cameras.positions[self._index] - torch.tensor(self._library.box.center)).norm(dim=1)
+        return (self._views.cameras.positions[self._index] - torch.tensor(self._library.box.center)).norm(
+            dim=1
+        )
 
     def _draw_frusta(self) -> None:
         with self._turn:
@@ -279,12 +310,17 @@ class Photographs:
             self._frusta = {}
         if self._show.value and self._views is not None:
             self._near = 0.5 * self._distances().median().item()
-            self._frusta = {view: self._frustum(self._views, number, view) for number, view in enumerate(self._index)}
+            self._frusta = {
+                view: self._frustum(self._views, number, view) for number, view in enumerate(self._index)
+            }
             self.moved(self._client.camera.position)
         self._changed()
 
     def _frustum(self, views: PosedImages, number: int, view: int) -> CameraFrustumHandle:
-        matrix, (fx, fy, _, _) = views.cameras.cam2world[view].double().numpy(), views.cameras.intrinsics[view].tolist()
+        matrix, (fx, fy, _, _) = (
+            views.cameras.cam2world[view].double().numpy(),
+            views.cameras.intrinsics[view].tolist(),
+        )
         frustum = self._client.scene.add_camera_frustum(
             f"/photographs/{view}",
             fov=2 * math.atan(0.5 / fy),
@@ -315,7 +351,9 @@ class Photographs:
             return
         views, view = self._views, self._index[min(self._which.value, len(self._index)) - 1]
         self._stand(views.cameras[torch.tensor([view])])
-        picture, decibels = self._renderer.run(lambda painter: compare(painter, self._name, views, view)).result()
+        picture, decibels = self._renderer.run(
+            lambda painter: compare(painter, self._name, views, view)
+        ).result()
         part = "held out" if view in self._held_out else "learned from"
         self._pair.image = picture
         self._pair.label = f"Truth | scene, {decibels:.1f} dB, {part}"
@@ -335,8 +373,12 @@ class Photographs:
 def compare(painter: Painter, name: str, views: PosedImages, view: int) -> tuple[Picture, float]:
     """A photograph and what the scene shows there, side by side, and the PSNR (dB)."""
     camera, truth = views.cameras[torch.tensor([view])], views.images([view])
-    shown = render_images(painter.library.model, painter.planes(name), camera, views.size, geometry=False).images
-    return beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]]), metrics.psnr(shown, truth.float() / 255).item()
+    shown = render_images(
+        painter.library.model, painter.planes(name), camera, views.size, geometry=False
+    ).images
+    return beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]]), metrics.psnr(
+        shown, truth.float() / 255
+    ).item()
 
 
 def _shrunk(picture: Picture) -> Picture:

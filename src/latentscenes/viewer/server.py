@@ -48,7 +48,14 @@ class Viewer:
     """A running server. Use it in a `with` block, or `close` it."""
 
     def __init__(
-        self, library: Library, *, host: str = "127.0.0.1", port: int = 8080, data: Path | None = None, moving: int = 128, still: int = 384
+        self,
+        library: Library,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        data: Path | None = None,
+        moving: int = 128,
+        still: int = 384,
     ):
         """
         Args:
@@ -61,9 +68,13 @@ class Viewer:
             UserError: the library is empty, `data` is no dataset, or the port is taken.
         """
         if not len(library):
-            raise UserError(f"{library.path}: this library is empty; there is nothing to see. Learn scenes with `latentscenes exploit`.")
+            raise UserError(
+                f"{library.path}: this library is empty; there is nothing to see. Learn scenes with `latentscenes exploit`."
+            )
         if not 16 <= moving <= still:
-            raise UserError(f"--moving {moving} --still {still}: pixels; moving must be 16 at least, and still no less than moving.")
+            raise UserError(
+                f"--moving {moving} --still {still}: pixels; moving must be 16 at least, and still no less than moving."
+            )
         library.picture_size()  # reads the model, so that damage shows now
         datasets = Datasets(library, data)
         check_port(host, port)
@@ -105,7 +116,13 @@ class Viewer:
     def _place_camera(self, box: Box, fov: float) -> None:
         """Three-quarter view of the box; `fov` from top to bottom, radians."""
         elevation, azimuth = ANGLES
-        outward = np.array([math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)])
+        outward = np.array(
+            [
+                math.cos(elevation) * math.cos(azimuth),
+                math.cos(elevation) * math.sin(azimuth),
+                math.sin(elevation),
+            ]
+        )
         center = np.array(box.center)
         camera = self._server.initial_camera
         camera.fov = fov
@@ -113,7 +130,9 @@ class Viewer:
         camera.look_at = center
 
     def _come(self, client: viser.ClientHandle) -> None:
-        if client.camera.aspect < 1:  # a narrow window: show as much from side to side as others from top to bottom
+        if (
+            client.camera.aspect < 1
+        ):  # a narrow window: show as much from side to side as others from top to bottom
             client.camera.fov = 2 * math.atan(math.tan(client.camera.fov / 2) / client.camera.aspect)
         session = None
         try:
@@ -136,28 +155,39 @@ def check_port(host: str, port: int) -> None:
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: ports are numbers up to 65535; 0 takes any free one.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UserError(f"{host}:{port}: cannot serve there ({error.strerror}). Give another --port, 0 for any free one, or another --host.") from None
+        raise UserError(
+            f"{host}:{port}: cannot serve there ({error.strerror}). Give another --port, 0 for any free one, or another --host."
+        ) from None
 
 
 def view(library: Library, host: str, port: int, data: Path | None, moving: int, still: int) -> None:
     """Serve a library until Ctrl-C."""
     serving = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
     with contextlib.suppress(KeyboardInterrupt), serving as viewer:
-        print(f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; Ctrl-C ends it.", flush=True)
+        print(
+            f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; Ctrl-C ends it.",
+            flush=True,
+        )
         threading.Event().wait()
     print("Ended.")
-
 
 
 # One browser
 
 
-MODES: dict[str, Mode] = {"picture": "rgb", "depth": "depth", "opacity": "opacity", "latent channel": "latent"}
+MODES: dict[str, Mode] = {
+    "picture": "rgb",
+    "depth": "depth",
+    "opacity": "opacity",
+    "latent channel": "latent",
+}
 ALIKE = 6
 """Most similar scenes shown."""
 JPEG_QUALITY = 88
@@ -168,7 +198,9 @@ WIDTH = 310
 class Session:
     """Controls of one browser, and the state behind them. The renderer knows it by the number of its client."""
 
-    def __init__(self, client: ClientHandle, library: Library, renderer: Renderer, datasets: Datasets, scene: str):
+    def __init__(
+        self, client: ClientHandle, library: Library, renderer: Renderer, datasets: Datasets, scene: str
+    ):
         self._client, self._library, self._renderer = client, library, renderer
         self._scene, self._other, self._choosing = scene, "", False
         self._callbacks = Callbacks(client)
@@ -197,15 +229,27 @@ class Session:
         gui.main_panel.set_width(WIDTH)
         self._about = gui.add_html("")
         self._mode = gui.add_dropdown("Show", tuple(MODES))
-        self._channel = gui.add_slider("Channel", 1, max(2, library.model.codec.channels), 1, 1, visible=False)
+        self._channel = gui.add_slider(
+            "Channel", 1, max(2, library.model.codec.channels), 1, 1, visible=False
+        )
         self._mode.on_update(callbacks(self._change_mode))
         self._channel.on_update(callbacks(self._ask))
         planes = library.config.planes
         if planes.macro:
             with gui.add_folder("Blend"):
                 self._choose = gui.add_button("Choose a second scene")
-                self._share = gui.add_slider("Share", 0.0, 1.0, 0.01, 0.5, visible=False, hint="Of the second scene, in the weights of the base planes.")
-                self._micro = gui.add_checkbox("Micro planes too", False, visible=False, hint="Blend also what each scene owns alone.")
+                self._share = gui.add_slider(
+                    "Share",
+                    0.0,
+                    1.0,
+                    0.01,
+                    0.5,
+                    visible=False,
+                    hint="Of the second scene, in the weights of the base planes.",
+                )
+                self._micro = gui.add_checkbox(
+                    "Micro planes too", False, visible=False, hint="Blend also what each scene owns alone."
+                )
                 self._end = gui.add_button("End blending", color="gray", visible=False)
             self._choose.on_click(callbacks(self._begin_choosing))
             self._share.on_update(callbacks(self._ask))
@@ -214,7 +258,9 @@ class Session:
             with gui.add_folder("Most alike, by weights"):
                 self._alike = Thumbnails(gui, callbacks, library, ALIKE, 3, self._pick)
         with gui.add_folder("Photographs"):
-            self._photographs = Photographs(self._client, callbacks, library, self._renderer, datasets, self._ask)
+            self._photographs = Photographs(
+                self._client, callbacks, library, self._renderer, datasets, self._ask
+            )
 
     # What is seen
 
@@ -227,7 +273,10 @@ class Session:
         fy = 0.5 / math.tan(camera.fov / 2)
         wish = ViewRequest(
             scene=self._scene,
-            camera=Cameras(torch.cat([matrix, position[:, None]], 1)[None], torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]])),
+            camera=Cameras(
+                torch.cat([matrix, position[:, None]], 1)[None],
+                torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]]),
+            ),
             canvas=canvas,
             mode=MODES[self._mode.value],
             channel=min(self._channel.value, self._library.model.codec.channels) - 1,
@@ -237,7 +286,9 @@ class Session:
         self._renderer.ask(self._client.client_id, wish)
 
     def _display(self, frame: Frame) -> None:
-        self._client.scene.set_background_image(frame.picture, format="jpeg", jpeg_quality=JPEG_QUALITY, depth=frame.depth)
+        self._client.scene.set_background_image(
+            frame.picture, format="jpeg", jpeg_quality=JPEG_QUALITY, depth=frame.depth
+        )
         self._client.flush()
 
     def _change_mode(self) -> None:
@@ -272,8 +323,14 @@ class Session:
     def _describe(self) -> None:
         """Say what is chosen."""
         info = self._library[self._scene].metadata
-        facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"] + ([] if info.psnr is None else [f"{info.psnr:.2f} dB"])
-        blend = f'<div style="font-size: 13px">blended with {html.escape(self._other)}</div>' if self._other else ""
+        facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"] + (
+            [] if info.psnr is None else [f"{info.psnr:.2f} dB"]
+        )
+        blend = (
+            f'<div style="font-size: 13px">blended with {html.escape(self._other)}</div>'
+            if self._other
+            else ""
+        )
         self._about.content = (
             '<div style="padding: 2px 14px 10px; overflow-wrap: anywhere">'
             f'<div style="font-size: 16px; font-weight: 600">{html.escape(info.name)}</div>{blend}'
@@ -290,4 +347,6 @@ class Session:
         """Show the scenes with the nearest weights."""
         if self._library.config.planes.macro:
             found = self._library.nearest(self._scene, ALIKE)
-            self._alike.show([neighbour.name for neighbour in found], [f"{neighbour.distance:.3f}" for neighbour in found])
+            self._alike.show(
+                [neighbor.name for neighbor in found], [f"{neighbor.distance:.3f}" for neighbor in found]
+            )

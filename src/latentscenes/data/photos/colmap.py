@@ -60,7 +60,9 @@ class Lens:
         ahead = toward[:, 2] > 1e-9
         plane = toward / np.where(ahead, toward[:, 2], 1)[:, None]
         places = np.asarray(self.camera.img_from_cam(plane)) / (self.camera.width, self.camera.height)
-        shown = ahead & (np.hypot(*plane[:, :2].T) <= self.reach) & (places >= 0).all(-1) & (places <= 1).all(-1)
+        shown = (
+            ahead & (np.hypot(*plane[:, :2].T) <= self.reach) & (places >= 0).all(-1) & (places <= 1).all(-1)
+        )
         return np.where(shown[:, None], places, np.nan)
 
 
@@ -104,7 +106,9 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
         rotation, position = np.asarray(pose.rotation.matrix()), np.asarray(pose.translation)
         if not (np.isfinite(rotation).all() and np.isfinite(position).all()):
             raise UserError(f"{source}: the pose of {image.name} is not finite. Run COLMAP again.")
-        photographs.append(Photograph(image.name, file, lens, rotation, position, _up(file), lens.focal * width))
+        photographs.append(
+            Photograph(image.name, file, lens, rotation, position, _up(file), lens.focal * width)
+        )
     present = sum(file.suffix.lower() in PHOTOGRAPHS for file in images.rglob("*"))
     if len(photographs) < max(FEWEST, present / 2):
         raise UserError(
@@ -121,7 +125,9 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
     """The capture's one model: its folder, and the pycolmap.Reconstruction."""
     pycolmap = _pycolmap()
     sparse = folder / "sparse"
-    found = [entry for entry in (sparse, *subfolders(sparse)) if _holds_model(entry)] if sparse.is_dir() else []
+    found = (
+        [entry for entry in (sparse, *subfolders(sparse)) if _holds_model(entry)] if sparse.is_dir() else []
+    )
     if not found:
         raise UserError(
             f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in sparse/0). "
@@ -136,7 +142,9 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
                 f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it is newer, update pycolmap."
             ) from None
     if len(models) > 1:
-        sizes = ", ".join(f"{source.name} with {model.num_reg_images()} photographs" for source, model in models.items())
+        sizes = ", ".join(
+            f"{source.name} with {model.num_reg_images()} photographs" for source, model in models.items()
+        )
         raise UserError(
             f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep the right one alone "
             "and move the others away; or add photographs that overlap both and run COLMAP again."
@@ -155,19 +163,27 @@ def _pycolmap() -> Any:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / f"{name}{ending}").is_file() for name in ("cameras", "images") for ending in (".bin", ".txt"))
+    return any(
+        (folder / f"{name}{ending}").is_file()
+        for name in ("cameras", "images")
+        for ending in (".bin", ".txt")
+    )
 
 
 def _lens(camera: Any, source: Path) -> Lens:
     if camera.model.name == "EQUIRECTANGULAR":
-        raise UserError(f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR), which are not supported.")
+        raise UserError(
+            f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR), which are not supported."
+        )
     return Lens(camera, source)
 
 
 def _checked_width(file: Path, lens: Lens) -> int:
     """The photograph's width in pixels. It is the one that COLMAP saw, or a reduced copy of it."""
     (height, width), (seen_height, seen_width) = image_size(file), (lens.camera.height, lens.camera.width)
-    if abs(width * seen_height - height * seen_width) > max(seen_height, seen_width):  # more than rounding to whole pixels
+    if abs(width * seen_height - height * seen_width) > max(
+        seen_height, seen_width
+    ):  # more than rounding to whole pixels
         raise UserError(
             f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}: another shape. Put the "
             "photographs that COLMAP saw into images/, neither cropped nor turned."
@@ -181,7 +197,6 @@ def _up(file: Path) -> Float[np.ndarray, "3"]:
         orientation = image.getexif().get(274, 1)
     side = {3: (0, 1), 4: (0, 1), 5: (-1, 0), 6: (-1, 0), 7: (1, 0), 8: (1, 0)}.get(orientation, (0, -1))
     return np.array([*side, 0.0])
-
 
 
 # Undistortion

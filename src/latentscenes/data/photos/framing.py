@@ -69,7 +69,9 @@ def object_bounds(
     floor = _lowest_needed(cells, hull[:, 2])
     above = hull[:, 2] >= floor
     ceiling = -_lowest_needed(cells[:, above], -hull[above, 2])
-    return np.array([*low[:2], max(low[2], floor - 1.5 * voxel)]), np.array([*high[:2], min(high[2], ceiling + 1.5 * voxel)])
+    return np.array([*low[:2], max(low[2], floor - 1.5 * voxel)]), np.array(
+        [*high[:2], min(high[2], ceiling + 1.5 * voxel)]
+    )
 
 
 def _no_object(name: str, count: int) -> UserError:

@@ -80,11 +80,17 @@ def make_photos(
     single = (folder / "images").is_dir() or (folder / "sparse").is_dir()
     places = {place.name: place for place in ([folder.resolve()] if single else subfolders(folder))}
     if not places:
-        raise UserError(f"{folder}: holds no folders. Each object is a folder with images/, sparse/0 and masks/.")
+        raise UserError(
+            f"{folder}: holds no folders. Each object is a folder with images/, sparse/0 and masks/."
+        )
     if limit is not None and (limit < 1 or split is not None):
-        raise UserError(f"limit={limit}: must be at least 1, and does not go with a split file; shorten its lists instead.")
+        raise UserError(
+            f"limit={limit}: must be at least 1, and does not go with a split file; shorten its lists instead."
+        )
     if size < 1 or held_out < 0:
-        raise UserError(f"size={size}, held_out={held_out}: pictures have at least 1 pixel, and 0 or more views are held out.")
+        raise UserError(
+            f"size={size}, held_out={held_out}: pictures have at least 1 pixel, and 0 or more views are held out."
+        )
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
     notes, halves, views = [], [], 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -106,7 +112,9 @@ def make_photos(
             f"{len(unturned)} of {len(splits)} objects have no pose.json that names the photograph from the front; their first "
             "photograph is taken for it, and decides how they are turned about the vertical axis"
         )
-    return Imported(Path(out), len(splits), views, (size, size), box, "fitted to the masks", "alpha", tuple(notes))
+    return Imported(
+        Path(out), len(splits), views, (size, size), box, "fitted to the masks", "alpha", tuple(notes)
+    )
 
 
 def read_capture(folder: Path, size: int) -> Capture:
@@ -124,8 +132,13 @@ def read_capture(folder: Path, size: int) -> Capture:
             "over. Masks must be white on the object and black elsewhere (are they inverted?), and photographs show all of it."
         )
     # Where the object stands, roughly: in a world whose z is up and whose origin is the cameras' middle.
-    center, world = np.mean([shot.position for shot in shots], 0), rotation_to(up, np.eye(3)[np.abs(up).argmin()])
-    wide = _cameras(shots, [shot.rotation for shot in shots], [0.5 / shot.lens.reach for shot in shots], world, center)
+    center, world = (
+        np.mean([shot.position for shot in shots], 0),
+        rotation_to(up, np.eye(3)[np.abs(up).argmin()]),
+    )
+    wide = _cameras(
+        shots, [shot.rotation for shot in shots], [0.5 / shot.lens.reach for shot in shots], world, center
+    )
     low, high = object_bounds(np.stack([mask for kind, mask in seen if kind == "all"]), wide, str(folder))
     center = center + world.T @ (low + high) / 2
     # The photograph from the front on the side of +x; all are taken again, turned toward the object.
@@ -133,7 +146,9 @@ def read_capture(folder: Path, size: int) -> Capture:
     eyes = np.stack([shot.position - center for shot in shots]) @ world.T
     focal = _focal_lengths(shots, np.linalg.norm(eyes, axis=1), ROOM * np.linalg.norm(high - low) / 2)
     _refuse_enlarging(folder, shots, focal, size)
-    turned = [world.T @ matrix for matrix in look_at(torch.from_numpy(eyes).float())[:, :, :3].double().numpy()]
+    turned = [
+        world.T @ matrix for matrix in look_at(torch.from_numpy(eyes).float())[:, :, :3].double().numpy()
+    ]
 
     def take(place: int) -> UInt8[np.ndarray, "size size 4"]:
         picture, mask = read_cut_out(shots[place], masks)
@@ -166,7 +181,9 @@ def _cameras(
     """Pinhole cameras at the photographs' places, turned by `rotations` (camera-to-world in COLMAP's world), in the world
     that is COLMAP's after moving `center` to the origin, turning by `world` and dividing by `scale`."""
     positions = [world @ (shot.position - center) / scale for shot in shots]
-    matrices = [np.column_stack([world @ rotation, position]) for rotation, position in zip(rotations, positions)]
+    matrices = [
+        np.column_stack([world @ rotation, position]) for rotation, position in zip(rotations, positions)
+    ]
     intrinsics = [[length, length, 0.5, 0.5] for length in focal]
     return Cameras(torch.from_numpy(np.stack(matrices)).float(), torch.tensor(intrinsics))
 
@@ -202,12 +219,20 @@ def _read_pose(folder: Path, photographs: list[Photograph]) -> tuple[Float[np.nd
             pose = json.loads(file.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: not a readable JSON file ({error}).") from None
-        if not isinstance(pose, dict) or not set(pose) <= {"front", "up"} or not isinstance(pose.get("front", ""), str):
-            raise UserError(f'{file}: must look like {{"front": "{photographs[0].name}"}}, with or without "up": [x, y, z].')
+        if (
+            not isinstance(pose, dict)
+            or not set(pose) <= {"front", "up"}
+            or not isinstance(pose.get("front", ""), str)
+        ):
+            raise UserError(
+                f'{file}: must look like {{"front": "{photographs[0].name}"}}, with or without "up": [x, y, z].'
+            )
     names = {photograph.name: photograph for photograph in photographs}
     front = names.get(pose.get("front", photographs[0].name))
     if front is None:
-        raise UserError(f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction. Name another.")
+        raise UserError(
+            f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction. Name another."
+        )
     if "up" in pose:
         return _direction(pose["up"], file), front
     if (up := up_direction(photographs)) is None:
@@ -219,14 +244,20 @@ def _read_pose(folder: Path, photographs: list[Photograph]) -> tuple[Float[np.nd
 
 
 def _direction(numbers: Any, file: Path) -> Float[np.ndarray, "3"]:
-    if isinstance(numbers, list) and len(numbers) == 3 and all(isinstance(number, int | float) for number in numbers):
+    if (
+        isinstance(numbers, list)
+        and len(numbers) == 3
+        and all(isinstance(number, int | float) for number in numbers)
+    ):
         vector = np.array(numbers, float)
         if np.isfinite(vector).all() and (length := np.linalg.norm(vector)) > 0:
             return vector / length
     raise UserError(f"{file}: up must be three numbers that are not all 0, a direction in COLMAP's world.")
 
 
-def _forward(front: Photograph, center: Float[np.ndarray, "3"], up: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:
+def _forward(
+    front: Photograph, center: Float[np.ndarray, "3"], up: Float[np.ndarray, "3"]
+) -> Float[np.ndarray, "3"]:
     """From the object toward the photograph from the front."""
     toward = front.position - center
     if np.linalg.norm(np.cross(up, toward)) < 0.1 * np.linalg.norm(toward):
@@ -255,7 +286,6 @@ def _together(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         finally:
             for task in tasks:
                 task.cancel()
-
 
 
 # Masks

@@ -1,7 +1,7 @@
 """The body of a made car: what kind it is, and a smooth skin lofted along its length.
 
 Notable:
-- Metres, nose toward +x, z up, the ground at z = 0. `Car` holds every number a car is made from.
+- Meters, nose toward +x, z up, the ground at z = 0. `Car` holds every number a car is made from.
 - The side silhouette is a rounded polyline from under the nose over the roof to under the tail. At each of its
   points a cross-section starts: a cap (roof, bonnet or front face), the upper side (windows) and the lower side.
 - Cross-sections bend backward from the middle to the sides, which rounds nose, windscreen and tail in plan.
@@ -20,7 +20,7 @@ CAP, UPPER, LOWER = 30, 9, 15
 
 @dataclass(frozen=True)
 class Car:
-    """The measures of one car, in metres and radians."""
+    """The measures of one car, in meters and radians."""
 
     kind: str
     length: float
@@ -31,9 +31,9 @@ class Car:
     belt: float
     """Height where the windows begin, at the middle of the car."""
     wedge: float
-    """How much the belt rises from front to rear, metres per metre."""
+    """How much the belt rises from front to rear, meters per meter."""
     tumblehome: float
-    """How much the windows lean inward: metres per metre of height."""
+    """How much the windows lean inward: meters per meter of height."""
     ledge: float
     """How far the windows stand back from the shoulder."""
     cap: float
@@ -124,16 +124,124 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
 
 _MEASURES = {
     # length, width, height, wheel, sill, belt, cowl (share of length), cowl height, leading edge, rake, tumblehome
-    "saloon": ((4.3, 4.9), (1.72, 1.86), (1.38, 1.48), (0.30, 0.34), (0.19, 0.25), (0.90, 0.97), (0.26, 0.31), (0.96, 1.02), (0.68, 0.80), (0.7, 0.95), (0.28, 0.5)),
-    "hatchback": ((3.6, 4.3), (1.65, 1.80), (1.42, 1.56), (0.28, 0.33), (0.19, 0.25), (0.90, 0.99), (0.22, 0.27), (0.98, 1.06), (0.70, 0.84), (0.6, 0.9), (0.22, 0.42)),
-    "estate": ((4.4, 4.9), (1.72, 1.86), (1.42, 1.54), (0.30, 0.34), (0.19, 0.26), (0.90, 0.97), (0.25, 0.29), (0.96, 1.03), (0.68, 0.80), (0.65, 0.9), (0.24, 0.42)),
-    "suv": ((4.2, 4.9), (1.80, 1.95), (1.65, 1.85), (0.35, 0.40), (0.28, 0.36), (1.06, 1.16), (0.24, 0.29), (1.12, 1.22), (0.92, 1.06), (0.4, 0.75), (0.14, 0.34)),
-    "van": ((4.4, 5.4), (1.78, 2.0), (1.80, 2.2), (0.31, 0.35), (0.22, 0.30), (1.06, 1.18), (0.14, 0.19), (1.12, 1.24), (0.80, 0.98), (0.55, 0.85), (0.06, 0.18)),
-    "pickup": ((4.9, 5.5), (1.78, 1.95), (1.68, 1.84), (0.35, 0.40), (0.30, 0.40), (1.04, 1.12), (0.25, 0.29), (1.08, 1.16), (0.90, 1.02), (0.45, 0.7), (0.2, 0.36)),
-    "coupe": ((4.1, 4.6), (1.72, 1.86), (1.24, 1.36), (0.31, 0.34), (0.15, 0.21), (0.84, 0.90), (0.30, 0.35), (0.90, 0.95), (0.62, 0.74), (0.65, 0.85), (0.4, 0.65)),
-    "sports": ((4.1, 4.6), (1.80, 1.98), (1.10, 1.22), (0.31, 0.34), (0.12, 0.17), (0.74, 0.82), (0.24, 0.28), (0.80, 0.86), (0.52, 0.60), (0.85, 1.05), (0.5, 0.8)),
-    "open": ((3.9, 4.5), (1.66, 1.85), (1.18, 1.28), (0.29, 0.33), (0.15, 0.22), (0.82, 0.90), (0.29, 0.36), (0.88, 0.94), (0.62, 0.74), (0.45, 0.65), (0.3, 0.5)),
-}  # fmt: skip
+    "saloon": (
+        (4.3, 4.9),
+        (1.72, 1.86),
+        (1.38, 1.48),
+        (0.30, 0.34),
+        (0.19, 0.25),
+        (0.90, 0.97),
+        (0.26, 0.31),
+        (0.96, 1.02),
+        (0.68, 0.80),
+        (0.7, 0.95),
+        (0.28, 0.5),
+    ),
+    "hatchback": (
+        (3.6, 4.3),
+        (1.65, 1.80),
+        (1.42, 1.56),
+        (0.28, 0.33),
+        (0.19, 0.25),
+        (0.90, 0.99),
+        (0.22, 0.27),
+        (0.98, 1.06),
+        (0.70, 0.84),
+        (0.6, 0.9),
+        (0.22, 0.42),
+    ),
+    "estate": (
+        (4.4, 4.9),
+        (1.72, 1.86),
+        (1.42, 1.54),
+        (0.30, 0.34),
+        (0.19, 0.26),
+        (0.90, 0.97),
+        (0.25, 0.29),
+        (0.96, 1.03),
+        (0.68, 0.80),
+        (0.65, 0.9),
+        (0.24, 0.42),
+    ),
+    "suv": (
+        (4.2, 4.9),
+        (1.80, 1.95),
+        (1.65, 1.85),
+        (0.35, 0.40),
+        (0.28, 0.36),
+        (1.06, 1.16),
+        (0.24, 0.29),
+        (1.12, 1.22),
+        (0.92, 1.06),
+        (0.4, 0.75),
+        (0.14, 0.34),
+    ),
+    "van": (
+        (4.4, 5.4),
+        (1.78, 2.0),
+        (1.80, 2.2),
+        (0.31, 0.35),
+        (0.22, 0.30),
+        (1.06, 1.18),
+        (0.14, 0.19),
+        (1.12, 1.24),
+        (0.80, 0.98),
+        (0.55, 0.85),
+        (0.06, 0.18),
+    ),
+    "pickup": (
+        (4.9, 5.5),
+        (1.78, 1.95),
+        (1.68, 1.84),
+        (0.35, 0.40),
+        (0.30, 0.40),
+        (1.04, 1.12),
+        (0.25, 0.29),
+        (1.08, 1.16),
+        (0.90, 1.02),
+        (0.45, 0.7),
+        (0.2, 0.36),
+    ),
+    "coupe": (
+        (4.1, 4.6),
+        (1.72, 1.86),
+        (1.24, 1.36),
+        (0.31, 0.34),
+        (0.15, 0.21),
+        (0.84, 0.90),
+        (0.30, 0.35),
+        (0.90, 0.95),
+        (0.62, 0.74),
+        (0.65, 0.85),
+        (0.4, 0.65),
+    ),
+    "sports": (
+        (4.1, 4.6),
+        (1.80, 1.98),
+        (1.10, 1.22),
+        (0.31, 0.34),
+        (0.12, 0.17),
+        (0.74, 0.82),
+        (0.24, 0.28),
+        (0.80, 0.86),
+        (0.52, 0.60),
+        (0.85, 1.05),
+        (0.5, 0.8),
+    ),
+    "open": (
+        (3.9, 4.5),
+        (1.66, 1.85),
+        (1.18, 1.28),
+        (0.29, 0.33),
+        (0.15, 0.22),
+        (0.82, 0.90),
+        (0.29, 0.36),
+        (0.88, 0.94),
+        (0.62, 0.74),
+        (0.45, 0.65),
+        (0.3, 0.5),
+    ),
+}
 
 
 def _rear_end(
@@ -163,7 +271,11 @@ def _rear_end(
         return roof_x, (roof_x - between(0.08, 0.2), belt + 0.01), (end + 0.03, belt + 0.02)
     if kind == "coupe":
         glass = (end + between(0.1, 0.17) * length, belt + between(0.04, 0.1))
-        return min(glass[0] + between(0.65, 0.95), brow_x - 0.6), glass, (end + between(0.02, 0.08), belt + between(0.0, 0.08))
+        return (
+            min(glass[0] + between(0.65, 0.95), brow_x - 0.6),
+            glass,
+            (end + between(0.02, 0.08), belt + between(0.0, 0.08)),
+        )
     if kind == "sports":
         glass = (end + between(0.16, 0.24) * length, belt + between(0.08, 0.14))
         return min(glass[0] + between(0.6, 0.9), brow_x - 0.6), glass, (end + 0.06, belt + between(0.02, 0.1))
@@ -181,7 +293,9 @@ class Skin:
     marks: dict[str, float]
     """Station (0 … s − 1, fractional) of each knot of the silhouette."""
 
-    def finer(self, rows: int, columns: int) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
+    def finer(
+        self, rows: int, columns: int
+    ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
         """Positions, normals and stations at the middles of rows x columns texels over the grid."""
         down, across = _interpolation(rows, len(self.points)), _interpolation(columns, self.points.shape[1])
         fields = np.concatenate([self.points, self.normals], -1).astype(np.float32)

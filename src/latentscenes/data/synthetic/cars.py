@@ -16,7 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter, spread
-from latentscenes.data.raycast import BLEND, DEFAULT_VIEWS, RayCaster, TriangleSoup, ViewOptions, soup_from_mesh
+from latentscenes.data.raycast import (
+    BLEND,
+    DEFAULT_VIEWS,
+    RayCaster,
+    TriangleSoup,
+    ViewOptions,
+    soup_from_mesh,
+)
 from latentscenes.data.synthetic.body import KINDS, Car, draw_car, grid_normals, half_width, loft
 from latentscenes.data.synthetic.paint import draw_livery, paint_body
 
@@ -38,7 +45,9 @@ def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 4
     console, bounds = Console(stderr=True), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}") as writer,
+        DatasetWriter(
+            out, (options.size, options.size), alpha=True, origin=f"made cars, seed {options.seed}"
+        ) as writer,
         Progress(*columns, console=console) as progress,
     ):
         for number in progress.track(range(train + new), description="making cars"):
@@ -63,14 +72,17 @@ def make_car(number: int, seed: int = 0, kind: str | None = None) -> TriangleSou
     stations, across = skin.points.shape[:2]
     v, u = np.meshgrid(np.linspace(0, 1, stations), np.linspace(0, 1, across), indexing="ij")
     body = soup_from_mesh(
-        skin.points.reshape(-1, 3), grid_faces(stations, across), normals=skin.normals.reshape(-1, 3),
-        uv=np.clip(np.stack([u, v], -1), 0.001, 0.999).reshape(-1, 2), texture=paint_body(car, livery, skin), cutoff=0.5,
-    )  # fmt: skip
+        skin.points.reshape(-1, 3),
+        grid_faces(stations, across),
+        normals=skin.normals.reshape(-1, 3),
+        uv=np.clip(np.stack([u, v], -1), 0.001, 0.999).reshape(-1, 2),
+        texture=paint_body(car, livery, skin),
+        cutoff=0.5,
+    )
     soups = [body, floor(car), *wheels(car, wheel_picture(rng)), *extras(rng, car, livery.paint)]
     if kind == "open":
         soups += cockpit(rng, car)
     return shadowed(TriangleSoup.joined(soups), rng).normalized()
-
 
 
 # Parts
@@ -93,43 +105,79 @@ def grid_faces(rows: int, columns: int) -> Int[np.ndarray, "f 3"]:
     return np.concatenate([np.stack([a, b, c], -1), np.stack([a, c, d], -1)]).reshape(-1, 3)
 
 
-def lathe(outline: Float[np.ndarray, "n 2"], center: tuple[float, float, float], texture: UInt8[np.ndarray, "h w 4"] | None, color: Color) -> TriangleSoup:
+def lathe(
+    outline: Float[np.ndarray, "n 2"],
+    center: tuple[float, float, float],
+    texture: UInt8[np.ndarray, "h w 4"] | None,
+    color: Color,
+) -> TriangleSoup:
     """A solid of revolution round the y axis from its outline (y, radius). A texture is looked at along y and
     reaches to the outline's largest radius."""
     angle = np.linspace(0, 2 * np.pi, AROUND + 1)
     y, radius = outline[:, :1], outline[:, 1:]
-    ring = np.stack([radius * np.cos(angle), np.broadcast_to(y, (len(y), len(angle))), radius * np.sin(angle)], -1)
+    ring = np.stack(
+        [radius * np.cos(angle), np.broadcast_to(y, (len(y), len(angle))), radius * np.sin(angle)], -1
+    )
     steps = np.diff(outline, axis=0)
     slopes = np.concatenate([steps[:1], steps[:-1] + steps[1:], steps[-1:]])
-    normals = np.stack([-slopes[:, :1] * np.cos(angle), np.broadcast_to(slopes[:, 1:], ring.shape[:2]), -slopes[:, :1] * np.sin(angle)], -1)
+    normals = np.stack(
+        [
+            -slopes[:, :1] * np.cos(angle),
+            np.broadcast_to(slopes[:, 1:], ring.shape[:2]),
+            -slopes[:, :1] * np.sin(angle),
+        ],
+        -1,
+    )
     uv = 0.5 + ring[..., [0, 2]] / (2 * radius.max()) * 0.985
     return soup_from_mesh(
-        ring.reshape(-1, 3) + np.asarray(center), grid_faces(len(outline), len(angle)), normals=normals.reshape(-1, 3),
-        uv=uv.reshape(-1, 2), colors=(*color, 1.0), texture=texture,
-    )  # fmt: skip
+        ring.reshape(-1, 3) + np.asarray(center),
+        grid_faces(len(outline), len(angle)),
+        normals=normals.reshape(-1, 3),
+        uv=uv.reshape(-1, 2),
+        colors=(*color, 1.0),
+        texture=texture,
+    )
 
 
-def blob(center: tuple[float, float, float], half: tuple[float, float, float], color: Color, squareness: float = 4.0, lean: float = 0.0) -> TriangleSoup:
-    """A rounded box (superellipsoid). `lean` moves its top backward, metres per metre of height."""
+def blob(
+    center: tuple[float, float, float],
+    half: tuple[float, float, float],
+    color: Color,
+    squareness: float = 4.0,
+    lean: float = 0.0,
+) -> TriangleSoup:
+    """A rounded box (superellipsoid). `lean` moves its top backward, meters per meter of height."""
     across, down = np.meshgrid(np.linspace(0, 2 * np.pi, 25), np.linspace(-np.pi / 2, np.pi / 2, 15))
     power = 2 / squareness
 
     def signed(value: np.ndarray) -> np.ndarray:
         return np.sign(value) * np.abs(value) ** power
 
-    points = np.stack([signed(np.cos(down)) * signed(np.cos(across)), signed(np.cos(down)) * signed(np.sin(across)), signed(np.sin(down))], -1)
+    points = np.stack(
+        [
+            signed(np.cos(down)) * signed(np.cos(across)),
+            signed(np.cos(down)) * signed(np.sin(across)),
+            signed(np.sin(down)),
+        ],
+        -1,
+    )
     points = points * np.asarray(half)
     points[..., 0] -= lean * points[..., 2]
     normals = grid_normals(points)
-    normals = np.where((points * normals).sum(-1, keepdims=True) < 0, -normals, normals)  # outward: it holds its middle
+    normals = np.where(
+        (points * normals).sum(-1, keepdims=True) < 0, -normals, normals
+    )  # outward: it holds its middle
     normals[[0, -1]] = [[[0, 0, -1.0]], [[0, 0, 1.0]]]
     return soup_from_mesh(
-        points.reshape(-1, 3) + np.asarray(center), grid_faces(*points.shape[:2]), normals=normals.reshape(-1, 3), colors=(*color, 1.0)
+        points.reshape(-1, 3) + np.asarray(center),
+        grid_faces(*points.shape[:2]),
+        normals=normals.reshape(-1, 3),
+        colors=(*color, 1.0),
     )
 
 
 def wheel_picture(rng: np.random.Generator) -> UInt8[np.ndarray, "192 192 4"]:
-    """Rim and tyre seen from outside: spokes, a steel wheel or a hub cap."""
+    """Rim and tire seen from outside: spokes, a steel wheel or a hub cap."""
     grid = (np.arange(192) + 0.5) / 96 - 1
     x, y = np.meshgrid(grid, grid)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -155,24 +203,49 @@ def wheel_picture(rng: np.random.Generator) -> UInt8[np.ndarray, "192 192 4"]:
 def wheels(car: Car, picture: UInt8[np.ndarray, "h w 4"]) -> list[TriangleSoup]:
     """Four wheels, each in a dark well."""
     r, w = car.wheel, 0.105 if car.kind not in ("suv", "pickup", "sports") else 0.125
-    tyre = np.array([(-w, 0.3), (-w, 0.92), (-0.8 * w, 0.985), (-0.5 * w, 1), (0.5 * w, 1), (0.8 * w, 0.985), (0.97 * w, 0.93), (w, 0.82), (0.93 * w, 0.73), (0.72 * w, 0.68), (0.66 * w, 0.3), (0.74 * w, 0.0)])
+    tire = np.array(
+        [
+            (-w, 0.3),
+            (-w, 0.92),
+            (-0.8 * w, 0.985),
+            (-0.5 * w, 1),
+            (0.5 * w, 1),
+            (0.8 * w, 0.985),
+            (0.97 * w, 0.93),
+            (w, 0.82),
+            (0.93 * w, 0.73),
+            (0.72 * w, 0.68),
+            (0.66 * w, 0.3),
+            (0.74 * w, 0.0),
+        ]
+    )
     soups = []
     for axle in (car.front_axle, car.rear_axle):
         end = min(abs(axle) / car.length * 2, 1)
         outside = car.width / 2 * (1 - car.taper * max((end - 0.44) / 0.56, 0) ** 2.2) - 0.015
         for side in (1, -1):
-            outline = tyre * [side, r]
+            outline = tire * [side, r]
             soups.append(lathe(outline, (axle, side * (outside - w), r), picture, (1.0, 1.0, 1.0)))
             reach = 2 * w + 0.06
-            well = np.array([(0.0, car.arch + 0.005), (-side * reach, car.arch + 0.005), (-side * reach, 0.01)])
-            soups.append(_upper(lathe(well, (axle, side * (outside - 0.075), r), None, (0.05, 0.05, 0.05)), car.sill))
+            well = np.array(
+                [(0.0, car.arch + 0.005), (-side * reach, car.arch + 0.005), (-side * reach, 0.01)]
+            )
+            soups.append(
+                _upper(lathe(well, (axle, side * (outside - 0.075), r), None, (0.05, 0.05, 0.05)), car.sill)
+            )
     return soups
 
 
 def _upper(soup: TriangleSoup, height: float) -> TriangleSoup:
     """The triangles of a soup that lie above a height."""
     keep = soup.corners[:, :, 2].min(1) > height - 0.03
-    return replace(soup, **{name: getattr(soup, name)[keep] for name in ("corners", "normals", "uv", "colors", "texture", "cutoff")})
+    return replace(
+        soup,
+        **{
+            name: getattr(soup, name)[keep]
+            for name in ("corners", "normals", "uv", "colors", "texture", "cutoff")
+        },
+    )
 
 
 def floor(car: Car) -> TriangleSoup:
@@ -191,7 +264,14 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[TriangleSou
         x, z = cowl[0] - 0.32, car.belt + 0.085
         at = float(half_width(car, np.array([x]), np.array([z]))[0])
         soups.append(blob((x, side * (at + 0.10), z), (0.06, 0.095, 0.062), color, 2.8))
-        soups.append(blob((-car.length / 2 + 0.30, side * half * 0.45, car.sill + 0.09), (0.14, 0.035, 0.03), (0.5, 0.5, 0.52), 2.2))
+        soups.append(
+            blob(
+                (-car.length / 2 + 0.30, side * half * 0.45, car.sill + 0.09),
+                (0.14, 0.035, 0.03),
+                (0.5, 0.5, 0.52),
+                2.2,
+            )
+        )
     tail = car.knots["tail"]
     sporty = car.kind in ("coupe", "sports", "saloon", "open")
     if sporty and rng.random() < (0.55 if car.kind == "sports" else 0.25):
@@ -199,7 +279,9 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[TriangleSou
         x = tail[0] + 0.26
         soups.append(blob((x, 0.0, tail[1] + rise), (0.13, half * 0.78, 0.022), wing, 5.0))
         for side in (1, -1):
-            soups.append(blob((x, side * half * 0.5, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.05), wing, 5.0))
+            soups.append(
+                blob((x, side * half * 0.5, tail[1] + rise / 2), (0.07, 0.02, rise / 2 + 0.05), wing, 5.0)
+            )
             soups.append(blob((x, side * half * 0.78, tail[1] + rise), (0.14, 0.015, 0.07), wing, 5.0))
     elif car.kind in ("hatchback", "suv") and rng.random() < 0.6:
         eave = car.knots["eave"]
@@ -208,20 +290,38 @@ def extras(rng: np.random.Generator, car: Car, paint: Color) -> list[TriangleSou
     if car.kind in ("estate", "suv") and rng.random() < 0.6:
         brow, eave = car.knots["brow"], car.knots["eave"]
         for side in (1, -1):
-            soups.append(blob(((brow[0] + eave[0]) / 2, side * inner * 0.92, car.height - 0.035), ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.05), dark if rng.random() < 0.5 else (0.7, 0.7, 0.72), 6.0))
+            soups.append(
+                blob(
+                    ((brow[0] + eave[0]) / 2, side * inner * 0.92, car.height - 0.035),
+                    ((brow[0] - eave[0]) / 2 - 0.1, 0.022, 0.05),
+                    dark if rng.random() < 0.5 else (0.7, 0.7, 0.72),
+                    6.0,
+                )
+            )
     if car.kind in ("estate", "suv", "hatchback") and rng.random() < 0.12:
-        soups.append(blob((car.knots["roof"][0] - 0.2, 0.0, car.height + 0.17), (0.75, 0.36, 0.15), dark, 3.5))
+        soups.append(
+            blob((car.knots["roof"][0] - 0.2, 0.0, car.height + 0.17), (0.75, 0.36, 0.15), dark, 3.5)
+        )
     if car.kind == "pickup" and rng.random() < 0.4:
         x = car.knots["glass"][0] - 0.18
         soups.append(blob((x, 0.0, car.height - 0.06), (0.03, half * 0.72, 0.03), dark, 3.0))
         for side in (1, -1):
-            soups.append(blob((x, side * half * 0.72, (car.height + car.belt) / 2), (0.03, 0.03, (car.height - car.belt) / 2), dark, 3.0))
+            soups.append(
+                blob(
+                    (x, side * half * 0.72, (car.height + car.belt) / 2),
+                    (0.03, 0.03, (car.height - car.belt) / 2),
+                    dark,
+                    3.0,
+                )
+            )
     return soups
 
 
 def cockpit(rng: np.random.Generator, car: Car) -> list[TriangleSoup]:
     """Seats, steering wheel and windscreen of an open car."""
-    leather = ((0.12, 0.11, 0.11), (0.45, 0.26, 0.14), (0.72, 0.62, 0.48), (0.45, 0.07, 0.07))[int(rng.integers(4))]
+    leather = ((0.12, 0.11, 0.11), (0.45, 0.26, 0.14), (0.72, 0.62, 0.48), (0.45, 0.07, 0.07))[
+        int(rng.integers(4))
+    ]
     rear, front, _, base = car.opening
     rows = [front - 0.95] if front - rear < 2.0 else [front - 0.85, rear + 0.32]
     soups = []
@@ -231,8 +331,14 @@ def cockpit(rng: np.random.Generator, car: Car) -> list[TriangleSoup]:
             soups.append(blob((x + 0.2, y, base + 0.14), (0.26, 0.23, 0.11), leather, 3.5))
             soups.append(blob((x - 0.08, y, base + 0.40), (0.085, 0.22, 0.30), leather, 3.5, 0.25))
             soups.append(blob((x - 0.19, y, base + 0.76), (0.05, 0.11, 0.075), leather, 3.0))
-    soups.append(blob((front - 0.1, 0.0, car.belt - 0.08), (0.16, car.width / 2 - 0.2, 0.10), (0.1, 0.1, 0.1), 3.5))
-    soups.append(blob((front - 0.36, car.width * 0.2, car.belt - 0.04), (0.03, 0.17, 0.17), (0.05, 0.05, 0.05), 2.0, 0.4))
+    soups.append(
+        blob((front - 0.1, 0.0, car.belt - 0.08), (0.16, car.width / 2 - 0.2, 0.10), (0.1, 0.1, 0.1), 3.5)
+    )
+    soups.append(
+        blob(
+            (front - 0.36, car.width * 0.2, car.belt - 0.04), (0.03, 0.17, 0.17), (0.05, 0.05, 0.05), 2.0, 0.4
+        )
+    )
     return soups + [_windscreen(car)]
 
 
@@ -250,14 +356,20 @@ def _windscreen(car: Car) -> TriangleSoup:
     picture[:, :4] = picture[:, -4:] = (25, 25, 28, 255)
     uv = np.stack([(across + 1) / 2 * 0.98 + 0.01, up * 0.98 + 0.01], -1)
     return soup_from_mesh(
-        points.reshape(-1, 3), grid_faces(rows, columns), normals=grid_normals(points).reshape(-1, 3), uv=uv.reshape(-1, 2),
-        texture=picture, cutoff=BLEND,
-    )  # fmt: skip
+        points.reshape(-1, 3),
+        grid_faces(rows, columns),
+        normals=grid_normals(points).reshape(-1, 3),
+        uv=uv.reshape(-1, 2),
+        texture=picture,
+        cutoff=BLEND,
+    )
 
 
-def shadowed(soup: TriangleSoup, rng: np.random.Generator, rays: int = 24, within: float = 0.5, strength: float = 0.55) -> TriangleSoup:
-    """The soup with colours darkened where surfaces or the ground are near: ambient occlusion from `rays` directions
-    a corner, as far as `within` metres. Normals must point outward."""
+def shadowed(
+    soup: TriangleSoup, rng: np.random.Generator, rays: int = 24, within: float = 0.5, strength: float = 0.55
+) -> TriangleSoup:
+    """The soup with colors darkened where surfaces or the ground are near: ambient occlusion from `rays` directions
+    a corner, as far as `within` meters. Normals must point outward."""
     points = np.concatenate([soup.corners, soup.normals], -1).reshape(-1, 6)
     mixer = np.random.default_rng(0).integers(1 << 40, 1 << 62, 6)
     key = np.round(points * 10000).astype(np.int64) @ mixer  # equal corners, equal keys
@@ -268,9 +380,13 @@ def shadowed(soup: TriangleSoup, rng: np.random.Generator, rays: int = 24, withi
     direction = normal[:, None] + 0.98 * toward[None]
     direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
     origin = np.repeat((position + 0.012 * normal)[:, None], rays, 1)
-    blocked = RayCaster(soup).reached(origin.reshape(-1, 3), direction.reshape(-1, 3), within).reshape(-1, rays)
+    blocked = (
+        RayCaster(soup).reached(origin.reshape(-1, 3), direction.reshape(-1, 3), within).reshape(-1, rays)
+    )
     ground = (direction[..., 2] < 0) & (origin[..., 2] + direction[..., 2] * within < 0)
-    light: Float32[np.ndarray, "p"] = 1 - strength * np.maximum(blocked, 0.6 * ground).mean(1).astype(np.float32)
+    light: Float32[np.ndarray, "p"] = 1 - strength * np.maximum(blocked, 0.6 * ground).mean(1).astype(
+        np.float32
+    )
     colors = soup.colors.copy()
     colors[..., :3] *= light[inverse.reshape(-1)].reshape(-1, 3, 1)
     return replace(soup, colors=colors)

@@ -2,7 +2,7 @@
 
 Notable:
 - Every texel knows where it lies in space (x, y, z), which way it faces and its station on the silhouette, so windows,
-  lamps, door gaps and stripes are shapes in metres, with soft edges of about a centimetre.
+  lamps, door gaps and stripes are shapes in meters, with soft edges of about a centimeter.
 - Wheel openings are transparent texels.
 """
 
@@ -16,14 +16,34 @@ from latentscenes.data.synthetic.body import Car, Skin
 
 ROWS, COLUMNS = 608, 496
 EDGE = 0.009
-"""Half the width of a soft edge, metres."""
+"""Half the width of a soft edge, meters."""
 Color = tuple[float, float, float]
 PAINTS: tuple[Color, ...] = (
-    (0.93, 0.93, 0.92), (0.90, 0.90, 0.91), (0.74, 0.76, 0.78), (0.62, 0.64, 0.67), (0.36, 0.38, 0.41), (0.11, 0.11, 0.12),
-    (0.14, 0.15, 0.18), (0.74, 0.07, 0.08), (0.86, 0.12, 0.08), (0.52, 0.05, 0.10), (0.93, 0.42, 0.06), (0.97, 0.76, 0.09),
-    (0.10, 0.22, 0.58), (0.13, 0.40, 0.78), (0.36, 0.62, 0.86), (0.05, 0.10, 0.28), (0.05, 0.30, 0.17), (0.25, 0.55, 0.24),
-    (0.55, 0.75, 0.15), (0.10, 0.52, 0.52), (0.80, 0.72, 0.58), (0.46, 0.33, 0.22), (0.42, 0.16, 0.48), (0.85, 0.55, 0.62),
-)  # fmt: skip
+    (0.93, 0.93, 0.92),
+    (0.90, 0.90, 0.91),
+    (0.74, 0.76, 0.78),
+    (0.62, 0.64, 0.67),
+    (0.36, 0.38, 0.41),
+    (0.11, 0.11, 0.12),
+    (0.14, 0.15, 0.18),
+    (0.74, 0.07, 0.08),
+    (0.86, 0.12, 0.08),
+    (0.52, 0.05, 0.10),
+    (0.93, 0.42, 0.06),
+    (0.97, 0.76, 0.09),
+    (0.10, 0.22, 0.58),
+    (0.13, 0.40, 0.78),
+    (0.36, 0.62, 0.86),
+    (0.05, 0.10, 0.28),
+    (0.05, 0.30, 0.17),
+    (0.25, 0.55, 0.24),
+    (0.55, 0.75, 0.15),
+    (0.10, 0.52, 0.52),
+    (0.80, 0.72, 0.58),
+    (0.46, 0.33, 0.22),
+    (0.42, 0.16, 0.48),
+    (0.85, 0.55, 0.62),
+)
 GLASS, PLASTIC, CHROME = (0.12, 0.145, 0.17), (0.13, 0.13, 0.14), (0.80, 0.81, 0.83)
 
 
@@ -33,7 +53,7 @@ class Livery:
 
     paint: Color
     accent: Color
-    """Second colour: roof, stripes, numbers."""
+    """Second color: roof, stripes, numbers."""
     style: str
     """plain, roof, stripes, offset, flank, lower, number or checker."""
     number: int
@@ -41,11 +61,11 @@ class Livery:
     """Doors on each side, one or two."""
     lamps: tuple[float, float, float, float]
     """Headlamps: distance of the middle from the car's middle line as a share of half the width, height share between
-    bumper and leading edge, half width and half height in metres."""
+    bumper and leading edge, half width and half height in meters."""
     round_lamps: bool
     upright_tail: bool
     grille: tuple[float, float]
-    """Half width as a share of half the car's, half height in metres."""
+    """Half width as a share of half the car's, half height in meters."""
     chrome: bool
     plastic_bumpers: bool
     cladding: bool
@@ -62,24 +82,41 @@ def draw_livery(rng: np.random.Generator, car: Car) -> Livery:
     paint = PAINTS[rng.integers(len(PAINTS))]
     others = [color for color in PAINTS if np.abs(np.subtract(color, paint)).max() > 0.35]
     styles = ["plain"] * 9 + ["roof", "stripes", "flank", "lower", "number"]
-    styles += ["stripes", "offset", "number", "number", "checker"] if car.kind in ("coupe", "sports", "open", "hatchback") else []
+    styles += (
+        ["stripes", "offset", "number", "number", "checker"]
+        if car.kind in ("coupe", "sports", "open", "hatchback")
+        else []
+    )
     styles += ["flank", "lower", "flank"] if car.kind in ("van", "suv", "pickup") else []
     rugged = car.kind in ("suv", "pickup", "van")
     tint = rng.uniform(0.8, 1.5)
     return Livery(
-        paint, others[rng.integers(len(others))], styles[rng.integers(len(styles))], int(rng.integers(1, 100)),
-        doors=1 if car.kind in ("coupe", "sports", "open", "van") or (car.kind == "hatchback" and rng.random() < 0.4) else 2,
-        lamps=(float(rng.uniform(0.66, 0.76)), float(rng.uniform(0.62, 0.85)), float(rng.uniform(0.12, 0.2)), float(rng.uniform(0.05, 0.09))),
+        paint,
+        others[rng.integers(len(others))],
+        styles[rng.integers(len(styles))],
+        int(rng.integers(1, 100)),
+        doors=1
+        if car.kind in ("coupe", "sports", "open", "van") or (car.kind == "hatchback" and rng.random() < 0.4)
+        else 2,
+        lamps=(
+            float(rng.uniform(0.66, 0.76)),
+            float(rng.uniform(0.62, 0.85)),
+            float(rng.uniform(0.12, 0.2)),
+            float(rng.uniform(0.05, 0.09)),
+        ),
         round_lamps=bool(rng.random() < 0.25),
-        upright_tail=car.kind in ("hatchback", "estate", "van", "suv", "pickup") and bool(rng.random() < 0.75),
+        upright_tail=car.kind in ("hatchback", "estate", "van", "suv", "pickup")
+        and bool(rng.random() < 0.75),
         grille=(float(rng.uniform(0.22, 0.46)), float(rng.uniform(0.04, 0.11)) * (1.4 if rugged else 1)),
-        chrome=bool(rng.random() < 0.5), plastic_bumpers=bool(rng.random() < (0.5 if rugged else 0.25)),
+        chrome=bool(rng.random() < 0.5),
+        plastic_bumpers=bool(rng.random() < (0.5 if rugged else 0.25)),
         cladding=car.kind in ("suv", "pickup") and bool(rng.random() < 0.6),
-        panel_van=car.kind == "van" and bool(rng.random() < 0.5), trim=bool(rng.random() < 0.4),
+        panel_van=car.kind == "van" and bool(rng.random() < 0.5),
+        trim=bool(rng.random() < 0.4),
         plate=((0.95, 0.95, 0.93), (0.96, 0.82, 0.25))[int(rng.random() < 0.25)],
         tail=(float(rng.uniform(0.6, 0.8)), 0.04, 0.05),
         glass=tuple(float(channel * tint) for channel in GLASS),
-    )  # fmt: skip
+    )
 
 
 class Canvas:
@@ -95,7 +132,7 @@ class Canvas:
         self.alpha = np.ones((ROWS, COLUMNS), np.float32)
 
     def fill(self, distance: np.ndarray, color: Color | np.ndarray, strength: float = 1.0) -> None:
-        """Paint where a signed distance (metres) is negative."""
+        """Paint where a signed distance (meters) is negative."""
         cover = np.clip(0.5 - distance / (2 * EDGE), 0, 1) * strength
         rows = np.flatnonzero(cover.any(1))
         if len(rows):
@@ -103,7 +140,14 @@ class Canvas:
             tint = color[part] if isinstance(color, np.ndarray) else np.asarray(color, np.float32)
             self.color[part] += cover[part, :, None] * (tint - self.color[part])
 
-    def line(self, distance: np.ndarray, within: np.ndarray, half: float = 0.009, color: Color = (0.04, 0.04, 0.05), strength: float = 0.8) -> None:
+    def line(
+        self,
+        distance: np.ndarray,
+        within: np.ndarray,
+        half: float = 0.009,
+        color: Color = (0.04, 0.04, 0.05),
+        strength: float = 0.8,
+    ) -> None:
         """Paint a thin line where `distance` is zero, inside the shape `within`."""
         self.fill(np.maximum(np.abs(distance) - half, within), color, strength)
 
@@ -113,7 +157,9 @@ class Canvas:
         return (np.clip(rgba[::-1], 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def rectangle(u: np.ndarray, v: np.ndarray, center: tuple[float, float], half: tuple[float, float], corner: float = 0.02) -> np.ndarray:
+def rectangle(
+    u: np.ndarray, v: np.ndarray, center: tuple[float, float], half: tuple[float, float], corner: float = 0.02
+) -> np.ndarray:
     """Signed distance to a rectangle with rounded corners."""
     corner = min(corner, *half)
     du, dv = np.abs(u - center[0]) - half[0] + corner, np.abs(v - center[1]) - half[1] + corner
@@ -140,9 +186,13 @@ def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4
     _rear(canvas, car, livery)
     if car.opening is not None:
         rear, front, inside, _ = car.opening
-        within = both(rear - canvas.x - 0.05, canvas.x - front - 0.05, canvas.aside - car.width / 2 + inside - 0.02)
+        within = both(
+            rear - canvas.x - 0.05, canvas.x - front - 0.05, canvas.aside - car.width / 2 + inside - 0.02
+        )
         sunk = both(within, canvas.z - car.belt_at(canvas.x) + 0.01)
-        canvas.fill(sunk, (0.16, 0.15, 0.15) if car.kind == "open" else tuple(0.55 * c + 0.03 for c in livery.paint))
+        canvas.fill(
+            sunk, (0.16, 0.15, 0.15) if car.kind == "open" else tuple(0.55 * c + 0.03 for c in livery.paint)
+        )
     for axle in (car.front_axle, car.rear_axle):
         ring = np.hypot(canvas.x - axle, canvas.z - car.wheel) - car.arch
         cut = both(ring, 0.5 * car.width / 2 - canvas.aside)
@@ -173,8 +223,11 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     z, aside = canvas.z, canvas.aside
     cowl, brow, eave, glass = (car.knots[name] for name in ("cowl", "brow", "eave", "glass"))
     level = np.clip((z - car.belt) / (car.height - car.belt), 0, 1)[..., None]
-    tint = np.asarray(livery.glass, np.float32) * (0.9 + 0.9 * level) + 0.05 * np.maximum(canvas.up, 0)[..., None]
-    streak = np.exp(-(((canvas.x + 0.6 * z + 0.35 * canvas.y) % 1.3 - 0.65) / 0.16) ** 2)
+    tint = (
+        np.asarray(livery.glass, np.float32) * (0.9 + 0.9 * level)
+        + 0.05 * np.maximum(canvas.up, 0)[..., None]
+    )
+    streak = np.exp(-((((canvas.x + 0.6 * z + 0.35 * canvas.y) % 1.3 - 0.65) / 0.16) ** 2))
     tint += 0.12 * (streak * np.clip(level[..., 0] * 2, 0, 1))[..., None]
     per_station = np.linalg.norm(np.subtract(brow, cowl)) / max(skin.marks["brow"] - skin.marks["cowl"], 1e-6)
     limit = car.width / 2 - car.ledge - car.tumblehome * np.maximum(z - car.belt, 0) - 0.10
@@ -203,7 +256,9 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.fill(both(band + 0.006, canvas.x - start - first, end + 0.025 - canvas.x), tint)
 
 
-def _half_plane(canvas: Canvas, low: tuple[float, float], high: tuple[float, float], inset: float) -> np.ndarray:
+def _half_plane(
+    canvas: Canvas, low: tuple[float, float], high: tuple[float, float], inset: float
+) -> np.ndarray:
     """Distance in side view in front of the line from `low` up to `high`, moved backward by `inset`."""
     along = np.subtract(high, low)
     along = along / np.linalg.norm(along)
@@ -232,9 +287,17 @@ def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.line(x - end, panel)
     canvas.line(z - low, both(x - ends[0], ends[-1] - x, side))
     crease = car.sill + 0.6 * (car.belt - car.sill)
-    canvas.line(z - crease - car.wedge * -x, both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side), 0.012, (0.0, 0.0, 0.0), 0.22)
+    canvas.line(
+        z - crease - car.wedge * -x,
+        both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side),
+        0.012,
+        (0.0, 0.0, 0.0),
+        0.22,
+    )
     if livery.trim:
-        canvas.fill(both(np.abs(z - crease + 0.09) - 0.028, x - ends[0] + 0.03, ends[-1] + 0.03 - x, side), PLASTIC)
+        canvas.fill(
+            both(np.abs(z - crease + 0.09) - 0.028, x - ends[0] + 0.03, ends[-1] + 0.03 - x, side), PLASTIC
+        )
     for end in ends[1:]:
         handle = rectangle(x, z, (end + 0.14, car.belt - car.wedge * end - 0.10), (0.075, 0.017), 0.012)
         canvas.fill(both(handle, side), CHROME if livery.chrome else (0.07, 0.07, 0.08))
@@ -258,7 +321,9 @@ def _lower_parts(canvas: Canvas, car: Car, livery: Livery) -> None:
     if livery.cladding:
         canvas.fill(z - car.sill - 0.15, PLASTIC)
         for axle in (car.front_axle, car.rear_axle):
-            canvas.fill(both(np.hypot(x - axle, z - car.wheel) - car.arch - 0.07, 0.5 - np.abs(canvas.side)), PLASTIC)
+            canvas.fill(
+                both(np.hypot(x - axle, z - car.wheel) - car.arch - 0.07, 0.5 - np.abs(canvas.side)), PLASTIC
+            )
 
 
 def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
@@ -285,10 +350,19 @@ def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
     canvas.fill(both(lamp, reach), (0.86, 0.89, 0.92))
     bulb = np.hypot(canvas.aside - center[0] + 0.02, canvas.z - center[1]) - lamp_tall * 0.62
     canvas.fill(both(bulb, reach), (0.62, 0.66, 0.71))
-    canvas.fill(both(lamp, center[0] + lamp_wide * 0.6 - canvas.aside, reach), (0.95, 0.6, 0.2), 0.0 if livery.round_lamps else 0.8)
+    canvas.fill(
+        both(lamp, center[0] + lamp_wide * 0.6 - canvas.aside, reach),
+        (0.95, 0.6, 0.2),
+        0.0 if livery.round_lamps else 0.8,
+    )
     low = car.sill + 0.10
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, low), (0.5 * half, 0.05), 0.03), ahead), (0.06, 0.06, 0.07))
-    canvas.fill(both(np.hypot(canvas.aside - 0.7 * half, canvas.z - low - 0.02) - 0.05, ahead), (0.78, 0.80, 0.82))
+    canvas.fill(
+        both(rectangle(canvas.aside, canvas.z, (0.0, low), (0.5 * half, 0.05), 0.03), ahead),
+        (0.06, 0.06, 0.07),
+    )
+    canvas.fill(
+        both(np.hypot(canvas.aside - 0.7 * half, canvas.z - low - 0.02) - 0.05, ahead), (0.78, 0.80, 0.82)
+    )
     _plate(canvas, livery, bumper[1] - 0.06, ahead)
 
 
@@ -299,10 +373,15 @@ def _rear(canvas: Canvas, car: Car, livery: Livery) -> None:
     reach = np.maximum(0.08 + canvas.facing, canvas.x - stern[0] - 0.4)
     if livery.upright_tail:
         bottom, top = stern[1] + 0.1, car.belt + (0.28 if car.kind in ("estate", "van") else 0.06)
-        lamp = rectangle(canvas.aside, canvas.z, (0.90 * half, (bottom + top) / 2), (0.085, (top - bottom) / 2), 0.03)
+        lamp = rectangle(
+            canvas.aside, canvas.z, (0.90 * half, (bottom + top) / 2), (0.085, (top - bottom) / 2), 0.03
+        )
         canvas.fill(both(lamp - 0.012, reach), (0.08, 0.05, 0.05))
         canvas.fill(both(lamp, reach), livery.tail)
-        canvas.fill(both(lamp + 0.015, np.abs(canvas.z - bottom - 0.3 * (top - bottom)) - 0.05, reach), (0.92, 0.90, 0.86))
+        canvas.fill(
+            both(lamp + 0.015, np.abs(canvas.z - bottom - 0.3 * (top - bottom)) - 0.05, reach),
+            (0.92, 0.90, 0.86),
+        )
     else:
         height = stern[1] + 0.68 * (tail[1] - stern[1])
         lamp = rectangle(canvas.aside, canvas.z, (0.76 * half, height), (0.2 * half, 0.075), 0.03)
@@ -310,18 +389,28 @@ def _rear(canvas: Canvas, car: Car, livery: Livery) -> None:
         canvas.fill(both(lamp, reach), livery.tail)
         canvas.fill(both(lamp + 0.015, np.abs(canvas.aside - 0.68 * half) - 0.05, reach), (0.92, 0.88, 0.84))
     height = stern[1] + 0.12 if livery.upright_tail or car.kind in ("saloon", "coupe") else stern[1] - 0.04
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.32, 0.08), 0.02), behind), (0.1, 0.1, 0.11), 0.6)
+    canvas.fill(
+        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.32, 0.08), 0.02), behind),
+        (0.1, 0.1, 0.11),
+        0.6,
+    )
     _plate(canvas, livery, height, behind)
     canvas.fill(both(canvas.z - car.sill - 0.11, behind), PLASTIC)
 
 
 def _plate(canvas: Canvas, livery: Livery, height: float, where: np.ndarray) -> None:
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.25, 0.055), 0.008), where), livery.plate)
-    canvas.fill(both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.20, 0.026), 0.008), where), (0.15, 0.15, 0.2), 0.55)
+    canvas.fill(
+        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.25, 0.055), 0.008), where), livery.plate
+    )
+    canvas.fill(
+        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.20, 0.026), 0.008), where),
+        (0.15, 0.15, 0.2),
+        0.55,
+    )
 
 
 def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
-    """Second colour, stripes and numbers."""
+    """Second color, stripes and numbers."""
     accent, style = livery.accent, livery.style
     top = 0.45 - np.abs(canvas.up)
     if style == "roof" and car.kind != "open":
@@ -337,7 +426,9 @@ def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.fill(both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side)), accent)
         if style == "checker":
             odd = (np.floor(canvas.x / 0.15) + np.floor(level / 0.075)) % 2 < 1
-            canvas.fill(np.where(odd, both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side)), 1.0), livery.paint)
+            canvas.fill(
+                np.where(odd, both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side)), 1.0), livery.paint
+            )
     if style == "lower":
         canvas.fill(canvas.z - car.sill - 0.42 * (car.belt - car.sill) - 0.1, accent)
     if style == "number":
@@ -364,5 +455,7 @@ def _roundels(canvas: Canvas, car: Car, livery: Livery, top: np.ndarray) -> None
 def _digits(number: int) -> UInt8[np.ndarray, "64 64"]:
     """A number as a picture."""
     image = Image.new("L", (64, 64))
-    ImageDraw.Draw(image).text((32, 32), str(number), 255, ImageFont.load_default(40), anchor="mm", stroke_width=2)
+    ImageDraw.Draw(image).text(
+        (32, 32), str(number), 255, ImageFont.load_default(40), anchor="mm", stroke_width=2
+    )
     return np.array(image)

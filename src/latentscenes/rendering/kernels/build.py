@@ -17,9 +17,24 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+)
 """Nothing here reorders arithmetic or flushes subnormals for the whole process, as -ffast-math would."""
-OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+OPTIONAL_FLAGS = (
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-fopenmp",),
+    ("-march=native",),
+    (),
+)
 """The best that the compiler accepts: tried in this order. Without OpenMP the kernel runs on one thread."""
 
 
@@ -45,7 +60,11 @@ def cpu_model() -> str:
     """What -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+        return "\n".join(
+            sorted(
+                {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+            )
+        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 

@@ -86,7 +86,7 @@ void importance(const Problem& p, const float* t, const float* weight, const flo
     const float fraction = std::min(std::max((wanted - low) / (high - low), 0.0f), 1.0f);
     found[k] = t[above - 1] + fraction * (t[above] - t[above - 1]);
   }
-  for (int64_t k = 1; k < p.fine; ++k)  // rounding can swap neighbours
+  for (int64_t k = 1; k < p.fine; ++k)  // rounding can swap neighbors
     for (int64_t j = k; j > 0 && found[j] < found[j - 1]; --j) std::swap(found[j], found[j - 1]);
 }
 

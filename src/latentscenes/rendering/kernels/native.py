@@ -29,10 +29,16 @@ class _Problem(ctypes.Structure):
     """`Problem` in field.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")
+        ),
         *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "networks", "threads")),
         *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
-        *((name, ctypes.c_float) for name in ("density_shift", "feature_margin", "blur_padding", "skip", "opaque")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("density_shift", "feature_margin", "blur_padding", "skip", "opaque")
+        ),
         *((name, ctypes.c_void_p) for name in INPUTS),
     ]
 
@@ -62,12 +68,27 @@ def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> 
     scenes, rays, coarse = u_coarse.shape
     columns, rows = zip(*PLANE_AXES[axes], strict=True)
     return _Problem(
-        scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
-        hidden_w.shape[-1] > planes.shape[-1], hidden_w.shape[-2], out_w.shape[0] - 1,
-        aggregation == "product", hidden_w.shape[0] if hidden_w.ndim == 3 else 1, torch.get_num_threads(), (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
-        DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, -math.log(skip) if skip else math.inf,
+        scenes,
+        rays,
+        coarse,
+        u_fine.shape[-1],
+        planes.shape[2],
+        planes.shape[-1],
+        hidden_w.shape[-1] > planes.shape[-1],
+        hidden_w.shape[-2],
+        out_w.shape[0] - 1,
+        aggregation == "product",
+        hidden_w.shape[0] if hidden_w.ndim == 3 else 1,
+        torch.get_num_threads(),
+        (ctypes.c_int64 * 3)(*columns),
+        (ctypes.c_int64 * 3)(*rows),
+        DENSITY_SHIFT,
+        FEATURE_MARGIN,
+        BLUR_PADDING,
+        skip,
+        -math.log(skip) if skip else math.inf,
         *(tensor.data_ptr() for tensor in inputs),
-    )  # fmt: skip
+    )
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -96,18 +117,38 @@ def call(name: str, problem: ctypes.Structure, tensors: list[Tensor | None]) -> 
 
 
 def _outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
-    """Uninitialised features, depth, opacity; then t, density and features of samples, empty unless kept."""
+    """Uninitialized features, depth, opacity; then t, density and features of samples, empty unless kept."""
     (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
     samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
-    shapes = [(scenes, rays, channels), (scenes, rays), (scenes, rays), samples, samples, (*samples, channels)]
+    shapes = [
+        (scenes, rays, channels),
+        (scenes, rays),
+        (scenes, rays),
+        samples,
+        samples,
+        (*samples, channels),
+    ]
     return [u_coarse.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op("latentscenes::render", mutates_args=(), device_types="cpu")
 def _render(
-    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor, directions: Tensor,
-    near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str, aggregation: str, skip: float, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    planes: Tensor,
+    hidden_w: Tensor,
+    hidden_b: Tensor,
+    out_w: Tensor,
+    out_b: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    u_coarse: Tensor,
+    u_fine: Tensor,
+    axes: str,
+    aggregation: str,
+    skip: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine)
     inputs = [tensor.contiguous() for tensor in given]
     outputs = _outputs(u_coarse, u_fine, out_w, keep)
@@ -117,18 +158,43 @@ def _render(
 
 
 @_render.register_fake
-def _(planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes, aggregation, skip, keep):
+def _(
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    out_b,
+    origins,
+    directions,
+    near,
+    far,
+    u_coarse,
+    u_fine,
+    axes,
+    aggregation,
+    skip,
+    keep,
+):
     return tuple(_outputs(u_coarse, u_fine, out_w, keep))
 
 
 @torch.library.custom_op("latentscenes::render_backward", mutates_args=(), device_types="cpu")
 def _render_backward(
-    upstream: list[Tensor], saved: list[Tensor], given: list[Tensor], axes: str, aggregation: str, skip: float,
-    planes_too: bool, network_too: bool,
-) -> list[Tensor]:  # fmt: skip
+    upstream: list[Tensor],
+    saved: list[Tensor],
+    given: list[Tensor],
+    axes: str,
+    aggregation: str,
+    skip: float,
+    planes_too: bool,
+    network_too: bool,
+) -> list[Tensor]:
     """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
     inputs = [tensor.contiguous() for tensor in given]
-    gradients = [torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0) for k in range(5)]
+    gradients = [
+        torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0)
+        for k in range(5)
+    ]
     if inputs[INPUTS.index("near")].numel():
         arguments = [*(tensor.contiguous() for tensor in upstream), *saved, *gradients]
         call("latentscenes_backward", _problem(inputs, axes, aggregation, skip), arguments)
@@ -153,9 +219,13 @@ def _backward(ctx, *upstream):
     planes_too, network_too = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
     given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
     results = [gradient if gradient is not None else given[0].new_empty(0) for gradient in upstream[:3]]
-    gradients = _render_backward(results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, planes_too, network_too)
+    gradients = _render_backward(
+        results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, planes_too, network_too
+    )
     wanted = [planes_too] + 4 * [network_too]
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *10 * [None]
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *10 * [
+        None
+    ]
 
 
 _render.register_autograd(_backward, setup_context=_setup_context)
@@ -189,24 +259,30 @@ def render(
     return _render(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
 
 
-
 # Planes: fusion, total variation, Adam by rows (planes.cpp)
 
 
 class _Fusion(ctypes.Structure):
     """`Fusion` in planes.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("scenes", "texels", "micro", "macro", "bases", "sum", "threads")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("scenes", "texels", "micro", "macro", "bases", "sum", "threads")
+    ]
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the native operators can work on these."""
-    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and available()
+    )
 
 
 def _fusion(micro: Tensor, weights: Tensor, bases: Tensor, add: bool) -> _Fusion:
     texels = bases[0].numel() // bases.shape[-1]
-    return _Fusion(len(weights), texels, micro.shape[-1], bases.shape[-1], len(bases), add, torch.get_num_threads())
+    return _Fusion(
+        len(weights), texels, micro.shape[-1], bases.shape[-1], len(bases), add, torch.get_num_threads()
+    )
 
 
 @torch.library.custom_op("latentscenes::compose", mutates_args=(), device_types="cpu")
@@ -229,11 +305,19 @@ def _(micro, weights, bias, bases, add):
 
 @torch.library.custom_op("latentscenes::compose_backward", mutates_args=(), device_types="cpu")
 def _compose_backward(
-    upstream: Tensor, micro: Tensor, weights: Tensor, bias: Tensor, bases: Tensor, add: bool, wanted: list[bool]
+    upstream: Tensor,
+    micro: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    bases: Tensor,
+    add: bool,
+    wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of micro, weights, bias and bases; empty where not wanted."""
     given = (micro, weights, bias, bases)
-    gradients = [tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=True)]
+    gradients = [
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=True)
+    ]
     inputs = [weights.contiguous(), bases.contiguous(), upstream.contiguous()]
     call("latentscenes_compose_backward", _fusion(micro, weights, bases, add), [*inputs, *gradients])
     return gradients
@@ -241,7 +325,10 @@ def _compose_backward(
 
 @_compose_backward.register_fake
 def _(upstream, micro, weights, bias, bases, add, wanted):
-    return [tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip((micro, weights, bias, bases), wanted, strict=True)]
+    return [
+        tensor.new_empty(tensor.shape if want else 0)
+        for tensor, want in zip((micro, weights, bias, bases), wanted, strict=True)
+    ]
 
 
 def _setup_compose(ctx, inputs, output) -> None:
@@ -273,7 +360,10 @@ def compose(
 def _total_variation(planes: Tensor) -> tuple[Tensor, Tensor]:
     texels = planes.contiguous()
     value, gradient = texels.new_empty(()), torch.empty_like(texels)
-    sizes = [ctypes.c_int64(size) for size in (texels.shape[0] * 3, texels.shape[2], texels.shape[-1], torch.get_num_threads())]
+    sizes = [
+        ctypes.c_int64(size)
+        for size in (texels.shape[0] * 3, texels.shape[2], texels.shape[-1], torch.get_num_threads())
+    ]
     library().latentscenes_total_variation(*sizes, *map(pointer, (texels, value, gradient)))
     return value, gradient
 
@@ -301,9 +391,16 @@ def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
 
 
 def adam(
-    table: Float[Tensor, "n *d"], first: Float[Tensor, "n *d"], second: Float[Tensor, "n *d"], index: Int[Tensor, "s"],
-    gradients: Float[Tensor, "s *d"], steps: Int[Tensor, "s"], rate: float, betas: tuple[float, float], epsilon: float,
-) -> None:  # fmt: skip
+    table: Float[Tensor, "n *d"],
+    first: Float[Tensor, "n *d"],
+    second: Float[Tensor, "n *d"],
+    index: Int[Tensor, "s"],
+    gradients: Float[Tensor, "s *d"],
+    steps: Int[Tensor, "s"],
+    rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> None:
     """`optim.adam_in_torch`: the rows of `table` at `index` (all different) and their moments, in place."""
     counts = steps.double()
     rates, corrections = (rate / (1 - betas[0] ** counts)).float(), (1 - betas[1] ** counts).rsqrt().float()

@@ -166,7 +166,7 @@ extern "C" void latentscenes_compose_backward(const Fusion* fusion, const float*
   }
 }
 
-// Squared differences of neighbouring texels of `planes` planes (r x r x f), rows plus columns, as a mean; and its gradient.
+// Squared differences of neighboring texels of `planes` planes (r x r x f), rows plus columns, as a mean; and its gradient.
 extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t f, int64_t threads, const float* texels,
                                              float* value, float* gradient) {
   const int64_t row = r * f;

@@ -47,7 +47,9 @@ def rounded(x, PRECISION: tl.constexpr):
     """The numbers that a matrix product in `PRECISION` multiplies."""
     if PRECISION == "bfloat16":
         x = x.to(tl.bfloat16)
-    if INTERPRETED:  # it would take bfloat16's bits for integers, and knows no tf32: a float32 without its last 13 bits
+    if (
+        INTERPRETED
+    ):  # it would take bfloat16's bits for integers, and knows no tf32: a float32 without its last 13 bits
         if PRECISION == "bfloat16":
             x = x.to(tl.float32)
         if PRECISION == "tf32":
@@ -165,11 +167,37 @@ def network_inputs(
 
 @jit
 def field_forward(
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, t, density, features,
-    points, first, count, rays, samples, resolution, plane_features, inputs, hidden, channels,
-    EG3D: tl.constexpr, PRODUCT: tl.constexpr, DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    out_b,
+    origins,
+    directions,
+    near,
+    far,
+    t,
+    density,
+    features,
+    points,
+    first,
+    count,
+    rays,
+    samples,
+    resolution,
+    plane_features,
+    inputs,
+    hidden,
+    channels,
+    EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
     """Density and features of `count` samples from the `first` on, of `samples` per ray; `rays` rays per scene. Leaves
     alone what lies on rays that miss."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -183,8 +211,20 @@ def field_forward(
     start = scene_start(ray, rays, resolution, plane_features)
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     x = network_inputs(
-        planes, start, origins, directions, ray, distance, valid, resolution, plane_features, feature, EG3D, PRODUCT, DIRECTED
-    )  # fmt: skip
+        planes,
+        start,
+        origins,
+        directions,
+        ray,
+        distance,
+        valid,
+        resolution,
+        plane_features,
+        feature,
+        EG3D,
+        PRODUCT,
+        DIRECTED,
+    )
 
     weights = load_matrix(hidden_w, unit, feature, hidden, inputs)
     bias = tl.load(hidden_b + unit, mask=unit < hidden, other=0.0)
@@ -194,7 +234,9 @@ def field_forward(
     raw = product(activation, tl.trans(weights), PRECISION) + bias[None, :]
 
     is_density = (output == 0)[None, :]
-    tl.store(density + slot[:, None] + 0 * output[None, :], density_from(raw), mask=valid[:, None] & is_density)
+    tl.store(
+        density + slot[:, None] + 0 * output[None, :], density_from(raw), mask=valid[:, None] & is_density
+    )
     value = (2 + 4 * MARGIN) * tl.sigmoid(raw) - (1 + 2 * MARGIN)  # 2 (s (1 + 2m) − m) − 1
     at = features + (slot.to(tl.int64) * channels)[:, None] + (output - 1)[None, :]
     tl.store(at, value, mask=valid[:, None] & ((output > 0) & (output <= channels))[None, :])
@@ -202,42 +244,123 @@ def field_forward(
 
 @jit
 def evaluate_again(
-    slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays, samples, resolution,
-    plane_features, inputs, hidden, channels, EG3D: tl.constexpr, PRODUCT: tl.constexpr, DIRECTED: tl.constexpr,
-    PRECISION: tl.constexpr, INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
+    slot,
+    distance,
+    valid,
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    origins,
+    directions,
+    d_raw,
+    rays,
+    samples,
+    resolution,
+    plane_features,
+    inputs,
+    hidden,
+    channels,
+    EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
     """Of samples: the network's inputs, its hidden units before their activation, and the gradients of the raw outputs
     and of those units."""
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     ray = slot // samples
     start = scene_start(ray, rays, resolution, plane_features)
     x = network_inputs(
-        planes, start, origins, directions, ray, distance, valid, resolution, plane_features, feature, EG3D, PRODUCT, DIRECTED
-    )  # fmt: skip
+        planes,
+        start,
+        origins,
+        directions,
+        ray,
+        distance,
+        valid,
+        resolution,
+        plane_features,
+        feature,
+        EG3D,
+        PRODUCT,
+        DIRECTED,
+    )
     bias = tl.load(hidden_b + unit, mask=unit < hidden, other=0.0)
-    pre = product(x, tl.trans(load_matrix(hidden_w, unit, feature, hidden, inputs)), PRECISION) + bias[None, :]
+    pre = (
+        product(x, tl.trans(load_matrix(hidden_w, unit, feature, hidden, inputs)), PRECISION) + bias[None, :]
+    )
     at = d_raw + (slot.to(tl.int64) * (1 + channels))[:, None] + output[None, :]
     d_output = tl.load(at, mask=valid[:, None] & (output <= channels)[None, :], other=0.0)
-    d_pre = product(d_output, load_matrix(out_w, output, unit, 1 + channels, hidden), PRECISION) * tl.sigmoid(pre)
+    d_pre = product(d_output, load_matrix(out_w, output, unit, 1 + channels, hidden), PRECISION) * tl.sigmoid(
+        pre
+    )
     return x, pre, d_output, d_pre
 
 
 @jit
 def field_backward_planes(
-    planes, hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept, d_planes,
-    count, rays, samples, resolution, plane_features, inputs, hidden, channels,
-    EG3D: tl.constexpr, PRODUCT: tl.constexpr, DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    origins,
+    directions,
+    t,
+    d_raw,
+    kept,
+    d_planes,
+    count,
+    rays,
+    samples,
+    resolution,
+    plane_features,
+    inputs,
+    hidden,
+    channels,
+    EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
     """Adds to `d_planes` what the `count` samples numbered in `kept` give, from the gradients of raw outputs."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < count
     slot = tl.load(kept + index, mask=valid, other=0).to(tl.int32)
     distance = tl.load(t + slot, mask=valid, other=0.0)
     _, _, _, d_pre = evaluate_again(
-        slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays, samples, resolution,
-        plane_features, inputs, hidden, channels, EG3D, PRODUCT, DIRECTED, PRECISION, INPUTS, HIDDEN, OUTPUTS,
-    )  # fmt: skip
+        slot,
+        distance,
+        valid,
+        planes,
+        hidden_w,
+        hidden_b,
+        out_w,
+        origins,
+        directions,
+        d_raw,
+        rays,
+        samples,
+        resolution,
+        plane_features,
+        inputs,
+        hidden,
+        channels,
+        EG3D,
+        PRODUCT,
+        DIRECTED,
+        PRECISION,
+        INPUTS,
+        HIDDEN,
+        OUTPUTS,
+    )
     feature, unit = tl.arange(0, INPUTS), tl.arange(0, HIDDEN)
     d_x = product(d_pre, load_matrix(hidden_w, unit, feature, hidden, inputs), PRECISION)
 
@@ -249,18 +372,47 @@ def field_backward_planes(
             for step in range(1, 3):
                 other = (plane + step) % 3
                 column, row = place(origins, directions, ray, distance, other, valid, EG3D)
-                gradient *= read_plane(planes, start, column, row, other, valid, resolution, plane_features, feature)
+                gradient *= read_plane(
+                    planes, start, column, row, other, valid, resolution, plane_features, feature
+                )
         column, row = place(origins, directions, ray, distance, plane, valid, EG3D)
-        add_to_plane(d_planes, start, column, row, plane, valid, resolution, plane_features, feature, gradient)
+        add_to_plane(
+            d_planes, start, column, row, plane, valid, resolution, plane_features, feature, gradient
+        )
 
 
 @jit
 def field_backward_network(
-    planes, hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept, d_hidden_w, d_hidden_b, d_out_w, d_out_b,
-    count, rays, samples, resolution, plane_features, inputs, hidden, channels,
-    EG3D: tl.constexpr, PRODUCT: tl.constexpr, DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    origins,
+    directions,
+    t,
+    d_raw,
+    kept,
+    d_hidden_w,
+    d_hidden_b,
+    d_out_w,
+    d_out_b,
+    count,
+    rays,
+    samples,
+    resolution,
+    plane_features,
+    inputs,
+    hidden,
+    channels,
+    EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
     """Writes the sums of each program's share of `kept` to its row of the network's gradients."""
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     sum_hidden_w, sum_hidden_b = tl.zeros((HIDDEN, INPUTS), tl.float32), tl.zeros((HIDDEN,), tl.float32)
@@ -272,9 +424,31 @@ def field_backward_network(
         slot = tl.load(kept + index, mask=valid, other=0).to(tl.int32)
         distance = tl.load(t + slot, mask=valid, other=0.0)
         x, pre, d_output, d_pre = evaluate_again(
-            slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays, samples, resolution,
-            plane_features, inputs, hidden, channels, EG3D, PRODUCT, DIRECTED, PRECISION, INPUTS, HIDDEN, OUTPUTS,
-        )  # fmt: skip
+            slot,
+            distance,
+            valid,
+            planes,
+            hidden_w,
+            hidden_b,
+            out_w,
+            origins,
+            directions,
+            d_raw,
+            rays,
+            samples,
+            resolution,
+            plane_features,
+            inputs,
+            hidden,
+            channels,
+            EG3D,
+            PRODUCT,
+            DIRECTED,
+            PRECISION,
+            INPUTS,
+            HIDDEN,
+            OUTPUTS,
+        )
         sum_hidden_w += product(tl.trans(d_pre), x, PRECISION)
         sum_hidden_b += tl.sum(d_pre, 0)
         sum_out_w += product(tl.trans(d_output), softplus(pre), PRECISION)

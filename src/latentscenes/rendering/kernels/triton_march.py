@@ -53,7 +53,10 @@ def place_fine(t, density, u, rays, coarse, fine, R: tl.constexpr, M: tl.constex
             ahead = tl.where(further, ahead, here)
             widened = 0.5 * (tl.maximum(previous, here) + tl.maximum(here, ahead)) + PADDING
             if PLACING:
-                start, end = tl.load(t + slot, mask=valid, other=0.0), tl.load(t + slot + 1, mask=valid, other=0.0)
+                start, end = (
+                    tl.load(t + slot, mask=valid, other=0.0),
+                    tl.load(t + slot + 1, mask=valid, other=0.0),
+                )
                 found = start + tl.minimum((wanted - passed) / widened, 1.0) * (end - start)
                 place = tl.where(wanted >= passed, found, place)
             passed += widened
@@ -91,14 +94,27 @@ def interval_after(t, density, order, row, k, valid, samples):
     following, also = slot_of(order, row, k + 1, valid, samples)
     there &= also
     start, end = tl.load(t + here, mask=there, other=0.0), tl.load(t + following, mask=there, other=0.0)
-    ends = tl.load(density + here, mask=there, other=0.0) + tl.load(density + following, mask=there, other=0.0)
+    ends = tl.load(density + here, mask=there, other=0.0) + tl.load(
+        density + following, mask=there, other=0.0
+    )
     return 0.5 * ends * (end - start), end - start, 0.5 * (start + end)
 
 
 @jit
 def composite(
-    t, density, features, order, out_features, depth, opacity, rays, samples, channels, R: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
+    t,
+    density,
+    features,
+    order,
+    out_features,
+    depth,
+    opacity,
+    rays,
+    samples,
+    channels,
+    R: tl.constexpr,
+    N: tl.constexpr,
+):
     """march.composite of samples in their order."""
     ray = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     valid, row = ray < rays, ray * samples
@@ -149,9 +165,15 @@ def composite_backward(
 
     d_depth = tl.load(up_depth + ray, mask=valid, other=0.0)
     d_opacity = tl.load(up_opacity + ray, mask=valid, other=0.0)
-    at_back = value_at(t, features, order, up_features, d_depth, d_opacity, ray, row, k - 1, valid, samples, channels)
-    at_here = value_at(t, features, order, up_features, d_depth, d_opacity, ray, row, k, valid, samples, channels)
-    at_next = value_at(t, features, order, up_features, d_depth, d_opacity, ray, row, k + 1, valid, samples, channels)
+    at_back = value_at(
+        t, features, order, up_features, d_depth, d_opacity, ray, row, k - 1, valid, samples, channels
+    )
+    at_here = value_at(
+        t, features, order, up_features, d_depth, d_opacity, ray, row, k, valid, samples, channels
+    )
+    at_next = value_at(
+        t, features, order, up_features, d_depth, d_opacity, ray, row, k + 1, valid, samples, channels
+    )
     value, value_back = 0.5 * (at_here + at_next), 0.5 * (at_back + at_here)
     behind_back = tl.cumsum(weight * value, 1, reverse=True)
     d_optical = tl.exp(-(before + optical)) * value - (behind_back - weight * value)

@@ -45,13 +45,25 @@ class _Sizes(NamedTuple):
 
     def kernel(self) -> tuple[int, ...]:
         """The sizes that all of the field's kernels take, in their order."""
-        return self.per_scene, self.samples, self.resolution, self.features, self.inputs, self.hidden, self.channels
+        return (
+            self.per_scene,
+            self.samples,
+            self.resolution,
+            self.features,
+            self.inputs,
+            self.hidden,
+            self.channels,
+        )
 
     def options(self, axes: str, aggregation: str, precision: str) -> dict[str, bool | int | str]:
         """What the field's kernels are compiled for."""
         widths = {"INPUTS": self.inputs, "HIDDEN": self.hidden, "OUTPUTS": 1 + self.channels}
         padded = {name: max(16, triton.next_power_of_2(width)) for name, width in widths.items()}
-        kind = {"EG3D": axes == "eg3d", "PRODUCT": aggregation == "product", "DIRECTED": self.inputs > self.features}
+        kind = {
+            "EG3D": axes == "eg3d",
+            "PRODUCT": aggregation == "product",
+            "DIRECTED": self.inputs > self.features,
+        }
         return {**kind, **padded, "PRECISION": precision, "num_warps": WARPS, "num_stages": 1}
 
     def rows(self, columns: int, name: str) -> dict[str, int]:
@@ -81,21 +93,43 @@ def _readable(planes: Tensor, precision: str) -> Tensor:
 
 
 def _results(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
-    """Uninitialised features, depth, opacity; then t, density, features and order of samples, empty unless kept."""
+    """Uninitialized features, depth, opacity; then t, density, features and order of samples, empty unless kept."""
     (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
     samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
-    shapes = [(scenes, rays, channels), (scenes, rays), (scenes, rays), samples, samples, (*samples, channels)]
+    shapes = [
+        (scenes, rays, channels),
+        (scenes, rays),
+        (scenes, rays),
+        samples,
+        samples,
+        (*samples, channels),
+    ]
     return [u_coarse.new_empty(shape) for shape in shapes] + [u_coarse.new_empty(samples, dtype=torch.int32)]
 
 
 @torch.library.custom_op("latentscenes::render_triton", mutates_args=())
 def _render(
-    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor, directions: Tensor,
-    near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str, aggregation: str, precision: str, skip: float,
+    planes: Tensor,
+    hidden_w: Tensor,
+    hidden_b: Tensor,
+    out_w: Tensor,
+    out_b: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    u_coarse: Tensor,
+    u_fine: Tensor,
+    axes: str,
+    aggregation: str,
+    precision: str,
+    skip: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = [planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine]
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = (x.contiguous() for x in given)
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = (
+        x.contiguous() for x in given
+    )
     size = _sizes(given)
     results = _results(u_coarse, u_fine, out_w, keep)
     if not size.rays:
@@ -125,29 +159,64 @@ def _render(
         grid = (triton.cdiv(size.rays, block["R"]),)
         triton_march.sort_samples[grid](t, order, size.rays, size.samples, **block)
         triton_march.composite[grid](
-            t, density, features, order, out_features, depth, opacity, size.rays, size.samples, size.channels, **block
+            t,
+            density,
+            features,
+            order,
+            out_features,
+            depth,
+            opacity,
+            size.rays,
+            size.samples,
+            size.channels,
+            **block,
         )
     return tuple(results)
 
 
 @_render.register_fake
 def _(
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes, aggregation, precision,
-    skip, keep,
-):  # fmt: skip
+    planes,
+    hidden_w,
+    hidden_b,
+    out_w,
+    out_b,
+    origins,
+    directions,
+    near,
+    far,
+    u_coarse,
+    u_fine,
+    axes,
+    aggregation,
+    precision,
+    skip,
+    keep,
+):
     return tuple(_results(u_coarse, u_fine, out_w, keep))
 
 
 @torch.library.custom_op("latentscenes::render_triton_backward", mutates_args=())
 def _render_backward(
-    upstream: list[Tensor], saved: list[Tensor], given: list[Tensor], axes: str, aggregation: str, precision: str,
-    skip: float, planes_too: bool, network_too: bool,
-) -> list[Tensor]:  # fmt: skip
+    upstream: list[Tensor],
+    saved: list[Tensor],
+    given: list[Tensor],
+    axes: str,
+    aggregation: str,
+    precision: str,
+    skip: float,
+    planes_too: bool,
+    network_too: bool,
+) -> list[Tensor]:
     """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = (x.contiguous() for x in given)
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = (
+        x.contiguous() for x in given
+    )
     size = _sizes(given)
     wanted = [planes_too] + 4 * [network_too]
-    gradients = [torch.zeros_like(x) if want else x.new_empty(0) for x, want in zip(given[:5], wanted, strict=True)]
+    gradients = [
+        torch.zeros_like(x) if want else x.new_empty(0) for x, want in zip(given[:5], wanted, strict=True)
+    ]
     if not size.rays:
         return gradients
     up_features, up_depth, up_opacity = (x.contiguous() for x in upstream)
@@ -168,11 +237,15 @@ def _render_backward(
         options = {"BLOCK": BACKWARD_BLOCK, **size.options(axes, aggregation, precision)}
         blocks = triton.cdiv(len(kept), BACKWARD_BLOCK)
         if planes_too:
-            triton_field.field_backward_planes[(blocks,)](*read, gradients[0], len(kept), *size.kernel(), **options)
+            triton_field.field_backward_planes[(blocks,)](
+                *read, gradients[0], len(kept), *size.kernel(), **options
+            )
         if network_too:
             programs = min(blocks, _programs(planes.device))
             shares = [x.new_empty((programs, *x.shape)) for x in given[1:5]]
-            triton_field.field_backward_network[(programs,)](*read, *shares, len(kept), *size.kernel(), **options)
+            triton_field.field_backward_network[(programs,)](
+                *read, *shares, len(kept), *size.kernel(), **options
+            )
             gradients[1:] = [share.sum(0) for share in shares]
     return gradients
 
@@ -202,12 +275,16 @@ def _backward(ctx, *upstream):
     given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
     near = given[INPUTS.index("near")]
     shapes = [(*near.shape, saved[2].shape[-1]), near.shape, near.shape]
-    results = [near.new_zeros(shape) if up is None else up for up, shape in zip(upstream[:3], shapes, strict=True)]
+    results = [
+        near.new_zeros(shape) if up is None else up for up, shape in zip(upstream[:3], shapes, strict=True)
+    ]
     gradients = _render_backward(
         results, saved, given, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, planes_too, network_too
     )
     wanted = [planes_too] + 4 * [network_too]
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *11 * [None]
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *11 * [
+        None
+    ]
 
 
 _render.register_autograd(_backward, setup_context=_setup_context)
