@@ -1,5 +1,6 @@
 # make demo   set up, then learn made cars from pictures and write a report to look at
 # make test   set up, then run the tests
+# make check  set up, then run all checks: format, lint, import contracts, tests
 # Another Python: make PYTHON=python3.12. Another torch, say a CUDA build you prefer: make TORCH=torch==2.12.1.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check clean
 
 demo: $(READY)
 	$(VENV)/bin/latentscenes demo --out $(DEMO)
@@ -17,7 +18,11 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 lint: $(READY)
+	$(VENV)/bin/ruff format --check src tests benchmarks docs
 	$(VENV)/bin/ruff check src tests benchmarks docs
+	$(VENV)/bin/lint-imports
+
+check: lint test
 
 clean:
 	rm -rf $(VENV) $(DEMO)
