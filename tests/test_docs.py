@@ -50,6 +50,7 @@ LATENTSCENES = [(name(page), line) for page in PAGES for line in commands(page, 
 
 # The map
 
+
 def mapped_files() -> set[str]:
     """Returns the files of package and benchmarks that docs/architecture.md lists."""
     text = (ROOT / "docs" / "architecture.md").read_text().split("<!-- map -->")[1].split("<!-- /map -->")[0]
@@ -65,7 +66,7 @@ def mapped_files() -> set[str]:
 
 
 def source_files() -> set[str]:
-    """Returns the files of package and benchmarks without __init__.py of folders; a pretrained model is one folder."""
+    """Returns the files of package and benchmarks; a pretrained model is one folder, __init__.py is left out."""
     found = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
@@ -179,8 +180,9 @@ def test_python_examples_import_existing_names(page):
     for text in blocks(page, "python"):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("latentscenes"):
+                module = importlib.import_module(node.module)
                 for alias in node.names:
-                    assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}: {alias.name}"
+                    assert hasattr(module, alias.name), f"{node.module}: {alias.name}"
 
 
 OTHER_REPOSITORY = "docs/from-3da-ae.md"
