@@ -66,7 +66,7 @@ def mapped_files() -> set[str]:
 
 
 def source_files() -> set[str]:
-    """Returns the files of package and benchmarks; a pretrained model is one folder, __init__.py is left out."""
+    """Returns the files of package and benchmarks without __init__.py; a pretrained model is one folder."""
     found = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
@@ -200,6 +200,27 @@ def test_unknown_flags_and_commands_would_be_noticed(capsys):
         parse("latentscenes train --data a --out b --epochs 3")
     with pytest.raises(AssertionError, match="no command"):
         parse("latentscenes fly --out b")
+
+
+# Error messages
+
+
+def string_constants() -> str:
+    """Returns all string constants in the package's Python files, also those between the values of f-strings."""
+    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    return "\n".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
+def test_error_messages_in_page_of_data_exist():
+    table = (ROOT / "docs" / "data.md").read_text().split("## Errors and remedies")[1]
+    quoted = [
+        text for row in re.findall(r"^\| (`.*?) \|", table, re.M) for text in re.findall("`(.+?)`", row)
+    ]
+    known = string_constants()
+    assert len(quoted) > 30
+    for message in quoted:
+        parts = [part.strip() for part in message.split("…")]
+        assert all(part in known for part in parts), message
 
 
 # Links
