@@ -206,7 +206,7 @@ def test_unknown_flags_and_commands_would_be_noticed(capsys):
 
 
 def string_constants() -> str:
-    """Returns all string constants in the package's Python files, also those between the values of f-strings."""
+    """Returns all string constants in the package's Python files, also the constant parts of f-strings."""
     nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
     return "\n".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
