@@ -1,5 +1,7 @@
-"""The tables of docs/configuration.md, made from config.py: `python docs/settings.py docs/configuration.md`
-writes them anew between the page's markers."""
+"""Makes the tables of docs/configuration.md from the docstrings of core/config.py.
+
+`python docs/settings.py docs/configuration.md` writes them between the page's markers.
+"""
 
 import ast
 import dataclasses
@@ -24,11 +26,11 @@ SECTIONS: tuple[tuple[type, str], ...] = (
     (config.LossWeights, "train.STAGE.losses."),
     (config.Rates, "train.STAGE.rates."),
 )
-"""Every dataclass of config.py and what its keys begin with."""
+"""Every dataclass of config.py, with the prefix of its keys."""
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass; fields without one are absent."""
+    """Returns the docstring under each field of a dataclass; fields without one are absent."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
     return {
         entry.target.id: inspect.cleandoc(text.value.value)
@@ -40,7 +42,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def tables() -> str:
-    """All sections, in Markdown."""
+    """Returns all sections in Markdown."""
     lines = []
     for kind, prefix in SECTIONS:
         lines += ["", f"### {f'`{prefix}…`' if prefix else 'Top level'}", "", inspect.getdoc(kind), ""]
@@ -49,9 +51,8 @@ def tables() -> str:
         for entry in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(hints[entry.name]):
                 meaning = " ".join(docs.get(entry.name, "").split()).replace("|", "\\|")
-                lines.append(
-                    f"| `{prefix}{entry.name}` | {_type(hints[entry.name])} | {_default(entry.default)} | {meaning} |"
-                )
+                kind_text, default = _type(hints[entry.name]), _default(entry.default)
+                lines.append(f"| `{prefix}{entry.name}` | {kind_text} | {default} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
@@ -75,7 +76,7 @@ def _default(value: Any) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with new tables between its markers."""
+    """Returns the page with new tables between its markers."""
     before, rest = page.split(BEGIN)
     return before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
 

@@ -1,5 +1,6 @@
-"""The documentation against the tree: the map of the house, commands, links, the page of settings."""
+"""The documentation against the code: the map of files, commands, imports, links, the page of settings."""
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -16,7 +17,10 @@ from latentscenes.cli import main as cli
 from latentscenes.core import config, config_io
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PACKAGE = ROOT / "src" / "latentscenes"
 
 
@@ -25,7 +29,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
-    """The fenced blocks of a page in a language, or in none."""
+    """Returns the fenced blocks of a page in one language; by default, those without a language."""
     return [
         text
         for kind, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.M | re.S)
@@ -46,13 +50,9 @@ LATENTSCENES = [(name(page), line) for page in PAGES for line in commands(page, 
 
 # The map
 
-LAYERS = ["cli", "viewer", "evaluation api", "export training", "storage", "model", "rendering data", "core"]
-"""From top to bottom; what stands on one line is apart. Everything may import from below its own line."""
-RESOURCES = {"presets", "pretrained"}
-
 
 def mapped_files() -> set[str]:
-    """Files of package and benchmarks as docs/architecture.md lists them."""
+    """Returns the files of package and benchmarks that docs/architecture.md lists."""
     text = (ROOT / "docs" / "architecture.md").read_text().split("<!-- map -->")[1].split("<!-- /map -->")[0]
     found, folder = set(), ""
     for line in text.splitlines():
@@ -66,7 +66,7 @@ def mapped_files() -> set[str]:
 
 
 def source_files() -> set[str]:
-    """Files of package and benchmarks, without the docstrings of packages; a pretrained model is one folder."""
+    """Returns the files of package and benchmarks without __init__.py; a pretrained model is one folder."""
     found = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
@@ -95,7 +95,7 @@ GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
 
 
 def parse(line: str) -> dict:
-    """What the command line takes a line for; the command itself is not run."""
+    """Returns the arguments that the command line reads from a line. The command itself is not run."""
     seen = {}
 
     def stub(command):
@@ -137,7 +137,7 @@ def test_benchmarks_in_pages_parse(page, line, capsys):
 
 
 class Parsed(Exception):
-    """The command line was understood."""
+    """The command line was read without an error."""
 
 
 def parsed(command):
@@ -149,11 +149,11 @@ def parsed(command):
 
 
 def test_every_command_is_in_some_page():
-    told = {
+    shown = {
         " ".join(line.split()[1:3]) if line.split()[1] in GROUPS else line.split()[1]
         for _, line in LATENTSCENES
     }
-    assert told == set(cli.COMMANDS) - set(GROUPS) | {
+    assert shown == set(cli.COMMANDS) - set(GROUPS) | {
         f"{group} {kind}" for group, known in GROUPS.items() for kind in known
     }
 
@@ -172,11 +172,55 @@ def test_make_targets_exist(page):
     assert {line.split()[1] for line in commands(page, "make")} <= targets
 
 
+# Python examples and file names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_examples_import_existing_names(page):
+    for text in blocks(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("latentscenes"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}: {alias.name}"
+
+
+OTHER_REPOSITORY = "docs/from-3da-ae.md"
+"""The page that also names files of the published code."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name(page) != OTHER_REPOSITORY], ids=name)
+def test_code_files_named_in_pages_exist(page):
+    for file in re.findall(r"`([\w/]+/\w+\.(?:py|cpp|h))`", page.read_text()):
+        assert "NAME" in file or (PACKAGE / file).is_file() or (ROOT / file).is_file(), file
+
+
 def test_unknown_flags_and_commands_would_be_noticed(capsys):
     with pytest.raises(SystemExit):
         parse("latentscenes train --data a --out b --epochs 3")
     with pytest.raises(AssertionError, match="no command"):
         parse("latentscenes fly --out b")
+
+
+# Error messages
+
+
+def string_constants() -> str:
+    """Returns all string constants in the package's Python files, also the constant parts of f-strings."""
+    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    return "\n".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
+def test_error_messages_in_page_of_data_exist():
+    table = (ROOT / "docs" / "data.md").read_text().split("## Errors and remedies")[1]
+    quoted = [
+        text for row in re.findall(r"^\| (`.*?) \|", table, re.M) for text in re.findall("`(.+?)`", row)
+    ]
+    known = string_constants()
+    assert len(quoted) > 30
+    for message in quoted:
+        parts = [part.strip() for part in message.split("…")]
+        assert all(part in known for part in parts), message
 
 
 # Links
@@ -192,7 +236,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Headings as GitHub names them."""
+    """Returns the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -224,12 +268,12 @@ def test_page_of_settings_leaves_no_section_out():
 
 
 def test_every_preset_is_explained():
-    told = set(
+    explained = set(
         re.findall(
             r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text().split("## Changing")[0], re.M
         )
     )
-    assert told == set(config_io.presets())
+    assert explained == set(config_io.presets())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

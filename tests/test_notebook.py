@@ -1,11 +1,11 @@
-"""The notebook runs from top to bottom, with a short training in place of the whole one."""
+"""The notebook runs from top to bottom, with a shorter training."""
 
 import json
 import tempfile
 from pathlib import Path
 
 from latentscenes.core import config_io
-from latentscenes.storage import pretrained as pretrained
+from latentscenes.storage import pretrained
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebook.ipynb"
 
