@@ -232,7 +232,11 @@ def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
         assert view["byteOffset"] % 4 == 0 and view["byteLength"] == width * accessor["count"]
     assert tree["buffers"][0]["byteLength"] == len(content) - 28 - text
     assert tree["materials"][0]["extensions"] == {"KHR_materials_unlit": {}}
-    np.testing.assert_allclose(tree["accessors"][0]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
+    (primitive,) = tree["meshes"][0]["primitives"]
+    used = {name: tree["accessors"][at] for name, at in primitive["attributes"].items()}
+    np.testing.assert_allclose(used["POSITION"]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
+    assert used["COLOR_0"]["componentType"] == 5123 and used["COLOR_0"]["normalized"]
+    assert primitive["material"] == 0 and tree["nodes"] == [{"mesh": 0, "name": "egg"}]
 
 
 def test_glb_comes_back_through_data_meshes(mesh, tmp_path):
@@ -272,7 +276,7 @@ def test_ply_opens_elsewhere(points, tmp_path):
 
 
 def test_wrong_endings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="written here is GLB; name a file that ends in .glb"):
+    with pytest.raises(UserError, match="this command writes GLB; name a file that ends in .glb"):
         check_ending(tmp_path / "car.obj", ".glb")
     (tmp_path / "car.glb").mkdir()
     with pytest.raises(UserError, match="is a folder"):

@@ -103,7 +103,7 @@ def test_depth_and_opacity_of_a_known_scene(run, solids):
     """Where nothing is solid, both pictures are white; a wall twice as far has another color."""
     depth, opacity = np.array([[[1.0, 2.0, 1.5]]], np.float32), np.array([[[1.0, 1.0, 0.0]]], np.float32)
     near, far, nothing = sheets.color_depth(depth, opacity, (1.0, 2.0))[0, 0]
-    assert np.array_equal(near, sheets.DEPTH_COLOURS[0]) and np.array_equal(far, sheets.DEPTH_COLOURS[-1])
+    assert np.array_equal(near, sheets.DEPTH_COLORS[0]) and np.array_equal(far, sheets.DEPTH_COLORS[-1])
     assert np.array_equal(nothing, [255, 255, 255])
     assert sheets.gray(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
 

@@ -141,7 +141,8 @@ def latent_channels(config: Config) -> int:
 
 
 def codec_parameters(config: CodecConfig) -> int:
-    """Numbers in a codec: counted in ours; of pretrained ones by name, or in the weights if they are at hand."""
+    """Numbers in a codec: counted in ours; of pretrained ones by name, or in the weights if they are at
+    hand."""
     from latentscenes.model.model import build_codec
 
     if config.kind in ("convolutional", "identity"):
@@ -168,8 +169,8 @@ def stored_codec_parameters(path: Path) -> int:
 
 
 def break_even(shared: float | int, ours: float | int, other: float | int) -> float | None:
-    """The number of scenes N from which shared/N + ours < other; None if never. `shared` is what ours shares beyond
-    what the other does; if that is less than nothing, ours is ahead from the first scene on."""
+    """The number of scenes N from which shared/N + ours < other; None if never. `shared` is what ours shares
+    beyond what the other does; if that is less than nothing, ours is ahead from the first scene on."""
     return max(shared / (other - ours), 0.0) if other > ours else None
 
 

@@ -1,8 +1,9 @@
-"""Scores on held-out views, deterministic: samples at the middles of their slices, latent means, images clamped.
+"""Scores on held-out views, deterministic: samples at the middles of their slices, latent means, images
+clamped.
 
 Every score is taken per view, then averaged per scene, then over scenes. The error is split:
-`codec` is the ceiling D(E(x)) against x, `total` the full method D(render) against x, `latent` the mean squared
-error of rendered against encoded latents.
+`codec` is the ceiling D(E(x)) against x, `total` the full method D(render) against x, `latent` the mean
+squared error of rendered against encoded latents.
 """
 
 import json
@@ -28,7 +29,8 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Means over one scene's views (or, as `mean`, over scenes). dB for PSNR; None where a metric is not at hand."""
+    """Means over one scene's views (or, as `mean`, over scenes). dB for PSNR; None where a metric is not at
+    hand."""
 
     name: str
     psnr: float
@@ -75,8 +77,8 @@ def evaluate(
     part: str = "held_out",
     limit: int | None = None,
 ) -> Evaluation:
-    """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
-    spread."""
+    """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each,
+    evenly spread."""
     perceptual = metrics.Perceptual.find()
     model, device = loaded.model, loaded.device
     background = model.background(*views.size)
@@ -123,8 +125,8 @@ def _now(device: torch.device) -> float:
 
 
 def evaluate_stored(learned: StoredScenes, views: PosedImages) -> Evaluation:
-    """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
-    long as it is of the same scenes."""
+    """Score learned scenes on held-out views. What was scored before is read from the folder's
+    evaluation.json, as long as it is of the same scenes."""
     path = learned.path / SCORES
     if path.exists():
         known = Evaluation.read(path)

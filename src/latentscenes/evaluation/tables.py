@@ -23,7 +23,8 @@ SHOWN_WORST, SHOWN_BEST = 8, 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a report is about: a finished stage 1, new scenes learned with it, and RGB tri-planes of them."""
+    """Everything a report is about: a finished stage 1, new scenes learned with it, and RGB tri-planes of
+    them."""
 
     train: StoredScenes
     new: StoredScenes
@@ -120,8 +121,9 @@ def is_exact(score: SceneScore) -> bool:
 def print_cost(
     run_path: Path | None, config_name: str | None, baseline: str, overrides: Sequence[str] = ()
 ) -> None:
-    """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset, a YAML
-    file, or a folder of learned scenes (then its seconds count too). Overrides change the configuration of the first."""
+    """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset,
+    a YAML file, or a folder of learned scenes (then its seconds count too). Overrides change the
+    configuration of the first."""
     if run_path is None and config_name is None:
         raise UserError(
             f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}."
@@ -245,7 +247,8 @@ def _break_even_text(count: float | None) -> str:
 
 
 def summary_table(content: Comparison, count: int = 1000) -> Table:
-    """Quality and cost of both sides on the scenes that both learned, shared parts divided over `count` scenes."""
+    """Quality and cost of both sides on the scenes that both learned, shared parts divided over `count`
+    scenes."""
     ours, scores = cost.account_learned(content.new), content.mean(content.evaluation_new)
     rgb = content.mean(content.evaluation_rgb) if content.evaluation_rgb else None
     perceptual = scores.perceptual is not None and (rgb is None or rgb.perceptual is not None)

@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import Config, StageConfig
+from latentscenes.core.config import Config, StageConfig, TrackerKind
 from latentscenes.core.console import StageProgress
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.runtime import StopFlag, machine_memory, seeded
@@ -46,7 +46,7 @@ def train(
     split: Split = "train",
     limit: int | None = None,
     device: torch.device,
-    track: "TrackerKind" = "none",
+    track: TrackerKind = "none",
 ) -> Run:
     """Learns the shared parts and the scenes of a split from scratch, in the run folder `out`. Continues a run that was
     begun there.
@@ -258,9 +258,6 @@ class StageLearner:
             not learns
             and 0 < 4 * len(self.parameters) * self.model.bases[:1].numel() <= machine_memory() // 8
         )
-
-
-TrackerKind = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 class Tracker:
