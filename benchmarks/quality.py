@@ -20,7 +20,7 @@ import torch
 from benchmarks.speed import Result, save
 from latentscenes.cli.common import Machine, run_program, set_up
 from latentscenes.core import config_io
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, ExploitOptions
 from latentscenes.core.console import console
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate_stored
@@ -28,7 +28,7 @@ from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
-from latentscenes.training.exploit import ExploitOptions, exploit
+from latentscenes.training.exploit import exploit
 from latentscenes.training.loop import train
 
 NEAR = 0.3

@@ -25,15 +25,15 @@ import yaml
 from latentscenes.cli.common import MACHINE, MachineOptions, run_program, set_up
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, ExploitOptions
 from latentscenes.core.config_io import build
 from latentscenes.core.console import Table, bytes_text, console, seconds_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
+from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
-from latentscenes.evaluation.report import Series, chart_file
 from latentscenes.evaluation.tables import print_things
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.library import SCORES, LibraryFolder
@@ -41,7 +41,7 @@ from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
-from latentscenes.training.exploit import ExploitOptions, learn_new
+from latentscenes.training.exploit import learn_new
 from latentscenes.training.loop import train
 
 COUNTED = ("seconds", "scene_bytes", "stored_bytes", "shared_bytes", "stage_one_seconds", "view_ms")

@@ -12,8 +12,9 @@ from results import made_comparison
 
 from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
 from latentscenes.core.errors import UserError
+from latentscenes.evaluation.charts import Series, line_chart, smooth
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
-from latentscenes.evaluation.report import Series, line_chart, smooth, write_report
+from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
 
 
@@ -121,7 +122,7 @@ def test_print_cost_of_runs(content, capsys):
         "counting" in out
         and "as stored" in out
         and "Stage 1 took 13.5 s for 4 scenes (3.38 s each)." in out
-        and "A scene by itself took 4.50 s." in out
+        and "One new scene took 4.50 s." in out
     )
     print_cost(content.train.path, None, "rgb", ("planes.bases=7",))
     assert "is known once" in capsys.readouterr().out

@@ -108,11 +108,11 @@ class _Axis:
     low: float
     high: float
     log: bool
-    start: float
-    end: float
+    start: int
+    end: int
 
     @classmethod
-    def around(cls, values: list[float], log: bool, start: float, end: float, padded: bool) -> "_Axis":
+    def around(cls, values: list[float], log: bool, start: int, end: int, padded: bool) -> "_Axis":
         low, high = float(min(values, default=1.0)), float(max(values, default=2.0))
         if log:
             if padded:

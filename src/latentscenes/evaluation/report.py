@@ -227,13 +227,14 @@ def shortcomings(content: Comparison, ours: Account, rgb: Account) -> list[str]:
             found.append(f"RGB tri-planes are ahead in SSIM, {other.ssim:.3f} against {scores.ssim:.3f}.")
     if not is_exact(scores):
         found.append(
-            f"The codec alone reaches {scores.codec_psnr:.1f} dB, and no render can be sharper; rendering its latents "
-            f"loses a further {scores.codec_psnr - scores.psnr:.1f} dB."
+            f"The codec alone reaches {scores.codec_psnr:.1f} dB, and no render can be sharper; "
+            f"rendering its latents loses a further {scores.codec_psnr - scores.psnr:.1f} dB."
         )
     drop = content.evaluation_train.mean.psnr - content.evaluation_new.mean.psnr
     if drop > 0.3:
         found.append(
-            f"New scenes are {drop:.1f} dB behind the scenes of stage 1: the shared parts do not fully carry over."
+            f"New scenes are {drop:.1f} dB behind the scenes of stage 1: "
+            "the shared parts do not fully carry over."
         )
     worst = min(content.evaluation_new.scenes, key=lambda score: score.psnr)
     found.append(f"The worst new scene, {worst.name}, stays at {worst.psnr:.1f} dB.")

@@ -86,7 +86,8 @@ def scene_mesh(loaded: SceneSet, scene: str, view: Viewpoint, cells: int = 128, 
     colors, seen = paint(found.vertices, normals, found, shown, cameras)
     if not seen.any():
         raise UserError(
-            f"{scene}: no picture shows its surface, so it has no colors. Check it with latentscenes render --mode opacity."
+            f"{scene}: no picture shows its surface, so it has no colors. "
+            "Check it with latentscenes render --mode opacity."
         )
     distance, nearest = cKDTree(found.vertices[seen]).query(found.vertices[~seen], min(NEAREST, seen.sum()))
     weights = 1 / np.maximum(distance.reshape(len(nearest), -1, 1), found.step)

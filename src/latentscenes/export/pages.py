@@ -76,8 +76,8 @@ def write_page(
     columns = math.ceil(math.sqrt(len(cameras)))
     if columns * max(height, width) > LONGEST:
         raise UserError(
-            f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; choose fewer or "
-            "smaller pictures."
+            f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; "
+            "choose fewer or smaller pictures."
         )
 
     def encoded(scene: str) -> str:
@@ -92,9 +92,10 @@ def write_page(
         "</", "<\\/"
     )
     many = "1 scene" if len(entries) == 1 else f"{len(entries)} scenes"
+    summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each"
     page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
         title=title,
-        summary=f"{many}, {len(cameras)} views of {width}×{height} pixels each; {len(data) / 2**20:.1f} MiB in one file.",
+        summary=f"{summary}; {len(data) / 2**20:.1f} MiB in one file.",
         aspect=f"{width / height:.4g}",
         least=max(150, min(260, round(1.6 * width))),
         data=data,
