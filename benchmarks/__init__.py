@@ -1,1 +1,1 @@
-"""Programs that measure speed and quality; run them with `python -m benchmarks.NAME`. Not part of the package."""
+"""Programs that measure speed and quality. Run them with `python -m benchmarks.NAME`."""

@@ -177,7 +177,10 @@ def test_camera_path_is_read(tmp_path):
             lambda c: c["camera_path"][0].update(camera_to_world=[1, 2]),
             r"camera_path\[0\]: camera_to_world must be 16 numbers",
         ),
-        (lambda c: c["camera_path"][0].update(camera_to_world=[0.0] * 16), "must be a rotation and a translation"),
+        (
+            lambda c: c["camera_path"][0].update(camera_to_world=[0.0] * 16),
+            "must be a rotation and a translation",
+        ),
     ],
 )
 def test_bad_camera_paths_are_refused(tmp_path, change, message):

@@ -54,8 +54,8 @@ def run_demo(out: Path, device: torch.device) -> None:
         evaluation_rgb=evaluate_stored(baseline, views),
         evaluation_pretrained=evaluate_stored(ready, views),
         title="Procedural cars",
-        introduction=f"Base planes and the field were learned from {TRAIN_CARS} procedural cars, and {NEW_CARS} new "
-        "cars were then learned with them. The baseline is RGB tri-planes of the new cars, by the same code.",
+        introduction=f"Base planes and the field were learned from {TRAIN_CARS} procedural cars, and then "
+        f"{NEW_CARS} new cars were learned with them. The baseline is RGB tri-planes of the new cars.",
         commands=(f"latentscenes demo --out {out}",),
     )  # fmt: skip
     report = write_report(out / "report.html", content)

@@ -112,8 +112,7 @@ def evaluate(
         data: the dataset, if it has moved; for a library of several datasets, the one to score.
         part: score held-out views, or the views that were fitted.
         views: at most this many views of each scene.
-        split: scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if there are
-            any.
+        split: scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if any.
         sheet: also write a contact sheet truth | codec | render here (PNG).
     """
     device = set_up(machine)
@@ -138,8 +137,7 @@ def evaluate(
 def report(
     run: Path, out: Path, rgb: Path | None = None, data: Path | None = None, machine: MachineOptions = MACHINE
 ) -> None:
-    """Write an HTML report on new scenes: scores, pictures, orbits, costs, training curves, and RGB
-    tri-planes as baseline.
+    """Write an HTML report on new scenes: scores, pictures, costs, training curves, and an RGB baseline.
 
     Args:
         run: library made by exploit. The run that it is based on must not have moved.
@@ -174,8 +172,8 @@ def cost(
     Args:
         run: run or library.
         config: configuration, used without --run; shows memory only.
-        baseline: RGB tri-planes to compare with: a configuration (memory only), or a run or library (memory
-            and time).
+        baseline: RGB tri-planes to compare with: a configuration (memory only), or a run or library (and
+            time).
         overrides: settings to change.
     """
     from latentscenes.evaluation.tables import print_cost
@@ -192,8 +190,7 @@ def view(
     still: int = 384,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """View a library in a browser: gallery, orbits, depth, latents, blends of two scenes, photographs and
-    their cameras.
+    """View a library in a browser: gallery, orbits, depth, latents, blends of scenes, photographs, cameras.
 
     Args:
         library: library folder.
@@ -218,8 +215,7 @@ def view(
 
 
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
-    """Run the whole pipeline on procedural cars: data, stages 1 and 2, the RGB baseline, a table and a
-    report.
+    """Run the whole pipeline on procedural cars: data, both stages, the RGB baseline, a table and a report.
 
     Args:
         out: folder for all results. The same command continues a stopped demo.
@@ -253,8 +249,7 @@ def data() -> None:
 
 
 def library() -> None:
-    """Inspect and maintain a library: library list | show | remove | rename | export | verify | compact |
-    repack."""
+    """Inspect and maintain a library: list | show | remove | rename | export | verify | compact | repack."""
 
 
 COMMANDS = {
@@ -275,10 +270,7 @@ COMMANDS = {
 
 GROUPS = {
     "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
-    "export": (
-        EXPORT_COMMANDS,
-        "Export learned scenes: meshes, points, posed pictures, a page that turns them.",
-    ),
+    "export": (EXPORT_COMMANDS, "Export learned scenes: meshes, points, posed pictures, a web page."),
     "library": (LIBRARY_COMMANDS, "Inspect and maintain a library of learned scenes."),
 }
 """Groups of commands of two words, and their descriptions."""

@@ -1,2 +1,1 @@
-"""Scores, costs and reports of learned scenes. May import export, training, storage and everything below, but
-not api."""
+"""Scores, costs and reports. May import export, training, storage and the folders below, but not api."""

@@ -1,2 +1,1 @@
-"""Pictures, films, meshes and pages made from learned scenes. May import storage and everything below, not
-training."""
+"""Pictures, films, meshes and web pages. May import storage and the folders below, but not training."""
