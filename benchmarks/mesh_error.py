@@ -109,8 +109,8 @@ def main(
     mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
     print(
-        f"{scene}: Chamfer distance {apart.chamfer:.2%} of its length; {apart.to_source:.2%} from the mesh to "
-        f"the source, {apart.to_export:.2%} back; {apart.hidden:.0%} of the source is hidden from all cameras."
+        f"{scene}: Chamfer distance {apart.chamfer:.2%} of its length, {apart.to_source:.2%} from the mesh "
+        f"to the source, {apart.to_export:.2%} back; cameras do not see {apart.hidden:.0%} of the source."
     )
 
 

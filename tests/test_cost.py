@@ -1,4 +1,4 @@
-"""The ledger against the published check (arXiv 2403.11678, sections 3 and 4), worked out by hand, and against real parts."""
+"""Costs against published values (arXiv 2403.11678, sections 3 and 4), hand calculations and real models."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from latentscenes.storage.scene_set import SceneSet
 
 
 def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:
-    """Stable Diffusion's KL autoencoder, layer by layer from its published architecture."""
+    """Number of parameters of Stable Diffusion's KL autoencoder, from its published architecture."""
 
     def conv(i, o, k=3):
         return i * o * k * k + o
@@ -56,7 +56,7 @@ def test_published_memory():
 
 
 def test_published_time():
-    """Scaled-IG: 2.23 min a scene against 16.02 at N = 1000 is −86 %, whatever part of it is stage 1."""
+    """Scaled-IG: 2.23 min per scene against 16.02 at N = 1000 is −86 %, for any share of stage 1."""
     ours, rgb = TimeCost(1000.0, 500, 1.23), TimeCost(0.0, 0, 16.02)
     assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -86
     assert ours.per_scene_counting(1000) == pytest.approx((1000 + 500 * 1.23) / 1000)
@@ -78,11 +78,12 @@ def test_break_even_is_where_the_costs_meet():
     [
         "planes: {resolution: 8, micro: 2, macro: 3, bases: 4, bias: true}",
         "planes: {resolution: 8, micro: 5, macro: 0}",
-        "planes: {resolution: 8, micro: 0, macro: 3, bases: 2}\nfield: {frequencies: 2, view_direction: true}",
+        "planes: {resolution: 8, micro: 0, macro: 3, bases: 2}\n"
+        "field: {frequencies: 2, view_direction: true}",
         "codec: {kind: identity}\nplanes: {resolution: 8, micro: 2, macro: 0}\nrender: {preview: true}",
     ],
 )
-def test_memory_is_that_of_the_real_parts(change, solids):
+def test_memory_equals_that_of_a_real_model(change, solids):
     settings = config_io.parse(change, "test")
     model, generator = Model(settings, solids.box), torch.Generator()
     memory = cost.account(settings).memory
