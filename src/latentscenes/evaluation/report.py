@@ -31,6 +31,7 @@ from latentscenes.export.sheets import (
     captioned,
     comparison_sheet,
     dashboard_sheet,
+    save_file,
     save_image,
 )
 from latentscenes.export.video import gif_bytes, orbit_frames
@@ -48,8 +49,7 @@ def write_report(path: str | Path, content: Comparison) -> Path:
     """Writes the report and returns its path. Also writes the summary as Markdown (.md) and the contact sheet
     (.png) beside it. Rendering the pictures takes some seconds."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(summary_table(content).markdown())
+    save_file(path.with_suffix(".md"), summary_table(content).markdown().encode())
     save_image(path.with_suffix(".png"), contact_sheet(content))
     ours = cost.account_learned(content.new)
     rgb = cost.account_learned(content.rgb) if content.rgb else cost.account(config_io.load("rgb"))
@@ -67,9 +67,7 @@ def write_report(path: str | Path, content: Comparison) -> Path:
         **_costs(ours, rgb),
         **_details(content),
     )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page)
-    partial.replace(path)
+    save_file(path, page.encode())
     return path
 
 

@@ -66,8 +66,8 @@ def print_scores(evaluation: Evaluation) -> None:
 
 
 def scores_table(evaluation: Evaluation) -> Table:
-    """Scenes from worst to best, and their mean. If the codec is not exact, its own scores stand beside as
-    the ceiling."""
+    """Scenes from worst to best, and their mean. If the codec is not exact, its scores are added
+    as the ceiling."""
     perceptual, exact = evaluation.mean.perceptual is not None, is_exact(evaluation.mean)
     ordered = sorted(evaluation.scenes, key=lambda score: score.psnr)
     left_out = len(ordered) - SHOWN_WORST - SHOWN_BEST

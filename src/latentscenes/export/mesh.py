@@ -38,7 +38,7 @@ SHARPNESS = 4
 OPAQUE = 0.95
 """Pixels of lower opacity do not color points, since too much background shines through."""
 NEAREST = 32
-"""Number of visible points whose mean colors a point that no picture shows."""
+"""A point that no picture shows takes the mean color of this many visible points nearby."""
 LIFTED = 0.3
 """Height above the surface where rays to cameras start, in cells, so that they do not hit it at once."""
 

@@ -79,18 +79,12 @@ def write_page(
             f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; "
             "choose fewer or smaller pictures."
         )
-
-    def encoded(scene: str) -> str:
-        planes, parts = loaded.planes(scene), torch.arange(len(cameras)).split(TOGETHER)
-        shown = (render_images(loaded.model, planes, cameras[part], size_shown) for part in parts)
-        tiles = [with_alpha(pictures)[:, *window] for pictures in shown]
-        return base64.b64encode(_webp(sheet(np.concatenate(tiles), columns))).decode()
-
-    entries = [{"name": scene, "sheet": encoded(scene)} for scene in scenes]
-    grid = {"columns": columns, "lines": math.ceil(len(cameras) / columns)}
-    data = json.dumps({"frames": frames, "rows": len(orbits), **grid, "scenes": entries}).replace(
-        "</", "<\\/"
-    )
+    entries = []
+    for scene in scenes:
+        tiles = _tiles(loaded, scene, cameras, size_shown, window)
+        entries.append({"name": scene, "sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})
+    grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
+    data = json.dumps({"frames": frames, **grid, "scenes": entries}).replace("</", "<\\/")
     many = "1 scene" if len(entries) == 1 else f"{len(entries)} scenes"
     summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each"
     page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
@@ -115,6 +109,15 @@ def window_on(box: Box, cameras: Cameras, size: tuple[int, int]) -> tuple[slice,
         for k, side in ((1, size[0]), (0, size[1]))
     )
     return rows, columns
+
+
+def _tiles(
+    loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], window: tuple[slice, slice]
+) -> UInt8[np.ndarray, "v h w 4"]:
+    """Pictures of a scene with alpha, cropped to a window."""
+    planes, parts = loaded.planes(scene), torch.arange(len(cameras)).split(TOGETHER)
+    shown = (render_images(loaded.model, planes, cameras[part], size) for part in parts)
+    return np.concatenate([with_alpha(pictures)[:, *window] for pictures in shown])
 
 
 def sheet(pictures: UInt8[np.ndarray, "v H W 4"], columns: int) -> UInt8[np.ndarray, "h w 4"]:
