@@ -1,4 +1,4 @@
-"""What bench times: steps and views of the published sizes, on made targets, set up like training sets them up."""
+"""Steps and views that `benchmarks.speed` times, in the published sizes, on synthetic targets."""
 
 import copy
 import dataclasses
@@ -57,9 +57,11 @@ STAGES = {
     "codec": "losses: {autoencoder: 1, equivariance: 1}\n    rates: {encoder: 1e-3, decoder: 1e-3}",
     "1b, joint": "losses: {latent: 1, rgb: 1, autoencoder: 0.1, tv: 1e-4}\n"
     "    rates: {encoder: 1e-4, decoder: 1e-4, micro: 1e-3, weights: 1e-2, bases: 1e-2, field: 1e-3}",
-    "2a, latent fit, as published": "losses: {latent: 1}\n    rates: {micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}",
+    "2a, latent fit, as published": "losses: {latent: 1}\n"
+    "    rates: {micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}",
     "2a, latent fit, shared parts frozen": "losses: {latent: 1}\n    rates: {micro: 1e-2, weights: 1e-2}",
-    "2b, RGB alignment, as published": "losses: {rgb: 1}\n    rates: {decoder: 1e-4, micro: 1e-3, weights: 1e-2, bases: 1e-2, field: 1e-3}",
+    "2b, RGB alignment, as published": "losses: {rgb: 1}\n"
+    "    rates: {decoder: 1e-4, micro: 1e-3, weights: 1e-2, bases: 1e-2, field: 1e-3}",
     "2b, RGB alignment, shared parts frozen": "losses: {rgb: 1}\n    rates: {micro: 1e-3, weights: 1e-2}",
 }
 """The other stages, in the sizes of step 1a."""
@@ -67,14 +69,15 @@ STAGES = {
 SIZE = 128
 BOX = Box((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
 POOL = 20
-"""Different scenes that targets exist for; scene s has those of s mod POOL."""
+"""Number of scenes that have targets; scene s uses the targets of s mod POOL."""
 
 
 class Steps:
-    """Training steps over N scenes whose objects are made ellipsoids, seen in the codec's own resolution."""
+    """Training steps over N scenes of synthetic ellipsoids, seen at the resolution of the latents."""
 
     def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", folder: Path | None = None):
-        """With a folder, micro planes and their moments lie there, as they do for more scenes than memory holds."""
+        """With a folder, micro planes and their Adam moments lie in files there, as for more scenes than
+        memory holds."""
         self.config = config_io.parse(text, "bench", [f"render.kernel={kernel}"])
         self.stage = self.config.train[0]
         self.model = Model(self.config, BOX)
@@ -99,7 +102,7 @@ class Steps:
         self.count = 0
 
     def batch(self, step: int) -> Batch:
-        """Scenes drawn afresh, their views; some rays of each where the stage says so."""
+        """A random batch of scenes and their views, with as many rays of each view as the stage uses."""
         generator = seeded("cpu", "order", step)
         index = torch.randperm(len(self.rows), generator=generator)[: self.stage.scenes]
         views = (index[:, None] % POOL * self.stage.views + torch.arange(self.stage.views)).flatten()
@@ -115,13 +118,13 @@ class Steps:
         self.count += 1
 
     def warmed(self, steps: int) -> "Steps":
-        """After some steps: densities have gathered, as they have for most of a training."""
+        """Takes some steps, so that densities have formed, as during most of a training."""
         for _ in range(steps):
             self.step()
         return self
 
     def twin(self, kernel: Kernel, shortcuts: bool = True) -> "Steps":
-        """The same state, to continue with another kernel, or without the shortcuts of StageLearner."""
+        """Copies the state to continue with another kernel, or without the shortcuts of StageLearner."""
         other = copy.copy(self)
         other.model, other.rows = copy.deepcopy(self.model), copy.deepcopy(self.rows)
         other.model.config = with_kernel(self.config, kernel)
@@ -129,7 +132,7 @@ class Steps:
         return other
 
     def switched(self, switch: tuple[object, str, object]) -> Callable[[], None]:
-        """Steps with (owner, name) replaced: one fast part off."""
+        """Returns a step with an attribute (owner, name, value) replaced, which turns one fast part off."""
         twin = self.twin("native")
 
         def step() -> None:
@@ -139,7 +142,8 @@ class Steps:
         return step
 
     def rendering_cost(self) -> tuple[StepCost, float, float]:
-        """What rendering in a step costs, and the fractions of samples that forward and backward evaluate."""
+        """Returns the cost of rendering in a step, and the fractions of samples that forward and backward
+        evaluate."""
         self.twin("native").step()
         settings, planes = self.config.render, self.config.planes
         rays, samples = self.stage.views * self.background[0].numel(), settings.coarse + settings.fine
@@ -149,12 +153,11 @@ class Steps:
         return step_cost(self.stage.scenes, rays, samples, *sizes, kept=backward), forward, backward
 
     def other_bytes(self) -> int:
-        """Traffic beside rendering, each array crossing once: fusion and its gradient, total variation, both Adams."""
+        """Memory traffic besides rendering, with one transfer per array: fusion and its gradient, total
+        variation, Adam."""
         shared, scene = self.model.bases.numel(), self.rows.micro[0].numel()
         fused = self.stage.scenes * 3 * self.config.planes.resolution**2 * self.config.planes.features
-        adam = 7 * (
-            shared + self.stage.scenes * scene
-        )  # reads value, gradient and two moments; writes all but the gradient
+        adam = 7 * (shared + self.stage.scenes * scene)  # 4 reads, 3 writes per value
         return 4 * (3 * shared + 2 * self.stage.scenes * scene + 5 * fused + adam)
 
 
@@ -164,7 +167,8 @@ def stage_text(stage: str) -> str:
 
 
 def fitting_text(resting: bool) -> str:
-    """How preset `small` fits new scenes, with weights that learn or, as for most of a stage, that rest."""
+    """The stage in which preset `small` fits new scenes, with weights that learn or (as in most of the stage)
+    rest."""
     config = config_io.load("small")
     stage = config.exploit[0]
     rates = dataclasses.replace(stage.rates, weights=0.0 if resting else stage.rates.weights)
@@ -174,13 +178,11 @@ def fitting_text(resting: bool) -> str:
 
 
 class Viewer:
-    """A scene of a preset's sizes whose object has taken shape, to be looked at from changing cameras."""
+    """A partly learned scene in the sizes of a preset, rendered from changing cameras."""
 
     def __init__(self, preset: str, steps: int = 60):
         own = ["codec.kind=convolutional", "codec.path=null", "codec.downsampling=8", "codec.channels=4"]
-        config = config_io.load(
-            preset, own if preset == "paper" else []
-        )  # the published sizes, our own codec
+        config = config_io.load(preset, own if preset == "paper" else [])
         stage = config_io.parse(LATENT, "bench").train[0]
         stage = dataclasses.replace(
             stage, scenes=1, views=2, rates=dataclasses.replace(stage.rates, micro=0.3)
@@ -194,18 +196,20 @@ class Viewer:
 
     @torch.inference_mode()
     def view(self) -> Float[Tensor, "1 3 H W"]:
-        """The next view around the object."""
+        """Renders the next view around the object."""
         self.count = (self.count + 1) % len(self.cameras)
         view = self.model.render(self.planes, self.cameras[self.count : self.count + 1], self.background)
         return self.model.decode(view.image(*self.background.shape[1:]))
 
     def describe(self) -> str:
         channels, height, width = self.background.shape
-        return f"{height}x{width}x{channels} latents, {self.config.render.coarse} + {self.config.render.fine} samples"
+        samples = f"{self.config.render.coarse} + {self.config.render.fine} samples"
+        return f"{height}x{width}x{channels} latents, {samples}"
 
 
 def report_memory(threads: int, count: int) -> None:
-    """Print, as JSON, the bytes of rows and their moments and this process's peak over some steps of 1a."""
+    """Takes some steps of 1a and prints as JSON the bytes of rows and their moments and the peak of this
+    process."""
     set_up(threads)
     steps = Steps(LATENT, count).warmed(30)
     tables = [*steps.rows.tables().values(), *steps.learner.own.state().values()]
@@ -214,13 +218,12 @@ def report_memory(threads: int, count: int) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most. On Linux from its status: what getrusage says is at least what the
-    process that started this one held then."""
+    """Peak memory of this process in bytes. On Linux it is read from /proc, since getrusage may report the
+    peak of the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(
-            next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        )
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(peak.split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -231,7 +234,8 @@ def with_kernel(config: Config, kernel: Kernel) -> Config:
 def _made_views(
     count: int, scene: int, background: Float[Tensor, "c h w"]
 ) -> tuple[Cameras, Float[Tensor, "v p c"]]:
-    """Views of an ellipsoid whose latent is a smooth function of its surface, over the background."""
+    """Views of an ellipsoid whose latent is a smooth function of position on its surface, over the
+    background."""
     generator = seeded("cpu", "object", scene)
     cameras = upper_hemisphere(count, generator)
     radii = 0.12 + 0.25 * torch.rand(3, generator=generator)

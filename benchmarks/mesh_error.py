@@ -1,10 +1,10 @@
-"""How far an exported mesh lies from the one that its scene was rendered from.
+"""Measures the distance between an exported mesh and the mesh that its scene was rendered from. Run:
 
     python -m benchmarks.mesh_error --run libraries/cars --scene car_7 --source car_7.glb
 
 Notable:
-- Compared is what cameras see: photographs tell nothing about seats behind dark windows or about a car's floor.
-- Distances are between random points, uniform over each surface's area: Chamfer distance, in both directions.
+- Only parts that cameras see are compared, since photographs do not show, for instance, a car's floor.
+- The distance is the Chamfer distance between random points, uniform over each surface's area.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from latentscenes.export.mesh import VIEWS, Mesh, random_places, scene_mesh
 from latentscenes.storage.scene_set import SceneSet
 
 DENSE, TESTED = 400_000, 50_000
-"""Points that stand for a whole surface, and points whose distance to it is taken."""
+"""Numbers of points that represent a surface, and of points whose distance to it is measured."""
 CLEAR = 2e-3
-"""A point is seen if nothing is in the way from so far before it, world units (the source's diagonal is 1)."""
+"""Distance in front of a point where rays to cameras start, world units (the source's diagonal is 1)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Distances:
     to_export: float
     """From the source to the exported surface."""
     hidden: float
-    """Share of the source's area that no camera sees, which is left out."""
+    """Share of the source's area that no camera sees and that is left out."""
 
     @property
     def chamfer(self) -> float:
@@ -44,17 +44,17 @@ class Distances:
 
 
 def compare(mesh: Mesh, source: str | Path, cameras: Cameras) -> Distances:
-    """A mesh beside the file that `data meshes` photographed, brought to the same place and size as there.
+    """Compares a mesh with the file that `data meshes` rendered, moved and scaled as that command does.
 
     Raises:
-        UserError: the file cannot be read, or cameras see nothing of one of both.
+        UserError: the file cannot be read, or cameras see nothing of one of the two meshes.
     """
     original, _ = read_mesh(Path(source))
     exported = soup_from_mesh(mesh.vertices, mesh.faces)
     (ours, ours_seen), (theirs, theirs_seen) = (_seen_points(soup, cameras) for soup in (exported, original))
-    for seen, what in ((ours_seen, "the exported mesh"), (theirs_seen, source)):
+    for seen, name in ((ours_seen, "the exported mesh"), (theirs_seen, source)):
         if not seen.any():
-            raise UserError(f"{what}: no camera sees it, so there is nothing to compare.")
+            raise UserError(f"{name}: no camera sees it, so there is nothing to compare.")
     length = float((original.bounds[1] - original.bounds[0]).max())
     return Distances(
         _mean_distance(ours[:TESTED][ours_seen], theirs) / length,
@@ -66,7 +66,7 @@ def compare(mesh: Mesh, source: str | Path, cameras: Cameras) -> Distances:
 def _seen_points(
     soup: TriangleSoup, cameras: Cameras
 ) -> tuple[Float[np.ndarray, "d 3"], Bool[np.ndarray, "n"]]:
-    """Points all over a surface, and which of the first n some camera sees."""
+    """Samples points on a surface. Also returns the mask of the first n points that a camera sees."""
     face, weights = random_places(soup.corners, DENSE, np.random.default_rng(0))
     points = (weights * soup.corners[face]).sum(1).astype(np.float32)
     caster, seen = RayCaster(soup), np.zeros(TESTED, bool)
@@ -99,7 +99,7 @@ def main(
         run: library, or run folder of train.
         scene: name of the scene.
         source: the mesh file.
-        cells: along the longest side of the scene box.
+        cells: number of cells along the longest side of the scene box.
         lowest: elevation in degrees of the lowest camera that colors come from.
     """
     if not source.is_file():
@@ -109,8 +109,8 @@ def main(
     mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     apart = compare(mesh, source, learned.view.dome(VIEWS, lowest))
     print(
-        f"{scene}: {apart.chamfer:.2%} of its length apart; {apart.to_source:.2%} from the mesh to the source, {apart.to_export:.2%} back; "
-        f"{apart.hidden:.0%} of the source is hidden from all cameras and left out."
+        f"{scene}: Chamfer distance {apart.chamfer:.2%} of its length, {apart.to_source:.2%} from the mesh "
+        f"to the source, {apart.to_export:.2%} back; cameras do not see {apart.hidden:.0%} of the source."
     )
 
 

@@ -1,10 +1,11 @@
-"""python -m benchmarks.quality --run cars --data data/cars
+"""Measures the time per new scene until quality is near its limit, for ours and for RGB tri-planes. Run:
 
-What a user waits for: seconds per new scene until quality is near where it ends, ours and RGB tri-planes'; and the time
-that many new scenes take in one process and in several.
+    python -m benchmarks.quality --run cars --data data/cars
 
-Each point is a whole training of its own length, rates and all, of the same new scenes, scored on their held-out views.
-`converged` is the best of the lengths tried; what counts is the shortest that comes within 0.3 dB of it.
+With `--only processes`, measures the time of many new scenes in one process and in several.
+
+Each point is a full training of the same new scenes with its own number of epochs, scored on held-out views.
+`converged` is the best score of the lengths tried. The result is the shortest training within 0.3 dB of it.
 """
 
 import dataclasses
@@ -22,22 +23,23 @@ from latentscenes.cli.common import Machine, run_program, set_up
 from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.console import console
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate_stored
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
-from latentscenes.training.exploit import ExploitOptions, exploit
+from latentscenes.training.exploit import exploit
 from latentscenes.training.loop import train
 
 NEAR = 0.3
-"""dB."""
+"""A training counts as converged within this many dB of the best."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A training of some length."""
+    """A training with some number of epochs."""
 
     epochs: int
     seconds: float
@@ -54,35 +56,26 @@ def time_to_quality(
     rgb: tuple[int, ...],
     device: torch.device,
 ) -> Result:
-    """Learn the first `limit` new scenes for each of the numbers of epochs, on top of `parent` and as RGB tri-planes."""
+    """Learns the first `limit` new scenes with each number of epochs, on top of `parent` and as RGB
+    tri-planes."""
     result = Result(f"time to quality, {limit} new scenes", torch.get_num_threads())
     curves = {"ours": [], "RGB": []}
     with tempfile.TemporaryDirectory() as folder:
         for epochs in ours:
             out = Path(folder) / f"ours-{epochs}"
             config = lengthened(parent.config, "exploit", epochs)
-            exploit(
-                out,
-                views,
-                config,
-                parent,
-                ExploitOptions(stage_one=False, precision="float32", limit=limit),
-                device,
-            )
+            options = ExploitOptions(stage_one=False, precision="float32", limit=limit)
+            exploit(out, views, config, parent, options, device)
             curves["ours"].append(_point(SceneSet.open(out, device=device), views, epochs))
         for epochs in rgb:
             config = lengthened(config_io.load("rgb"), "train", epochs)
-            run = train(
-                config, views, Path(folder) / f"rgb-{epochs}", split="new", limit=limit, device=device
-            )
+            out = Path(folder) / f"rgb-{epochs}"
+            run = train(config, views, out, split="new", limit=limit, device=device)
             curves["RGB"].append(_point(SceneSet.of_run(run, device=device), views, epochs))
     for name, points in curves.items():
         for point in points:
-            result.add(
-                f"{name}, {point.epochs} epochs",
-                f"{point.seconds:.2f} s",
-                f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}",
-            )
+            score = f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}"
+            result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", score)
             result.figures |= {
                 f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()
             }
@@ -91,8 +84,8 @@ def time_to_quality(
 
 
 def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, device: torch.device) -> Result:
-    """Learn as many new scenes as fill two groups for each thread, with all threads in one process and with one process
-    per thread; the start of processes counts."""
+    """Learns new scenes that fill two groups for each thread, with all threads in one process and with one
+    process per thread. Includes the time to start the processes."""
     threads = torch.get_num_threads()
     limit = min(2 * threads * parent.config.exploit[0].scenes, len(views.select("new")))
     result = Result(f"{limit} new scenes", threads)
@@ -100,14 +93,8 @@ def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, de
     def learn(workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.monotonic()
-            exploit(
-                Path(folder) / "library",
-                views,
-                parent.config,
-                parent,
-                ExploitOptions(stage_one=False, limit=limit, workers=workers),
-                device,
-            )
+            options = ExploitOptions(stage_one=False, limit=limit, workers=workers)
+            exploit(Path(folder) / "library", views, parent.config, parent, options, device)
             return time.monotonic() - begun
 
     turns = [[learn(workers) for workers in (1, 0)] for _ in range(rounds)]
@@ -124,7 +111,7 @@ def many_scenes(parent: Run | LibraryFolder, views: PosedImages, rounds: int, de
 
 
 def lengthened(config: Config, part: str, epochs: int) -> Config:
-    """The first stage of `train` or `exploit` for so many epochs, with its schedule stretched to them."""
+    """Sets the number of epochs of the first stage of `train` or `exploit`; the schedule scales with it."""
     first, *others = getattr(config, part)
     return dataclasses.replace(config, **{part: (dataclasses.replace(first, epochs=epochs), *others)})
 
@@ -137,7 +124,7 @@ def _point(learned: StoredScenes, views: PosedImages, epochs: int) -> Point:
 
 
 def nearly(points: list[Point], level: float) -> Point | None:
-    """The quickest of some trainings that comes within NEAR of a level; none if none does."""
+    """The fastest training within NEAR of a PSNR level; None if there is none."""
     return min(
         (point for point in points if point.psnr >= level - NEAR),
         key=lambda point: point.seconds,
@@ -165,9 +152,7 @@ def _conclude(result: Result, curves: dict[str, list[Point]]) -> None:
             f"ours takes {same.seconds:.2f} s",
         )
     else:
-        result.add(
-            "ours does not come near RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB"
-        )
+        result.add("ours does not reach RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB")
 
 
 def main(
@@ -181,18 +166,19 @@ def main(
     rgb: tuple[int, ...] = (20, 40, 80, 160, 320),
     out: Path | None = None,
 ) -> None:
-    """Measure the time to quality of new scenes at several lengths of training, beside RGB tri-planes; or many scenes at once.
+    """Measure the time to quality of new scenes against RGB tri-planes, or the time of many scenes at once.
 
     Args:
-        run: finished run of `latentscenes train`, library or `cars`, to learn new scenes with.
+        run: shared parts to learn with: a finished run of `latentscenes train`, a library, or `cars`.
         data: dataset whose new scenes are learned.
         only: quality, processes, or both.
-        threads: CPU threads; unset: all cores.
-        rounds: turns of each variant of `processes`.
-        limit: learn only the first so many new scenes for `quality`.
+        threads: number of CPU threads; unset: all cores.
+        rounds: number of rounds of `processes`.
+        limit: number of new scenes that `quality` learns.
         ours: epochs of the first exploit stage to try.
         rgb: epochs of RGB tri-planes to try.
-        out: JSON file for all figures and the machine's description; the tables go beside it as Markdown.
+        out: JSON file for all figures and the machine's description; tables are written beside it as
+            Markdown.
     """
     device, parent, views = set_up(Machine(threads=threads)), open_parent(run), PosedImages.open(data)
     cases = {

@@ -1,7 +1,9 @@
-"""How much arithmetic and traffic one step of rendering takes, counted from its sizes: what a measured time is held against.
+"""Counts the arithmetic and the memory traffic of one rendering step from its sizes. `benchmarks.speed`
+compares its measured times with these counts; this file is not a program.
 
-A step renders s scenes of p rays with n samples each (coarse and fine together) and goes back through them. Counted per
-sample point, with f plane features, h hidden units, c channels and o = 1 + c outputs; a multiply-add is two operations:
+A step renders s scenes of p rays with n samples each (coarse and fine together) and computes gradients.
+Counts are per sample point, with f plane features, h hidden units, c channels and o = 1 + c outputs. A
+multiply-add is two operations:
 
 | part | forward | backward |
 |---|---|---|
@@ -12,11 +14,12 @@ sample point, with f plane features, h hidden units, c channels and o = 1 + c ou
 | activations' shifts and scales, compositing | 6 c + 12 | 11 c + 24 |
 | softplus, sigmoid, exp | h + c + 3 | 2 h k + 3 |
 
-k is the fraction of samples that backward keeps: those with a negligible gradient are not evaluated again. Only for the
-last row the unit is an evaluation, whatever it costs: some tens of operations on a CPU, a few instructions of the special
-function units on a GPU.
+k is the fraction of samples that backward keeps; it skips samples with a negligible gradient. The last row
+counts evaluations. One evaluation takes some tens of operations on a CPU, or a few instructions of the
+special function units on a GPU.
 
-Not counted, a percent or less: importance sampling, the sorting of samples, the view direction's three inputs.
+Importance sampling, the sorting of samples and the view direction's three inputs are not counted. They add a
+percent or less.
 """
 
 from dataclasses import dataclass
@@ -29,17 +32,17 @@ CORNERS = 12
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass asks of the machine."""
+    """Operations and memory traffic of a pass."""
 
     flops: int
     """Additions, subtractions and multiplications."""
     functions: int
     """Evaluations of softplus, sigmoid, exp and expm1; not in `flops`."""
     bytes: int
-    """Traffic with memory if every array crosses once, caches serving all else: a lower bound."""
+    """Memory traffic if every array is transferred once and caches serve the rest: a lower bound."""
     texel_bytes: int
-    """Traffic of texels between arithmetic and whatever holds the planes, mostly caches: 12 texels per point, and as many
-    read and written where gradients are added."""
+    """Traffic of texels, mostly between caches and registers: 12 texels per point, and as many reads and
+    writes where gradients are added."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -50,12 +53,11 @@ class Cost:
     def seconds(
         self, flops_per_second: float, bytes_per_second: float, flops_per_function: float = 0.0
     ) -> float:
-        """The least time on a machine with these peaks (roofline: Williams, Waterman and Patterson, CACM 52(4), 2009).
-        `flops_per_function` turns evaluations into operations; 0 where other units than those of `flops` do them."""
-        return max(
-            (self.flops + flops_per_function * self.functions) / flops_per_second,
-            self.bytes / bytes_per_second,
-        )
+        """Lower bound on the time on a machine with these peaks (roofline: Williams, Waterman and Patterson,
+        CACM 52(4), 2009). `flops_per_function` converts evaluations to operations; 0 if separate units
+        evaluate functions."""
+        operations = self.flops + flops_per_function * self.functions
+        return max(operations / flops_per_second, self.bytes / bytes_per_second)
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ def step_cost(
     channels: int,
     kept: float = 1.0,
 ) -> StepCost:
-    """Cost of rendering `rays` rays in each of `scenes` scenes with `samples` samples per ray, and of going back.
+    """Cost of rendering `rays` rays in each of `scenes` scenes with `samples` samples per ray, and of its
+    gradient.
 
-    Tri-planes are 3 x resolution x resolution x features; the network has one layer of `hidden` units and 1 + `channels`
-    outputs. `kept` in [0, 1]: fraction of samples that backward evaluates again. Forward writes what backward reads: place,
-    density and features of each sample.
+    Tri-planes are 3 x resolution x resolution x features; the network has one layer of `hidden` units and 1 +
+    `channels` outputs. `kept` in [0, 1] is the fraction of samples that backward evaluates again. Forward
+    writes the position, density and features of each sample for backward.
     """
     all_rays, outputs = scenes * rays, 1 + channels
     points, back = all_rays * samples, round(kept * all_rays * samples)

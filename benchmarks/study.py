@@ -1,39 +1,45 @@
-"""Studies: the same new scenes learned in many ways, from one YAML file to one table and chart.
+"""Measures quality, time and memory of many ways to learn the same new scenes, into one table and chart. Run:
 
-    title: What base planes are worth
+    python -m benchmarks.study --study study.yaml --data data/cars --out studies
+
+A study is a YAML file:
+
+    title: The value of base planes
     seeds: [0, 1, 2]
     rows:
-      - {label: RGB tri-planes, config: rgb, alone: true}           # every new scene by itself: no stage 1
-      - {label: ours, run: cars}                                    # on a run, a library, or a model that is shipped
+      - {label: RGB tri-planes, config: rgb, alone: true}              # no stage 1
+      - {label: ours, run: cars}                                       # on a run, a library or a pretrained
+        model
       - {label: one base plane, config: small, set: [planes.bases=1]}  # its own stage 1
 
-Rows that agree in stage 1 share it. What is done lies in the study's folder and is not done again, so a study goes on
-after a stop, and grows by lines.
+Rows with the same stage 1 share it. The study's folder keeps finished parts, so the same command continues a
+stopped study and learns only new rows.
 """
 
 import dataclasses
 import hashlib
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
-from latentscenes.cli.common import MACHINE, MachineOptions, run_program, set_up
+from latentscenes.cli.common import MACHINE, MachineOptions, run_program, say, set_up
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.config_io import build
-from latentscenes.core.console import Table, bytes_text, console, seconds_text
+from latentscenes.core.console import Table, bytes_text, seconds_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
+from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
-from latentscenes.evaluation.report import Series, chart_file
 from latentscenes.evaluation.tables import print_things
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.library import SCORES, LibraryFolder
@@ -41,11 +47,11 @@ from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
-from latentscenes.training.exploit import ExploitOptions, learn_new
+from latentscenes.training.exploit import learn_new
 from latentscenes.training.loop import train
 
 COUNTED = ("seconds", "scene_bytes", "stored_bytes", "shared_bytes", "stage_one_seconds", "view_ms")
-"""Figures that a chart can have along its x axis."""
+"""Figures that a chart can have on its x axis."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,21 @@ class Row:
     config: str = "small"
     """Preset or YAML file of stage 1 and 2; unused with `run`."""
     run: str | None = None
-    """Learn on top of this run, library or shipped model, instead of a stage 1 of the row's own."""
+    """Learn on top of this run, library or pretrained model. Unset: the row has its own stage 1."""
     set: tuple[str, ...] = ()
-    """Settings changed, as on the command line."""
+    """Changed settings, as on the command line."""
     alone: bool = False
-    """No stage 1: the new scenes are what `train` learns."""
+    """No stage 1: `train` learns the new scenes."""
     finetune: bool = False
-    """Shared parts go on learning in stage 2."""
+    """Shared parts continue to learn in stage 2."""
     learn_from: str | None = None
-    """Dataset of stage 1, by its name on the command line; unset: that of the new scenes."""
+    """Dataset of stage 1, by its name on the command line. Unset: the dataset of the new scenes."""
     data: str | None = None
-    """Dataset of the new scenes; unset: the first named."""
+    """Dataset of the new scenes. Unset: the first dataset on the command line."""
     train_limit: int | None = None
-    """Scenes of stage 1; unset: as the study says."""
+    """Number of scenes of stage 1. Unset: as in the study."""
     precisions: tuple[str, ...] = ("float32",)
-    """Scored at each of these."""
+    """The library is stored and scored at each of these."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +86,26 @@ class Chart:
     x: str
     """A figure of the table by its name in study.json, for instance stored_bytes."""
     label: str
-    """What x is, in words."""
+    """Label of the x axis."""
     series: tuple[str, ...] = ()
-    """Beginnings of labels that make a line each; unset: one line through all."""
+    """Prefixes of labels; rows with the same prefix form a line. Unset: one line through all rows."""
     log: bool = True
 
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare."""
+    """A study as read from YAML."""
 
     title: str
     rows: tuple[Row, ...]
     note: str = ""
     seeds: tuple[int, ...] = (0,)
     train_limit: int | None = None
-    """Scenes of stage 1; unset: all."""
+    """Number of scenes of stage 1. Unset: all."""
     limit: int | None = None
-    """New scenes; unset: all."""
+    """Number of new scenes. Unset: all."""
     old_scenes: bool = False
-    """Also score the scenes of stage 1, with what stage 2 made of the shared parts."""
+    """Also score the scenes of stage 1 with the shared parts after stage 2."""
     chart: Chart | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +126,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one row came to, with one seed."""
+    """Results of one row with one seed."""
 
     label: str
     seed: int
@@ -128,24 +134,24 @@ class Figures:
     ssim: float
     perceptual: float | None
     seconds: float
-    """Of one new scene."""
+    """Learning time of one new scene."""
     scene_bytes: int
-    """Of one new scene, float32."""
+    """Memory of one new scene as float32."""
     stored_bytes: float
-    """Of one new scene as stored."""
+    """Size of one new scene on disk."""
     shared_bytes: int
     stage_one_seconds: float
     view_ms: float
-    """Render and decode one view."""
+    """Time to render and decode one view, in milliseconds."""
     codec_psnr: float | None
-    """Encode and decode alone; None where the codec is exact."""
+    """PSNR of encoding and decoding alone. None if the codec is exact."""
     perceptual_metric: str | None
     old_psnr: float | None = None
-    """Scenes of stage 1."""
+    """PSNR of the scenes of stage 1."""
 
 
 def read_study(path: Path) -> Study:
-    """A study from YAML, read as strictly as configurations are."""
+    """Reads a study from YAML, as strictly as a configuration."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. Name a YAML file with `title` and `rows`.")
     try:
@@ -158,35 +164,30 @@ def read_study(path: Path) -> Study:
 def run_study(
     study: Study, data: dict[str, Path], out: Path, device: torch.device, name: str = "study"
 ) -> list[Figures]:
-    """Learn and score every row with every seed; write NAME.json, NAME.md and (if there is a chart) NAME.svg. Studies may
-    share a folder, and with it what they have in common.
+    """Learns and scores every row with every seed. Writes NAME.json, NAME.md and (if there is a chart)
+    NAME.svg. Studies in one folder share their common parts.
 
     Raises:
         UserError: a row names a dataset that is not in `data`, or its settings are wrong.
-        Interrupted: a signal asked to stop; everything is saved, and the same call goes on.
+        Interrupted: a signal asked to stop. Everything is saved, and the same call continues.
     """
     views = {key: PosedImages.open(path) for key, path in data.items()}
     for row in study.rows:
         for needed in (row.data, row.learn_from):
             if needed is not None and needed not in views:
                 raise UserError(
-                    f"study: row {row.label!r} needs the dataset {needed!r}; give it with --data {needed}=FOLDER."
+                    f"study: row {row.label!r} needs the dataset {needed!r}: --data {needed}=FOLDER."
                 )
-        _settings(row, 0)  # mistakes show before anything is learned
+        _settings(row, 0)  # raises on errors before anything is learned
     found = []
     for seed in study.seeds:
         for row in study.rows:
             for figures in _figures(study, row, seed, views, out, device):
-                console.print(
-                    f"{figures.label}, seed {seed}: {figures.psnr:.2f} dB, {seconds_text(figures.seconds)} a scene",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                result = f"{figures.psnr:.2f} dB, {seconds_text(figures.seconds)} per scene"
+                say(f"{figures.label}, seed {seed}: {result}")
                 found.append(figures)
-    write_json(
-        out / f"{name}.json",
-        {"title": study.title, "rows": [dataclasses.asdict(figures) for figures in found]},
-    )
+    rows = [dataclasses.asdict(figures) for figures in found]
+    write_json(out / f"{name}.json", {"title": study.title, "rows": rows})
     (out / f"{name}.md").write_text(table(study, found).markdown())
     if study.chart:
         (out / f"{name}.svg").write_text(chart(study, found))
@@ -208,50 +209,31 @@ def _figures(
 ) -> Iterator[Figures]:
     settings, fresh = _settings(row, seed), views[row.data or next(iter(views))]
     if row.alone:
-        run = train(
-            settings,
-            fresh,
-            _place(out, "alone", settings, fresh.path, study.limit),
-            split="new",
-            limit=study.limit,
-            device=device,
-        )
+        place = _place(out, "alone", settings, fresh.path, study.limit)
+        run = train(settings, fresh, place, split="new", limit=study.limit, device=device)
         yield _measured(row.label, seed, SceneSet.of_run(run, device=device), fresh)
         return
-    parent = (
-        open_parent(Path(row.run)) if row.run else _stage_one(study, row, settings, views, fresh, out, device)
-    )
+    if row.run:
+        parent = open_parent(Path(row.run))
+    else:
+        source = views[row.learn_from] if row.learn_from else fresh
+        limit = row.train_limit or study.train_limit
+        own = dataclasses.replace(settings, exploit=())  # rows that differ only in stage 2 share stage 1
+        place = _place(out, "stage-one", own, source.path, limit)
+        parent = train(own, source, place, limit=limit, device=device)
     folder = _place(out, "library", settings, parent.path, fresh.path, study.limit, row.finetune)
     options = ExploitOptions(precision="float32", stage_one=False, limit=study.limit)
     learn_new(folder, fresh, settings, parent.path, row.finetune, options, device)
-    old = (
-        _old_psnr(parent, LibraryFolder.open(folder), device)
-        if study.old_scenes and isinstance(parent, Run)
-        else None
-    )
+    scored = study.old_scenes and isinstance(parent, Run)
+    old = _old_psnr(parent, LibraryFolder.open(folder), device) if scored else None
     for precision in row.precisions:
         label = row.label if len(row.precisions) == 1 else f"{row.label}, {precision}"
         learned = SceneSet.open(_stored_as(folder, precision, device), device=device)
         yield dataclasses.replace(_measured(label, seed, learned, fresh), old_psnr=old)
 
 
-def _stage_one(
-    study: Study,
-    row: Row,
-    settings: Config,
-    views: dict[str, PosedImages],
-    fresh: PosedImages,
-    out: Path,
-    device: torch.device,
-) -> Run:
-    taught = views[row.learn_from] if row.learn_from else fresh
-    limit = row.train_limit or study.train_limit
-    own = dataclasses.replace(settings, exploit=())  # rows that differ in stage 2 alone share stage 1
-    return train(own, taught, _place(out, "stage-one", own, taught.path, limit), limit=limit, device=device)
-
-
 def _stored_as(folder: Path, precision: str, device: torch.device) -> Path:
-    """The library itself, or a copy of it that is stored more coarsely."""
+    """Returns the library itself, or a copy of it at lower precision."""
     if precision == "float32":
         return folder
     coarse = folder.with_name(f"{folder.name}-{precision}")
@@ -268,24 +250,18 @@ def _measured(label: str, seed: int, learned: StoredScenes, views: PosedImages) 
     evaluation, account = evaluate_stored(learned, views), cost.account_learned(learned)
     mean, time = evaluation.mean, account.time
     return Figures(
-        label,
-        seed,
-        mean.psnr,
-        mean.ssim,
-        mean.perceptual,
-        time.scene or 0.0,
-        account.memory.scene,
-        learned.scene_bytes,
-        account.memory.shared,
-        time.stage_one,
-        1000 * evaluation.render_seconds,
-        mean.codec_psnr if mean.codec_psnr < 99 else None,
-        evaluation.perceptual_metric,
-    )
+        label, seed,
+        psnr=mean.psnr, ssim=mean.ssim, perceptual=mean.perceptual,
+        seconds=time.scene or 0.0, stage_one_seconds=time.stage_one,
+        scene_bytes=account.memory.scene, stored_bytes=learned.scene_bytes,
+        shared_bytes=account.memory.shared, view_ms=1000 * evaluation.render_seconds,
+        codec_psnr=mean.codec_psnr if mean.codec_psnr < 99 else None,
+        perceptual_metric=evaluation.perceptual_metric,
+    )  # fmt: skip
 
 
 def _old_psnr(parent: Run, store: LibraryFolder, device: torch.device) -> float:
-    """Of the scenes of stage 1, rendered with the shared parts that a library has."""
+    """PSNR of the scenes of stage 1 with the shared parts of a library."""
     learned, views = SceneSet.of_run(parent), PosedImages.open(parent.info.data)
     _, rows = parent.load(device)
     loaded = SceneSet.of_table(store.model(device), rows, learned.names)
@@ -297,7 +273,7 @@ def _old_psnr(parent: Run, store: LibraryFolder, device: torch.device) -> float:
 
 
 def _mean(found: list[Figures], label: str, name: str) -> tuple[float | None, float]:
-    """Mean over seeds and standard deviation."""
+    """Mean and standard deviation over seeds."""
     values = [getattr(figures, name) for figures in found if figures.label == label]
     if None in values:
         return None, 0.0
@@ -305,43 +281,39 @@ def _mean(found: list[Figures], label: str, name: str) -> tuple[float | None, fl
 
 
 def table(study: Study, found: list[Figures]) -> Table:
-    """A line per row; where there are several seeds, PSNR with its standard deviation over them."""
-    labels = list(dict.fromkeys(figures.label for figures in found))
-    several, metric = (
-        len(study.seeds) > 1,
-        next((figures.perceptual_metric for figures in found if figures.perceptual_metric), "perceptual"),
-    )
-    columns = {
-        "PSNR": lambda label: f"{{:.2f}}{' ± {:.2f}' if several else ''}".format(
-            *_mean(found, label, "psnr")
-        ),
-        "SSIM": lambda label: f"{_mean(found, label, 'ssim')[0]:.4f}",
-        metric: lambda label: _text(_mean(found, label, "perceptual")[0], ".4f"),
-        "codec alone": lambda label: _text(_mean(found, label, "codec_psnr")[0], ".2f"),
-        "old scenes": lambda label: _text(_mean(found, label, "old_psnr")[0], ".2f"),
-        "time / scene": lambda label: seconds_text(_mean(found, label, "seconds")[0]),
-        "stage 1": lambda label: seconds_text(_mean(found, label, "stage_one_seconds")[0] or None),
-        "bytes / scene": lambda label: bytes_text(_mean(found, label, "scene_bytes")[0]),
-        "as stored": lambda label: bytes_text(_mean(found, label, "stored_bytes")[0]),
-        "shared": lambda label: bytes_text(_mean(found, label, "shared_bytes")[0]),
-        "ms / view": lambda label: f"{_mean(found, label, 'view_ms')[0]:.1f}",
+    """A line per row. With several seeds, PSNR has its standard deviation over them."""
+    metric = next((figures.perceptual_metric for figures in found if figures.perceptual_metric), "perceptual")
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "PSNR": ("psnr", "{:.2f}".format),
+        "SSIM": ("ssim", "{:.4f}".format),
+        metric: ("perceptual", "{:.4f}".format),
+        "codec alone": ("codec_psnr", "{:.2f}".format),
+        "old scenes": ("old_psnr", "{:.2f}".format),
+        "time / scene": ("seconds", seconds_text),
+        "stage 1": ("stage_one_seconds", lambda seconds: seconds_text(seconds or None)),
+        "bytes / scene": ("scene_bytes", bytes_text),
+        "as stored": ("stored_bytes", bytes_text),
+        "shared": ("shared_bytes", bytes_text),
+        "ms / view": ("view_ms", "{:.1f}".format),
     }
-    unused = {metric: "perceptual", "codec alone": "codec_psnr", "old scenes": "old_psnr"}
-    kept = {
-        name: cell
-        for name, cell in columns.items()
-        if name not in unused or any(getattr(figures, unused[name]) is not None for figures in found)
+
+    def cell(label: str, figure: str, text: Callable[[float], str]) -> str:
+        mean, deviation = _mean(found, label, figure)
+        shown = figure == "psnr" and len(study.seeds) > 1
+        return "" if mean is None else text(mean) + (f" ± {deviation:.2f}" if shown else "")
+
+    used = {
+        name: column
+        for name, column in columns.items()
+        if any(getattr(figures, column[0]) is not None for figures in found)
     }
-    rows = tuple((label, *(cell(label) for cell in kept.values())) for label in labels)
-    return Table(study.title, ("", *kept), rows, note=study.note)
-
-
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    labels = dict.fromkeys(figures.label for figures in found)
+    rows = tuple((label, *(cell(label, *column) for column in used.values())) for label in labels)
+    return Table(study.title, ("", *used), rows, note=study.note)
 
 
 def chart(study: Study, found: list[Figures]) -> str:
-    """PSNR over the figure that the study names, as an SVG file's text."""
+    """SVG text of PSNR over the figure on the study's x axis."""
     wanted, lines = study.chart, []
     for color, prefix in enumerate(wanted.series or ("",)):
         labels = list(dict.fromkeys(figures.label for figures in found if figures.label.startswith(prefix)))
@@ -355,20 +327,21 @@ def chart(study: Study, found: list[Figures]) -> str:
 
 
 def main(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions = MACHINE) -> None:
-    """Learn the same new scenes in many ways, as a YAML file lists them, into one table and chart. The same command again
-    goes on where it stopped.
+    """Learn the same new scenes in the ways that a YAML file lists. The same command continues a stopped
+    study.
 
     Args:
         study: YAML file with `title` and `rows`; docs/results/claims holds some.
-        data: datasets: a folder, or NAME=FOLDER where rows name several; the first is that of rows that name none.
-        out: folder for runs and libraries, the figures as JSON, the table as Markdown, the chart as SVG; several studies may share it.
+        data: folders of datasets, as NAME=FOLDER if rows name several; the first is the default of rows.
+        out: folder for runs, libraries, figures (JSON), table (Markdown) and chart (SVG); studies may share
+            it.
     """
     wanted, folders = read_study(study), {}
     for given in data:
         name, _, folder = given.rpartition("=")
         if (name or "data") in folders:
             raise UserError(
-                f"--data {given}: the second of its name. Name datasets apart, for instance cars={folder}."
+                f"--data {given}: this name is taken. Name each dataset, for instance cars={folder}."
             )
         folders[name or "data"] = Path(folder)
     print_things(table(wanted, run_study(wanted, folders, out, set_up(machine), study.stem)))

@@ -1,7 +1,7 @@
-"""Timing by interleaved rounds, and what this machine can do at best.
+"""Times variants in interleaved rounds, and measures the peak speed of this machine.
 
-Machines are shared and noisy, so no time stands alone: variants of the same work run in turns within one process, and
-what is reported is the median of each and the median of their ratios, round by round.
+Machines are shared and noisy, so variants of the same work run in turns within one process. Results are the
+median time of each variant and the median over rounds of their ratios.
 """
 
 import os
@@ -26,12 +26,13 @@ class Timing:
         return statistics.median(self.seconds)
 
     def ratio(self, other: "Timing") -> float:
-        """How many times longer `other` took than this: the median over rounds."""
+        """Time of `other` divided by the time of this variant: the median over rounds."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 def interleave(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Run all variants once unmeasured, then `rounds` times in turns, each round starting with another one."""
+    """Runs all variants once unmeasured, then `rounds` times in turns. Each round starts with another
+    variant."""
     for run in variants.values():
         run()
     names, seconds = list(variants), {name: [] for name in variants}
@@ -60,7 +61,7 @@ def peak_bandwidth(rounds: int = 5) -> float:
 
 
 def machine() -> dict[str, object]:
-    """What a figure needs beside it to mean something."""
+    """Description of the machine, to be stored with every figure."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

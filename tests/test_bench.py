@@ -1,4 +1,4 @@
-"""Measuring: what is timed is what training does, and figures say what they claim. Nothing here asserts a time."""
+"""Benchmarks: they time the steps that training takes, and report correct figures. No test asserts a time."""
 
 import json
 import time
@@ -41,9 +41,8 @@ def test_a_ratio_is_the_median_over_rounds():
 
 
 def test_steps_of_both_kernels_learn_the_same(monkeypatch):
-    monkeypatch.setattr(
-        native, "SKIP", 0.0
-    )  # Adam makes full steps of what would be left out, where nothing else comes
+    # Adam makes full steps of tiny gradients, so none may be skipped
+    monkeypatch.setattr(native, "SKIP", 0.0)
     steps = Steps(small(LATENT), 6).warmed(3)
     twins = [
         steps.twin(kernel) for kernel in (("torch", "native") if native.available() else ("torch", "torch"))
@@ -77,7 +76,7 @@ def test_every_stage_takes_steps(stage):
         ) == bool(rate), part
 
 
-def test_fits_are_timed_as_the_preset_makes_them():
+def test_timed_fits_have_the_settings_of_the_preset():
     preset = config_io.load("small").exploit[0]
     for resting in (False, True):
         stage = config_io.parse(bench_cases.fitting_text(resting), "test").train[0]
@@ -95,7 +94,7 @@ def test_fits_are_timed_as_the_preset_makes_them():
         assert torch.equal(batch.latents[view], every[view][batch.pixels[view]])
 
 
-def test_the_made_objects_can_be_learned():
+def test_synthetic_objects_can_be_learned():
     steps = Steps(small(RGB), 1)
     batch = steps.batch(0)
     first = float(steps.learner.step(batch, 1.0, torch.Generator())[0]["latent"].detach())
@@ -113,7 +112,7 @@ def test_floor_counts_what_was_evaluated():
 
 
 @pytest.mark.parametrize("name", ["paper", "small", "rgb"])
-def test_views_that_are_timed_are_images(name):
+def test_timed_views_are_images(name):
     assert Viewer(name, 1).view().shape == (1, 3, 128, 128)
 
 
@@ -148,7 +147,7 @@ def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
 
 
-def test_the_quickest_that_comes_near_counts():
+def test_the_fastest_training_near_the_level_counts():
     points = [
         Point(10, 1.0, 25.0, 0.9),
         Point(40, 4.0, 29.8, 0.9),
@@ -168,7 +167,7 @@ def test_many_scenes_are_learned_in_one_process_and_in_several(solids, tiny, tmp
     )
 
 
-def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):
+def test_time_to_quality_learns_both_with_each_number_of_epochs(solids, tiny, tmp_path):
     parent = train(tiny, solids, tmp_path / "run", device=torch.device("cpu"))
     assert lengthened(tiny, "exploit", 7).exploit[0].epochs == 7
     result = time_to_quality(parent, solids, 2, (1, 2), (1,), torch.device("cpu"))
@@ -176,7 +175,7 @@ def test_time_to_quality_learns_both_at_each_length(solids, tiny, tmp_path):
     assert result.figures["ours.2.seconds"] > 0 and result.figures["speedup to own convergence"] > 0
 
 
-def test_scenes_in_files_learn_what_scenes_in_memory_learn(tmp_path):
+def test_scenes_in_files_learn_the_same_as_in_memory(tmp_path):
     text = small(LATENT)
     on_disk, in_memory = Steps(text, 6, folder=tmp_path / "rows"), Steps(text, 6)
     in_memory.rows.micro.copy_(on_disk.rows.micro)

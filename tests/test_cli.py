@@ -1,4 +1,4 @@
-"""The command line: help answers at once, mistakes are told in one line, settings that are printed can be read back."""
+"""The command line: help loads no torch, user errors print one line, printed settings can be read back."""
 
 import inspect
 import subprocess
@@ -33,8 +33,8 @@ def call(monkeypatch, capsys, *arguments):
     return status, out, err
 
 
-def test_help_of_every_command_answers_without_torch():
-    # all in one process, which must still be without torch at its end
+def test_help_of_every_command_loads_no_torch():
+    # All in one process, which must not have loaded torch at its end.
     script = f"""
 import sys
 from latentscenes.cli.main import main
@@ -66,9 +66,8 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
-            assert name in ("machine", "options") or f"{name}:" in explained, (
-                name
-            )  # those two are groups of their own
+            groups = ("machine", "options", "choice")  # dataclasses, which have help of their own
+            assert name in groups or f"{name}:" in explained, name
 
 
 def test_no_arguments_show_the_help(monkeypatch, capsys):
@@ -79,11 +78,11 @@ def test_no_arguments_show_the_help(monkeypatch, capsys):
         assert status == 0 and all(name in out for name in commands)
 
 
-def test_precisions_are_those_that_exist():
+def test_command_line_offers_all_precisions():
     assert get_args(StoragePrecision) == PRECISIONS
 
 
-def test_configurations_that_commands_take_by_default_exist():
+def test_default_configurations_exist():
     for command in (cli.train, cli.exploit, cli.cost):
         for name, parameter in inspect.signature(command).parameters.items():
             assert name not in ("config", "baseline") or parameter.default in (None, *config_io.presets())
@@ -129,18 +128,18 @@ def test_mistakes_take_one_line(name, monkeypatch, capsys, tmp_path, solids_path
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments, told = MISTAKES[name]
+    arguments, message = MISTAKES[name]
     (tmp_path / "torn.yaml").write_text("planes: {")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
     places = {"tmp": tmp_path, "data": solids_path}
     status, out, err = call(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
     assert status == 2 and out == ""
-    assert err.startswith("latentscenes: ") and told.format(**places) in err
+    assert err.startswith("latentscenes: ") and message.format(**places) in err
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_mistakes_of_spelling_are_refused(monkeypatch, capsys):
+def test_misspelled_options_are_refused(monkeypatch, capsys):
     status, _, err = call(monkeypatch, capsys, "train", "--dta", "x")
     assert status == 2 and "--data" in err and "Traceback" not in err
     status, _, err = call(monkeypatch, capsys, "trian")
@@ -201,7 +200,7 @@ def test_train_and_exploit_from_the_command_line(monkeypatch, capsys, tmp_path, 
     assert store.config.exploit[1].epochs == 2 and store.config.planes == tiny.planes
 
 
-def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
+def test_a_stop_on_request_is_no_error(monkeypatch, capsys, tmp_path):
     from latentscenes.training.loop import Interrupted
 
     def stopped(*_, **__):
@@ -212,10 +211,12 @@ def test_a_polite_stop_is_no_error(monkeypatch, capsys, tmp_path):
     status, _, err = call(
         monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb"
     )
-    assert status == 130 and err == "latentscenes: stopped; everything is saved. The same command goes on.\n"
+    assert (
+        status == 130 and err == "latentscenes: stopped; everything is saved. The same command continues.\n"
+    )
 
 
-def test_what_the_machine_refuses_takes_one_line(monkeypatch, capsys, tmp_path):
+def test_system_errors_take_one_line(monkeypatch, capsys, tmp_path):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 

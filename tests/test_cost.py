@@ -1,4 +1,4 @@
-"""The ledger against the published check (arXiv 2403.11678, sections 3 and 4), worked out by hand, and against real parts."""
+"""Costs against published values (arXiv 2403.11678, sections 3 and 4), hand calculations and real models."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from results import made_library, made_run
 from latentscenes.core import config, config_io
 from latentscenes.core.errors import UserError
 from latentscenes.evaluation import cost
-from latentscenes.evaluation.cost import MIB, Memory, Time
+from latentscenes.evaluation.cost import MIB, MemoryCost, TimeCost
 from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.run import Run
@@ -18,7 +18,7 @@ from latentscenes.storage.scene_set import SceneSet
 
 
 def autoencoder_kl_parameters(base=128, multipliers=(1, 2, 4, 4), latents=4) -> int:
-    """Stable Diffusion's KL autoencoder, layer by layer from its published architecture."""
+    """Number of parameters of Stable Diffusion's KL autoencoder, from its published architecture."""
 
     def conv(i, o, k=3):
         return i * o * k * k + o
@@ -56,17 +56,17 @@ def test_published_memory():
 
 
 def test_published_time():
-    """Scaled-IG: 2.23 min a scene against 16.02 at N = 1000 is −86 %, whatever part of it is stage 1."""
-    ours, rgb = Time(1000.0, 500, 1.23), Time(0.0, 0, 16.02)
+    """Scaled-IG: 2.23 min per scene against 16.02 at N = 1000 is −86 %, for any share of stage 1."""
+    ours, rgb = TimeCost(1000.0, 500, 1.23), TimeCost(0.0, 0, 16.02)
     assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -86
     assert ours.per_scene_counting(1000) == pytest.approx((1000 + 500 * 1.23) / 1000)
     assert ours.per_scene_counting(100) == pytest.approx(10)  # all of them are in stage 1
     assert cost.time_break_even(ours, rgb) == pytest.approx(1000 / (16.02 - 1.23))
-    assert Time(10.0, 5, None).per_scene(7) is None
+    assert TimeCost(10.0, 5, None).per_scene(7) is None
 
 
 def test_break_even_is_where_the_costs_meet():
-    ours, other = Memory(1000, 500, 10, 7), Memory(0, 0, 10, 12)
+    ours, other = MemoryCost(1000, 500, 10, 7), MemoryCost(0, 0, 10, 12)
     meeting = cost.memory_break_even(ours, other)
     assert ours.scene + ours.shared / meeting == pytest.approx(other.scene + other.shared / meeting)
     assert cost.break_even(5, 3, 3) is None and cost.break_even(5, 4, 3) is None
@@ -78,11 +78,12 @@ def test_break_even_is_where_the_costs_meet():
     [
         "planes: {resolution: 8, micro: 2, macro: 3, bases: 4, bias: true}",
         "planes: {resolution: 8, micro: 5, macro: 0}",
-        "planes: {resolution: 8, micro: 0, macro: 3, bases: 2}\nfield: {frequencies: 2, view_direction: true}",
+        "planes: {resolution: 8, micro: 0, macro: 3, bases: 2}\n"
+        "field: {frequencies: 2, view_direction: true}",
         "codec: {kind: identity}\nplanes: {resolution: 8, micro: 2, macro: 0}\nrender: {preview: true}",
     ],
 )
-def test_memory_is_that_of_the_real_parts(change, solids):
+def test_memory_equals_that_of_a_real_model(change, solids):
     settings = config_io.parse(change, "test")
     model, generator = Model(settings, solids.box), torch.Generator()
     memory = cost.account(settings).memory
@@ -95,7 +96,7 @@ def test_memory_is_that_of_the_real_parts(change, solids):
 def test_account_of_runs(tmp_path, tiny, solids):
     train = made_run(tmp_path / "train", tiny, solids, "train")
     stage_one = cost.account_learned(SceneSet.of_run(train))
-    assert stage_one.time == Time(13.5, 4, None)
+    assert stage_one.time == TimeCost(13.5, 4, None)
     assert stage_one.memory == cost.account(tiny).memory
     shared, scene = stage_one.stored
     assert (
@@ -104,9 +105,9 @@ def test_account_of_runs(tmp_path, tiny, solids):
     )
     made_library(tmp_path / "library", train, tiny, solids)
     ours = cost.account_learned(SceneSet.open(tmp_path / "library"))
-    assert ours.time == Time(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
+    assert ours.time == TimeCost(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
     assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
-    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == Time(
+    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == TimeCost(
         13.5, 4, None
     )
 
@@ -114,7 +115,7 @@ def test_account_of_runs(tmp_path, tiny, solids):
         tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0)
     )
     rgb = made_run(tmp_path / "rgb", plain, solids, "new")
-    assert cost.account_learned(SceneSet.of_run(rgb)).time == Time(0.0, 0, 13.5 / 2)
+    assert cost.account_learned(SceneSet.of_run(rgb)).time == TimeCost(0.0, 0, 13.5 / 2)
     empty = Run.create(tmp_path / "empty", tiny, train.info)
     with pytest.raises(UserError, match="nothing has been learned"):
         cost.account_learned(SceneSet.of_run(empty))

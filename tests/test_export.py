@@ -1,5 +1,5 @@
-"""Meshes and points: an ellipsoid known in closed form comes out closed, where it is, in its colors, the right way up,
-and what `data meshes` read goes out and comes in again."""
+"""Meshes and points: an ellipsoid known in closed form is exported closed, in place, in its colors and
+upright. Exported files can be read by trimesh and by `data meshes`."""
 
 import json
 import struct
@@ -46,12 +46,12 @@ def points() -> Points:
 
 
 def chamfer(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Mean distance of points to the nearest of the others, in both directions."""
+    """Mean distance to the nearest point of the other set, in both directions."""
     return cKDTree(other).query(one)[0].mean(), cKDTree(one).query(other)[0].mean()
 
 
 def depth_below(points: np.ndarray) -> np.ndarray:
-    """How far below the ellipsoid, relative to its radius in that direction."""
+    """Depth below the ellipsoid, relative to its radius in that direction."""
     return 1 - np.linalg.norm((points - CENTER) / SEMI, axis=1)
 
 
@@ -68,7 +68,7 @@ def test_cells_are_cubes_that_fill_the_box():
 
 
 def test_light_through_a_slab():
-    """Half the space is fog: light that falls straight loses exp(−σ t), light that falls at an angle has farther to go."""
+    """Half the space is fog. Vertical light decays with exp(−σ t), and slanted light has a longer path."""
     density = torch.zeros(24, 24, 24)
     density[:, :, :12] = 3.0
     step = 0.02
@@ -101,7 +101,7 @@ def test_small_parts_are_left_out():
 
 
 def test_ground_is_white_that_reaches_the_border():
-    """A black frame around white: what lies behind the white inside is no ground, what lies outside the frame is."""
+    """A black frame around white: the white inside the frame is not background, the white outside is."""
     picture = np.full((1, 40, 40, 3), 255, np.uint8)
     picture[:, 8:32, 8:32] = 0
     picture[:, 14:26, 14:26] = 255
@@ -133,13 +133,12 @@ def test_normals_point_outward(mesh):
 def test_colors_are_those_of_the_surface(mesh):
     above = mesh.vertices[:, 2] > CENTER[2]
     assert np.abs(mesh.colors - egg_colors(mesh.vertices))[above].mean() < 0.02
-    assert (
-        np.abs(mesh.colors - egg_colors(mesh.vertices))[~above].mean() < 0.1
-    )  # partly from the nearest that is seen
+    # Invisible vertices take the colors of the nearest visible ones.
+    assert np.abs(mesh.colors - egg_colors(mesh.vertices))[~above].mean() < 0.1
 
 
 def test_empty_space_inside_is_filled():
-    """A shell within a shell of the same field is one closed surface: no light gets in."""
+    """A hollow ball has one closed surface, since no light gets in."""
     cells = torch.zeros(30, 30, 30)
     place = torch.stack(torch.meshgrid(*3 * [torch.linspace(-1, 1, 30)], indexing="ij"), -1).norm(dim=-1)
     cells[(place > 0.6) & (place < 0.8)] = 200.0
@@ -191,13 +190,13 @@ def test_points_lie_on_what_is_seen(points):
     assert np.abs(depth_below(points.positions)).mean() < 0.04
     np.testing.assert_allclose(np.linalg.norm(points.normals, axis=1), 1, atol=1e-6)
     assert np.abs(points.colors - egg_colors(points.positions)).mean() < 0.02
-    assert points.normals[:, 2].min() > -0.99  # cameras above do not see what looks straight down
+    assert points.normals[:, 2].min() > -0.99  # cameras above do not see faces that point down
     everywhere = scene_points(egg(), "egg", VIEW, count=500, cells=CELLS, lowest=-90.0)
     assert everywhere.normals[:, 2].min() < -0.999
 
 
 def test_points_are_even():
-    """The upper half of a sphere's surface gets as many points as its area asks for, band by band."""
+    """Each horizontal band of a sphere gets a share of points equal to its share of the area."""
     sphere = trimesh.creation.icosphere(3)
     found = export_surface.Surface(np.asarray(sphere.vertices), np.asarray(sphere.faces), 0.1)
     positions, normals = export_mesh.sampled(found, 20_000, np.random.default_rng(0))
@@ -232,11 +231,15 @@ def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
         assert view["byteOffset"] % 4 == 0 and view["byteLength"] == width * accessor["count"]
     assert tree["buffers"][0]["byteLength"] == len(content) - 28 - text
     assert tree["materials"][0]["extensions"] == {"KHR_materials_unlit": {}}
-    np.testing.assert_allclose(tree["accessors"][0]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
+    (primitive,) = tree["meshes"][0]["primitives"]
+    used = {name: tree["accessors"][at] for name, at in primitive["attributes"].items()}
+    np.testing.assert_allclose(used["POSITION"]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
+    assert used["COLOR_0"]["componentType"] == 5123 and used["COLOR_0"]["normalized"]
+    assert primitive["material"] == 0 and tree["nodes"] == [{"mesh": 0, "name": "egg"}]
 
 
 def test_glb_comes_back_through_data_meshes(mesh, tmp_path):
-    """Turned, centered and scaled as every imported mesh, and in the same colors."""
+    """The mesh is turned, centered and scaled like every imported mesh and has the same colors."""
     write_glb(tmp_path / "egg.glb", mesh)
     soup, remarks = read_mesh(tmp_path / "egg.glb")
     assert not remarks
@@ -247,13 +250,13 @@ def test_glb_comes_back_through_data_meshes(mesh, tmp_path):
 
 
 def test_exported_mesh_lies_on_its_source(mesh, tmp_path):
-    """The ellipsoid as somebody's GLB, y up, is where the export of its learned scene is."""
+    """The export of a learned ellipsoid lies on an analytic ellipsoid in a y-up GLB."""
     source = trimesh.creation.icosphere(4)
     source.vertices = (source.vertices * SEMI + CENTER) @ Y_TO_Z
     source.export(tmp_path / "source.glb")
     write_glb(tmp_path / "egg.glb", mesh)
     clouds = [read_mesh(tmp_path / name)[0].corners.reshape(-1, 3) for name in ("source.glb", "egg.glb")]
-    assert max(chamfer(*clouds)) < 0.015  # of a diagonal of 1
+    assert max(chamfer(*clouds)) < 0.015  # the diagonal is 1
     turned = clouds[1] @ Y_TO_Z.T.astype(np.float32)
     assert min(chamfer(clouds[0], turned)) > 0.03
 
@@ -272,7 +275,7 @@ def test_ply_opens_elsewhere(points, tmp_path):
 
 
 def test_wrong_endings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="written here is GLB; name a file that ends in .glb"):
+    with pytest.raises(UserError, match="this command writes GLB; name a file that ends in .glb"):
         check_ending(tmp_path / "car.obj", ".glb")
     (tmp_path / "car.glb").mkdir()
     with pytest.raises(UserError, match="is a folder"):
@@ -282,7 +285,7 @@ def test_wrong_endings_are_refused(tmp_path):
 
 
 def test_hidden_and_grazing_places_have_no_color():
-    """Of two plates one above the other, a camera overhead sees the upper one, from above."""
+    """An overhead camera sees only the top of the upper of two plates."""
     plate = np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
     found = export_surface.Surface(
         np.concatenate([plate, plate + [0, 0, 0.5]]),
@@ -302,7 +305,7 @@ def test_hidden_and_grazing_places_have_no_color():
 
 
 def test_distance_to_a_source_that_is_larger(mesh, tmp_path):
-    """Concentric spheres, one 5 % larger, are that much of a radius apart; what lies inside is seen by no camera."""
+    """Concentric spheres, one 5 % larger, are 5 % of a radius apart. No camera sees the core inside."""
     ball, core = trimesh.creation.icosphere(4), trimesh.creation.icosphere(2, radius=0.5)
     (ball + core).export(tmp_path / "source.ply")
     radius = 1 / np.linalg.norm([2, 2, 2])  # as imported, its box has a diagonal of 1
@@ -325,8 +328,8 @@ def test_mesh_and_points_commands(tmp_path, solids, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["latentscenes", "export", *arguments])
         cli.main()
-    told = " ".join(capsys.readouterr().err.split())
-    assert "triangles" in told and "50 points" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "triangles" in printed and "50 points" in printed
     assert (
         trimesh.load_mesh(tmp_path / "e.glb").is_watertight
         and len(trimesh.load(tmp_path / "e.ply").vertices) == 50

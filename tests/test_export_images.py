@@ -1,4 +1,5 @@
-"""Posed pictures go out and come in again with the same cameras; camera paths of nerfstudio's are followed; films are whole."""
+"""Posed pictures can be read back with the same cameras, nerfstudio camera paths are followed, films are
+complete."""
 
 import json
 import math
@@ -45,14 +46,14 @@ def test_pictures_come_back_through_data_transforms(tmp_path):
     torch.testing.assert_close(views.cameras.cam2world, cameras.cam2world, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.cameras.intrinsics, cameras.intrinsics, atol=1e-5, rtol=0)
     shown = render_images(loaded.model, loaded.planes("egg"), cameras, VIEW.size)
-    assert np.abs(views.rgb.astype(int) - to_uint8(shown.images)).max() <= 6  # what is nearly white is white
+    assert np.abs(views.rgb.astype(int) - to_uint8(shown.images)).max() <= 6  # nearly white becomes white
     assert np.abs(views.alpha / 255 - shown.opacity.numpy()).mean() < 0.02
     low, high = np.subtract(views.box.center, views.box.half), np.add(views.box.center, views.box.half)
     assert (low < CENTER - 0.9 * SEMI).all() and (high > CENTER + 0.9 * SEMI).all()
 
 
 def test_matrices_have_opengl_axes():
-    """The camera's third axis points away from what it looks at, its second up."""
+    """The camera's third axis points away from the object, its second axis up."""
     cameras = VIEW.orbit(3)
     for frame, eye in zip(
         transforms(cameras, ["a", "b", "c"], (40, 50))["frames"], cameras.positions, strict=True
@@ -75,7 +76,7 @@ def test_alpha_gives_the_picture_over_white():
 
 
 def test_white_matter_is_transparent(tmp_path):
-    """Fields hold white matter that nothing tells from the ground; white inside the object stays."""
+    """White matter around an object becomes transparent; white inside the object stays."""
     images, opacity = torch.zeros(1, 3, 16, 16), torch.ones(1, 16, 16)
     images[..., :4] = 1.0
     images[..., 8:12, 8:12] = 1.0
@@ -129,7 +130,7 @@ def test_images_command(tmp_path, run, monkeypatch, capsys):
 
 
 def path_content(cameras, fov: float, **top) -> dict:
-    """What nerfstudio's viewer saves for cameras."""
+    """A camera path as nerfstudio's viewer saves it."""
     frames = []
     for matrix in cameras.cam2world:
         turned = torch.eye(4)
@@ -177,10 +178,13 @@ def test_camera_path_is_read(tmp_path):
             lambda c: c["camera_path"][0].update(camera_to_world=[1, 2]),
             r"camera_path\[0\]: camera_to_world must be 16 numbers",
         ),
-        (lambda c: c["camera_path"][0].update(camera_to_world=[0.0] * 16), "is no rotation and translation"),
+        (
+            lambda c: c["camera_path"][0].update(camera_to_world=[0.0] * 16),
+            "must be a rotation and a translation",
+        ),
     ],
 )
-def test_bad_camera_paths_are_told(tmp_path, change, message):
+def test_bad_camera_paths_are_refused(tmp_path, change, message):
     content = path_content(VIEW.orbit(2), 40.0)
     change(content)
     (tmp_path / "path.json").write_text(json.dumps(content))

@@ -1,4 +1,5 @@
-"""The page that turns scenes: sheets hold every view, and in a real browser it is dragged, asks for nothing and is content."""
+"""The page that turns scenes: sheets hold every view; in a browser, dragging works, with no errors or
+requests."""
 
 import base64
 import io
@@ -138,7 +139,8 @@ def test_page_in_a_browser(tmp_path):
         time.sleep(0.5)
         assert page.evaluate(place) == still
         x, y, wide, tall = page.evaluate(
-            "(() => { const b = document.querySelector('.view').getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()"
+            "(() => { const b = document.querySelector('.view').getBoundingClientRect();"
+            " return [b.x, b.y, b.width, b.height]; })()"
         )
         page.drag((x + wide / 2, y + tall / 2), (x + wide / 2 + wide / 4, y + tall / 2))
         dragged = page.evaluate(place)

@@ -390,7 +390,7 @@ def test_a_list_may_be_read_in_part(library):
         ),
         (
             ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/folder.gif"],
-            "folder.gif: is a folder",
+            "folder.gif: this is a folder",
         ),
         (
             [
@@ -433,7 +433,7 @@ def test_a_list_may_be_read_in_part(library):
         ),
         (
             ["exploit", "--data", "{data}", "--out", "{tmp}/new"],
-            "no library here yet. Name the run that it is to be made of",
+            "no library here yet. With --run, name the run that provides",
         ),
         (["exploit", "--finetune", "--data", "{data}", "--out", "{library}"], "to finetune, name with --run"),
         (

@@ -1,4 +1,4 @@
-"""Sheets, orbits and their files: sizes, what is seen where, and readable files."""
+"""Sheets, orbits and their files: sizes, content and readable files."""
 
 import math
 import sys
@@ -46,7 +46,7 @@ def test_comparison_sheet(run, tmp_path, tiny, solids):
 
 
 def test_rows_belong_to_scenes(run, solids):
-    """The sheet of scene 1 alone shows what the sheet of all shows for it."""
+    """The sheet of scene 1 alone equals its part of the sheet of all scenes."""
     model, rows = run.load()
     scenes = solids.select("train")
     all_of_them = sheets.comparison_sheet(SceneSet.of_run(run), solids, scenes, across=1)
@@ -100,10 +100,10 @@ def test_orbit_cameras_are_like_those_of_the_data():
 
 
 def test_depth_and_opacity_of_a_known_scene(run, solids):
-    """Where nothing is solid, both pictures are white; a wall twice as far has another color."""
+    """Both pictures are white where nothing is solid; a wall twice as far has another color."""
     depth, opacity = np.array([[[1.0, 2.0, 1.5]]], np.float32), np.array([[[1.0, 1.0, 0.0]]], np.float32)
     near, far, nothing = sheets.color_depth(depth, opacity, (1.0, 2.0))[0, 0]
-    assert np.array_equal(near, sheets.DEPTH_COLOURS[0]) and np.array_equal(far, sheets.DEPTH_COLOURS[-1])
+    assert np.array_equal(near, sheets.DEPTH_COLORS[0]) and np.array_equal(far, sheets.DEPTH_COLORS[-1])
     assert np.array_equal(nothing, [255, 255, 255])
     assert sheets.gray(opacity, (1.0, 0.0))[0, 0, :, 0].tolist() == [0, 0, 255]
 

@@ -1,4 +1,4 @@
-"""Tables in their three forms, the printed ledger, and the report: one file, complete, with nothing outside it."""
+"""Tables in their three forms, printed costs, and the report, which is one complete file without links."""
 
 import base64
 import dataclasses
@@ -12,8 +12,9 @@ from results import made_comparison
 
 from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
 from latentscenes.core.errors import UserError
+from latentscenes.evaluation.charts import Series, line_chart, smooth
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
-from latentscenes.evaluation.report import Series, line_chart, smooth, write_report
+from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
 
 
@@ -121,7 +122,7 @@ def test_print_cost_of_runs(content, capsys):
         "counting" in out
         and "as stored" in out
         and "Stage 1 took 13.5 s for 4 scenes (3.38 s each)." in out
-        and "A scene by itself took 4.50 s." in out
+        and "One new scene took 4.50 s." in out
     )
     print_cost(content.train.path, None, "rgb", ("planes.bases=7",))
     assert "is known once" in capsys.readouterr().out
@@ -152,7 +153,7 @@ def test_summary_compares_the_same_scenes(content):
 
 
 class Outline(HTMLParser):
-    """Collects tags, and checks that they are closed in order."""
+    """Collects tags and checks that they are closed in order."""
 
     VOID = {"meta", "img", "line", "polyline", "circle"}
 
@@ -186,11 +187,11 @@ def page(content, tmp_path_factory) -> str:
     return write_report(tmp_path_factory.mktemp("report") / "report.html", content).read_text()
 
 
-def test_report_is_whole_and_alone(page):
+def test_report_is_complete_and_has_no_links(page):
     outline = Outline()
     outline.feed(page)
     assert not outline.open and not outline.outside and outline.headings == 8
-    text = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page)  # pictures may spell any word
+    text = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page)  # base64 may contain any word
     assert "http" not in text and "url(" not in text and "@import" not in text
     kinds = []
     for source in outline.images:
@@ -200,13 +201,13 @@ def test_report_is_whole_and_alone(page):
     assert kinds.count(("GIF", 36)) == 2 and sum(kind == "PNG" for kind, _ in kinds) == 3
 
 
-def test_report_tells_the_numbers(page, content):
+def test_report_shows_the_numbers(page, content):
     for row in summary_table(content).rows:
         for cell in row:
             assert not cell or f"{cell}</td>" in page
     assert "Solids &lt;&amp; friends&gt;" in page and "It is only a test." in page
     assert "latent fit: losses" in page and "resolution: 12" in page and page.count("<svg") >= 8
-    words = re.sub(r'"data:[^"]*"', "", page)  # pictures in base64 hold any three letters
+    words = re.sub(r'"data:[^"]*"', "", page)  # base64 may contain any word
     for forbidden in ("nan", "None<", ">None", "inf<"):
         assert forbidden not in words
 
@@ -231,9 +232,8 @@ def test_chart_places_points():
     assert float(first.split(",")[1]) > float(last.split(",")[1]) and "half" in chart and "a &amp; b" in chart
     assert line_chart("T", [Series("a", (1.0,), (float("nan"),))], "x", "y") == ""
     assert "<circle" in line_chart("T", [Series("a", (1.0,), (2.0,))], "x", "y", log_x=True, log_y=True)
-    flat = line_chart(
-        "T", [Series("a", (0.0, 1.0), (-1.0, 0.5))], "x", "y", log_y=True
-    )  # what a logarithm cannot take is left out
+    # A logarithmic axis leaves out negative values.
+    flat = line_chart("T", [Series("a", (0.0, 1.0), (-1.0, 0.5))], "x", "y", log_y=True)
     assert "<circle" in flat
 
 

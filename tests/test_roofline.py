@@ -1,4 +1,4 @@
-"""The count of operations and bytes against counts by hand and against torch's own counter."""
+"""Counts of operations and bytes against counts by hand and by torch."""
 
 import pytest
 import torch
@@ -10,12 +10,11 @@ from latentscenes.rendering.field import Field
 
 def test_one_sample_of_the_smallest_field_counted_by_hand():
     cost = step_cost(scenes=1, rays=1, samples=1, resolution=1, features=1, hidden=1, channels=1)
-    # Place 6; texels' places and weights 3 * 16; read 12 * 2; hidden 2 + 1; outputs 2 * (2 + 1); activations 1 + 2;
-    # interval: density 4, transmittance 1, weight 1, opacity 1, depth 4, feature 4.
+    # Place 6; texels' places and weights 3 * 16; read 12 * 2; hidden 2 + 1; outputs 2 * (2 + 1);
+    # activations 1 + 2; interval: density 4, transmittance 1, weight 1, opacity 1, depth 4, feature 4.
     assert cost.forward.flops == 6 + 48 + 24 + 3 + 6 + 3 + 15
-    assert (
-        cost.forward.functions == 1 + 2 + 2
-    )  # the hidden unit; density, feature; exp and expm1 of compositing
+    # Hidden unit; density, feature; exp and expm1 of compositing.
+    assert cost.forward.functions == 1 + 2 + 2
     # Planes 3; network 1 + 1 + 2 + 2; ray 8; random number 1; results 3; saved 3.
     assert cost.forward.bytes == 4 * (3 + 6 + 8 + 1 + 3 + 3)
     assert cost.forward.texel_bytes == 4 * 12
@@ -27,7 +26,7 @@ def test_one_sample_of_the_smallest_field_counted_by_hand():
 
 
 def test_matrix_products_are_those_that_torch_counts():
-    """A wide layer's count comes from its products, biases and slopes, so the difference of two widths is theirs."""
+    """The difference between two widths comes from products, biases and slopes of the wider layer."""
     sizes = {"scenes": 2, "rays": 5, "samples": 7, "resolution": 4, "features": 6, "channels": 3}
     points = 2 * 5 * 7
 

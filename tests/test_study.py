@@ -1,4 +1,4 @@
-"""Studies: rows share what they can, go on after a stop, and say what `eval` and `cost` say."""
+"""Studies: rows share common parts, continue after a stop, and agree with `eval` and `cost`."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -83,7 +83,7 @@ def test_figures_are_those_of_eval_and_cost(folder, found, solids):
     assert (ours.psnr, ours.ssim, ours.scene_bytes, ours.shared_bytes, ours.stage_one_seconds) in scores
 
 
-def test_old_scenes_are_scored_with_what_became_of_the_shared_parts(folder, found):
+def test_old_scenes_are_scored_with_the_new_shared_parts(folder, found):
     first = {figures.label: figures for figures in found if figures.seed == 0}
     run = next(
         path
@@ -145,7 +145,7 @@ def test_studies_of_the_results_can_be_read(path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("title: t\nrows: [{label: a}, {label: a}]", "labels must differ"),
         ("title: t\nrows: [{label: a, learns: 3}]", "the nearest known is 'learn_from'"),
@@ -156,21 +156,21 @@ def test_studies_of_the_results_can_be_read(path):
         ("title: [", "not valid YAML"),
     ],
 )
-def test_mistakes(text, told, tmp_path):
+def test_mistakes(text, message, tmp_path):
     (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_study(tmp_path / "s.yaml")
 
 
 def test_mistakes_show_before_anything_is_learned(folder, solids, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", None)
-    for row, told in (
+    for row, message in (
         ("data: chairs", "--data chairs=FOLDER"),
         ("config: nothing.yaml", "no such configuration"),
         ("set: [planes.size=3]", "unknown setting"),
     ):
         (tmp_path / "s.yaml").write_text(f"title: t\nrows: [{{label: a, {row}}}]")
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             run_study(read_study(tmp_path / "s.yaml"), {"data": solids.path}, tmp_path, torch.device("cpu"))
     with pytest.raises(UserError, match="no such file"):
         read_study(tmp_path / "absent.yaml")

@@ -1,4 +1,4 @@
-"""What commands have in common."""
+"""Parts that commands share."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,43 +14,54 @@ if TYPE_CHECKING:
     import torch
 
 
+FLAT = tyro.conf.arg(name="")
+"""Makes the fields of a dataclass options of the command, without a prefix."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where to compute."""
 
     threads: int | None = None
-    """CPU threads; unset: all cores."""
+    """Number of CPU threads; unset: all cores."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1 …; auto: a GPU if there is one."""
 
 
 MACHINE = Machine()
-MachineOptions = Annotated[Machine, tyro.conf.arg(name="")]
+MachineOptions = Annotated[Machine, FLAT]
 
 
 def set_up(machine: Machine) -> "torch.device":
-    """Set threads and choose the device."""
+    """Sets the number of threads and chooses the device."""
     from latentscenes.core import runtime
 
     return runtime.set_up(machine.threads, machine.device)
 
 
+def say(text: str) -> None:
+    """Prints a line to the terminal."""
+    from latentscenes.core.console import console
+
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def run_program(command: Callable[..., None]) -> None:
-    """Run a function as a program: its parameters are the options, and mistakes end in one line."""
+    """Runs a function as a program. Its parameters are the options, and errors of the user print one line."""
     with errors_in_one_line():
         tyro.cli(command, description=command.__doc__)
 
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the process with one line on errors that the user can mend, and on a stop."""
+    """On an error that the user can fix, or on a stop, prints one line and ends the process."""
     try:
         yield
     except UserError as error:
         print(f"latentscenes: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted:
-        print("latentscenes: stopped; everything is saved. The same command goes on.", file=sys.stderr)
+        print("latentscenes: stopped; everything is saved. The same command continues.", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,13 +1,15 @@
-"""The whole job on made cars: data, stage 1, stage 2, the same new cars on the model that comes with the package and as RGB
-tri-planes, and a report of all of it."""
+"""The whole pipeline on procedural cars: data, stage 1, stage 2, the same new cars with the pretrained model
+and as RGB tri-planes, and a report."""
 
 import time
 from pathlib import Path
 
 import torch
 
+from latentscenes.cli.common import say
 from latentscenes.core import config_io
 from latentscenes.core.console import console
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars
@@ -16,33 +18,33 @@ from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import Comparison, print_summary
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.scene_set import SceneSet
-from latentscenes.training.exploit import ExploitOptions, exploit
+from latentscenes.training.exploit import exploit
 from latentscenes.training.loop import train
 
 TRAIN_CARS, NEW_CARS = 24, 8
 
 
 def run_demo(out: Path, device: torch.device) -> None:
-    """Make cars, learn them, learn new ones, compare with RGB tri-planes; everything lands in `out`. What lies there
-    already is not done again."""
+    """Makes cars, learns them, learns new cars, compares them with RGB tri-planes and writes a report. Keeps
+    everything in `out` and skips the parts that are already there."""
     begun = time.monotonic()
-    _say(f"Making {TRAIN_CARS + NEW_CARS} cars")
+    _announce(f"Making {TRAIN_CARS + NEW_CARS} cars")
     cars = out / "cars"
     if not cars.exists():
         make_cars(cars, ViewOptions(), train=TRAIN_CARS, new=NEW_CARS)
     views = PosedImages.open(cars)
 
-    _say(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")
+    _announce(f"Stage 1: base planes and the field from {TRAIN_CARS} cars")
     trained = train(config_io.load("demo"), views, out / "train", device=device)
-    _say(f"Stage 2: {NEW_CARS} new cars")
+    _announce(f"Stage 2: {NEW_CARS} new cars")
     exploit(out / "library", views, trained.config, trained, ExploitOptions(), device)
-    _say("The same new cars on the model that comes with the package: no stage 1")
+    _announce("The same new cars with the pretrained model, without a stage 1")
     pretrained = open_parent(Path("cars"))
     exploit(out / "pretrained", views, pretrained.config, pretrained, ExploitOptions(), device)
-    _say("Baseline: RGB tri-planes of the new cars")
+    _announce("Baseline: RGB tri-planes of the new cars")
     rgb = train(config_io.load("demo_rgb"), views, out / "rgb", split="new", device=device)
 
-    _say("Scores on held-out views")
+    _announce("Scores on held-out views")
     old, baseline = (SceneSet.of_run(run, device=device) for run in (trained, rgb))
     new, ready = (SceneSet.open(out / name, device=device) for name in ("library", "pretrained"))
     content = Comparison(
@@ -51,18 +53,15 @@ def run_demo(out: Path, device: torch.device) -> None:
         evaluation_new=evaluate_stored(new, views),
         evaluation_rgb=evaluate_stored(baseline, views),
         evaluation_pretrained=evaluate_stored(ready, views),
-        title="Cars made, learned and looked at",
-        introduction=f"{TRAIN_CARS} made cars taught base planes and the field; {NEW_CARS} cars it had never seen were "
-        "then learned with them. RGB tri-planes of the same cars, by the same code, stand beside.",
+        title="Procedural cars",
+        introduction=f"Base planes and the field were learned from {TRAIN_CARS} procedural cars, and then "
+        f"{NEW_CARS} new cars were learned with them. The baseline is RGB tri-planes of the new cars.",
         commands=(f"latentscenes demo --out {out}",),
     )  # fmt: skip
     report = write_report(out / "report.html", content)
     print_summary(content)
-    console.print(
-        f"\n{report}: open it in a browser. All of it took {(time.monotonic() - begun) / 60:.1f} minutes.",
-        highlight=False,
-    )
+    say(f"\n{report}: open it in a browser. The demo took {(time.monotonic() - begun) / 60:.1f} minutes.")
 
 
-def _say(text: str) -> None:
+def _announce(text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]")

@@ -1,15 +1,30 @@
-"""The command line's `render`, and its `export` commands."""
+"""The command `render` and the `export` commands."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from latentscenes.cli.common import MACHINE, MachineOptions, set_up
+from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, say, set_up
 from latentscenes.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from latentscenes.storage.scene_set import StoredScenes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which scenes."""
+
+    scenes: tuple[str, ...] = ()
+    """Names of scenes."""
+    match: str | None = None
+    """Pattern of names; * and ? stand for any letters."""
+
+
+CHOICE = Choice()
+ChoiceOptions = Annotated[Choice, FLAT]
 
 
 def render(
@@ -24,18 +39,19 @@ def render(
     fps: float | None = None,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Render an orbit around a learned scene, or the film of a nerfstudio camera path.
+    """Render an orbit around a learned scene, or a film along a nerfstudio camera path.
 
     Args:
         run: library, or run folder of train.
         scene: name of the scene.
-        out: .mp4 (needs the export extra), .gif, .png for a strip of frames, or a name without an ending for a folder of PNG files.
-        frames: cameras around the object.
-        size: pixels along the wider side; unset: as in the data, or as the camera path says.
-        mode: what to show; `dashboard` puts image, latent channels, depth and opacity side by side.
-        elevation: of the cameras, in degrees.
-        path: camera path (JSON) of nerfstudio's; its cameras are used instead of the orbit's.
-        fps: frames per second; unset: as the camera path says, 20 for an orbit.
+        out: .mp4 (needs the export extra), .gif, .png (strip of frames), or no ending for a folder of PNG
+            files.
+        frames: number of cameras around the object.
+        size: pixels along the wider side; unset: as in the data, or as in the camera path.
+        mode: the quantity to show; `dashboard` puts image, latent channels, depth and opacity side by side.
+        elevation: elevation of the cameras in degrees.
+        path: nerfstudio camera path (JSON), used instead of an orbit.
+        fps: frames per second; unset: as in the camera path, 20 for an orbit.
     """
     from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
@@ -58,9 +74,8 @@ def render(
         cameras, speed = film.at(wanted), fps or film.fps
     pictures = camera_frames(learned, scene, cameras, wanted, mode)
     save_frames(out, _counted(pictures, len(cameras), "rendering"), speed)
-    _say(
-        f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{f', {speed:g} a second' if out.suffix.lower() in ('.mp4', '.gif') else ''}."
-    )
+    rate = f", {speed:g} per second" if out.suffix.lower() in (".mp4", ".gif") else ""
+    say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{rate}.")
 
 
 def export_mesh(
@@ -72,8 +87,9 @@ def export_mesh(
         run: library, or run folder of train.
         scene: name of the scene.
         out: .glb file.
-        cells: along the longest side of the scene box; more are finer and slower.
-        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed from below too.
+        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
+        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+            from below too.
     """
     from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
 
@@ -81,7 +97,7 @@ def export_mesh(
     learned = _opened(run, scene, set_up(machine))
     mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
     size = write_glb(out, mesh, scene)
-    _say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
+    say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
 
 def export_points(
@@ -99,9 +115,10 @@ def export_points(
         run: library, or run folder of train.
         scene: name of the scene.
         out: .ply file.
-        count: points, evenly over what pictures show of the surface.
-        cells: along the longest side of the scene box, of the surface that points lie on.
-        lowest: elevation in degrees of the lowest camera that looks; -90 for objects photographed from below too.
+        count: number of points, uniform over the visible part of the surface.
+        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
+        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+            from below too.
     """
     from latentscenes.export.mesh import check_ending, scene_points, write_ply
 
@@ -109,14 +126,13 @@ def export_points(
     learned = _opened(run, scene, set_up(machine))
     points = scene_points(learned, scene, learned.view, count, cells, lowest)
     size = write_ply(out, points)
-    _say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
+    say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
 
 
 def export_images(
     run: Path,
     out: Path,
-    scenes: tuple[str, ...] = (),
-    match: str | None = None,
+    choice: ChoiceOptions = CHOICE,
     views: int = 40,
     size: int | None = None,
     around: Literal["dome", "orbit"] = "dome",
@@ -124,18 +140,17 @@ def export_images(
     elevation: float = 25.0,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Write posed pictures of scenes, a folder with transforms.json for each, as `data transforms` and nerfstudio read them.
+    """Write posed pictures of scenes, each in a folder with a transforms.json for `data transforms` and
+    nerfstudio.
 
     Args:
         run: library, or run folder of train.
         out: new folder.
-        scenes: their names …
-        match: … or all whose names are like this; * and ? stand for any letters.
-        views: pictures of each scene.
+        views: number of pictures of each scene.
         size: pixels along the wider side; unset: as in the data.
-        around: cameras spread over a dome, or on one orbit.
+        around: place cameras on a dome or on one orbit.
         lowest: elevation in degrees at which the dome ends; -90 for a whole sphere.
-        elevation: of the orbit, in degrees.
+        elevation: elevation of the orbit in degrees.
     """
     from latentscenes.export.pages import write_views
     from latentscenes.export.video import check_elevation, scaled
@@ -145,53 +160,42 @@ def export_images(
         raise UserError(f"--views {views}: at least 1.")
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
-    learned, names = _chosen(run, scenes, match, set_up(machine))
+    learned, names = _chosen(run, choice, set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
     write_views(out, learned, _counted(names, len(names), "exporting"), cameras, wanted)
-    _say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
+    say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
 
 
 def export_page(
     run: Path,
     out: Path,
-    scenes: tuple[str, ...] = (),
-    match: str | None = None,
+    choice: ChoiceOptions = CHOICE,
     title: str | None = None,
     frames: int = 36,
     size: int | None = None,
     elevations: tuple[float, ...] = (20.0,),
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Write one HTML file that turns scenes in any browser, offline.
+    """Write one HTML file that turns scenes in any browser, without a network.
 
     Args:
         run: library, or run folder of train.
         out: .html file.
-        scenes: their names …
-        match: … or all whose names are like this; * and ? stand for any letters.
-        title: of the page; unset: the folder's name.
-        frames: pictures of one turn.
+        title: title of the page; unset: the folder's name.
+        frames: number of pictures in one turn.
         size: pixels along the wider side of a picture; unset: as in the data.
-        elevations: in degrees; with more than one, dragging up and down looks from higher or lower.
+        elevations: elevations in degrees; with more than one, dragging up and down changes the elevation.
     """
     from latentscenes.export.mesh import check_ending
     from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
-    learned, names = _chosen(run, scenes, match, set_up(machine))
+    learned, names = _chosen(run, choice, set_up(machine))
     listed = _counted(names, len(names), "rendering")
-    written = write_page(
-        out,
-        learned,
-        learned.view,
-        listed,
-        title=title or run.resolve().name,
-        frames=frames,
-        size=size,
-        elevations=elevations,
-    )
-    _say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
+    options = {"title": title or run.resolve().name, "frames": frames, "size": size, "elevations": elevations}
+    written = write_page(out, learned, learned.view, listed, **options)
+    say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 
 EXPORT_COMMANDS = {"mesh": export_mesh, "points": export_points, "images": export_images, "page": export_page}
@@ -205,22 +209,19 @@ def _opened(run: Path, scene: str, device: "torch.device") -> "StoredScenes":
     return learned
 
 
-def _chosen(
-    run: Path, scenes: tuple[str, ...], match: str | None, device: "torch.device"
-) -> "tuple[StoredScenes, list[str]]":
-    """Scenes by name or by pattern, each once, in the order given."""
+def _chosen(run: Path, choice: Choice, device: "torch.device") -> "tuple[StoredScenes, list[str]]":
+    """The chosen scenes, each once, in the order given."""
     from fnmatch import fnmatchcase
 
     from latentscenes.storage.scene_set import SceneSet
 
     learned = SceneSet.open_all(run, device)
-    for scene in scenes:
+    for scene in choice.scenes:
         learned.check(scene)
-    names = list(
-        dict.fromkeys(
-            [*scenes, *(name for name in learned.names if match is not None and fnmatchcase(name, match))]
-        )
-    )
+    matching = [
+        name for name in learned.names if choice.match is not None and fnmatchcase(name, choice.match)
+    ]
+    names = list(dict.fromkeys([*choice.scenes, *matching]))
     if not names:
         raise UserError(
             f"{run}: no scenes chosen. Name some with --scenes, or give --match, for instance --match '*'."
@@ -229,18 +230,12 @@ def _chosen(
 
 
 def _counted(items, count: int, label: str):
-    """The same items, with a progress bar where the output is a terminal."""
+    """Yields the items and shows a progress bar if the output is a terminal."""
     from rich.progress import track
 
     from latentscenes.core.console import console
 
     return track(items, label, total=count, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _say(text: str) -> None:
-    from latentscenes.core.console import console
-
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _bytes(count: int) -> str:

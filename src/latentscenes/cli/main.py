@@ -1,5 +1,5 @@
-"""The command line. Each command is a function whose docstring is its help; torch is imported late, so that
-`--help` answers at once."""
+"""The command line. Each command is a function whose docstring is its help. Commands import torch only when
+they run, so that `--help` is fast."""
 
 import sys
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, MachineOptions, errors_in_one_line, set_up
+from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, errors_in_one_line, say, set_up
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import ExploitOptions, TrackerKind
 
 if TYPE_CHECKING:
     from latentscenes.core.config import Config
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE …")]
-TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+EXPLOIT = ExploitOptions(workers=0)
 
 
 def train(
@@ -28,19 +28,19 @@ def train(
     overrides: Overrides = (),
     split: Literal["train", "new"] = "train",
     limit: int | None = None,
-    track: TrackerName = "none",
+    track: TrackerKind = "none",
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Stage 1: learn a codec, base planes and the training scenes. The same command again goes on where it stopped.
+    """Stage 1: learn a codec, base planes and the training scenes. The same command continues a stopped run.
 
     Args:
         data: dataset made by `latentscenes data`.
         out: run folder.
         config: preset or YAML file.
         overrides: settings to change, for instance planes.resolution=32 train.joint.epochs=5.
-        split: which scenes of the dataset.
-        limit: learn only the first so many scenes.
+        split: split of the dataset to learn.
+        limit: learn at most this many scenes, in order.
         track: also send metrics to a tracker.
         print_config: print every setting as YAML and stop.
     """
@@ -49,10 +49,10 @@ def train(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.loop import train as run_training
 
-    run = run_training(
-        settings, PosedImages.open(data), out, split=split, limit=limit, device=device, track=track
-    )
-    _say_done(out, run.seconds, len(run.info.scenes))
+    views = PosedImages.open(data)
+    run = run_training(settings, views, out, split=split, limit=limit, device=device, track=track)
+    learned = f"{len(run.info.scenes)} scenes learned in {run.seconds:.0f} s"
+    say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
 
 
 def exploit(
@@ -61,56 +61,39 @@ def exploit(
     run: Path | None = None,
     config: str | None = None,
     overrides: Overrides = (),
-    group: int | None = None,
-    precision: StoragePrecision | None = None,
-    stage_one: bool = True,
     finetune: bool = False,
-    limit: int | None = None,
-    workers: int = 0,
-    wait: bool = True,
-    track: TrackerName = "none",
+    options: Annotated[ExploitOptions, FLAT] = EXPLOIT,
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Stage 2: learn the dataset's new scenes with what stage 1 learned, into a library. The same command again goes on
-    where it stopped; another dataset adds its scenes to the same library.
+    """Stage 2: learn the dataset's new scenes with the shared parts of stage 1, into a library. The same
+    command continues a stopped run; another dataset adds its scenes to the same library.
 
     Args:
-        data: dataset whose `new` scenes are learned; those that the library holds already are left out.
-        out: library folder, made if absent.
-        run: what a new library is made of: a finished run of `latentscenes train`, another library's model, or `cars`, which comes with the package.
+        data: dataset whose `new` scenes are learned, except scenes that the library holds already.
+        out: library folder, created if absent.
+        run: shared parts of a new library: a finished run of train, another library, or the pretrained
+            `cars`.
         config: preset or YAML file; unset: the configuration of the library or run.
         overrides: settings to change, for instance exploit.latent.epochs=20.
-        group: scenes learned together and committed together; unset: as many as a batch holds.
-        precision: how scenes are stored; unset: as the library was made with, int8 for a new one.
-        stage_one: a new library starts with the scenes of the run.
-        finetune: as published: go on learning base planes, field and decoder with the new scenes, into a new library of these alone.
-        limit: learn only the first so many scenes.
-        workers: processes that learn groups side by side, each on its share of the threads; 0: one per thread, as far as groups and memory go.
-        wait: wait for another process that learns into this library; --no-wait: stop instead.
-        track: also send metrics to a tracker.
+        finetune: as published: also learn base planes, field and decoder, into a new library of the new
+            scenes.
         print_config: print every setting as YAML and stop.
     """
     from latentscenes.storage.pretrained import open_parent
 
     home = out if (out / "library.json").is_file() else run and open_parent(run).path
     if home is None and config is None:
-        raise UserError(f"{out}: no library here yet. Name the run that it is to be made of, with --run.")
+        raise UserError(
+            f"{out}: no library here yet. With --run, name the run that provides its shared parts."
+        )
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
-    from latentscenes.training.exploit import ExploitOptions, learn_new
+    from latentscenes.training.exploit import learn_new
 
-    store = learn_new(
-        out,
-        PosedImages.open(data),
-        settings,
-        run,
-        finetune,
-        ExploitOptions(group, precision, stage_one, limit, wait, workers, track),
-        device,
-    )
-    _say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
+    store = learn_new(out, PosedImages.open(data), settings, run, finetune, options, device)
+    say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
 def evaluate(
@@ -122,14 +105,14 @@ def evaluate(
     sheet: Path | None = None,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Score learned scenes on the views held out of them: codec ceiling, latent error, total.
+    """Score learned scenes on held-out views: codec ceiling, latent error, total.
 
     Args:
-        run: run folder of train, or library: then the scenes of the dataset that its newest one came from.
-        data: the dataset, if it has moved; of a library of several datasets, which.
-        part: views kept for evaluation, or those learned from.
-        views: at most so many views of each scene.
-        split: of a library, which scenes: `train` are those of stage 1; unset: the new ones, if there are any.
+        run: run folder of train, or library. For a library, scores the scenes of the dataset learned last.
+        data: the dataset, if it has moved; for a library of several datasets, the one to score.
+        part: score held-out views, or the views that were fitted.
+        views: at most this many views of each scene.
+        split: scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if any.
         sheet: also write a contact sheet truth | codec | render here (PNG).
     """
     device = set_up(machine)
@@ -154,11 +137,11 @@ def evaluate(
 def report(
     run: Path, out: Path, rgb: Path | None = None, data: Path | None = None, machine: MachineOptions = MACHINE
 ) -> None:
-    """Write one HTML file about new scenes: scores, pictures, orbits, costs, curves, beside RGB tri-planes of the same.
+    """Write an HTML report on new scenes: scores, pictures, costs, training curves, and an RGB baseline.
 
     Args:
-        run: library made by exploit; the run it was made of must still lie where it was.
-        out: HTML file to write; beside it the summary as Markdown and the contact sheet as PNG.
+        run: library made by exploit. The run that it is based on must not have moved.
+        out: HTML file to write. The summary (Markdown) and the contact sheet (PNG) are written beside it.
         rgb: run folder of RGB tri-planes of the same scenes.
         data: the dataset, if it has moved.
     """
@@ -169,10 +152,7 @@ def report(
     from latentscenes.evaluation.tables import Comparison, print_summary
     from latentscenes.storage.scene_set import SceneSet
 
-    new, baseline = (
-        SceneSet.open(run, data, device=device),
-        SceneSet.open(rgb, device=device) if rgb else None,
-    )
+    new, baseline = SceneSet.open(run, data, device=device), rgb and SceneSet.open(rgb, device=device)
     views, trained = PosedImages.open(new.data), SceneSet.open(new.parent, device=device)
     content = Comparison(
         train=trained, new=new, rgb=baseline, views=views, title=run.name,
@@ -187,12 +167,13 @@ def report(
 def cost(
     run: Path | None = None, config: str | None = None, baseline: str = "rgb", overrides: Overrides = ()
 ) -> None:
-    """The ledger: bytes and seconds per scene at N scenes, shared parts included, and break-even against RGB tri-planes.
+    """Show memory and time per scene in a collection of N scenes, and the break-even against RGB tri-planes.
 
     Args:
-        run: run or library to account for …
-        config: … or a configuration alone (bytes only).
-        baseline: configuration of the RGB tri-planes to compare with, or a run or library of it (then seconds are compared too).
+        run: run or library.
+        config: configuration, used without --run; shows memory only.
+        baseline: RGB tri-planes to compare with: a configuration (memory only), or a run or library (and
+            time).
         overrides: settings to change.
     """
     from latentscenes.evaluation.tables import print_cost
@@ -209,15 +190,15 @@ def view(
     still: int = 384,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Look at a library in a browser: gallery, orbits, depth and latents, blends of two scenes, photographs and their cameras.
+    """View a library in a browser: gallery, orbits, depth, latents, blends of scenes, photographs, cameras.
 
     Args:
-        library: its folder.
-        host: address to serve at; as it is, only this machine can look. 0.0.0.0: everybody who can reach this machine.
-        port: to serve at; 0 for any free one.
+        library: library folder.
+        host: address to serve at; the default admits this machine only, 0.0.0.0 every machine on the network.
+        port: port to serve at; 0: any free port.
         data: dataset that the scenes were learned from, if it has moved.
-        moving: pixels along the shorter side of pictures while the camera moves …
-        still: … and when it has stopped.
+        moving: pixels along the shorter side of pictures while the camera moves.
+        still: pixels along the shorter side of pictures while the camera rests.
     """
     device = set_up(machine)
     from latentscenes.api import Library
@@ -234,10 +215,10 @@ def view(
 
 
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
-    """Everything on made cars: data, stages 1 and 2, the RGB baseline, a table and a report to look at.
+    """Run the whole pipeline on procedural cars: data, both stages, the RGB baseline, a table and a report.
 
     Args:
-        out: folder for all of it; begun work there is gone on with.
+        out: folder for all results. The same command continues a stopped demo.
     """
     device = set_up(machine)
     from latentscenes.cli.demo import run_demo
@@ -259,18 +240,8 @@ def _settings(
     return settings
 
 
-def _say_done(out: Path, seconds: float, scenes: int) -> None:
-    _say(f"{out}: {scenes} scenes learned in {seconds:.0f} s. Score them: latentscenes eval --run {out}")
-
-
-def _say(text: str) -> None:
-    from latentscenes.core.console import console
-
-    console.print(text, highlight=False, soft_wrap=True)
-
-
 def export() -> None:
-    """Take scenes elsewhere: export mesh | points | images | page."""
+    """Export scenes: export mesh | points | images | page."""
 
 
 def data() -> None:
@@ -278,7 +249,7 @@ def data() -> None:
 
 
 def library() -> None:
-    """Look into a library and look after it: library list | show | remove | rename | export | verify | compact | repack."""
+    """Inspect and maintain a library: list | show | remove | rename | export | verify | compact | repack."""
 
 
 COMMANDS = {
@@ -299,17 +270,14 @@ COMMANDS = {
 
 GROUPS = {
     "data": (DATA_COMMANDS, "Make or import a packed dataset of posed images."),
-    "export": (
-        EXPORT_COMMANDS,
-        "Take learned scenes elsewhere: meshes, points, posed pictures, a page that turns them.",
-    ),
-    "library": (LIBRARY_COMMANDS, "Look into a library of learned scenes, and look after it."),
+    "export": (EXPORT_COMMANDS, "Export learned scenes: meshes, points, posed pictures, a web page."),
+    "library": (LIBRARY_COMMANDS, "Inspect and maintain a library of learned scenes."),
 }
-"""Commands of two words, and what each group is for."""
+"""Groups of commands of two words, and their descriptions."""
 
 
 def _arguments() -> list[str]:
-    """Of the command line; to print a configuration, no folders need be named."""
+    """Arguments of the command line. Fills in required folders if a configuration is only to be printed."""
     given = sys.argv[1:]
     if "--print-config" in given:
         required = {"train": ("--data", "--out"), "exploit": ("--data", "--out")}.get(given[0], ())
@@ -327,9 +295,5 @@ def main() -> None:
         if group := GROUPS.get("".join(sys.argv[1:2])):
             run_commands(f"latentscenes {sys.argv[1]}", *group, sys.argv[2:] or ["--help"])
         else:
-            run_commands(
-                "latentscenes",
-                COMMANDS,
-                "Learn large collections of 3D objects from posed images.",
-                _arguments(),
-            )
+            description = "Learn large collections of 3D objects from posed images."
+            run_commands("latentscenes", COMMANDS, description, _arguments())

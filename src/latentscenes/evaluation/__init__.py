@@ -1,0 +1,1 @@
+"""Scores, costs and reports. May import export, training, storage and the folders below, but not api."""

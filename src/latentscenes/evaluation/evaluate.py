@@ -1,8 +1,9 @@
-"""Scores on held-out views, deterministic: samples at the middles of their slices, latent means, images clamped.
+"""Scores on held-out views. They are deterministic: samples at the middles of their intervals, latent means,
+clamped images.
 
-Every score is taken per view, then averaged per scene, then over scenes. The error is split:
-`codec` is the ceiling D(E(x)) against x, `total` the full method D(render) against x, `latent` the mean squared
-error of rendered against encoded latents.
+Every score is computed per view, then averaged per scene, then over scenes. The error has three parts:
+`codec` compares D(E(x)) with x, which is the ceiling; the total compares D(render) with x; `latent` is the
+mean squared error between rendered and encoded latents.
 """
 
 import json
@@ -23,12 +24,13 @@ from latentscenes.storage.library import SCORES
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 CHUNK = 16
-"""Views rendered and decoded at once."""
+"""Number of views rendered and decoded at once."""
 
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Means over one scene's views (or, as `mean`, over scenes). dB for PSNR; None where a metric is not at hand."""
+    """Means over one scene's views, or over scenes. PSNR in dB. None if the perceptual metric is not
+    installed."""
 
     name: str
     psnr: float
@@ -49,9 +51,9 @@ class Evaluation:
     """`held_out` views or `fit` views."""
     views: int
     perceptual_metric: str | None
-    """Which perceptual metric `perceptual` is."""
+    """Name of the perceptual metric."""
     render_seconds: float
-    """Render and decode, per view."""
+    """Time to render and decode one view."""
     scenes: list[SceneScore]
     mean: SceneScore
 
@@ -75,8 +77,8 @@ def evaluate(
     part: str = "held_out",
     limit: int | None = None,
 ) -> Evaluation:
-    """Score learned scenes on their held-out views (or those they were fitted to), at most `limit` of each, evenly
-    spread."""
+    """Scores learned scenes on their held-out views, or with part "fit" on the views they were fitted to.
+    With `limit`, uses at most that many views of each scene, evenly spread."""
     perceptual = metrics.Perceptual.find()
     model, device = loaded.model, loaded.device
     background = model.background(*views.size)
@@ -89,7 +91,7 @@ def evaluate(
         table: list[list[Tensor]] = []
         for chunk in torch.tensor(index).split(CHUNK):
             images, cameras = views.images(chunk).to(device).float() / 255, views.cameras[chunk].to(device)
-            if not count:  # kernels are built and memory is fetched before the clock starts
+            if not count:  # warm up before the first timing
                 model.decode(model.render(planes, cameras, background).image(*background.shape[1:]))
             begun = _now(device)
             latents = model.render(planes, cameras, background).image(*background.shape[1:])
@@ -105,10 +107,8 @@ def evaluate(
                 perceptual(decoded, images) if perceptual else missing,
                 (latents - encoded).square().mean((1, 2, 3)),
             ])  # fmt: skip
-        means = [
-            float(torch.cat([column.cpu() for column in columns]).double().mean())
-            for columns in zip(*table, strict=True)
-        ]
+        columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*table, strict=True)]
+        means = [float(column.double().mean()) for column in columns]
         scores.append(SceneScore(scene.name, *(None if math.isnan(value) else value for value in means)))
         count += len(index)
     kind = perceptual.name if perceptual else None
@@ -116,15 +116,15 @@ def evaluate(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Monotonic time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
 def evaluate_stored(learned: StoredScenes, views: PosedImages) -> Evaluation:
-    """Score learned scenes on held-out views. What was scored before is read from the folder's evaluation.json, as
-    long as it is of the same scenes."""
+    """Scores learned scenes on held-out views. Reads the scores from the folder's evaluation.json instead if
+    they cover the same scenes."""
     path = learned.path / SCORES
     if path.exists():
         known = Evaluation.read(path)

@@ -1,4 +1,4 @@
-"""Results as tables: scores, the ledger of costs, and ours against RGB tri-planes."""
+"""Tables of scores, of costs, and of ours against RGB tri-planes."""
 
 import math
 from collections.abc import Sequence
@@ -18,36 +18,37 @@ from latentscenes.model.metrics import PSNR_CAP
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHOWN_WORST, SHOWN_BEST = 8, 4
-"""Scenes in a table of scores where there are too many to list."""
+"""Number of scenes shown in a table of scores if there are too many to list."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a report is about: a finished stage 1, new scenes learned with it, and RGB tri-planes of them."""
+    """The content of a report: a finished stage 1, new scenes learned with it, and RGB tri-planes of these
+    scenes."""
 
     train: StoredScenes
     new: StoredScenes
     evaluation_train: Evaluation
     evaluation_new: Evaluation
     views: PosedImages
-    """The dataset of all of them."""
+    """The dataset of all scenes."""
     rgb: StoredScenes | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
     pretrained: StoredScenes | None = None
-    """The same new scenes on a model that comes with the package, without this stage 1."""
+    """The same new scenes learned with a pretrained model of the package instead of this stage 1."""
     evaluation_pretrained: Evaluation | None = None
     title: str = "latentscenes"
     introduction: str = ""
-    """A sentence or two under the title."""
+    """One or two sentences under the title."""
     commands: tuple[str, ...] = ()
-    """Commands that give all this; if empty, those noted in the runs."""
+    """Commands that reproduce the results. If empty, the commands noted in the runs."""
     shortcomings: tuple[str, ...] = ()
-    """What falls short, beside what the figures say by themselves."""
+    """Known limitations, in addition to the limitations that follow from the figures."""
 
     @property
     def common(self) -> set[str]:
-        """Names of new scenes that both sides learned; without RGB, all new ones."""
+        """Names of the new scenes that both sides learned. Without RGB, names of all new scenes."""
         names = {score.name for score in self.evaluation_new.scenes}
         return names & {score.name for score in self.evaluation_rgb.scenes} if self.evaluation_rgb else names
 
@@ -60,57 +61,51 @@ class Comparison:
 
 
 def print_scores(evaluation: Evaluation) -> None:
-    """Scores to the terminal."""
+    """Prints scores to the terminal."""
     print_things(scores_table(evaluation))
 
 
 def scores_table(evaluation: Evaluation) -> Table:
-    """Scenes from worst to best, and their mean; beside every score, the codec's, which is its ceiling."""
+    """Scenes from worst to best, and their mean. If the codec is not exact, its scores are added
+    as the ceiling."""
     perceptual, exact = evaluation.mean.perceptual is not None, is_exact(evaluation.mean)
     ordered = sorted(evaluation.scenes, key=lambda score: score.psnr)
     left_out = len(ordered) - SHOWN_WORST - SHOWN_BEST
     shown = ordered if left_out <= 1 else [*ordered[:SHOWN_WORST], None, *ordered[-SHOWN_BEST:]]
-    columns = [
-        "scene, worst first",
-        "PSNR",
-        "SSIM",
-        *([str(evaluation.perceptual_metric)] if perceptual else []),
-    ]
-    if not exact:
-        columns += [f"codec {name}" for name in columns[1:]]
-    columns.append("latent error")
+    metrics = ["PSNR", "SSIM", *([str(evaluation.perceptual_metric)] if perceptual else [])]
+    ceilings = [] if exact else [f"codec {name}" for name in metrics]
+    columns = ("scene, worst first", *metrics, *ceilings, "latent error")
 
     def line(score: SceneScore | None) -> tuple[str, ...]:
         if score is None:
             return (f"… {left_out} scenes …", *[""] * (len(columns) - 1))
-        cells = [
-            score.name,
-            f"{score.psnr:.2f}",
-            f"{score.ssim:.4f}",
-            *([f"{score.perceptual:.4f}"] if perceptual else []),
-        ]
-        if not exact:
-            cells += [
-                f"{score.codec_psnr:.2f}",
-                f"{score.codec_ssim:.4f}",
-                *([f"{score.codec_perceptual:.4f}"] if perceptual else []),
-            ]
-        return (*cells, f"{score.latent_error:.5f}")
+        ceiling = [] if exact else _quality_cells(score, perceptual, codec=True)
+        return (score.name, *_quality_cells(score, perceptual), *ceiling, f"{score.latent_error:.5f}")
 
-    part = {"held_out": "held-out views", "fit": "views learned from"}.get(evaluation.part, evaluation.part)
+    part = {"held_out": "held-out views", "fit": "training views"}.get(evaluation.part, evaluation.part)
     note = f"Rendering and decoding took {1000 * evaluation.render_seconds:.1f} ms a view."
     if not exact:
-        note += " Codec: the image encoded and decoded again, the ceiling of any render."
+        note += " Codec: the image encoded and decoded, which is the ceiling for renders."
     if not perceptual:
         note += " No perceptual metric is installed."
     rows = tuple(line(score) for score in [*shown, evaluation.mean])
-    return Table(
-        f"{len(ordered)} scenes, {evaluation.views} {part}", tuple(columns), rows, (len(rows) - 1,), note
-    )
+    return Table(f"{len(ordered)} scenes, {evaluation.views} {part}", columns, rows, (len(rows) - 1,), note)
+
+
+def _quality_cells(score: SceneScore, perceptual: bool, codec: bool = False) -> list[str]:
+    """PSNR, SSIM and (if wanted) the perceptual distance, of renders or of the codec."""
+    psnr, ssim, distance = score.psnr, score.ssim, score.perceptual
+    if codec:
+        psnr, ssim, distance = score.codec_psnr, score.codec_ssim, score.codec_perceptual
+    return [
+        f"{psnr:.2f}",
+        f"{ssim:.4f}",
+        *(["–" if distance is None else f"{distance:.4f}"] if perceptual else []),
+    ]
 
 
 def is_exact(score: SceneScore) -> bool:
-    """Whether the codec gives every image back as it was: then its score says nothing."""
+    """Whether the codec reproduces every image exactly, so that its own score carries no information."""
     return score.codec_psnr >= PSNR_CAP - 0.5
 
 
@@ -120,104 +115,89 @@ def is_exact(score: SceneScore) -> bool:
 def print_cost(
     run_path: Path | None, config_name: str | None, baseline: str, overrides: Sequence[str] = ()
 ) -> None:
-    """The ledger to the terminal: of a run or else of a configuration, against a baseline, which is a preset, a YAML
-    file, or a folder of learned scenes (then its seconds count too). Overrides change the configuration of the first."""
+    """Prints the cost of a run or of a configuration against a baseline.
+
+    Args:
+        run_path: run or library.
+        config_name: preset or YAML file, used without `run_path`.
+        baseline: preset, YAML file, or a folder of learned scenes; only with a folder are times compared.
+        overrides: settings changed in the configuration of the run, or in `config_name`.
+    """
     if run_path is None and config_name is None:
         raise UserError(
-            f"cost: name a run with --run or a configuration with --config. Presets: {', '.join(config_io.presets())}."
+            "cost: name a run with --run or a configuration with --config. "
+            f"Presets: {', '.join(config_io.presets())}."
         )
     if run_path is not None:
-        learned = SceneSet.open(run_path)
-        ours = cost.account_learned(
-            learned, config_io.load(run_path / "config.yaml", overrides) if overrides else None
-        )
+        changed = config_io.load(run_path / "config.yaml", overrides) if overrides else None
+        ours = cost.account_learned(SceneSet.open(run_path), changed)
     else:
         ours = cost.account(config_io.load(str(config_name), overrides))
-    other = (
-        cost.account_learned(SceneSet.open(baseline))
-        if Path(baseline).is_dir()
-        else cost.account(config_io.load(baseline))
-    )
-    print_things(parts_table(ours, other), ledger_table(ours, other))
-    for sentence in ledger_sentences(ours, other):
-        print_things(sentence)
+    if Path(baseline).is_dir():
+        other = cost.account_learned(SceneSet.open(baseline))
+    else:
+        other = cost.account(config_io.load(baseline))
+    print_things(parts_table(ours, other), ledger_table(ours, other), *ledger_sentences(ours, other))
 
 
 def parts_table(ours: Account, other: Account) -> Table:
-    """Where the bytes are."""
-    names = (
-        ("codec", "codec"),
-        ("base planes", "bases"),
-        ("field", "field"),
-        ("all that is shared", "shared"),
-        ("one scene", "scene"),
-    )
-    columns = ["bytes, float32", "ours", "RGB"]
-    stored: dict[str, str] = {}
+    """Memory of each part of the model."""
+    names = {
+        "codec": "codec",
+        "base planes": "bases",
+        "field": "field",
+        "all shared parts": "shared",
+        "one scene": "scene",
+    }
+    columns, stored = ("bytes, float32", "ours", "RGB"), {}
     if ours.stored:
-        columns.append("ours as stored")
+        columns += ("ours as stored",)
         stored = {"shared": bytes_text(ours.stored[0]), "scene": bytes_text(ours.stored[1])}
     rows = tuple(
-        (
-            title,
-            bytes_text(getattr(ours.memory, name)),
-            bytes_text(getattr(other.memory, name)),
-            *([stored.get(name, "")] if stored else []),
-        )
-        for title, name in names
+        (title, *(bytes_text(getattr(side.memory, name)) for side in (ours, other)), stored.get(name, ""))
+        for title, name in names.items()
     )
-    return Table("Memory", tuple(columns), rows, (3, 4))
+    return Table("Memory", columns, tuple(row[: len(columns)] for row in rows), (3, 4))
 
 
 def ledger_table(ours: Account, other: Account, counts: Sequence[int] = cost.COUNTS) -> Table:
-    """Cost of a scene in a collection of N."""
-    columns, times = ["scenes N", "bytes, ours", "RGB", "change"], _comparable_time(ours, other)
-    if ours.time is not None and ours.time.scene is not None:
+    """Memory and time per scene in collections of several sizes."""
+    timed = ours.time if ours.time is not None and ours.time.scene is not None else None
+    times = _comparable_times(ours, other)
+    columns = ["scenes N", "bytes, ours", "RGB", "change"]
+    note = "Amortized: shared / N + own."
+    if timed:
         columns += ["time, ours", *(["RGB", "change"] if times else []), "counting"]
+        note += (
+            f" Counting: the N scenes include the {timed.stage_one_scenes} of stage 1, (t₁ + (N − N₁) τ) / N."
+        )
     rows = []
     for count in counts:
         mine, theirs = ours.memory.per_scene(count), other.memory.per_scene(count)
-        cells = [
-            f"{count:,}".replace(",", " "),
-            bytes_text(mine),
-            bytes_text(theirs),
-            percent_text(cost.saving(mine, theirs)),
-        ]
-        if ours.time is not None and ours.time.scene is not None:
-            cells.append(seconds_text(ours.time.per_scene(count)))
+        cells = [bytes_text(mine), bytes_text(theirs), percent_text(cost.saving(mine, theirs))]
+        if timed:
+            cells.append(seconds_text(timed.per_scene(count)))
             if times:
-                cells += [
-                    seconds_text(times[1].per_scene(count)),
-                    percent_text(cost.saving(times[0].per_scene(count), times[1].per_scene(count))),
-                ]
-            cells.append(
-                seconds_text(ours.time.per_scene_counting(count)) if ours.time.stage_one_scenes else "–"
-            )
-        rows.append(tuple(cells))
-    note = "Amortized: shared / N + own."
-    if len(columns) > 4 and ours.time is not None:
-        note += f" Counting: the {ours.time.stage_one_scenes} scenes of stage 1 are among the N, (t₁ + (N − N₁) τ) / N."
+                mine, theirs = (time.per_scene(count) for time in times)
+                cells += [seconds_text(theirs), percent_text(cost.saving(mine, theirs))]
+            cells.append(seconds_text(timed.per_scene_counting(count)) if timed.stage_one_scenes else "–")
+        rows.append((f"{count:,}".replace(",", " "), *cells))
     return Table("Cost per scene", tuple(columns), tuple(rows), (), note)
 
 
 def ledger_sentences(ours: Account, other: Account) -> list[str]:
-    """Break-even and what the times rest on, in words."""
+    """Sentences on the break-even and on the measured times."""
     found = [f"Memory: {_break_even_text(cost.memory_break_even(ours.memory, other.memory))}."]
-    if ours.time is not None:
-        each = (
-            f" ({seconds_text(ours.time.stage_one / ours.time.stage_one_scenes)} each)"
-            if ours.time.stage_one_scenes
-            else ""
-        )
-        if ours.time.stage_one:
-            found.append(
-                f"Stage 1 took {seconds_text(ours.time.stage_one)} for {ours.time.stage_one_scenes or 'its'} scenes{each}."
-            )
-        if ours.time.scene is None:
-            found.append("How long a new scene takes is known once `latentscenes exploit` has learned some.")
+    if (time := ours.time) is not None:
+        if time.stage_one:
+            took, count = seconds_text(time.stage_one), time.stage_one_scenes
+            each = f"{count} scenes ({seconds_text(time.stage_one / count)} each)" if count else "its scenes"
+            found.append(f"Stage 1 took {took} for {each}.")
+        if time.scene is None:
+            found.append("The time of a new scene is known once `latentscenes exploit` has learned some.")
         else:
-            found.append(f"A scene by itself took {seconds_text(ours.time.scene)}.")
-    times = _comparable_time(ours, other)
+            found.append(f"One new scene took {seconds_text(time.scene)}.")
+    times = _comparable_times(ours, other)
     if times:
         found.append(f"Time: {_break_even_text(cost.time_break_even(*times))}.")
     elif ours.time is not None and other.time is None:
@@ -225,7 +205,7 @@ def ledger_sentences(ours: Account, other: Account) -> list[str]:
     return found
 
 
-def _comparable_time(ours: Account, other: Account) -> tuple[cost.Time, cost.Time] | None:
+def _comparable_times(ours: Account, other: Account) -> tuple[cost.TimeCost, cost.TimeCost] | None:
     if ours.time is None or other.time is None or ours.time.scene is None or other.time.scene is None:
         return None
     return ours.time, other.time
@@ -234,100 +214,68 @@ def _comparable_time(ours: Account, other: Account) -> tuple[cost.Time, cost.Tim
 def _break_even_text(count: float | None) -> str:
     if count is None:
         return "RGB tri-planes stay cheaper at any number of scenes"
-    return (
-        "cheaper than RGB tri-planes from the first scene on"
-        if count < 1
-        else f"cheaper than RGB tri-planes from N = {math.floor(count) + 1} scenes on"
-    )
+    start = "from the first scene on" if count < 1 else f"from N = {math.floor(count) + 1} scenes on"
+    return f"cheaper than RGB tri-planes {start}"
 
 
 # Ours against RGB tri-planes
 
 
 def summary_table(content: Comparison, count: int = 1000) -> Table:
-    """Quality and cost of both sides on the scenes that both learned, shared parts divided over `count` scenes."""
-    ours, scores = cost.account_learned(content.new), content.mean(content.evaluation_new)
+    """Quality and cost of both sides on the scenes that both learned. `count` scenes share the cost of shared
+    parts."""
+    scores = content.mean(content.evaluation_new)
     rgb = content.mean(content.evaluation_rgb) if content.evaluation_rgb else None
     perceptual = scores.perceptual is not None and (rgb is None or rgb.perceptual is not None)
+    metrics = ["PSNR", "SSIM", *([str(content.evaluation_new.perceptual_metric)] if perceptual else [])]
     at = f"at N = {count}"
-    columns = [
-        "",
-        "PSNR",
-        "SSIM",
-        *([str(content.evaluation_new.perceptual_metric)] if perceptual else []),
-        "time / scene",
-        at,
-        "bytes / scene",
-        at,
-        "ms / view",
-    ]
+    columns = ("", *metrics, "time / scene", at, "bytes / scene", at, "ms / view")
 
-    def quality(score: SceneScore) -> list[str]:
-        return [
-            f"{score.psnr:.2f}",
-            f"{score.ssim:.4f}",
-            *([f"{score.perceptual:.4f}"] if perceptual else []),
-        ]
-
-    def line(label: str, score: SceneScore, of: Account, evaluation: Evaluation) -> tuple[str, ...]:
-        time = of.time or cost.Time(0.0, 0, None)
-        costs = [
-            seconds_text(time.scene),
-            seconds_text(time.per_scene(count)),
-            bytes_text(of.memory.scene),
-            bytes_text(of.memory.per_scene(count)),
-        ]
-        return (label, *quality(score), *costs, f"{1000 * evaluation.render_seconds:.1f}")
+    def line(label: str, learned: StoredScenes, evaluation: Evaluation) -> tuple[str, ...]:
+        account = cost.account_learned(learned)
+        seconds = (account.time.scene, account.time.per_scene(count))
+        sizes = (account.memory.scene, account.memory.per_scene(count))
+        costs = [*map(seconds_text, seconds), *map(bytes_text, sizes)]
+        return (
+            label,
+            *_quality_cells(content.mean(evaluation), perceptual),
+            *costs,
+            _milliseconds(evaluation),
+        )
 
     rows = []
-    if rgb and content.rgb and content.evaluation_rgb:
-        rows.append(line("RGB tri-planes", rgb, cost.account_learned(content.rgb), content.evaluation_rgb))
-    rows.append(line("latentscenes, new scenes", scores, ours, content.evaluation_new))
-    stressed = len(rows) - 1
+    if content.rgb and content.evaluation_rgb:
+        rows.append(line("RGB tri-planes", content.rgb, content.evaluation_rgb))
+    rows.append(line("latentscenes, new scenes", content.new, content.evaluation_new))
+    stressed, empty = len(rows) - 1, [""] * 4
     if content.pretrained and content.evaluation_pretrained:
-        rows.append(
-            line(
-                "… on the shipped model",
-                content.mean(content.evaluation_pretrained),
-                cost.account_learned(content.pretrained),
-                content.evaluation_pretrained,
-            )
-        )
-    trained, empty = content.evaluation_train.mean, [""] * 4
-    train_quality = (
-        quality(trained) if not perceptual or trained.perceptual is not None else [*quality(trained)[:2], "–"]
-    )
-    rows.append(
-        (
-            "… scenes of stage 1",
-            *train_quality,
-            *empty,
-            f"{1000 * content.evaluation_train.render_seconds:.1f}",
-        )
-    )
+        rows.append(line("… on the shipped model", content.pretrained, content.evaluation_pretrained))
+    trained = content.evaluation_train
+    cells = _quality_cells(trained.mean, perceptual)
+    rows.append(("… scenes of stage 1", *cells, *empty, _milliseconds(trained)))
     if not is_exact(scores):
-        ceiling = [
-            f"{scores.codec_psnr:.2f}",
-            f"{scores.codec_ssim:.4f}",
-            *([f"{scores.codec_perceptual:.4f}"] if perceptual else []),
-        ]
-        rows.append(("… codec alone (ceiling)", *ceiling, *empty, ""))
+        rows.append(("… codec alone (ceiling)", *_quality_cells(scores, perceptual, codec=True), *empty, ""))
     shown, learned = len(content.common), len(content.evaluation_new.scenes)
     note = f"Means over {shown}{f' of {learned}' if shown < learned else ''} new scenes, held-out views."
     if content.new.stored:
-        note += f" Bytes are of float32; ours are stored in {bytes_text(content.new.scene_bytes)} a scene ({content.new.stored})."
-    return Table("Ours against RGB tri-planes", tuple(columns), tuple(rows), (stressed,), note)
+        size = bytes_text(content.new.scene_bytes)
+        note += f" Bytes are for float32; on disk, ours takes {size} per scene ({content.new.stored})."
+    return Table("Ours against RGB tri-planes", columns, tuple(rows), (stressed,), note)
+
+
+def _milliseconds(evaluation: Evaluation) -> str:
+    return f"{1000 * evaluation.render_seconds:.1f}"
 
 
 def print_summary(content: Comparison) -> None:
-    """The summary to the terminal."""
+    """Prints the summary to the terminal."""
     print_things(summary_table(content))
 
 
 def print_things(*things: Table | str) -> None:
-    """Tables and sentences to the terminal."""
+    """Prints tables and sentences to the terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)  # into a file or a pipe: do not fold
+        console = Console(width=150)  # no line breaks in a file or a pipe
     for thing in things:
         console.print(thing.rich() if isinstance(thing, Table) else thing, highlight=False)

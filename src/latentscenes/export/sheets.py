@@ -1,8 +1,8 @@
-"""Contact sheets, and what they are made of: tiles side by side with captions, grays, a color map for depth.
+"""Contact sheets and their parts: tiles side by side with captions, grays, a color map for depth.
 
 Notable:
-- Pictures are uint8 arrays (H, W, 3) over white from the moment they leave a model.
-- Latent channels and depth are scaled once for a whole sheet or orbit, so that nothing flickers.
+- Pictures are uint8 arrays (H, W, 3) over white.
+- Latent channels and depth are scaled once for a whole sheet or orbit, so that animations do not flicker.
 """
 
 import math
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import writing_to
+from latentscenes.core.files import write_bytes, writing_to
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
@@ -25,7 +25,7 @@ from latentscenes.storage.scene_set import SceneSet
 
 Picture = UInt8[np.ndarray, "_H _W 3"]
 Pictures = UInt8[np.ndarray, "_v _H _W 3"]
-"""Underscores: sizes of one picture say nothing about those of another in the same signature."""
+"""Underscores: pictures in one signature may differ in size."""
 
 GAP = 4
 """Pixels between tiles."""
@@ -33,50 +33,42 @@ CAPTION = 15
 """Height of a line of small text, in pixels."""
 INK, FAINT = (38, 42, 51), (112, 118, 130)
 
-DEPTH_COLOURS = np.array(
-    [
-        (252, 206, 92),
-        (247, 156, 70),
-        (233, 100, 82),
-        (194, 64, 112),
-        (140, 56, 136),
-        (86, 60, 146),
-        (46, 66, 132),
-        (22, 48, 88),
-    ],
-    np.float64,
-)
-"""Near to far: gold, red, violet, night blue. All of it stands out from a white ground."""
+DEPTH_COLORS = np.array([
+    (252, 206, 92), (247, 156, 70), (233, 100, 82), (194, 64, 112),
+    (140, 56, 136), (86, 60, 146), (46, 66, 132), (22, 48, 88),
+], np.float64)  # fmt: skip
+"""From near to far: gold, red, violet, night blue. All stand out from white."""
 
 
 def color_depth(
     depth: Float[np.ndarray, "v H W"], opacity: Float[np.ndarray, "v H W"], ends: tuple[float, float]
 ) -> Pictures:
-    """Depth between `ends` (near, far) by DEPTH_COLOURS, fading to white with opacity (in [0, 1])."""
-    place = np.clip((depth - ends[0]) / (ends[1] - ends[0]), 0, 1) * (len(DEPTH_COLOURS) - 1)
-    low = np.minimum(place.astype(int), len(DEPTH_COLOURS) - 2)
+    """Colors depth between `ends` (near, far) by DEPTH_COLORS and fades it to white where opacity (in [0, 1])
+    is low."""
+    place = np.clip((depth - ends[0]) / (ends[1] - ends[0]), 0, 1) * (len(DEPTH_COLORS) - 1)
+    low = np.minimum(place.astype(int), len(DEPTH_COLORS) - 2)
     share = (place - low)[..., None]
-    colors = DEPTH_COLOURS[low] * (1 - share) + DEPTH_COLOURS[low + 1] * share
+    colors = DEPTH_COLORS[low] * (1 - share) + DEPTH_COLORS[low + 1] * share
     solid = np.clip(opacity, 0, 1)[..., None]
     return np.round(colors * solid + 255 * (1 - solid)).astype(np.uint8)
 
 
 def gray(values: Float[np.ndarray, "v H W"], ends: tuple[float, float]) -> Pictures:
-    """Values from ends[0] (black) to ends[1] (white)."""
+    """Grays for values from ends[0] (black) to ends[1] (white)."""
     span = ends[1] - ends[0]
     shade = np.clip((values - ends[0]) / (span if abs(span) > 1e-9 else 1e-9), 0, 1)
     return np.repeat(np.round(255 * shade).astype(np.uint8)[..., None], 3, -1)
 
 
 def enlarge(pictures: Pictures, size: tuple[int, int]) -> Pictures:
-    """To (height, width), pixels staying squares."""
+    """Enlarges to (height, width) by the nearest pixel."""
     rows = (np.arange(size[0]) + 0.5) * pictures.shape[1] / size[0]
     columns = (np.arange(size[1]) + 0.5) * pictures.shape[2] / size[1]
     return np.ascontiguousarray(pictures[:, rows.astype(int)][:, :, columns.astype(int)])
 
 
 def beside(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
-    """In a row on white, tops aligned."""
+    """Puts pictures in a row on white, tops aligned."""
     height = max(picture.shape[0] for picture in pictures)
     width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
     canvas = np.full((height, width, 3), 255, np.uint8)
@@ -88,35 +80,33 @@ def beside(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
 
 
 def stacked(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
-    """One below the other on white, left edges aligned."""
+    """Puts pictures one below the other on white, left edges aligned."""
     turned = beside([picture.transpose(1, 0, 2) for picture in pictures], gap)
     return np.ascontiguousarray(turned.transpose(1, 0, 2))
 
 
 def grid(pictures: Sequence[Picture], across: int) -> Picture:
-    """Row by row, `across` in each, with some air between and around."""
+    """Puts pictures in rows of `across`, with white space between and around."""
     across = min(across, len(pictures))
     lines = [
         beside(pictures[k * across : (k + 1) * across], 4 * GAP)
         for k in range(math.ceil(len(pictures) / across))
     ]
-    return np.pad(
-        stacked(lines, 2 * GAP), ((2 * GAP, 2 * GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255
-    )
+    return np.pad(stacked(lines, 2 * GAP), ((2 * GAP,) * 2, (2 * GAP,) * 2, (0, 0)), constant_values=255)
 
 
 def captioned(picture: Picture, text: str) -> Picture:
-    """With a line of small text below."""
+    """Adds a line of small text below."""
     return stacked([picture, _line(text, picture.shape[1], FAINT)], gap=0)
 
 
 def headed(picture: Picture, text: str) -> Picture:
-    """With a line of text above."""
+    """Adds a line of text above."""
     return stacked([_line(text, picture.shape[1], INK), picture], gap=1)
 
 
 def _line(text: str, width: int, color: tuple[int, int, int]) -> Picture:
-    """One line of text on white, cut with an ellipsis to `width` pixels."""
+    """Draws one line of text on white, cut with an ellipsis to `width` pixels."""
     font = _font()
     if font.getlength(text) > width:
         while text and font.getlength(text + "…") > width:
@@ -145,9 +135,9 @@ def comparison_sheet(
     others: Sequence[SceneSet] = (),
     across: int = 2,
 ) -> Picture:
-    """Contact sheet on held-out views (on any, if none was held out): truth | codec | ours | one column for each of
-    `others` that learned the scene. The first `limit` scenes are shown, `across` groups side by side, each tile with
-    its PSNR."""
+    """Makes a contact sheet of held-out views (of any views, if none is held out): truth | codec | ours | one
+    column for each of `others` that learned the scene. Shows the first `limit` scenes, `across` groups side
+    by side, and the PSNR of each tile."""
     model, groups = ours.model, []
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
@@ -158,14 +148,9 @@ def comparison_sheet(
                 columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
         for loaded in (ours, *others):
             if scene.name in loaded.names:
-                columns.append(
-                    (
-                        loaded.label,
-                        render_images(
-                            loaded.model, loaded.planes(scene.name), cameras, dataset.size, geometry=False
-                        ).images,
-                    )
-                )
+                planes = loaded.planes(scene.name)
+                shown = render_images(loaded.model, planes, cameras, dataset.size, geometry=False)
+                columns.append((loaded.label, shown.images))
         for view in range(len(index)):
             tiles = [
                 captioned(
@@ -181,8 +166,9 @@ def comparison_sheet(
 def dashboard_sheet(
     loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6
 ) -> Picture:
-    """What training looks like from inside, one held-out view for each of the first `limit` scenes: truth, its latent
-    channels, the rendered ones, their color code, the decoded render, depth, opacity."""
+    """Makes a sheet of intermediate results, one held-out view for each of the first `limit` scenes: truth,
+    its latent channels, the rendered latent channels, their first three principal components as colors, the
+    decoded render, depth, opacity."""
     model = loaded.model
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
@@ -192,12 +178,8 @@ def dashboard_sheet(
             encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
         truths.append(truth)
         shown.append(render_images(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
-    together = RenderedImages(
-        *(
-            torch.cat([getattr(one, name) for one in shown])
-            for name in ("images", "latents", "depth", "opacity")
-        )
-    )
+    names = ("images", "latents", "depth", "opacity")
+    together = RenderedImages(*(torch.cat([getattr(one, name) for one in shown]) for name in names))
     height, width = dataset.size
     reference = torch.cat(encoded)
     columns = [
@@ -224,7 +206,7 @@ def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
 
 
 def depth_range(shown: RenderedImages) -> tuple[float, float]:
-    """Nearest and farthest depth of what is solid, leaving out stray points."""
+    """Returns the 1st and 99th percentile of depth where opacity exceeds 0.7."""
     solid = shown.depth[shown.opacity > 0.7]
     if solid.numel() < 2:
         return shown.depth.min().item(), shown.depth.max().item() + 1e-6
@@ -233,8 +215,9 @@ def depth_range(shown: RenderedImages) -> tuple[float, float]:
 
 
 def channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], height: int) -> Pictures:
-    """Every channel in gray, in two rows of tiles if there are many; black to white is a channel's range in `like`.
-    All tiles together are `height` pixels tall."""
+    """Shows every channel in gray, in several rows of tiles if there are many. Black to white is the range of
+    the channel in `like`, without the outermost 0.5 % at each end. All rows together are `height` pixels
+    tall."""
     count = latents.shape[1]
     lines = 1 if count < 3 else 2 if count <= 8 else math.ceil(count / 6)
     columns = math.ceil(count / lines)
@@ -243,27 +226,26 @@ def channel_tiles(latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h 
     wide = round(tall * latents.shape[3] / latents.shape[2])
     canvas = np.full((len(latents), height, columns * wide + (columns - 1) * gap, 3), 200, np.uint8)
     for channel in range(count):
-        ends = torch.quantile(
-            like[:, channel].flatten()[:: max(1, like[:, channel].numel() // 100_000)],
-            torch.tensor([0.005, 0.995]),
-        ).tolist()
+        values = like[:, channel].flatten()
+        sample = values[:: max(1, len(values) // 100_000)]
+        low, high = torch.quantile(sample, torch.tensor([0.005, 0.995])).tolist()
         line, column = divmod(channel, columns)
         top, bottom = round(line * (tall + gap)), round(line * (tall + gap) + tall)
-        tile = gray(latents[:, channel].numpy(), (ends[0], ends[1]))
-        canvas[:, top:bottom, column * (wide + gap) : column * (wide + gap) + wide] = enlarge(
-            tile, (bottom - top, wide)
-        )
+        left = column * (wide + gap)
+        tile = gray(latents[:, channel].numpy(), (low, high))
+        canvas[:, top:bottom, left : left + wide] = enlarge(tile, (bottom - top, wide))
     return canvas
 
 
 def _color_code(
     latents: Float[Tensor, "v c h w"], like: Float[Tensor, "n c h w"], opacity: Float[Tensor, "v H W"]
 ) -> Pictures:
-    """Latents by their first three principal components in `like`, as red, green and blue, over white."""
+    """Colors latents by the first three principal components of `like`, as red, green and blue, over
+    white."""
     points = like.movedim(1, -1).flatten(0, 2)
     middle = points.mean(0)
     axes = torch.linalg.svd((points - middle).T @ (points - middle)).Vh[:3]
-    axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a definite sign
+    axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)
     reference = ((points - middle) @ axes.T)[:: max(1, len(points) // 100_000)]
     ends = torch.quantile(reference, torch.tensor([0.01, 0.99]), dim=0)
     codes = ((latents.movedim(1, -1) - middle) @ axes.T - ends[0]) / (ends[1] - ends[0]).clamp_min(1e-6)
@@ -273,10 +255,18 @@ def _color_code(
 
 
 def save_image(path: str | Path, picture: Picture) -> None:
-    """Write one picture; the ending says how (.png, .jpg, .webp)."""
+    """Writes one picture. The ending decides the format (.png, .jpg, .webp)."""
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
+
+
+def save_file(path: str | Path, content: bytes) -> int:
+    """Writes a file, and the folders it lies in if they are absent. Returns its size in bytes."""
+    with writing_to(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(path), content)
+    return len(content)

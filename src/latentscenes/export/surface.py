@@ -1,12 +1,14 @@
-"""The surface of a learned scene: where the light that falls on it from all sides stops.
+"""Extracts the surface of a learned scene: the boundary of the space that light from outside reaches.
 
 Notable:
-- A density has no surface of its own, and the level that fits best differs from run to run. How much light reaches a
-  point does not depend on units: here it is outside if from one direction at least three quarters arrive.
-- Space that no light reaches is inside, be it empty or not, so the surface has no cavities, and it is closed.
-- Pictures over white cannot tell white matter around an object from nothing, and fields do grow some. It is left out:
-  what many pictures show as ground is empty.
-- docs/export.md compares this with a level of the density and with fused depth maps.
+- A density has no surface of its own, and the best threshold differs from run to run. The share of light that
+  reaches a point does not depend on units. A point is outside if at least three quarters arrive from at least
+  one direction.
+- Space that no light reaches counts as inside, even if it is empty. So the surface is closed and has no
+  cavities.
+- Pictures over white do not distinguish white matter around an object from empty space, and fields do grow
+  such matter. It is removed: a cell that many pictures show as white background counts as empty.
+- docs/export.md compares this with a threshold on density and with fused depth maps.
 """
 
 from typing import NamedTuple
@@ -23,18 +25,18 @@ from latentscenes.model.model import Model
 from latentscenes.rendering.field import FusedPlanes, sample_planes
 
 DIRECTIONS = 64
-"""From which light comes, all around."""
+"""Number of directions that light comes from, spread over the sphere."""
 REACHED = 0.75
-"""Share of the light from one of them at which a point counts as outside."""
+"""A point is outside if this share of the light from one of them reaches it."""
 GROUND = 0.15
-"""Share of the pictures that show a cell as ground from which on it is empty. One picture alone may well take a white
-part at the object's edge for ground; many do not."""
+"""A cell is empty if a larger share of the pictures shows it as background. A single picture may mistake a
+white part at the object's edge for background; many pictures do not."""
 SMALLEST = 0.02
-"""Parts of less than this share of the largest one's volume are left out."""
+"""Parts with a smaller share of the largest part's volume are left out."""
 FEWEST, MOST = 8, 512
-"""Cells along the longest side."""
+"""Allowed numbers of cells along the longest side."""
 CHUNK = 1 << 18
-"""Points evaluated at once."""
+"""Number of points evaluated at once."""
 
 
 class Grid(NamedTuple):
@@ -49,7 +51,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def filling(cls, box: Box, cells: int) -> "Grid":
-        """With so many cells along the box's longest side."""
+        """The grid with `cells` cells along the box's longest side."""
         half = np.array(box.half)
         step = 2 * half.max() / cells
         count = np.ceil(2 * half / step - 1e-6).astype(int)
@@ -65,7 +67,8 @@ class Grid(NamedTuple):
 
 @torch.no_grad()
 def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y z"]:
-    """Of a scene at the middles of cells, per world unit; seen from above, where it depends on that."""
+    """Returns a scene's density at the middles of cells, per world unit. A field with view directions is seen
+    from above."""
     settings = model.config.planes
     points = grid.points().reshape(-1, 3).to(model.device)
     points, _ = model.box.normalize(points, points)
@@ -80,8 +83,9 @@ def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y
 def most_light(
     density: Float[Tensor, "x y z"], step: float, directions: Float[Tensor, "n 3"]
 ) -> Float[Tensor, "x y z"]:
-    """For each cell of side `step`, the largest share of light from any of the directions (unit vectors toward the
-    light) that reaches its middle: max exp(−∫ σ), as in eq. 1 of NeRF (arXiv 2003.08934)."""
+    """Returns, for each cell of side `step`, the largest share of light in [0, 1] that reaches its middle
+    from any of the directions (unit vectors toward the light): max exp(−∫ σ), as in eq. 1 of NeRF (arXiv
+    2003.08934)."""
     size = step * torch.tensor(density.shape, dtype=density.dtype, device=density.device)
     found = torch.zeros_like(density)
     for toward in directions:
@@ -92,35 +96,32 @@ def most_light(
         turned = _resampled(density, axes.T * turned_size / size[:, None], count)
         passed = turned.flip(2).cumsum(2).flip(2) - turned / 2
         light = torch.exp(-step * passed)
-        found = torch.maximum(
-            found, _resampled(light, axes * size / turned_size[:, None], list(density.shape))
-        )
+        light = _resampled(light, axes * size / turned_size[:, None], list(density.shape))
+        found = torch.maximum(found, light)
     return found
 
 
 def _resampled(
     values: Float[Tensor, "x y z"], matrix: Float[Tensor, "3 3"], count: list[int]
 ) -> Float[Tensor, "a b c"]:
-    """Values at the cells of another grid; `matrix` takes its coordinates, in (−1, 1)³, to those of `values`."""
-    theta = torch.nn.functional.pad(matrix.flip(0, 1), (0, 1))[
-        None
-    ]  # torch names coordinates last dimension first
+    """Resamples values on another grid. `matrix` maps its coordinates, in (−1, 1)³, to those of `values`."""
+    theta = torch.nn.functional.pad(matrix.flip(0, 1), (0, 1))[None]  # torch orders coordinates z, y, x
     places = torch.nn.functional.affine_grid(theta, [1, 1, *count], align_corners=False)
     return torch.nn.functional.grid_sample(values[None, None], places, align_corners=False)[0, 0]
 
 
 class Surface(NamedTuple):
-    """Closed, around what is solid."""
+    """A closed surface around the solid parts of a scene."""
 
     vertices: Float[np.ndarray, "p 3"]
     """World units."""
     faces: Int[np.ndarray, "f 3"]
     """Corners counter-clockwise, seen from outside."""
     step: float
-    """Side of the cells it was found on, world units."""
+    """Side of the cells it was extracted from, world units."""
 
     def normals(self) -> Float[np.ndarray, "p 3"]:
-        """Unit vectors outward at the vertices: of the faces around each, weighted by area."""
+        """Unit vectors outward at the vertices: means of the adjacent faces' normals, weighted by area."""
         a, b, c = (self.vertices[self.faces[:, corner]] for corner in range(3))
         across, total = np.cross(b - a, c - a), np.zeros_like(self.vertices)
         for corner in range(3):
@@ -135,18 +136,19 @@ def surface(
     cameras: Cameras,
     cells: int = 128,
 ) -> Surface:
-    """The surface of a scene's fused planes.
+    """Extracts the surface of a scene from its fused planes.
 
     Args:
-        pictures: of the scene, all around.
-        cells: along the box's longest side; they are cubic.
+        pictures: pictures of the scene from all around.
+        cells: number of cubic cells along the box's longest side.
 
     Raises:
         UserError: the export extra is absent, `cells` is out of range, or nothing is solid.
     """
     if not FEWEST <= cells <= MOST:
         raise UserError(
-            f"--cells {cells}: choose between {FEWEST} and {MOST}; planes of this model have {model.config.planes.resolution} texels a side."
+            f"--cells {cells}: choose between {FEWEST} and {MOST}; planes of this model have "
+            f"{model.config.planes.resolution} texels a side."
         )
     try:
         from skimage.measure import marching_cubes
@@ -161,9 +163,10 @@ def surface(
     solid = large_parts(light < REACHED)
     if not solid.any():
         raise UserError(
-            "nothing in this scene is solid, so it has no surface. Has it been learned long enough? Look at it: latentscenes render --mode opacity"
+            "nothing in this scene is solid, so it has no surface. Check whether it was learned long enough: "
+            "latentscenes render --mode opacity"
         )
-    air = large_parts(~solid, 1.0)  # what light reaches through cracks narrower than a cell is no air
+    air = large_parts(~solid, 1.0)  # keeps only the outer space: light leaks through thin cracks
     field = np.where(air, np.maximum(light, REACHED + 1e-3), np.minimum(light, REACHED - 1e-3))
     vertices, faces, _, _ = marching_cubes(field, REACHED, gradient_direction="descent")
     return Surface(
@@ -174,7 +177,8 @@ def surface(
 def seen_as_ground(
     grid: Grid, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras
 ) -> Float[Tensor, "x y z"]:
-    """Share of the pictures in which the middle of each cell lies before, or behind, white that reaches to the border."""
+    """Returns the share of pictures in which each cell's middle projects onto white that is connected to the
+    border."""
     ground = torch.from_numpy(white_background(pictures)).float()
     points, total = grid.points().reshape(-1, 3), torch.zeros(grid.count)
     for view in range(len(cameras)):
@@ -187,7 +191,8 @@ def seen_as_ground(
 
 
 def large_parts(cells: Bool[np.ndarray, "x y z"], smallest: float = SMALLEST) -> Bool[np.ndarray, "x y z"]:
-    """Without parts smaller than that share of the largest one; cells that touch by a face belong together."""
+    """Removes connected parts smaller than `smallest` times the largest part. Cells that share a face are
+    connected."""
     from skimage.measure import label
 
     parts = label(cells, connectivity=1)

@@ -1,7 +1,7 @@
-"""Films: frames from orbits and from nerfstudio's camera paths, and the files they are saved in.
+"""Films: frames from orbits and from nerfstudio camera paths, and the files they are saved to.
 
-Depth and opacity are marched at image resolution, although images come from the few rays of a latent: the density is a
-function of space and has no resolution.
+Depth and opacity are rendered at image resolution, although images are decoded from latents of lower
+resolution. The density is a function of space, so it can be rendered at any resolution.
 """
 
 import io
@@ -38,11 +38,11 @@ from latentscenes.export.sheets import (
 from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import SceneSet
 
-Mode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
+PictureMode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
 PIXELS = 1 << 19
-"""… if they have no more pixels than this together."""
+"""Pixels rendered at once at most, unless one picture has more."""
 SAMPLES = 8
-"""Frames of a film that decide how depth and latent channels are scaled in all of it."""
+"""Number of frames that set the scale of depth and latent channels for the whole film."""
 
 
 def orbit_frames(
@@ -52,15 +52,16 @@ def orbit_frames(
     *,
     frames: int = 60,
     size: int | None = None,
-    mode: Mode = "rgb",
+    mode: PictureMode = "rgb",
     elevation: float = 25.0,
 ) -> list[Picture]:
-    """Pictures from cameras once around a scene.
+    """Renders pictures from cameras on one turn around a scene.
 
     Args:
-        view: how its dataset looks at it.
+        view: how the cameras of its dataset look at it.
         size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
-        mode: `latent` shows every channel in gray; `dashboard` image, latent channels, depth and opacity side by side.
+        mode: `latent` shows every channel in gray; `dashboard` shows image, latent channels, depth and
+            opacity.
         elevation: degrees above the horizon.
 
     Raises:
@@ -73,9 +74,9 @@ def orbit_frames(
 
 
 def camera_frames(
-    loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: Mode = "rgb"
+    loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: PictureMode = "rgb"
 ) -> Iterator[Picture]:
-    """Pictures of a scene from any cameras, one after the other: no more than a few are held.
+    """Yields pictures of a scene from any cameras and holds only a few at a time.
 
     Args:
         size: height and width, multiples of the codec's downsampling.
@@ -92,8 +93,8 @@ def camera_frames(
         yield from _frames(shown, like or shown, mode, size[0])
 
 
-def _frames(shown: RenderedImages, like: RenderedImages, mode: Mode, height: int) -> Pictures:
-    """Pictures of `shown`, their scales those of `like`."""
+def _frames(shown: RenderedImages, like: RenderedImages, mode: PictureMode, height: int) -> Pictures:
+    """Makes pictures of `shown`, with depth and latent channels scaled as in `like`."""
     if mode == "rgb":
         return to_uint8(shown.images)
     if mode == "depth":
@@ -113,38 +114,42 @@ def _frames(shown: RenderedImages, like: RenderedImages, mode: Mode, height: int
 
 
 def scaled(stored: tuple[int, int], size: int | None, step: int) -> tuple[int, int]:
-    """Height and width of pictures `size` pixels wide (along the wider side), shaped like the stored ones."""
+    """Returns height and width of pictures with the aspect of `stored` and `size` pixels along the wider
+    side, both multiples of `step`."""
     if size is None:
         return stored
     if size < step or size % step:
         raise UserError(
-            f"--size {size}: must be a multiple of the codec's downsampling, {step}; try {max(step, round(size / step) * step)}."
+            f"--size {size}: must be a multiple of the codec's downsampling, {step}; "
+            f"try {max(step, round(size / step) * step)}."
         )
     height, width = (max(step, round(side * size / max(stored) / step) * step) for side in stored)
     return height, width
 
 
-def check_elevation(what: str, elevation: float) -> None:
-    """Refuse an elevation beyond straight above or below, degrees."""
+def check_elevation(option: str, elevation: float) -> None:
+    """Refuses an elevation outside [−90, 90] degrees; `option` is its name in the message."""
     if not -90 <= elevation <= 90:
-        raise UserError(f"{what} {elevation:g}: degrees above the horizon, from -90 to 90.")
+        raise UserError(f"{option} {elevation:g}: degrees above the horizon, from -90 to 90.")
 
 
 # Files
 
 
 def check_film(path: str | Path) -> None:
-    """Refuse, before anything is rendered, a name that `save_frames` cannot write to."""
+    """Refuses, before anything is rendered, a name that `save_frames` cannot write to."""
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
         raise UserError(
             f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending)."
         )
     if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not an empty folder. Name another, or remove it first.")
+        raise UserError(
+            f"{path}: exists and is not an empty folder. Name another folder, or remove it first."
+        )
     if path.suffix and path.is_dir():
         raise UserError(
-            f"{path}: is a folder. Name a file, or for a folder of pictures a name without an ending."
+            f"{path}: this is a folder. Name a file, or for a folder of pictures a name without an ending."
         )
     check_place(path)
     if path.suffix.lower() == ".mp4":
@@ -152,13 +157,13 @@ def check_film(path: str | Path) -> None:
             import av  # noqa: F401
         except ImportError:
             raise UserError(
-                f"{path}: writing .mp4 needs PyAV. Run: pip install latentscenes[export] — or write a .gif."
+                f"{path}: writing .mp4 needs PyAV. Run pip install latentscenes[export], or write a .gif."
             ) from None
 
 
 def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 20) -> None:
-    """Write a film (.mp4, which needs the export extra, or .gif), a strip of frames (.png), or numbered PNG files into a
-    new folder (a name without an ending)."""
+    """Writes a film (.mp4, which needs the export extra, or .gif), a strip of frames (.png), or numbered PNG
+    files into a new folder (a name without an ending)."""
     path = Path(path)
     check_film(path)
     kind, partial = path.suffix.lower(), path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
@@ -188,7 +193,7 @@ def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 
 
 
 def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
-    """H.264 that browsers play; sides are padded to even ones."""
+    """Writes H.264 that browsers play. Odd sides are padded by a pixel."""
     import av
 
     with av.open(str(path), "w") as film:
@@ -196,9 +201,8 @@ def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
             "libx264", rate=Fraction(fps).limit_denominator(1001), pix_fmt="yuv420p", options={"crf": "16"}
         )
         for place, frame in enumerate(frames):
-            even = np.pad(
-                frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255
-            )
+            odd = [(0, side % 2) for side in frame.shape[:2]]
+            even = np.pad(frame, (*odd, (0, 0)), constant_values=255)
             if place == 0:
                 stream.height, stream.width = even.shape[:2]
             film.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
@@ -206,7 +210,8 @@ def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
 
 
 def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
-    """An animated GIF. One palette for all frames, from a sample of their pixels: small, and colors hold still."""
+    """Encodes an animated GIF. All frames share one palette, so the file is small and colors do not
+    flicker."""
     pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames])
     colored = pixels[(pixels != 255).any(1)]
     sample = colored[:: max(1, len(colored) // 120_000)] if len(colored) else np.zeros((1, 3), np.uint8)
@@ -217,27 +222,20 @@ def gif_bytes(frames: Sequence[Picture], fps: int | float) -> bytes:
     palette.putpalette(chosen)
     for frame in frames:
         index = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
-        index[(frame == 255).all(-1)] = white  # the ground: exactly white, whatever colors are near it
+        index[(frame == 255).all(-1)] = white  # the background stays exactly white
         image = Image.fromarray(index)
         image.putpalette([*chosen, 255, 255, 255])
         images.append(image)
     stream = io.BytesIO()
-    images[0].save(
-        stream,
-        "GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=max(20, round(100 / fps) * 10),
-        loop=0,
-        optimize=False,
-    )
+    timing = {"duration": max(20, round(100 / fps) * 10), "loop": 0}  # milliseconds
+    images[0].save(stream, "GIF", save_all=True, append_images=images[1:], optimize=False, **timing)
     return stream.getvalue()
 
 
 # Camera paths
 
 FPS = 24.0
-"""Where the file says neither `fps` nor `seconds`; nerfstudio's own default."""
+"""Used if the file has neither `fps` nor `seconds`; nerfstudio's own default."""
 
 
 @dataclass(frozen=True)
@@ -246,22 +244,23 @@ class CameraPath:
 
     cameras: Cameras
     size: tuple[int, int]
-    """Height and width that the film was made for, pixels."""
+    """Height and width that the path was made for, pixels."""
     fps: float
     """Frames per second."""
 
     def at(self, size: tuple[int, int]) -> Cameras:
-        """The cameras for pictures of another height and width: the vertical angle of view stays, pixels are square."""
+        """Returns the cameras for another height and width. The vertical angle of view stays and pixels are
+        square."""
         intrinsics = self.cameras.intrinsics.clone()
         intrinsics[:, 0] = intrinsics[:, 1] * size[0] / size[1]
         return Cameras(self.cameras.cam2world, intrinsics)
 
 
 def read_camera_path(path: str | Path) -> CameraPath:
-    """A camera path of nerfstudio's.
+    """Reads a nerfstudio camera path (JSON).
 
     Raises:
-        UserError: the file is absent, is no camera path, or its cameras are no pinhole cameras.
+        UserError: the file is absent or not a camera path, or its cameras are not pinhole cameras.
     """
     path = Path(path)
     try:
@@ -273,10 +272,10 @@ def read_camera_path(path: str | Path) -> CameraPath:
     frames = content.get("camera_path") if isinstance(content, dict) else None
     if not isinstance(frames, list) or not frames:
         raise UserError(
-            f'{path}: no camera path of nerfstudio\'s: it needs a list "camera_path" with one entry per frame.'
+            f'{path}: not a nerfstudio camera path: it needs a list "camera_path" with one entry per frame.'
         )
     if (kind := content.get("camera_type", "perspective")) != "perspective":
-        raise UserError(f"{path}: camera_type is {kind!r}, but only perspective cameras are rendered here.")
+        raise UserError(f"{path}: camera_type is {kind!r}, but only perspective cameras are supported.")
     height, width = (_number(content, key, path) for key in ("render_height", "render_width"))
     matrices, focal = [], []
     for place, frame in enumerate(frames):
@@ -306,12 +305,12 @@ def _number(content: dict[str, Any], key: str, label: object) -> float:
 
 
 def _matrix(numbers: Any, label: str) -> torch.Tensor:
-    """The upper three rows (3, 4) of 16 numbers."""
+    """Returns the upper three rows (3, 4) of 16 numbers."""
     try:
         matrix = torch.tensor(numbers, dtype=torch.float32).reshape(4, 4)[:3]
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{label}: camera_to_world must be 16 numbers, row by row.") from None
     turned = matrix[:, :3] @ matrix[:, :3].T
     if not torch.isfinite(matrix).all() or not torch.allclose(turned, torch.eye(3), atol=1e-2):
-        raise UserError(f"{label}: camera_to_world is no rotation and translation.")
+        raise UserError(f"{label}: camera_to_world must be a rotation and a translation.")
     return matrix

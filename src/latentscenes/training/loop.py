@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StageConfig
 from latentscenes.core.console import StageProgress
 from latentscenes.core.errors import Interrupted, UserError
+from latentscenes.core.options import TrackerKind
 from latentscenes.core.runtime import StopFlag, machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.convolutional import ConvolutionalCodec
@@ -46,7 +47,7 @@ def train(
     split: Split = "train",
     limit: int | None = None,
     device: torch.device,
-    track: "TrackerKind" = "none",
+    track: TrackerKind = "none",
 ) -> Run:
     """Learns the shared parts and the scenes of a split from scratch, in the run folder `out`. Continues a run that was
     begun there.
@@ -258,9 +259,6 @@ class StageLearner:
             not learns
             and 0 < 4 * len(self.parameters) * self.model.bases[:1].numel() <= machine_memory() // 8
         )
-
-
-TrackerKind = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 class Tracker:
