@@ -252,10 +252,13 @@ def test_diffusers_kl_mean_sample_and_range():
 
 def test_diffusers_mistakes(tmp_path):
     from latentscenes.model.diffusers import DiffusersCodec
+    from latentscenes.model.tiny import TinyCodec
 
     if importlib.util.find_spec("diffusers") is None:
         with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):
             DiffusersCodec.load(tmp_path)
+        with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):
+            TinyCodec(*taesd_states())
         return
     with pytest.raises(UserError, match="config.json"):
         DiffusersCodec.load(tmp_path)

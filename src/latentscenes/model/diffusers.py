@@ -1,10 +1,11 @@
 """Autoencoders of the diffusers library (Stable Diffusion's KL autoencoder, TAESD) as codecs.
 
 Notable:
-- diffusers is optional (`pip install latentscenes[diffusers]`) and imported on first use. It needs no torchvision.
+- diffusers is optional (`pip install latentscenes[diffusers]`) and imported on first use. It needs no
+  torchvision.
 - diffusers has images in [−1, 1]; this class converts them from and to [0, 1].
-- Latents are the network's own, without scaling_factor and shift_factor (Stable Diffusion 1.5: about ±30). The
-  published method's tanh(0.02 z) expects these.
+- Latents are the network's own, without scaling_factor and shift_factor (Stable Diffusion 1.5: about ±30).
+  The published method's tanh(0.02 z) expects these.
 - Encoding includes the KL autoencoder's quant_conv, and decoding its post_quant_conv. Stages train them too.
 """
 
@@ -38,9 +39,9 @@ class DiffusersCodec(Codec):
     def load(
         cls, name: str | Path, subfolder: str | None = None, allow_download: bool = False
     ) -> "DiffusersCodec":
-        """Loads an autoencoder in float32. `name` is a folder with config.json and .safetensors weights, a pipeline's
-        folder with such a folder `vae`, or a name on the Hugging Face hub. The hub's local cache is read; the hub
-        itself only if `allow_download`.
+        """Loads an autoencoder in float32. `name` is a folder with config.json and .safetensors weights, a
+        pipeline's folder with such a folder `vae`, or a name on the Hugging Face hub. The hub's local cache
+        is read; the hub itself only if `allow_download`.
 
         Raises:
             UserError: diffusers is not installed, or nothing there can be loaded.

@@ -20,8 +20,8 @@ from latentscenes.core.errors import UserError
 from latentscenes.model.codec import read_weights
 
 PSNR_CAP = 100.0
-"""PSNR of identical images in dB. Their true PSNR is infinite, but averages must stay finite. (Two 8-bit images of
-128 x 128 pixels that differ by one step in one value have 95 dB.)"""
+"""PSNR of identical images in dB. Their true PSNR is infinite, but averages must stay finite. (Two 8-bit
+images of 128 x 128 pixels that differ by one step in one value have 95 dB.)"""
 
 
 def psnr(a: Float[Tensor, "n 3 H W"], b: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n"]:
@@ -35,11 +35,11 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
 def ssim(a: Float[Tensor, "n 3 H W"], b: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n"]:
-    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), mean over pixels and channels, in [−1, 1].
+    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), mean over pixels and channels.
 
-    Uses an 11 x 11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03 and biased moments. Like the authors' code
-    and scikit-image, it counts only windows that lie wholly inside the image. It computes in float64 because the
-    differences of moments cancel badly in flat regions.
+    Uses an 11 x 11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03 and biased moments. Like the
+    authors' code and scikit-image, it counts only windows that lie wholly inside the image. It computes in
+    float64 because the differences of moments cancel badly in flat regions.
     """
     if min(a.shape[-2:]) <= 2 * SSIM_RADIUS:
         raise ValueError(
@@ -73,22 +73,22 @@ ALEXNET = {
     "features.8": ((256, 384, 3, 3), 1, 1),
     "features.10": ((256, 256, 3, 3), 1, 1),
 }
-"""Shape, stride and padding of AlexNet's convolutions (Krizhevsky 2014, one tower), by their names in weight files."""
+"""Shape, stride and padding of AlexNet's convolutions (Krizhevsky 2014, one tower), as files name them."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """LPIPS standardizes each channel of images in [−1, 1] by these."""
 
 
 class Perceptual:
-    """A perceptual distance: 0 for equal images, larger for more visible differences. Tables show its `name`, because
-    the distances of different metrics cannot be compared."""
+    """A perceptual distance: 0 for equal images, larger for more visible differences. Tables show its `name`,
+    because the distances of different metrics cannot be compared."""
 
     def __init__(self, name: str, distance: Callable[[Tensor, Tensor], Tensor]):
         self.name, self.distance = name, distance
 
     @classmethod
     def find(cls, folder: str | Path | None = None) -> "Perceptual":
-        """Returns LPIPS if a folder of weights is named (default: by the environment variable LATENTSCENES_LPIPS),
-        else FLIP."""
+        """Returns LPIPS if a folder of weights is named (default: by the environment variable
+        LATENTSCENES_LPIPS), else FLIP."""
         folder = folder or os.environ.get(FOLDER_VARIABLE)
         return cls("LPIPS", Lpips(Path(folder))) if folder else cls("FLIP", flip)
 
@@ -99,7 +99,7 @@ class Perceptual:
 
 
 def flip(a: Float[Tensor, "n 3 H W"], b: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n"]:
-    """Mean error of NVIDIA's FLIP (Andersson et al. 2020) in [0, 1], at its default of 67 pixels per degree."""
+    """Mean error of NVIDIA's FLIP (Andersson et al. 2020) in [0, 1], at 67 pixels per degree."""
     pairs = zip(*(images.float().permute(0, 2, 3, 1).cpu().numpy() for images in (a, b)), strict=True)
     errors = [
         flip_evaluator.evaluate(*map(np.ascontiguousarray, (truth, image)), "LDR", applyMagma=False)[1]
@@ -136,9 +136,9 @@ class Lpips:
                 if found != wanted:
                     reason = f"{key} has shape {found}, not {wanted}" if found else f"no {key!r}"
                     raise UserError(
-                        f"{folder}: not the weights of LPIPS ({reason}). The folder must hold an AlexNet's weights "
-                        "(features.0.weight …) and the linear weights (lin0.model.1.weight …) as .pth or "
-                        f".safetensors files. Unset {FOLDER_VARIABLE} to use FLIP instead."
+                        f"{folder}: not the weights of LPIPS ({reason}). The folder must hold AlexNet's "
+                        "weights (features.0.weight …) and the linear weights (lin0.model.1.weight …) as .pth "
+                        f"or .safetensors files. Unset {FOLDER_VARIABLE} to use FLIP instead."
                     )
             self.stages.append([state[key] for key in shapes])
 

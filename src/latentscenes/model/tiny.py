@@ -1,8 +1,8 @@
 """TAESD-family autoencoders from their published weight files, as layers of diffusers' AutoencoderTiny.
 
-A weight file names each layer by its place ("3.conv.0.weight"). Plain convolutions separate the stages, so their
-places give the number of blocks per stage. diffusers lacks one variant's bottleneck before a block; it is added here.
-Images are in [0, 1] and the codec is deterministic.
+A weight file names each layer by its place ("3.conv.0.weight"). Plain convolutions separate the stages, so
+their places give the number of blocks per stage. diffusers lacks one variant's bottleneck before a block; it
+is added here. Images are in [0, 1] and the codec is deterministic.
 """
 
 from pathlib import Path
@@ -30,7 +30,8 @@ class TinyCodec(Codec):
             raise ValueError(f"the encoder has {len(down)} stages, the decoder {len(up)}")
         network = diffusers_library().AutoencoderTiny(
             encoder_block_out_channels=[width] * len(down), num_encoder_blocks=down,
-            decoder_block_out_channels=[width] * len(up), num_decoder_blocks=up, latent_channels=self.channels,
+            decoder_block_out_channels=[width] * len(up), num_decoder_blocks=up,
+            latent_channels=self.channels,
         )  # fmt: skip
         self.encoder = network.encoder.layers
         self.decoder = nn.Sequential(
@@ -60,7 +61,7 @@ class TinyCodec(Codec):
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{pair[0]}, {pair[1]}: not the two weight files of one RGB autoencoder in the TAESD layout "
-                f"({reason}). For weights in diffusers' layout, set codec.kind to diffusers and name their folder."
+                f"({reason}). For weights in diffusers' layout, set codec.kind to diffusers."
             ) from None
 
     def encode(
@@ -80,8 +81,8 @@ class TinyCodec(Codec):
 
 
 def _blocks(state: State, decodes: bool = False) -> list[int]:
-    """Returns the number of blocks of each stage: the layers between plain convolutions, without a decoder's ReLU in
-    its first stage and its upsampling at the end of all stages but the last."""
+    """Returns the number of blocks of each stage: the layers between plain convolutions, without a decoder's
+    ReLU in its first stage and its upsampling at the end of all stages but the last."""
     places = sorted(int(name.split(".")[0]) for name in state if name.count(".") == 1 and "weight" in name)
     counts = [after - before - 1 for before, after in zip(places, places[1:])]
     last = len(counts) - 1
