@@ -242,19 +242,19 @@ def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypat
     torch.set_num_threads(threads)
     try:
         found = render_rays(
-            FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="native"
+            FusedPlanes(planes, mixing, aggregation=aggregation), field, *rest, kernel="native"
         )
         upstream = [torch.randn_like(value) for value in found]
         found_gradients = torch.autograd.grad(found, inputs, upstream)
     finally:
         torch.set_num_threads(before)
-    wanted = render_rays(FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="torch")
+    wanted = render_rays(FusedPlanes(planes, mixing, aggregation=aggregation), field, *rest, kernel="torch")
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, 1e-5)
     for a, b in zip(found_gradients, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         assert_close(a, b, 1e-4)
     mixed = render_rays(
-        FusedPlanes(mix(planes, mixing)), field, *rest, aggregation=aggregation, kernel="torch"
+        FusedPlanes(mix(planes, mixing), aggregation=aggregation), field, *rest, kernel="torch"
     )
     assert torch.equal(mixed.features, wanted.features)
 

@@ -265,10 +265,11 @@ def test_without_triton_it_says_what_to_install():
 import sys, torch
 sys.modules["triton"] = None  # as if it were not installed
 from latentscenes.core.errors import UserError
-from latentscenes.rendering.field import Field
+from latentscenes.rendering.field import Field, FusedPlanes
 from latentscenes.rendering.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
-arguments = torch.ones(1, 3, 4, 4, 2), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4)
+planes = FusedPlanes(torch.ones(1, 3, 4, 4, 2))
+arguments = planes, Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4)
 try:
     render_rays(*arguments, kernel="triton")
 except UserError as error:

@@ -137,8 +137,8 @@ class Lpips:
                     reason = f"{key} has shape {found}, not {wanted}" if found else f"no {key!r}"
                     raise UserError(
                         f"{folder}: not the weights of LPIPS ({reason}). The folder must hold AlexNet's "
-                        "weights (features.0.weight …) and the linear weights (lin0.model.1.weight …) as .pth "
-                        f"or .safetensors files. Unset {FOLDER_VARIABLE} to use FLIP instead."
+                        "weights (features.0.weight …) and the linear weights (lin0.model.1.weight …) as "
+                        f".pth or .safetensors files. Unset {FOLDER_VARIABLE} to use FLIP instead."
                     )
             self.stages.append([state[key] for key in shapes])
 

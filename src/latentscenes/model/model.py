@@ -96,15 +96,18 @@ class Model(nn.Module):
 
     def compose(self, scenes: SceneParameters) -> FusedPlanes:
         """Returns the tri-planes of scenes, fused and mixed, for rendering."""
-        return FusedPlanes(compose(scenes, self.bases, self.config.planes.fusion))
+        settings = self.config.planes
+        texels = compose(scenes, self.bases, settings.fusion)
+        return FusedPlanes(texels, None, None, settings.axes, settings.aggregation)
 
     def fuse(self, scenes: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> FusedPlanes:
         """Returns the fused tri-planes of scenes for learning; the renderer applies the mixing. `macro` are
         their macro planes, if these are constant."""
-        fusion = self.config.planes.fusion
+        settings, fusion = self.config.planes, self.config.planes.fusion
         mixing = scenes.mixing if scenes.mixing.numel() else None
         own = scenes.micro if macro is not None and scenes.micro.shape[-1] and fusion == "concat" else None
-        return FusedPlanes(fuse(scenes, self.bases, fusion, macro), mixing, own)
+        texels = fuse(scenes, self.bases, fusion, macro)
+        return FusedPlanes(texels, mixing, own, settings.axes, settings.aggregation)
 
     def render(
         self,
@@ -120,7 +123,7 @@ class Model(nn.Module):
         With a generator, samples are jittered; without, they lie in the middle of their slices. `pixels`
         picks the rays of each view (row · w + column); without it, all are rendered.
         """
-        settings, planes_config = self.config.render, self.config.planes
+        settings = self.config.render
         height, width = background.shape[1:]
         bounds = None if settings.near is None else (settings.near, settings.far)
         rays = camera_rays(cameras, len(planes.texels), height, width, self.box, bounds, pixels)
@@ -133,7 +136,7 @@ class Model(nn.Module):
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
-            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision,
+            settings.kernel, settings.precision,
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
