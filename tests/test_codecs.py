@@ -1,4 +1,4 @@
-"""Codecs: ranges, shapes, who owns which parameter, gradients, weights from files."""
+"""Codecs: ranges, shapes, parameters of encoder and decoder, gradients, weights from files."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from latentscenes.model.codec import Codec, IdentityCodec, read_weights
 
 
 def check_contract(codec: Codec, size: int = 32):
-    """What every codec owes its callers."""
+    """Checks what all codecs must do."""
     images = torch.rand(2, 3, size, size, requires_grad=True)
     latents = codec.encode(images)
     side = size // codec.downsampling
@@ -52,7 +52,7 @@ def test_identity():
 
 
 def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[dict, dict]:
-    """Random weights in the TAESD layout, 4x down, with a bottleneck, as files name them."""
+    """Returns random weights in the TAESD layout: 4x down, with a bottleneck."""
 
     def convolution(name, i, o, side=3, bias=True):
         weights = {f"{name}.weight": torch.randn(o, i, side, side) / (side * i**0.5)}
@@ -83,7 +83,7 @@ def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[di
 
 
 def run_taesd(images: torch.Tensor, encoder: dict, decoder: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents and decoded images by the definition, layer by layer; without diffusers."""
+    """Returns latents and decoded images, computed layer by layer without diffusers."""
 
     def layers(x, state, decodes):
         places = sorted({int(name.split(".")[0]) for name in state})

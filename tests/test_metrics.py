@@ -68,7 +68,7 @@ def test_ssim_refuses_images_smaller_than_its_window():
 
 
 def perceptual_weights(shapes, prefixes):
-    """Random weights named as a file names them, from (out, in, side) per convolution."""
+    """Returns random weights named as in files, from (out, in, side) per convolution."""
     generator = torch.Generator().manual_seed(2)
     state = {}
     for k, ((o, i, side), prefix) in enumerate(zip(shapes, prefixes, strict=True)):

@@ -61,10 +61,8 @@ class DiffusersCodec(Codec):
             autoencoder = kind.from_pretrained(
                 source, use_safetensors=True, torch_dtype=torch.float32, **options
             )
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # diffusers raises these for absent, unreachable or unfit files
+        # Diffusers raises these for absent, unreachable or unfit files
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             advice = (
                 "Give the folder that save_pretrained wrote: config.json beside .safetensors weights."

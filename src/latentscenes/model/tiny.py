@@ -34,9 +34,8 @@ class TinyCodec(Codec):
             latent_channels=self.channels,
         )  # fmt: skip
         self.encoder = network.encoder.layers
-        self.decoder = nn.Sequential(
-            nn.Identity(), *network.decoder.layers
-        )  # files count the clamp as layer 0
+        # Files count the clamp as layer 0
+        self.decoder = nn.Sequential(nn.Identity(), *network.decoder.layers)
         for layers, state in ((self.encoder, encoder), (self.decoder, decoder)):
             for name, weight in state.items():
                 if name.endswith(".pool.0.weight"):

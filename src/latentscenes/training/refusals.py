@@ -54,6 +54,7 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
             raise UserError(
                 f"{images.path}: objects reach {reach:.3f} from the center along {name}, but the box of "
                 f"{parent} ends at {box.half[axis]:.3f}, so they would be cut off. Make the dataset again at "
-                "the same scale, or train with render.half_side set. If only the box fitted to the silhouettes "
-                f"is larger than the objects, give `data srn` or `data transforms` the box: --box {learned}"
+                "the same scale, or train with render.half_side set. If only the box fitted to the "
+                "silhouettes is larger than the objects, give `data srn` or `data transforms` the learned "
+                f"box: --box {learned}"
             )

@@ -172,9 +172,8 @@ def _(upstream, saved, given, axes, aggregation, skip, planes_too, network_too):
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.axes, ctx.aggregation, ctx.skip, ctx.keep = inputs
-    ctx.set_materialize_grads(
-        False
-    )  # otherwise saved outputs would get gradients of zeros, as large as all samples
+    # Otherwise saved outputs would get gradients of zeros, as large as all samples
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3:])
 
 

@@ -215,9 +215,8 @@ def _programs(device: torch.device) -> int:
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, ctx.keep = inputs
-    ctx.set_materialize_grads(
-        False
-    )  # otherwise saved outputs would get gradients of zeros, as large as all samples
+    # Otherwise saved outputs would get gradients of zeros, as large as all samples
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3:])
 
 
