@@ -23,7 +23,7 @@ def test_slab_of_constant_density():
     color = torch.tensor([0.2, -0.4, 0.9], dtype=DOUBLE)
     out = march.composite(t, torch.full_like(t, sigma), color.expand(len(t), 3))
     opacity = 1 - math.exp(-sigma * (far - near))
-    assert float(out.opacity) == pytest.approx(opacity, abs=1e-12)  # exact, whatever the number of samples
+    assert float(out.opacity) == pytest.approx(opacity, abs=1e-12)  # exact for any number of samples
     assert torch.allclose(out.features, opacity * color)
     # ∫ t σ exp(−σ(t − near)) dt = (near + 1/σ) − (far + 1/σ) exp(−σL)
     depth = (near + 1 / sigma) - (far + 1 / sigma) * math.exp(-sigma * (far - near))

@@ -106,7 +106,7 @@ def test_row_state_loaded_into_its_tensors_goes_on_exactly():
         assert torch.equal(table, kept_rows.tables()[name])
 
 
-# What all scenes share
+# Shared parts
 
 
 def made_parts(seed=0):

@@ -85,6 +85,7 @@ def march_planes(
     # Stratified samples
     t = march.stratified(rays.near, rays.far, u_coarse)
     density, features = evaluate(t)
+
     # Samples by importance, merged in order of depth
     if u_fine.shape[-1]:
         with torch.no_grad():

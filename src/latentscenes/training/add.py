@@ -114,14 +114,14 @@ def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> U
     return np.ascontiguousarray(pictures)
 
 
-def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
+def _as_bytes(values: np.ndarray, name: str) -> UInt8[np.ndarray, "..."]:
     if values.dtype == np.uint8:
         return values
     if not np.issubdtype(values.dtype, np.floating):
-        raise UserError(f"{what}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
+        raise UserError(f"{name}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise UserError(
-            f"{what}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. "
+            f"{name}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. "
             "Bytes must be uint8."
         )
     return np.round(255 * values).astype(np.uint8)

@@ -117,7 +117,7 @@ class Trainer:
         run, model, stage, seed = self.run, self.model, stages[position.stage], self.run.config.seed
         begun = saved = time.monotonic()
 
-        # What learns, and where it left off
+        # Optimizers and batches, restored
         learner = StageLearner(model, self.scenes.parameters, stage, run.files)
         source = BatchSource(model, self.scenes, stage, seed, run.path)
         state = learner.state() | source.state()
@@ -176,7 +176,7 @@ def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Po
 
 
 class StageLearner:
-    """Takes the steps of one stage: renders, compares, updates what learns; has new optimizers."""
+    """Takes the steps of one stage: renders, computes losses, updates parameters."""
 
     def __init__(
         self, model: Model, parameters: SceneParameters, stage: StageConfig, files: RowFiles | None = None,

@@ -1,4 +1,4 @@
-"""Checks before new scenes are learned. Each raises UserError and says what to do."""
+"""Checks before new scenes are learned. Each raises UserError with advice."""
 
 from pathlib import Path
 

@@ -80,8 +80,7 @@ def _start(prepare: Prepare, count: int) -> Workers:
 
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started in this context ignore Ctrl-C, which a terminal sends to all. The parent passes it
-    on."""
+    """Makes processes started here ignore Ctrl-C, which a terminal sends to all; the parent forwards it."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set signals
         yield
         return
