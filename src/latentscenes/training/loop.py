@@ -73,7 +73,7 @@ def train(
 
 
 def _sample(images: PosedImages, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
-    """Up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
+    """Reads up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
     index = [view for scene in scenes for view in scene.views("fit")]
     chosen = index[:: -(-len(index) // COMPONENT_VIEWS)]
     return images.images(chosen).float() / 255
