@@ -1,5 +1,5 @@
-"""A learned scene that nobody learned: weights set by hand so that its density is that of an ellipsoid, red where x is
-large and green where it is small. Its surface and colors are known in closed form."""
+"""A scene with weights set by hand: its density is that of an ellipsoid, red where x is large and green where
+x is small. Its surface and colors are known in closed form."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from latentscenes.storage.scene_set import SceneSet
 BOX = Box((0.05, -0.1, 0.02), (0.5, 0.3, 0.25))
 CENTER = np.array([0.07, -0.11, 0.03])
 SEMI = np.array([0.3, 0.18, 0.1])
-"""Of the ellipsoid, world units."""
+"""Semi-axes of the ellipsoid, world units."""
 SHARP = 2e4
-"""How steeply density rises below its surface."""
+"""Slope of the density below the surface."""
 VIEW = Viewpoint((64, 80), 1.6, (1.1, 1.375), BOX.center)
 CONFIG = """
 codec: {kind: identity}
@@ -32,7 +32,7 @@ render: {coarse: 48, fine: 48}
 def egg_parts(
     box: Box = BOX, semi: np.ndarray = SEMI, center: np.ndarray = CENTER
 ) -> tuple[Model, SceneParameters]:
-    """Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates; density and colors follow from them."""
+    """Returns model and parameters. Feature 0 is Σ ((x − c) / a)², feature 1 is x in box coordinates."""
     settings = config_io.parse(CONFIG, "egg")
     model = Model(settings, box)
     side = settings.planes.resolution
@@ -61,7 +61,7 @@ def egg_parts(
 
 
 def egg_colors(points: np.ndarray) -> np.ndarray:
-    """Of the field at points (n, 3): red, green, blue in [0, 1]."""
+    """Returns the field's colors (red, green, blue) in [0, 1] at points (n, 3)."""
     x = (points[:, 0] - BOX.center[0]) / BOX.half[0]
     return np.stack(
         [1 / (1 + np.exp(-5 * x)), 1 / (1 + np.exp(5 * x)), np.full(len(x), 1 / (1 + np.exp(4)))], 1
@@ -74,13 +74,13 @@ def egg(**shape) -> SceneSet:
 
 
 def egg_points(count: int = 20_000) -> np.ndarray:
-    """On the ellipsoid, all over it."""
+    """Returns random points all over the ellipsoid."""
     directions = np.random.default_rng(1).normal(size=(count, 3))
     return CENTER + SEMI * directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
 def egg_run(path: Path, views: PosedImages) -> Run:
-    """A finished run that holds the egg; pictures are taken as those of `views` are."""
+    """Returns a finished run that holds the egg, for the dataset `views`."""
     model, rows = egg_parts()
     run = Run.create(path, model.config, RunInfo("train", str(views.path), "train", ["egg"], BOX))
     run.save(model, rows, {}, Position(len(model.config.train), 0, 1, {}))

@@ -1,4 +1,4 @@
-"""What a stage learns from: which views come when."""
+"""Batches: which views come when, and their targets."""
 
 import dataclasses
 from collections import Counter
@@ -27,7 +27,7 @@ def learned(images, entries):
 
 
 def source(config, views, name="scenes", seed=5, **changes):
-    """Batches of the stage called `name`."""
+    """Returns batches of the stage `name`."""
     stage = next(stage for stage in (*config.train, *config.exploit) if stage.name == name)
     return BatchSource(
         Model(config, views.box),
@@ -39,7 +39,7 @@ def source(config, views, name="scenes", seed=5, **changes):
 
 
 def seen(batches, views, scenes):
-    """(scene's name, dataset index) of every view of an epoch, told from cameras and row numbers."""
+    """Returns (scene name, dataset index) of every view of an epoch, found by cameras and row numbers."""
     pairs = []
     for step in range(batches.steps_per_epoch):
         batch = batches.batch(step)
@@ -89,9 +89,8 @@ def test_held_out_views_are_never_learned_from(solids, tiny, size):
             places = {
                 k for k in range(len(solids.cameras)) if torch.equal(solids.cameras.cam2world[k], camera)
             }
-            assert (
-                not places <= held
-            )  # the same orbit for all scenes: held-out places are held out everywhere
+            # The same orbit for all scenes: held-out places are held out everywhere
+            assert not places <= held
     assert {index for scene in batches.fitted for index in scene.tolist()}.isdisjoint(held)
 
 
@@ -189,7 +188,7 @@ def test_the_window_of_a_camera_inside_the_box_is_the_whole_view(solids):
 
 
 def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
-    """Read from the images where latents are pixels, and from the cache of a frozen codec's."""
+    """Targets come from images if latents are pixels, and from the cache of a frozen codec."""
     for codec in (tiny.codec, configuration.CodecConfig(kind="identity")):
         config = dataclasses.replace(tiny, codec=codec)
         model, chosen = Model(config, solids.box), solids.select("train")

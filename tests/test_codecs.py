@@ -1,4 +1,4 @@
-"""Codecs: ranges, shapes, who owns which parameter, gradients, weights from files."""
+"""Codecs: ranges, shapes, parameters of encoder and decoder, gradients, weights from files."""
 
 import importlib.util
 import json
@@ -8,13 +8,14 @@ import torch
 from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from latentscenes.core.errors import UserError
-from latentscenes.model.codec import Codec, IdentityCodec
+from latentscenes.model.codec import Codec, IdentityCodec, read_weights
 
 
 def check_contract(codec: Codec, size: int = 32):
-    """What every codec owes its callers."""
+    """Checks what all codecs must do."""
     images = torch.rand(2, 3, size, size, requires_grad=True)
     latents = codec.encode(images)
     side = size // codec.downsampling
@@ -51,100 +52,149 @@ def test_identity():
 
 
 def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[dict, dict]:
-    """Random weights in the TAESD layout, 4x down, with a wider block and a bottleneck, as files name them."""
+    """Returns random weights in the TAESD layout: 4x down, with a bottleneck."""
 
     def convolution(name, i, o, side=3, bias=True):
         weights = {f"{name}.weight": torch.randn(o, i, side, side) / (side * i**0.5)}
         return weights | ({f"{name}.bias": torch.randn(o) * 0.1} if bias else {})
 
-    def block(place, i, o, hidden=0):
+    def blocks(*places, hidden=0):
         state = {}
-        for k, source in ((0, i), (2, o), (4, o)):
-            state |= convolution(f"{place}.conv.{k}", source, o)
-        if i != o:
-            state |= convolution(f"{place}.skip", i, o, 1, bias=False)
-        if hidden:
-            state |= convolution(f"{place}.pool.0", i, hidden, 1, bias=False)
-            state |= {
-                f"{place}.pool.1.weight": torch.ones(hidden),
-                f"{place}.pool.1.bias": torch.zeros(hidden),
-            }
-            state |= convolution(f"{place}.pool.3", hidden, i, 1, bias=False)
+        for place in places:
+            for k in (0, 2, 4):
+                state |= convolution(f"{place}.conv.{k}", width, width)
+            if hidden:
+                state |= convolution(f"{place}.pool.0", width, hidden, 1, bias=False)
+                state |= {
+                    f"{place}.pool.1.weight": torch.rand(hidden),
+                    f"{place}.pool.1.bias": torch.rand(hidden),
+                }
+                state |= convolution(f"{place}.pool.3", hidden, width, 1, bias=False)
         return state
 
-    encoder = (
-        convolution(0, inputs, width) | block(1, width, width) | convolution(2, width, width, bias=False)
-    )
-    encoder |= block(3, width, 2 * width) | convolution(4, 2 * width, width, bias=False)
-    encoder |= block(5, width, width, hidden=16) | convolution(6, width, channels)
-    decoder = (
-        convolution(1, channels, width)
-        | block(3, width, width, hidden=16)
-        | convolution(5, width, width, bias=False)
-    )
-    decoder |= block(6, width, width) | convolution(8, width, width, bias=False) | block(9, width, width)
-    return encoder, decoder | convolution(10, width, inputs)
+    def resizing(place):
+        return convolution(place, width, width, bias=False)
+
+    encoder = convolution(0, inputs, width) | blocks(1) | resizing(2) | blocks(3, 4) | resizing(5)
+    encoder |= blocks(6, hidden=16) | convolution(7, width, channels)
+    decoder = convolution(1, channels, width) | blocks(3, 4, hidden=16) | resizing(6)
+    decoder |= blocks(7) | resizing(9) | blocks(10)
+    return encoder, decoder | convolution(11, width, inputs)
 
 
-def test_tiny_infers_its_architecture():
+def run_taesd(images: torch.Tensor, encoder: dict, decoder: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns latents and decoded images, computed layer by layer without diffusers."""
+
+    def layers(x, state, decodes):
+        places = sorted({int(name.split(".")[0]) for name in state})
+        for place in places:
+            part = {name.split(".", 1)[1]: w for name, w in state.items() if name.startswith(f"{place}.")}
+            if "weight" in part:
+                resizes = "bias" not in part
+                if resizes and decodes:
+                    x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                stride = 2 if resizes and not decodes else 1
+                x = functional.conv2d(x, part["weight"], part.get("bias"), stride, 1)
+                x = x.relu() if decodes and place == 1 else x
+                continue
+            if "pool.0.weight" in part:
+                h = functional.conv2d(x, part["pool.0.weight"])
+                h = functional.group_norm(h, 4, part["pool.1.weight"], part["pool.1.bias"]).relu()
+                x = x + functional.conv2d(h, part["pool.3.weight"])
+            h = x
+            for k in (0, 2, 4):
+                h = functional.conv2d(
+                    h if k == 0 else h.relu(), part[f"conv.{k}.weight"], part[f"conv.{k}.bias"], padding=1
+                )
+            x = (h + x).relu()
+        return x
+
+    latents = layers(images, encoder, False)
+    return latents, layers(3 * torch.tanh(latents / 3), decoder, True)
+
+
+def saved_pair(folder, encoder, decoder):
+    for path in folder.glob("*coder*"):
+        path.unlink()
+    save_file(encoder, folder / "my_encoder.safetensors")
+    torch.save(decoder, folder / "my_decoder.pth")
+    return folder
+
+
+def test_tiny_infers_its_architecture(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
     from latentscenes.model.tiny import TinyCodec
 
     torch.manual_seed(0)
-    codec = TinyCodec(*taesd_states())
+    states = taesd_states()
+    codec = TinyCodec.from_folder(saved_pair(tmp_path, *states))
     assert (codec.channels, codec.downsampling) == (5, 4)
     check_contract(codec)
-    assert {name.split(".", 1)[1] for name in codec.encoder.state_dict()} >= {"weight", "conv.0.weight"}
+    for part, state in zip((codec.encoder, codec.decoder), states, strict=True):
+        assert part.state_dict().keys() == state.keys()
+    images = torch.rand(2, 3, 16, 24)
+    latents, decoded = run_taesd(images, *states)
+    torch.testing.assert_close(codec.encode(images), latents)
+    torch.testing.assert_close(codec.decode(latents), decoded)
+    with pytest.raises(UserError, match="divide by 4"):
+        codec.encode(torch.rand(1, 3, 18, 16))
     twin = TinyCodec(*taesd_states())
     twin.load_state_dict(codec.state_dict())
-    images = torch.rand(1, 3, 16, 16)
     assert torch.equal(twin.decode(twin.encode(images)), codec.decode(codec.encode(images)))
 
 
 def test_tiny_files_and_their_mistakes(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
     from latentscenes.model.tiny import TinyCodec
 
     encoder, decoder = taesd_states()
-    save_file(encoder, tmp_path / "encoder.safetensors")
-    torch.save(decoder, tmp_path / "decoder.pth")
-    codec = TinyCodec.load(tmp_path / "encoder.safetensors", tmp_path / "decoder.pth")
-    assert torch.equal(codec.encoder[0].weight, encoder["0.weight"])
-    with pytest.raises(UserError, match="divide by 4"):
-        codec.encode(torch.rand(1, 3, 18, 16))
 
-    def refused(state, reason):
-        save_file(state, tmp_path / "bad.safetensors")
-        with pytest.raises(UserError, match=f"bad.safetensors.*{reason}"):
-            TinyCodec.load(tmp_path / "encoder.safetensors", tmp_path / "bad.safetensors")
+    def without(*starts):
+        return {name: value for name, value in decoder.items() if not name.startswith(starts)}
 
-    refused(encoder, "TAESD layout")
-    refused({f"decoder.layers.{name}": value for name, value in decoder.items()}, "TAESD layout")
-    refused(
-        {name: value for name, value in decoder.items() if not name.startswith("9.")},
-        "one autoencoder|not those",
-    )
-    refused({name: value for name, value in decoder.items() if name != "3.conv.2.bias"}, "not those")
-    refused(taesd_states(channels=6)[1], "one autoencoder")
-    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="bad.safetensors: cannot be read"):
-        TinyCodec.load(tmp_path / "bad.safetensors", tmp_path / "decoder.pth")
-    with pytest.raises(UserError, match="absent.pth: no such"):
-        TinyCodec.load(tmp_path / "absent.pth", tmp_path / "decoder.pth")
+    for state in (
+        encoder,
+        {f"decoder.layers.{name}": value for name, value in decoder.items()},
+        without("3.conv.2.bias"),
+        without("9."),
+        without("9.", "10.", "11."),
+        taesd_states(channels=6)[1],
+        taesd_states(inputs=1)[1],
+    ):
+        saved_pair(tmp_path, encoder, state)
+        with pytest.raises(
+            UserError, match="my_decoder.pth: not the two weight files of one RGB autoencoder"
+        ):
+            TinyCodec.from_folder(tmp_path)
+    (tmp_path / "my_decoder.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="my_decoder.pth: cannot be read"):
+        TinyCodec.from_folder(tmp_path)
+    (tmp_path / "my_decoder.pth").unlink()
+    with pytest.raises(UserError, match=r"found 0 files \*decoder\*"):
+        TinyCodec.from_folder(tmp_path)
 
 
 def test_tiny_reconstructs_cars_with_real_weights():
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
     from latentscenes.model.metrics import psnr
     from latentscenes.model.tiny import TinyCodec
 
     weights, pictures = SHARED / "weights" / "taef2", SHARED / "data" / "srn_sample"
     if not weights.is_dir() or not pictures.is_dir():
         pytest.skip("pretrained weights or car pictures are absent")
-    codec = TinyCodec.load(weights / "taef2_encoder.pth", weights / "taef2_decoder.pth")
+    codec = TinyCodec.from_folder(weights)
     assert (codec.channels, codec.downsampling) == (32, 8)
     files = [min((car / "rgb").glob("*.png")) for car in sorted(pictures.iterdir())]
     images = torch.stack([torch.tensor(list(Image.open(file).convert("RGB").tobytes())) for file in files])
     images = images.view(-1, 128, 128, 3).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        quality = psnr(codec.decode(codec.encode(images)), images)
+        latents = codec.encode(images)
+        decoded = codec.decode(latents)
+        states = [read_weights(weights / f"taef2_{half}.pth") for half in ("encoder", "decoder")]
+        wanted = run_taesd(images[:2], *states)
+    torch.testing.assert_close(latents[:2], wanted[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoded[:2], wanted[1], atol=1e-4, rtol=1e-4)
+    quality = psnr(decoded, images)
     assert quality.mean() > 28.5 and quality.min() > 25
 
 
@@ -200,30 +250,15 @@ def test_diffusers_kl_mean_sample_and_range():
     check_contract(bare)
 
 
-def test_diffusers_tiny_equals_tiny_codec():
-    """The same weights through diffusers' AutoencoderTiny and through our own loader."""
-    from latentscenes.model.diffusers import DiffusersCodec
-    from latentscenes.model.tiny import TinyCodec
-
-    autoencoder = tiny_taesd()
-    encoder = {
-        name.removeprefix("layers."): value for name, value in autoencoder.encoder.state_dict().items()
-    }
-    decoder = {}
-    for name, value in autoencoder.decoder.state_dict().items():
-        _, place, rest = name.split(".", 2)
-        decoder[f"{int(place) + 1}.{rest}"] = value
-    ours, theirs, images = TinyCodec(encoder, decoder), DiffusersCodec(autoencoder), torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(ours.encode(images), theirs.encode(images))
-    torch.testing.assert_close(ours.decode(ours.encode(images)), theirs.decode(theirs.encode(images)))
-
-
 def test_diffusers_mistakes(tmp_path):
     from latentscenes.model.diffusers import DiffusersCodec
+    from latentscenes.model.tiny import TinyCodec
 
     if importlib.util.find_spec("diffusers") is None:
         with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):
             DiffusersCodec.load(tmp_path)
+        with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):
+            TinyCodec(*taesd_states())
         return
     with pytest.raises(UserError, match="config.json"):
         DiffusersCodec.load(tmp_path)

@@ -11,7 +11,8 @@ DOUBLE = torch.float64
 
 
 def bilinear(plane, x, y):
-    """plane[row][column] of feature lists at (x, y) in [-1, 1]: texel centers at (2k + 1) / r − 1, zero outside."""
+    """Reads plane[row][column] of feature lists at (x, y) in [-1, 1]. Texel centers: (2k + 1) / r − 1; zero
+    outside."""
     r, features = len(plane), len(plane[0][0])
     column, row = ((x + 1) * r - 1) / 2, ((y + 1) * r - 1) / 2
     out = [0.0] * features
@@ -25,7 +26,7 @@ def bilinear(plane, x, y):
 
 
 COORDINATES = {"xy,xz,yz": ["xy", "xz", "yz"], "eg3d": ["xy", "xz", "zx"]}
-"""For each plane, which coordinate runs along columns, then along rows."""
+"""For each plane, the coordinates along columns and along rows."""
 
 
 @pytest.mark.parametrize("aggregation", ["sum", "product"])
@@ -50,9 +51,8 @@ def test_texel_centres_give_texels():
     planes[:, 1:] = 0
     place = [(2 * k + 1) / 4 - 1 for k in range(4)]
     points = torch.tensor([[[place[2], place[1], 0.0]]], dtype=DOUBLE)
-    assert torch.allclose(
-        sample_planes(planes, points)[0, 0], planes[0, 0, 1, 2]
-    )  # row along y, column along x
+    # Row along y, column along x
+    assert torch.allclose(sample_planes(planes, points)[0, 0], planes[0, 0, 1, 2])
 
 
 def test_every_plane_matters():
@@ -68,7 +68,7 @@ def test_every_plane_matters():
 
 @pytest.mark.parametrize(("axes", "seen"), [("xy,xz,yz", True), ("eg3d", False)])
 def test_only_a_yz_plane_tells_structure_in_y_and_z_apart(axes, seen):
-    # Sums of functions of (x, y) and of (x, z) have no mixed second difference in y and z; those of (y, z) do.
+    # Only functions of (y, z) have a mixed second difference in y and z; those of (x, y) and (x, z) have none
     generator = torch.Generator().manual_seed(3)
     planes = torch.randn(1, 3, 8, 8, 1, dtype=DOUBLE, generator=generator)
     corner = torch.tensor([[[0.1, y, z] for y in (-0.5, 0.4) for z in (-0.3, 0.6)]], dtype=DOUBLE)

@@ -1,4 +1,4 @@
-"""Rays drawn where rays were wrong: chances against counts, errors against loops, and learning with them."""
+"""Error-guided sampling: probabilities against counts, the error map against loops, and learning with it."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def uniform(seed, *shape):
 def test_cells_come_by_their_chances_and_places_lie_in_them(share):
     focus = ErrorGuidedSampling(3, share, CPU)
     focus.errors[:] = uniform(0, 3, CELLS)
-    focus.errors[1, ::2] = 0  # right everywhere there
+    focus.errors[1, ::2] = 0  # no errors there
     views, count = torch.tensor([2, 1]), 20000
     x, y, cells = focus.draw(views, uniform(1, 2, count), uniform(2, 2, count), uniform(3, 2, count))
     assert torch.equal(cells, (y * SIDE).long() * SIDE + (x * SIDE).long())
@@ -44,9 +44,8 @@ def test_cells_come_by_their_chances_and_places_lie_in_them(share):
         wrong = focus.errors[view] ** EXPONENT
         chances = (1 - share) / CELLS + share * wrong / wrong.sum()
         counts = torch.bincount(cells[place], minlength=CELLS)
-        assert (
-            counts - count * chances
-        ).abs().max() < 2  # stratified: never off by more than the ends of a run
+        # Stratified: counts differ by less than 2
+        assert (counts - count * chances).abs().max() < 2
     inside = (x * SIDE) % 1
     assert inside.mean() == pytest.approx(0.5, abs=0.01) and inside.var() == pytest.approx(1 / 12, rel=0.05)
 
@@ -74,13 +73,13 @@ def test_errors_are_remembered_by_cell():
 
 
 def stage_of(tiny, *settings):
-    """The pixels' errors are what they are wrong by: no codec between."""
+    """Returns a configuration with error-guided sampling and the identity codec."""
     base = ["codec.kind=identity", "train.scenes.rays=40", "train.scenes.focus=0.9", "train.scenes.epochs=3"]
     config = config_io.parse(config_io.dump(tiny), "test", [*base, *settings])
     return dataclasses.replace(config, train=(config.train[1],), exploit=())
 
 
-def test_batches_go_where_a_view_was_wrong(solids, tiny, tmp_path):
+def test_rays_go_where_a_view_had_errors(solids, tiny, tmp_path):
     config = stage_of(tiny)
     scenes = solids.select("train")
     source = BatchSource(
@@ -94,7 +93,7 @@ def test_batches_go_where_a_view_was_wrong(solids, tiny, tmp_path):
     assert batch.pixels.shape == batch.cells.shape == (4, 40) and len(set(batch.views.tolist())) == 4
     wrong = torch.full((4, 40), 1e-9)
     wrong[1][batch.cells[1] < SIDE] = 1.0  # the upper row of cells of the second view
-    for _ in range(40):  # forget the ones that all began with
+    for _ in range(40):  # replaces the initial errors
         source.focus.learn(batch.views, torch.arange(CELLS).expand(4, CELLS), torch.full((4, CELLS), 1e-9))
     source.learn(batch, wrong)
     height, width = batch.background.shape[1:]

@@ -1,4 +1,4 @@
-"""The native kernel against `march_planes`, the readable path: values and every gradient, and how it is built."""
+"""The native kernel against `march_planes`: values, all gradients, and how it is built."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def problem(
     seed=0,
     directed=False,
 ):
-    """Random planes, network, cameras around the box and random numbers, as march_planes takes them."""
+    """Returns random arguments of march_planes: planes, network, rays around the box and numbers."""
     torch.manual_seed(seed)
     planes = torch.randn(scenes, 3, resolution, resolution, features).requires_grad_()
     field = Field(features, channels, hidden, view_direction=directed)
@@ -60,7 +60,7 @@ def gradients(outputs, upstream, planes, field):
 
 
 def assert_close(actual, expected, tolerance):
-    """Within `tolerance` of the largest entry, which bounds the rounding of sums."""
+    """Compares within `tolerance` times the largest entry, which bounds the rounding of sums."""
     assert torch.isfinite(actual).all()
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max() + 1e-30
 
@@ -89,9 +89,8 @@ def test_axes_and_aggregations(axes, aggregation):
 @pytest.mark.parametrize("features", [5, 16])
 def test_view_direction(features):
     planes, field, rays, *numbers = problem(features=features, directed=True)
-    stretched = rays._replace(
-        directions=1.7 * rays.directions
-    )  # the network sees the unit vector all the same
+    # The network sees the unit vector all the same
+    stretched = rays._replace(directions=1.7 * rays.directions)
     assert_same_as_readable((planes, field, stretched, *numbers))
 
 
@@ -233,7 +232,7 @@ def test_render_rays_picks_the_kernel_and_counts_free_light_as_far():
 @pytest.mark.parametrize("threads", [1, 3, 5])
 @pytest.mark.parametrize(("aggregation", "directed"), [("sum", False), ("sum", True), ("product", False)])
 def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypatch):
-    """By weights of each scene's own in the native kernel, texel by texel in the readable path."""
+    """The native kernel mixes by hidden weights per scene, plain torch mixes texel by texel."""
     monkeypatch.setattr(native, "SKIP", 0.0)
     planes, field, *rest = problem(scenes=3, rays=11, features=6, hidden=20, directed=directed)
     mixing = torch.randn(3, 6, 6).mul_(0.3).requires_grad_()
@@ -242,19 +241,19 @@ def test_planes_mixed_as_they_are_read(aggregation, directed, threads, monkeypat
     torch.set_num_threads(threads)
     try:
         found = render_rays(
-            FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="native"
+            FusedPlanes(planes, mixing, aggregation=aggregation), field, *rest, kernel="native"
         )
         upstream = [torch.randn_like(value) for value in found]
         found_gradients = torch.autograd.grad(found, inputs, upstream)
     finally:
         torch.set_num_threads(before)
-    wanted = render_rays(FusedPlanes(planes, mixing), field, *rest, aggregation=aggregation, kernel="torch")
+    wanted = render_rays(FusedPlanes(planes, mixing, aggregation=aggregation), field, *rest, kernel="torch")
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, 1e-5)
     for a, b in zip(found_gradients, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         assert_close(a, b, 1e-4)
     mixed = render_rays(
-        FusedPlanes(mix(planes, mixing)), field, *rest, aggregation=aggregation, kernel="torch"
+        FusedPlanes(mix(planes, mixing), aggregation=aggregation), field, *rest, kernel="torch"
     )
     assert torch.equal(mixed.features, wanted.features)
 
@@ -279,7 +278,8 @@ def run_python(code, **environment):
 
 @needs_compiler
 def test_two_processes_build_at_once(tmp_path):
-    code = "from latentscenes.rendering.kernels import build; build.ctypes.CDLL(str(build.build())).latentscenes_forward"
+    code = "from latentscenes.rendering.kernels import build; library = str(build.build())"
+    code += "; build.ctypes.CDLL(library).latentscenes_forward"
     both = [run_python(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
     for process in both:
         _, errors = process.communicate(timeout=120)
@@ -297,7 +297,8 @@ rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        render_rays(FusedPlanes(torch.ones(1, 3, 4, 4, 2)), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4))
+        u = torch.rand(1, 2, 4)
+        render_rays(FusedPlanes(torch.ones(1, 3, 4, 4, 2)), Field(2, 3), rays, u, u)
 print(len(caught), caught[0].message)
 """
     process = run_python(code, XDG_CACHE_HOME=str(tmp_path), CXX="/nonexistent")

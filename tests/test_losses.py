@@ -1,4 +1,4 @@
-"""Each term of the objective against values worked out with numpy, on renders of a tiny model."""
+"""Each term of the objective against numpy, on renders of a tiny model."""
 
 import dataclasses
 
@@ -66,9 +66,8 @@ def test_each_term_worked_out_with_numpy(model):
     assert found["latent"] == pytest.approx(square(rendered, encoded), rel=1e-5)
     assert found["rgb"] == pytest.approx(square(decoded, batch.images), rel=1e-5)
     assert found["autoencoder"] == pytest.approx(square(again, batch.images), rel=1e-5)
-    small = (
-        2 * batch.images.reshape(6, 3, 4, 4, 4, 4).mean((3, 5)) - 1
-    )  # each latent pixel: the mean of 4 x 4 pixels
+    # Each latent pixel: the mean of 4 x 4 pixels
+    small = 2 * batch.images.reshape(6, 3, 4, 4, 4, 4).mean((3, 5)) - 1
     assert found["preview"] == pytest.approx(
         square(view.preview.reshape(6, 4, 4, 3).permute(0, 3, 1, 2), small), rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""Marching against closed forms (slab, Gaussian blob, walls), brute force, sampling and finite differences."""
+"""Ray marching against closed forms (slab, Gaussian blob, walls), brute force and finite differences."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_slab_of_constant_density():
     color = torch.tensor([0.2, -0.4, 0.9], dtype=DOUBLE)
     out = march.composite(t, torch.full_like(t, sigma), color.expand(len(t), 3))
     opacity = 1 - math.exp(-sigma * (far - near))
-    assert float(out.opacity) == pytest.approx(opacity, abs=1e-12)  # exact, whatever the number of samples
+    assert float(out.opacity) == pytest.approx(opacity, abs=1e-12)  # exact for any number of samples
     assert torch.allclose(out.features, opacity * color)
     # ∫ t σ exp(−σ(t − near)) dt = (near + 1/σ) − (far + 1/σ) exp(−σL)
     depth = (near + 1 / sigma) - (far + 1 / sigma) * math.exp(-sigma * (far - near))
@@ -73,9 +73,8 @@ def test_of_two_opaque_walls_the_front_one_is_seen():
     assert float(out.opacity) == pytest.approx(1)
     assert float(out.features[1]) == 0
     assert float(out.depth) == pytest.approx(1.0, abs=0.011)  # within the sampling distance
-    assert float(out.features[0]) == pytest.approx(
-        0.5, abs=1e-9
-    )  # all in the interval whose ends are air and wall: their mean
+    # All in the interval whose ends are air and wall: their mean
+    assert float(out.features[0]) == pytest.approx(0.5, abs=1e-9)
 
 
 def test_nothing_is_seen_of_empty_space():
@@ -136,8 +135,8 @@ def test_stratified_puts_one_sample_in_each_slice():
 
 
 def target_distribution(t, weights):
-    """Cumulative distribution at each t, worked out in plain Python: each weight widened to the larger of itself and
-    its neighbor on either side, the two averaged, padded, spread evenly over its interval."""
+    """Computes the cumulative distribution at each t in plain Python. A weight becomes the mean of its maxima
+    with the left and with the right neighbor, plus padding, spread evenly over its interval."""
     w = list(weights)
     n = len(w)
     mass = []
@@ -152,7 +151,7 @@ def target_distribution(t, weights):
 
 
 def read(t, cumulative, x):
-    """Piecewise linear: the cumulative distribution at x."""
+    """Reads the piecewise linear cumulative distribution at x."""
     for k in range(len(t) - 1):
         if x <= t[k + 1]:
             return cumulative[k] + (cumulative[k + 1] - cumulative[k]) * (x - t[k]) / (t[k + 1] - t[k])

@@ -1,17 +1,15 @@
-"""Metrics against closed forms, scikit-image, and what any perceptual distance must do."""
+"""Metrics against closed forms, scikit-image, and the formulas of the papers."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
-from PIL import Image, ImageFilter
 from torch.nn import functional
 
 from latentscenes.core.errors import UserError
-from latentscenes.model import metrics
+from latentscenes.evaluation.evaluate import Evaluation, SceneScore
+from latentscenes.evaluation.tables import scores_table
 from latentscenes.model.metrics import FOLDER_VARIABLE, PSNR_CAP, Perceptual, psnr, ssim
 
 
@@ -70,7 +68,7 @@ def test_ssim_refuses_images_smaller_than_its_window():
 
 
 def perceptual_weights(shapes, prefixes):
-    """Random weights named as a file names them, from (out, in, side) per convolution."""
+    """Returns random weights named as in files, from (out, in, side) per convolution."""
     generator = torch.Generator().manual_seed(2)
     state = {}
     for k, ((o, i, side), prefix) in enumerate(zip(shapes, prefixes, strict=True)):
@@ -85,7 +83,7 @@ ALEXNET = [f"features.{place}" for place in (0, 3, 6, 8, 10)]
 
 
 def test_lpips_equals_its_formula(tmp_path, monkeypatch):
-    """A folder with backbone and linear weights in two files, against the formula written out with plain loops."""
+    """A folder with backbone and linear weights in two files, against the formula in plain loops."""
     state = perceptual_weights(SHAPES, ALEXNET)
     torch.save(
         {name: value for name, value in state.items() if name.startswith("features")},
@@ -94,7 +92,7 @@ def test_lpips_equals_its_formula(tmp_path, monkeypatch):
     torch.save({name: value for name, value in state.items() if name.startswith("lin")}, tmp_path / "lin.pth")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     metric = Perceptual.find()
-    assert metric is not None and metric.name == "LPIPS"
+    assert metric.name == "LPIPS"
 
     def features(image):
         x = (2 * image - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
@@ -121,53 +119,69 @@ def test_lpips_equals_its_formula(tmp_path, monkeypatch):
 
 
 def test_lpips_folder_mistakes(tmp_path):
-    with pytest.raises(UserError, match="no 'features.0.weight'.*folder must hold"):
+    with pytest.raises(UserError, match="no 'features.0.weight'.*The folder must hold"):
         Perceptual.find(tmp_path)
     torch.save(
         perceptual_weights(SHAPES, ALEXNET) | {"lin2.model.1.weight": torch.ones(1, 5, 1, 1)},
         tmp_path / "weights.pth",
     )
-    with pytest.raises(UserError, match="linear weights of shape"):
+    with pytest.raises(UserError, match=r"lin2.model.1.weight has shape \(1, 5, 1, 1\), not"):
         Perceptual.find(tmp_path)
 
 
-def test_no_perceptual_weights_is_none(monkeypatch):
+def flat_flip(a, b):
+    """FLIP of two flat images of sRGB colors, after the paper: only the color term is left. It is the HyAB
+    distance of Hunt-adjusted CIELAB colors to the power 0.7, mapped to [0, 1]."""
+
+    def lab(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        ratio = to_xyz @ linear / to_xyz.sum(1)
+        x, y, z = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+        lightness = 116 * y - 16
+        return lightness, 0.01 * lightness * 500 * (x - y), 0.01 * lightness * 200 * (y - z)
+
+    def power(a, b):
+        (p, *q), (r, *s) = lab(a), lab(b)
+        return (abs(p - r) + math.dist(q, s)) ** 0.7
+
+    found, largest = power(a, b), power((0, 1, 0), (0, 0, 1))
+    knee = 0.4 * largest
+    return 0.95 * found / knee if found < knee else 0.95 + 0.05 * (found - knee) / (largest - knee)
+
+
+@pytest.fixture
+def metric(monkeypatch):
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr(metrics, "SHIFT_TOLERANT", ("a-distribution-nobody-has", "x.pth"))
-    assert Perceptual.find() is None
+    return Perceptual.find()
 
 
-def test_shift_tolerant_metric_orders_distortions(monkeypatch):
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    metric = Perceptual.find()
-    if metric is None:
-        pytest.skip("stlpips-pytorch is not installed")
-    cars = SHARED / "data" / "srn_sample"
-    if not cars.is_dir():
-        pytest.skip("car pictures are absent")
-    assert metric.name == "ST-LPIPS (reconstructed)"
-    pictures = [
-        Image.open(min((car / "rgb").glob("*.png"))).convert("RGB") for car in sorted(cars.iterdir())[:4]
-    ]
+def test_flip_of_flat_images_follows_the_paper(metric):
+    assert metric.name == "FLIP"
+    pairs = [((0, 0, 0), (1, 1, 1)), ((0, 1, 0), (0, 0, 1)), ((1, 0, 0), (0, 0, 0)), ((0.9,) * 3, (1, 1, 1))]
+    pairs += [((0.2, 0.4, 0.6), (0.3, 0.4, 0.5))]
+    sides = (torch.tensor(side, dtype=torch.float32).view(-1, 3, 1, 1) for side in zip(*pairs, strict=True))
+    found = metric(*(side.expand(-1, 3, 24, 32) for side in sides))
+    assert found.tolist() == pytest.approx([flat_flip(*pair) for pair in pairs], abs=1e-3)
+    assert found[0].item() == pytest.approx(0.9674, abs=1e-3)
 
-    def jpeg(picture, quality):
-        stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=quality)
-        return Image.open(stream).convert("RGB")
 
-    def stack(images):
-        return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+def test_flip_orders_distortions(metric):
+    truth = photos()
+    distances = [metric(noisy(truth, amount), truth) for amount in (0.0, 0.01, 0.03, 0.1, 0.3)]
+    for view in range(len(truth)):
+        values = [distance[view].item() for distance in distances]
+        assert values[0] == 0 and values == sorted(values) and 0.1 < values[-1] < 1
+    torch.testing.assert_close(metric(truth, noisy(truth, 0.1)), distances[3], rtol=1e-3, atol=0)
+    each = torch.cat([metric(a[None], b[None]) for a, b in zip(noisy(truth, 0.1), truth, strict=True)])
+    assert torch.equal(each, distances[3])
+    assert torch.equal(metric(truth + 2, torch.ones_like(truth)), torch.zeros(3))  # clamped
 
-    truth = stack(pictures)
-    blurred = [
-        metric(truth, stack([p.filter(ImageFilter.GaussianBlur(r)) for p in pictures])).mean()
-        for r in (0, 0.5, 1, 2, 4)
-    ]
-    compressed = [
-        metric(truth, stack([jpeg(p, quality) for p in pictures])).mean() for quality in (90, 50, 20, 5)
-    ]
-    noised = [metric(truth, noisy(truth, amount)).mean() for amount in (0.01, 0.03, 0.1, 0.3)]
-    for distances in (blurred, compressed, noised):
-        assert sorted(distances) == distances and distances[-1] > 2 * distances[0]
-    assert blurred[0] == 0
-    assert metric(truth, truth.roll(1, -1)).mean() < 0.1 * blurred[2]
+
+def test_scores_of_earlier_versions_open(tmp_path):
+    """They may name a metric that this version no longer computes."""
+    score = SceneScore("a", 30.0, 0.9, 0.05, 40.0, 0.99, 0.01, 0.001)
+    old = Evaluation("views", "held_out", 4, "ST-LPIPS (reconstructed)", 0.01, [score], score)
+    old.save(tmp_path / "evaluation.json")
+    opened = Evaluation.read(tmp_path / "evaluation.json")
+    assert opened == old and "ST-LPIPS (reconstructed)" in scores_table(opened).columns

@@ -1,4 +1,4 @@
-"""Normalizer: round trips, statistics against all the window's latents at once, forgetting, resuming."""
+"""Normalizer: round trips, statistics against those of all latents in the window, forgetting, resuming."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row-wise Adam against torch's Adam run for each scene alone; shared Adam's live state; schedules."""
+"""Adam by rows against torch's Adam for each scene alone; the state of shared Adam; schedules."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True, mixing=True)
 RATES = {"micro": 1e-2, "weights": 3e-2, "bias": 3e-2, "mixing": 2e-2}
 TURNS = [[0, 2], [2, 1], [2], [0, 2], [1, 2], [2, 0]]
-"""Scenes of each step; scene 3 never comes."""
+"""Scenes of each step, never scene 3."""
 
 
 def made_rows(count=4):
@@ -106,7 +106,7 @@ def test_row_state_loaded_into_its_tensors_goes_on_exactly():
         assert torch.equal(table, kept_rows.tables()[name])
 
 
-# What all scenes share
+# Shared parts
 
 
 def made_parts(seed=0):

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere, politely or not, ends where an unbroken one ends, to the last bit."""
+"""A run that is stopped anywhere, by any signal, ends exactly like one that is not stopped."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def windowed(tiny):
-    """All stages, with a normalizer that has a state of its own."""
+    """Returns a configuration of all stages, with a normalizer that has a state."""
     return config_io.parse(
         config_io.dump(tiny), "test", ["normalizer.kind=meanstd_tanh", "normalizer.window=5"]
     )
@@ -146,7 +146,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(solids, tiny, tmp_path
             break
         except Crash:
             totals.append(Run.open(tmp_path / "broken").position.total)
-    # at step 3; twice at the end of the first stage, whose checkpoint replaces that of its last step; at step 7
+    # At step 3, twice at the end of the first stage (its checkpoint replaces that of the last step), at 7
     assert totals == [2, 6, 6, 6]
     assert_same_run(whole, broken)
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["24"]
@@ -161,7 +161,8 @@ from latentscenes.core import config, config_io
 from latentscenes.training import loop as train
 from latentscenes.data.dataset import PosedImages
 train.SAVE_SECONDS = 0.02
-train.train(config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+settings, images = config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2])
+train.train(settings, images, Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 
@@ -179,9 +180,8 @@ def wait_for_checkpoint(out, above, process):
         ):
             return
         time.sleep(0.01)
-    raise AssertionError(
-        f"no checkpoint above {above} in time: {process.communicate()[1] if process.poll() is not None else ''}"
-    )
+    errors = process.communicate()[1] if process.poll() is not None else ""
+    raise AssertionError(f"no checkpoint above {above} in time: {errors}")
 
 
 def test_killed_processes(solids, solids_path, tiny, tmp_path):
@@ -196,7 +196,7 @@ def test_killed_processes(solids, solids_path, tiny, tmp_path):
     killed_at = Run.open(out).position.total
     assert 10 < killed_at < 270
 
-    process = start(settings, solids_path, out)  # a polite kill saves what was done
+    process = start(settings, solids_path, out)  # SIGTERM saves first
     wait_for_checkpoint(out, killed_at + 5, process)
     seen = Run.open(out).position.total
     process.send_signal(signal.SIGTERM)
@@ -250,7 +250,8 @@ def test_a_folder_holds_one_run(solids, tiny, tmp_path):
 def test_two_processes_on_one_run_are_refused(solids, tiny, tmp_path):
     out = tmp_path / "run"
     config = dataclasses.replace(tiny, train=tiny.train[:1])
-    holder = "import sys; from latentscenes.storage.run import Run; run = Run.open(sys.argv[1]); run.lock(); print('held', flush=True); sys.stdin.read()"
+    holder = "import sys; from latentscenes.storage.run import Run; run = Run.open(sys.argv[1]); run.lock()"
+    holder += "; print('held', flush=True); sys.stdin.read()"
     train(config, solids, out, device=CPU)
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Micro planes in files: they learn what planes in memory learn, and any crash leaves the last checkpoint whole."""
+"""Micro planes in files learn the same as those in memory, and the last checkpoint survives any crash."""
 
 import dataclasses
 import os
@@ -111,9 +111,8 @@ def test_the_same_is_learned_wherever_rows_lie(solids, tiny, unbroken, tmp_path,
     fresh, _ = rows_on_disk(
         tmp_path / "fresh", len(on_disk.info.scenes), tiny.planes, seeded("cpu", tiny.seed, "rows")
     )
-    monkeypatch.setattr(
-        "latentscenes.storage.run.random_parameters", lambda *_: fresh
-    )  # the order of random numbers differs
+    # The order of random numbers differs
+    monkeypatch.setattr("latentscenes.storage.run.random_parameters", lambda *_: fresh)
     in_memory = train(dataclasses.replace(tiny, storage="memory"), solids, tmp_path / "run", device=CPU)
     assert all(torch.equal(a, b) for a, b in zip(state(on_disk), state(in_memory), strict=True))
 
@@ -153,7 +152,8 @@ from latentscenes.training import loop as train
 from latentscenes.data.dataset import PosedImages
 torch.set_num_threads(1)
 train.SAVE_SECONDS = 0.05
-train.train(config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2]), Path(sys.argv[3]), device=torch.device("cpu"))
+settings, images = config_io.load(sys.argv[1]), PosedImages.open(sys.argv[2])
+train.train(settings, images, Path(sys.argv[3]), device=torch.device("cpu"))
 """
 
 

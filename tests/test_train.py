@@ -1,4 +1,4 @@
-"""The loop: what learns and what does not, on solids small enough to learn in seconds."""
+"""The training loop: what learns and what is frozen, on solids that are learned in seconds."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def changed(config, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(solids, tmp_path_factory):
-    """A finished run of all stages."""
+    """Returns a finished run of all stages."""
     from conftest import TINY
 
     return train(
@@ -135,7 +135,7 @@ def test_rgb_baseline_learns_a_ball(solids, tmp_path):
         scores[epochs] = evaluate(SceneSet.of_run(run), solids, scene)
     assert scores[150].views == 1 and scores[150].mean.codec_psnr > 60  # the identity loses nothing
     assert scores[150].mean.psnr > scores[1].mean.psnr + 6 and scores[150].mean.psnr > 18
-    # the latents are the image in (−1, 1), so the two errors must agree (the images are clamped, which only helps)
+    # Latents are the image in (−1, 1), so the two errors must agree (clamping images can only help)
     assert scores[150].mean.psnr >= -10 * math.log10(scores[150].mean.latent_error / 4) - 1e-3
 
 
@@ -150,9 +150,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(solids, tiny, 
         return {name: value * math.nan for name, value in found.items()} if len(calls) == 9 else found, errors
 
     monkeypatch.setattr(loop, "terms", spoiled)
-    monkeypatch.setattr(
-        loop, "SAVE_SECONDS", 0.0
-    )  # a checkpoint is due at every step, between two logged ones
+    # A checkpoint is due at every step, between two logged ones
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     with pytest.raises(UserError, match="stage 'scenes', step 3: a loss is no longer finite"):
         train(tiny, solids, tmp_path / "run", device=CPU)
     run = Run.open(tmp_path / "run")

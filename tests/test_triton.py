@@ -1,7 +1,7 @@
-"""The GPU kernels against `march_planes`, the readable path: values and every gradient.
+"""The GPU kernels against `march_planes`: values and all gradients.
 
-With a CUDA device they run on it. Without one, Triton's interpreter runs them on the CPU, slowly; and that compilers take
-them is tested apart, for which no device is needed either.
+They run on a CUDA device, or without one slowly in Triton's interpreter. Another test compiles them for a
+GPU, which needs no device.
 """
 
 import os
@@ -33,7 +33,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
-    """The interpreter's time goes by programs, whatever their size."""
+    """The interpreter's time depends on the number of programs, not on their size."""
     if not CUDA:
         monkeypatch.setattr(triton_ops, "FORWARD_BLOCK", 1024)
         monkeypatch.setattr(triton_ops, "BACKWARD_BLOCK", 1024)
@@ -59,7 +59,7 @@ def run(
 
 
 def both_ways(arguments, axes="xy,xz,yz", aggregation="sum", precision="float32"):
-    """Results and gradients of the kernels and of the readable path, for random upstream gradients."""
+    """Returns results and gradients of the kernels and of plain torch, for random upstream gradients."""
     planes, field = arguments[:2]
     actual = run(*arguments, axes, aggregation, precision)
     expected = march_planes(*arguments, axes, aggregation)[:3]
@@ -84,9 +84,8 @@ def test_axes_and_aggregations(axes, aggregation):
 @pytest.mark.parametrize(("features", "aggregation"), [(5, "product"), (16, "sum")])
 def test_view_direction(features, aggregation):
     planes, field, rays, *numbers = small(features=features, directed=True)
-    stretched = rays._replace(
-        directions=1.7 * rays.directions
-    )  # the network sees the unit vector all the same
+    # The network sees the unit vector all the same
+    stretched = rays._replace(directions=1.7 * rays.directions)
     assert_same_as_readable((planes, field, stretched, *numbers), aggregation=aggregation)
 
 
@@ -248,7 +247,7 @@ def test_demanded_but_impossible_says_why(monkeypatch):
 
 
 def python(code, **environment):
-    """What a new process prints, in which kernels are not interpreted unless asked for."""
+    """Runs code in a new process, with kernels interpreted only if asked for. Returns what it prints."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         **environment,
@@ -265,10 +264,11 @@ def test_without_triton_it_says_what_to_install():
 import sys, torch
 sys.modules["triton"] = None  # as if it were not installed
 from latentscenes.core.errors import UserError
-from latentscenes.rendering.field import Field
+from latentscenes.rendering.field import Field, FusedPlanes
 from latentscenes.rendering.render import Rays, render_rays
 rays = Rays(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.zeros(1, 2), torch.ones(1, 2))
-arguments = torch.ones(1, 3, 4, 4, 2), Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4)
+planes = FusedPlanes(torch.ones(1, 3, 4, 4, 2))
+arguments = planes, Field(2, 3), rays, torch.rand(1, 2, 4), torch.rand(1, 2, 4)
 try:
     render_rays(*arguments, kernel="triton")
 except UserError as error:
@@ -284,17 +284,19 @@ from triton.compiler import ASTSource
 from latentscenes.rendering.kernels import triton_field as field, triton_march as march
 
 POINTERS = {"kept": "*i64", "keep": "*i8", "order": "*i32"}
-NUMBERS = "points first count rays samples resolution plane_features inputs hidden channels coarse fine".split()
+NUMBERS = "points first count rays samples resolution plane_features inputs hidden channels coarse fine"
 
 def compile(kernel, capability, warps, **constants):
-    kinds = {name: "i32" if name in NUMBERS else POINTERS.get(name, "*fp32") for name in kernel.arg_names}
+    numbers = NUMBERS.split()
+    kinds = {name: "i32" if name in numbers else POINTERS.get(name, "*fp32") for name in kernel.arg_names}
     kinds |= {name: "constexpr" for name in constants}
     target = GPUTarget("cuda", capability, 32)
     source = ASTSource(kernel, kinds, constants)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
     print(kernel.__name__, capability, compiled.metadata.shared)
 
-network = dict(EG3D=False, PRODUCT=False, DIRECTED=False, PRECISION="float32", INPUTS=32, HIDDEN=64, OUTPUTS=16)
+network = dict(EG3D=False, PRODUCT=False, DIRECTED=False, PRECISION="float32")
+network |= dict(INPUTS=32, HIDDEN=64, OUTPUTS=16)
 compile(field.field_forward, 80, 8, BLOCK=64, **network)
 compile(field.field_backward_planes, 80, 8, BLOCK=32, **network)
 compile(field.field_backward_network, 80, 8, BLOCK=32, **network)
@@ -305,7 +307,7 @@ for kernel in (march.sort_samples, march.composite, march.composite_backward):
 
 
 def test_compilers_take_the_kernels():
-    """To machine code for a GPU of 2020, without having one; and each fits the 99 KiB of memory that its processors share."""
+    """They compile for a GPU of 2020 without having one, and each fits into 99 KiB of shared memory."""
     lines = [line.split() for line in python(COMPILE).splitlines()]
     assert len(lines) == 7
     assert all(int(shared) <= 99 * 1024 for _, _, shared in lines), lines

@@ -1,4 +1,4 @@
-"""Work side by side in several processes: results, errors, and every way to be stopped."""
+"""Work in several processes: results, errors, and every way to be stopped."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def victim():
 
 
 def patient(folder):
-    """Works until it is told to stop, and saves then."""
+    """Returns work that goes on until a stop signal, and then saves."""
 
     def work(name):
         with StopFlag() as stopped:
@@ -64,7 +64,7 @@ def test_every_item_is_worked_on_once_and_elsewhere():
         (victim, UserError, r"exit code -9.*fewer --workers"),
     ],
 )
-def test_what_goes_wrong_in_a_worker_is_told(prepare, error, words):
+def test_errors_of_workers_reach_the_parent(prepare, error, words):
     with pytest.raises(error, match=words):
         list(side_by_side(prepare, [0, 2], 2))
 

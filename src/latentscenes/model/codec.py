@@ -1,11 +1,12 @@
-"""Image ↔ latent: the protocol every codec keeps.
+"""The interface of all codecs (image autoencoders), and the identity codec.
 
 Notable:
-- Images enter and leave in [0, 1]; whatever range the network wants is the adapter's business.
-- `decode` does not clamp: a loss needs gradients beyond the range, and who shows or scores an image clamps it.
-- Encoder and decoder parameters are told apart, all of them, so that a stage can train or freeze either.
+- Images are in [0, 1] on both sides. A codec converts to the range of its network.
+- `decode` does not clamp, because losses need gradients beyond the range. Code that shows or scores
+  images clamps.
+- Each parameter belongs to the encoder or to the decoder, so that a stage can train or freeze either.
 
-One codec a file: identity, convolutional (our own), tiny (TAESD files), diffusers (Stable Diffusion's and others).
+Other codecs: convolutional (our own), tiny (TAESD weight files), diffusers (Stable Diffusion's and others).
 """
 
 from abc import ABC, abstractmethod
@@ -32,50 +33,53 @@ class Codec(nn.Module, ABC):
     def encode(
         self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "n c h w"]:
-        """Images in [0, 1] → latents of H/f x W/f pixels: the posterior's mean, or a sample of it when a generator
-        is given and the codec is variational."""
+        """Encodes images in [0, 1] to latents of H/f x W/f pixels. A variational codec returns the
+        posterior's mean, or with a generator a sample of it."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Latents → images, about [0, 1] but not clamped."""
+        """Decodes latents to images in about [0, 1], not clamped."""
 
     @abstractmethod
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """Everything `encode` depends on."""
+        """Returns all parameters that `encode` depends on."""
 
     @abstractmethod
     def decoder_parameters(self) -> list[nn.Parameter]:
-        """Everything `decode` depends on."""
+        """Returns all parameters that `decode` depends on."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the latents of an image; a size that does not divide is refused."""
+        """Returns height and width of the latents of an image.
+
+        Raises:
+            UserError: a side is not a multiple of the downsampling factor.
+        """
         if height % self.downsampling or width % self.downsampling:
             raise UserError(
-                f"images of {width}x{height} pixels: this codec needs sides that divide by {self.downsampling}. "
-                "Make the dataset at another size, or choose another codec."
+                f"images of {width}x{height} pixels: this codec needs sides that divide by "
+                f"{self.downsampling}. "
+                "Make the dataset at another size, or choose another codec.kind."
             )
         return height // self.downsampling, width // self.downsampling
 
     @torch.no_grad()
     def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
-        """The latents of a white image of height x width pixels: what rays that hit nothing should carry.
-        No gradient; ask again after the encoder has changed."""
+        """Returns the latents of a white image of height x width pixels, which rays that hit nothing should
+        have. They carry no gradient and change with the encoder."""
         self.latent_size(height, width)
         like = next(chain(self.parameters(), self.buffers()), torch.empty(0))
         return self.encode(torch.ones(1, 3, height, width, dtype=like.dtype, device=like.device))[0]
 
 
 class IdentityCodec(Codec):
-    """latents = 2 · image − 1; 3 channels, full resolution, nothing to learn."""
+    """Latents are 2 · image − 1: 3 channels, full resolution, no parameters."""
 
     channels = 3
     downsampling = 1
 
     def __init__(self):
         super().__init__()
-        self.register_buffer(
-            "where", torch.empty(0), persistent=False
-        )  # remembers the device it was moved to
+        self.register_buffer("where", torch.empty(0), persistent=False)  # tells `background` the device
 
     def encode(
         self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
@@ -93,19 +97,22 @@ class IdentityCodec(Codec):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .pt file by name, floating-point ones as float32."""
+    """Returns the tensors of a .safetensors, .pth or .pt file by name, floating-point ones as float32.
+
+    Raises:
+        UserError: the file cannot be read, or holds something other than named tensors.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weight file. Check the path.")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 — broken files raise half a dozen kinds; in each case the file is at fault
+    except Exception as error:  # broken files raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: cannot be read as weights ({reason}). Give a .safetensors file, or a .pth that holds tensors only."
+            f"{path}: cannot be read as weights ({reason}). "
+            "Give a .safetensors file, or a .pth file that holds only tensors."
         ) from None
     if (
         not isinstance(state, dict)
@@ -113,6 +120,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in state.values())
     ):
         raise UserError(
-            f"{path}: holds something else than named tensors. Save the network's state_dict alone."
+            f"{path}: holds something other than named tensors. Save only the network's state_dict."
         )
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

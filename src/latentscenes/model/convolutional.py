@@ -1,14 +1,13 @@
-"""Our own codec: principal components of image patches, and small convolutional networks that add what those miss.
+"""Our own codec: principal components of image patches, plus small networks that learn the rest.
 
 Notable:
-- Latents start as the principal components of f x f patches, from which patches are recovered linearly. That alone
-  beats minutes of training from random weights; the networks beside it start at zero and only ever improve on it.
-- Components are orthonormal and share one scale, so an error in latents weighs what it weighs in pixels, and latents
-  of images in [0, 1] start inside (−1, 1).
-- Nothing has a bias, and everything sees 1 − image. So white is 0 in every layer, plain zero padding is exact for it,
-  its latent is 0 up to the last pixel, and 0 decodes to white: empty space needs no learning, whatever the weights.
-  (With biases, zero padding gives edges and corners other latents than the middle, which no rendered background can
-  match.)
+- Latents start as the principal components of f x f patches. This linear codec alone beats minutes of
+  training from random weights. The networks start at zero and improve on it.
+- Components are orthonormal and have one scale. So an error weighs the same in latents and in pixels, and
+  latents of images in [0, 1] start inside (−1, 1).
+- No layer has a bias, and the networks see 1 − image. So white is 0 in every layer and up to the image
+  border, and 0 decodes to white: the background needs no learning. (With biases, zero padding would give
+  edges other latents than the middle, and no rendered background could match them.)
 """
 
 import math
@@ -41,8 +40,8 @@ class Residual(nn.Module):
 
 
 class ConvolutionalCodec(Codec):
-    """Downsampling f of 2, 4 or 8. The networks beside the linear part: a pixel shuffle by 2, then strided
-    convolutions; `width` channels at latent resolution, half as many at each finer one (never under 32, or `width` if smaller)."""
+    """Downsampling f is 2, 4 or 8. Both networks work at half the image resolution and coarser. They have
+    `width` channels at latent resolution and half as many at each finer one, but at least min(32, width)."""
 
     def __init__(self, downsampling: int, channels: int, width: int, bfloat16: bool = True):
         super().__init__()
@@ -57,12 +56,7 @@ class ConvolutionalCodec(Codec):
         encoder += [Residual(width), Residual(width), nn.SiLU(), _zeroed(_convolution(width, channels))]
         self.encoder = nn.Sequential(*encoder)
 
-        decoder: list[nn.Module] = [
-            _convolution(channels, width),
-            Residual(width),
-            Residual(width),
-            Residual(width),
-        ]
+        decoder: list[nn.Module] = [_convolution(channels, width), *(Residual(width) for _ in range(3))]
         for coarser, finer in zip(widths[:0:-1], widths[-2::-1], strict=True):
             decoder += [_convolution(coarser, 4 * finer), nn.PixelShuffle(2), Residual(finer)]
         decoder += [nn.SiLU(), _zeroed(_convolution(widths[0], 12)), nn.PixelShuffle(2)]
@@ -72,21 +66,20 @@ class ConvolutionalCodec(Codec):
         self.analysis = nn.Parameter(basis.t().contiguous()[:, :, None, None])
         self.synthesis = nn.Parameter(basis.contiguous()[:, :, None, None])
         self.scale = 1 / math.sqrt(3 * downsampling**2)
-        """No unit vector reaches further than 1 / scale over a patch of values in [0, 1]."""
+        """Keeps latents in (−1, 1): components have unit length, patches of values in [0, 1] at most 1 /
+        scale."""
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def fit_components(self, images: Float[Tensor, "n 3 H W"]) -> None:
-        """Set the linear part to the principal components of these images' patches (about white, not about their
-        mean, so that white stays 0)."""
+        """Sets the linear part to the principal components of these images' patches. They are centered on
+        white, not on their mean, so that white stays 0."""
         patches = (
             nn.functional.pixel_unshuffle(1 - images, self.downsampling).transpose(0, 1).flatten(1).double()
         )
         _, vectors = torch.linalg.eigh(patches @ patches.t() / patches.shape[1])
         largest = vectors[:, -self.channels :].flip(1)
-        largest = (
-            largest * largest.sum(0).sign()
-        )  # the sign of an eigenvector is arbitrary: more ink, more latent
+        largest = largest * largest.sum(0).sign()  # fixes eigenvectors' arbitrary signs: darker is larger
         self.synthesis.copy_(largest.float()[:, :, None, None])
         self.analysis.copy_(largest.t().float()[:, :, None, None])
 

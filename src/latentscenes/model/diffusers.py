@@ -1,11 +1,12 @@
 """Autoencoders of the diffusers library (Stable Diffusion's KL autoencoder, TAESD) as codecs.
 
 Notable:
-- diffusers is imported only when one is asked for: `pip install latentscenes[diffusers]`. torchvision is not needed.
-- Both classes take and give images in [−1, 1]; here they are in [0, 1] like everywhere else.
-- Latents are the network's own: neither scaling_factor nor shift_factor is applied (for Stable Diffusion 1.5 they span
-  about ±30), as the published method's tanh(0.02 z) expects.
-- The KL autoencoder's quant_conv is part of encoding and post_quant_conv of decoding, so stages train them with it.
+- diffusers is optional (`pip install latentscenes[diffusers]`) and imported on first use. It needs no
+  torchvision.
+- diffusers has images in [−1, 1]; this class converts them from and to [0, 1].
+- Latents are the network's own, without scaling_factor and shift_factor (Stable Diffusion 1.5: about ±30).
+  The published method's tanh(0.02 z) expects these.
+- Encoding includes the KL autoencoder's quant_conv, and decoding its post_quant_conv. Stages train them too.
 """
 
 from pathlib import Path
@@ -38,49 +39,49 @@ class DiffusersCodec(Codec):
     def load(
         cls, name: str | Path, subfolder: str | None = None, allow_download: bool = False
     ) -> "DiffusersCodec":
-        """From a folder that holds config.json and .safetensors weights (or a pipeline's folder with such a `vae`
-        folder inside), or from a name on the Hugging Face hub: from its local cache, or the hub itself if
-        `allow_download`. In float32."""
-        library = _diffusers()
+        """Loads an autoencoder in float32. `name` is a folder with config.json and .safetensors weights, a
+        pipeline's folder with such a folder `vae`, or a name on the Hugging Face hub. The hub's local cache
+        is read; the hub itself only if `allow_download`.
+
+        Raises:
+            UserError: diffusers is not installed, or nothing there can be loaded.
+        """
+        library = diffusers_library()
         folder = Path(name).expanduser()
         local = folder.is_dir()
-        if (
-            local
-            and subfolder is None
-            and not (folder / "config.json").is_file()
-            and (folder / "vae" / "config.json").is_file()
-        ):
-            subfolder = "vae"
+        source = str(folder) if local else str(name)
+        if subfolder is None and not (folder / "config.json").is_file():
+            subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
         options: dict[str, Any] = {"local_files_only": local or not allow_download}
         if subfolder is not None:
             options["subfolder"] = subfolder
-        source = str(folder) if local else str(name)
         try:
             config = library.AutoencoderKL.load_config(source, **options)
             kind = _class(library, config, source)
             autoencoder = kind.from_pretrained(
                 source, use_safetensors=True, torch_dtype=torch.float32, **options
             )
-        except (OSError, ValueError) as error:  # what diffusers raises for absent, unreachable or unfit files
+        # Diffusers raises these for absent, unreachable or unfit files
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             advice = (
                 "Give the folder that save_pretrained wrote: config.json beside .safetensors weights."
                 if local or allow_download
-                else "It is neither a folder nor in the local cache; give a folder, or allow the download."
+                else "It is neither a folder nor in the local cache. Give a folder, or allow the download."
             )
             raise UserError(f"{name}: no autoencoder could be loaded ({reason}). {advice}") from None
         return cls(autoencoder)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs to build the same architecture; plain JSON."""
+        """The architecture as plain JSON, for `from_config`."""
         plain = {key: value for key, value in self.autoencoder.config.items() if not key.startswith("_")}
         return {"_class_name": type(self.autoencoder).__name__, **plain}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DiffusersCodec":
-        """The architecture with fresh weights, to load a state_dict into: no folder or hub is needed."""
-        return cls(_class(_diffusers(), config, "codec config").from_config(config))
+        """Builds the architecture with random weights, for a state_dict to be loaded into."""
+        return cls(_class(diffusers_library(), config, "codec config").from_config(config))
 
     def encode(
         self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
@@ -105,13 +106,14 @@ class DiffusersCodec(Codec):
         return [parameter for part in parts for parameter in part.parameters()]
 
 
-def _diffusers() -> ModuleType:
+def diffusers_library() -> ModuleType:
+    """Imports diffusers. Raises UserError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
         raise UserError(
             f"this codec needs the diffusers library, which cannot be imported ({error}). "
-            "Run `pip install latentscenes[diffusers]`, or choose another codec."
+            "Run `pip install latentscenes[diffusers]`, or choose another codec.kind."
         ) from None
     return diffusers
 
@@ -120,6 +122,6 @@ def _class(library: ModuleType, config: dict[str, Any], source: str) -> type[nn.
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UserError(
-            f"{source}: its config.json is of class {name!r}; only {' and '.join(CLASSES)} are known."
+            f"{source}: its config.json is of class {name!r}, but only {' and '.join(CLASSES)} can be loaded."
         )
     return getattr(library, name)

@@ -1,7 +1,4 @@
-"""The one place where the parts meet: codec, normalizer, field and base planes, built from a Config.
-
-Scenes are not in here (see planes.py): a Model is what all of them share.
-"""
+"""The parts that all scenes share: codec, normalizer, field and base planes, built from a Config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +21,11 @@ from latentscenes.rendering.render import camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
 CHUNK = 8
-"""Views rendered and decoded at once."""
+"""Views rendered and decoded together."""
 
 
 class LatentView(NamedTuple):
-    """Rendered views, p latent pixels each, over the background."""
+    """v rendered views of p latent pixels each, composited over the background."""
 
     latents: Float[Tensor, "v p c"]
     """In (−1, 1)."""
@@ -39,16 +36,16 @@ class LatentView(NamedTuple):
     opacity: Float[Tensor, "v p"]
 
     def image(self, height: int, width: int) -> Float[Tensor, "v c h w"]:
-        """The latents as images, where every pixel was rendered."""
+        """Returns the latents as images. All pixels must have been rendered."""
         return self.latents.transpose(1, 2).unflatten(2, (height, width))
 
 
 class Model(nn.Module):
-    """What scenes share. Latents here are always normalized, in (−1, 1)."""
+    """The parts that all scenes share. Its latents are always normalized, in (−1, 1)."""
 
     def __init__(self, config: Config, box: Box, pretrained: bool = True):
-        """With `pretrained` off, `codec.path` is not read where the architecture is known without it: the weights are
-        about to come from a checkpoint."""
+        """Without `pretrained`, `codec.path` is not read if the architecture is known without it. The caller
+        then loads weights from a checkpoint."""
         super().__init__()
         self.config, self.box = config, box
         generator = torch.Generator().manual_seed(config.seed)
@@ -65,7 +62,7 @@ class Model(nn.Module):
         self.bases = nn.Parameter(random_bases(config.planes, generator))
 
     def random_field(self) -> Field:
-        """A field with random weights (from torch's global generator)."""
+        """Builds a field with random weights from torch's global generator."""
         field = self.config.field
         channels = self.codec.channels + PREVIEW_CHANNELS * self.config.render.preview
         return Field(
@@ -73,7 +70,7 @@ class Model(nn.Module):
         )
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters by the part that a stage learns or freezes, each with a unique name."""
+        """Returns the named parameters of each part that a stage can train or freeze."""
         return {
             "encoder": [(str(k), parameter) for k, parameter in enumerate(self.codec.encoder_parameters())],
             "decoder": [(str(k), parameter) for k, parameter in enumerate(self.codec.decoder_parameters())],
@@ -82,15 +79,15 @@ class Model(nn.Module):
         }
 
     def encode(self, images: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c h w"]:
-        """Images in [0, 1] to normalized latents."""
+        """Encodes images in [0, 1] to normalized latents."""
         return self.normalizer.normalize(self.codec.encode(images))
 
     def decode(self, latents: Float[Tensor, "v c h w"]) -> Float[Tensor, "v 3 H W"]:
-        """Normalized latents to images, about [0, 1]."""
+        """Decodes normalized latents to images in about [0, 1]."""
         return self.codec.decode(self.normalizer.denormalize(latents))
 
     def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
-        """Normalized latent of a white image of that size in pixels."""
+        """Returns the normalized latents of a white image of that size in pixels."""
         return self.normalizer.normalize(self.codec.background(height, width)[None])[0].detach()
 
     @property
@@ -98,16 +95,19 @@ class Model(nn.Module):
         return self.bases.device
 
     def compose(self, scenes: SceneParameters) -> FusedPlanes:
-        """Tri-planes of some scenes, fused and mixed: for rendering only."""
-        return FusedPlanes(compose(scenes, self.bases, self.config.planes.fusion))
+        """Returns the tri-planes of scenes, fused and mixed, for rendering."""
+        settings = self.config.planes
+        texels = compose(scenes, self.bases, settings.fusion)
+        return FusedPlanes(texels, None, None, settings.axes, settings.aggregation)
 
     def fuse(self, scenes: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> FusedPlanes:
-        """Tri-planes of some scenes, fused, with the mixing left to the renderer: for learning. `macro` are their macro
-        planes, where they are known and constant."""
-        fusion = self.config.planes.fusion
+        """Returns the fused tri-planes of scenes for learning; the renderer applies the mixing. `macro` are
+        their macro planes, if these are constant."""
+        settings, fusion = self.config.planes, self.config.planes.fusion
         mixing = scenes.mixing if scenes.mixing.numel() else None
         own = scenes.micro if macro is not None and scenes.micro.shape[-1] and fusion == "concat" else None
-        return FusedPlanes(fuse(scenes, self.bases, fusion, macro), mixing, own)
+        texels = fuse(scenes, self.bases, fusion, macro)
+        return FusedPlanes(texels, mixing, own, settings.axes, settings.aggregation)
 
     def render(
         self,
@@ -117,12 +117,13 @@ class Model(nn.Module):
         generator: torch.Generator | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
     ) -> LatentView:
-        """Renders views of s scenes, equally many of each, scene by scene, at the background's resolution.
+        """Renders views of s scenes at the background's resolution. Cameras come scene by scene,
+        equally many each.
 
-        Samples are jittered with a generator, and at the middles of their slices without. `pixels` picks the rays of
-        each view (row · w + column); without, all are rendered.
+        With a generator, samples are jittered; without, they lie in the middle of their slices. `pixels`
+        picks the rays of each view (row · w + column); without it, all are rendered.
         """
-        settings, planes_config = self.config.render, self.config.planes
+        settings = self.config.render
         height, width = background.shape[1:]
         bounds = None if settings.near is None else (settings.near, settings.far)
         rays = camera_rays(cameras, len(planes.texels), height, width, self.box, bounds, pixels)
@@ -135,7 +136,7 @@ class Model(nn.Module):
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
-            planes_config.axes, planes_config.aggregation, settings.kernel, settings.precision,
+            settings.kernel, settings.precision,
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
@@ -157,7 +158,7 @@ class RenderedImages:
     latents: Float[Tensor, "v c h w"]
     """Rendered, in (−1, 1)."""
     depth: Float[Tensor, "v a b"]
-    """Expected distance along the ray, world units; as fine as the images, or as the latents without `geometry`."""
+    """Expected distance along the ray, world units, as fine as images, or latents without `geometry`."""
     opacity: Float[Tensor, "v a b"]
 
 
@@ -165,8 +166,8 @@ class RenderedImages:
 def render_images(
     model: Model, planes: FusedPlanes, cameras: Cameras, size: tuple[int, int], geometry: bool = True
 ) -> RenderedImages:
-    """Views of one scene's fused planes with images of `size` (height, width); without `geometry`, depth and opacity
-    are those of the latent's few rays."""
+    """Renders views of one scene and decodes images of `size` (height, width). With `geometry`, depth and
+    opacity are rendered at this size too; without, they are those of the latents' rays."""
     background = model.background(*size)
     full = background.new_zeros(background.shape[0], *size) if geometry else background
     found = []
@@ -181,12 +182,12 @@ def render_images(
 
 
 def to_uint8(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:
-    """Images in [0, 1] as bytes."""
+    """Converts images in [0, 1] to bytes."""
     return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
-    """The codec that a configuration names."""
+    """Builds the configured codec. Each kind is imported only where it is used."""
     if config.kind == "convolutional":
         from latentscenes.model.convolutional import ConvolutionalCodec
 
@@ -210,11 +211,11 @@ def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
 
 
 def _load_from_run(codec: Codec, path: Path) -> None:
-    """Weights of the same codec learned by another run."""
+    """Loads the codec weights of another run's last checkpoint."""
     files = sorted(path.glob("checkpoints/*/shared.safetensors"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError(
-            f"codec.path: {path} holds no checkpoint of a run. Name a run folder of `latentscenes train`."
+            f"codec.path: {path} holds no checkpoint. Name the run folder of a `latentscenes train` command."
         )
     state = {
         name.removeprefix("codec."): tensor
@@ -225,5 +226,6 @@ def _load_from_run(codec: Codec, path: Path) -> None:
         codec.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"codec.path: {path} learned another codec ({str(error).splitlines()[1].strip()[:120]}). Use the same codec settings."
+            f"codec.path: {path} holds another codec ({str(error).splitlines()[1].strip()[:120]}). "
+            "Use the same codec settings."
         ) from None

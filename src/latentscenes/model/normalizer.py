@@ -1,15 +1,15 @@
-"""Latents ↔ (−1, 1), the range a field can render.
+"""Maps latents to (−1, 1), the range that a field can render, and back.
 
-Every kind is one affine map per channel, y = (z − shift) / span, with or without a tanh after it:
+Every kind is an affine map per channel, y = (z − shift) / span, some with a tanh after it:
 
     none          y = z
-    tanh          y = tanh(scale · z)                           the published choice, scale 0.02
-    minmax        min and max of recent latents ↦ −1 and 1
-    meanstd       y = (z − mean) / (3 · deviation)              99.7 % of a normal distribution lies inside (−1, 1)
+    tanh          y = tanh(scale · z)                   the published choice, scale 0.02
+    minmax        min and max of recent latents become −1 and 1
+    meanstd       y = (z − mean) / (3 · deviation)      99.7 % of a normal distribution lie inside (−1, 1)
     meanstd_tanh  y = tanh((z − mean) / deviation)
 
-Notable: the last three follow the latents of the last `window` batches, of which only the per-channel statistics are
-kept, in a ring of a few numbers. All state lies in buffers, so a resumed run continues to the last bit.
+The last three use per-channel statistics of the last `window` batches. These are buffers, so a resumed run
+continues exactly.
 """
 
 from typing import Literal, get_args
@@ -23,19 +23,17 @@ from latentscenes.core.errors import UserError
 Kind = Literal["none", "tanh", "minmax", "meanstd", "meanstd_tanh"]
 
 REACH = 0.999
-"""denormalize clamps to ±REACH before atanh (±3.8 for its result): rendered features may touch ±1, where atanh is
-infinite and its gradient explodes. Beyond it the value is cut and the gradient zero."""
+"""denormalize clamps to ±REACH before atanh, so its result stays within ±3.8. Rendered features may reach ±1,
+where atanh and its gradient are infinite."""
 DEVIATIONS = 3.0
-"""How many standard deviations `meanstd` fits into (−1, 1)."""
+"""Standard deviations that `meanstd` maps to 1."""
 SMALLEST_SPAN = 1e-5
-"""A channel that never varies is not stretched further than this."""
+"""Lower bound of span, for channels that never vary."""
 
 
 class Normalizer(nn.Module):
-    """Invertible map between latents (any range) and (−1, 1), per channel.
-
-    Kinds with a window are the identity (or plain tanh) until the first `update`.
-    """
+    """Invertible map per channel between latents of any range and (−1, 1). Kinds with a window are the
+    identity (or plain tanh) until the first `update`."""
 
     def __init__(self, kind: Kind | str, channels: int, scale: float = 0.02, window: int = 100):
         super().__init__()
@@ -56,17 +54,17 @@ class Normalizer(nn.Module):
 
     @property
     def windowed(self) -> bool:
-        """Whether this kind follows recent latents, so that `update` matters."""
+        """Whether this kind uses statistics of recent latents."""
         return self.kind in ("minmax", "meanstd", "meanstd_tanh")
 
     @property
     def untouched(self) -> bool:
-        """Whether this kind follows recent latents and has seen none yet."""
+        """Whether this kind uses statistics of recent latents and has none yet."""
         return self.windowed and int(self.batches) == 0
 
     @torch.no_grad()
     def update(self, latents: Float[Tensor, "n c h w"]) -> None:
-        """Let a batch of latents into the window, and the oldest out once it is full."""
+        """Adds a batch to the window, in place of the oldest once the window is full."""
         if not self.windowed:
             return
         values = latents.detach().float().transpose(0, 1).flatten(1)
@@ -82,7 +80,7 @@ class Normalizer(nn.Module):
         self._settle()
 
     def _settle(self) -> None:
-        """Shift and span from what lies in the window."""
+        """Computes shift and span from the window."""
         first, second = self.recent.unbind(1)
         if self.kind == "minmax":
             empty = (self.counts == 0)[:, None]
@@ -98,20 +96,15 @@ class Normalizer(nn.Module):
         self.span.copy_(span.clamp_min(SMALLEST_SPAN))
 
     def normalize(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Latents → about (−1, 1)."""
+        """Maps latents to about (−1, 1)."""
         if self.kind == "none":
             return latents
         scaled = (latents - self.shift[:, None, None]) / self.span[:, None, None]
         return scaled.tanh() if self.kind.endswith("tanh") else scaled
 
     def denormalize(self, normalized: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """The inverse. Kinds with tanh cut at ±REACH first."""
+        """Inverts `normalize`. Kinds with tanh clamp to ±REACH first."""
         if self.kind == "none":
             return normalized
         scaled = normalized.clamp(-REACH, REACH).atanh() if self.kind.endswith("tanh") else normalized
         return scaled * self.span[:, None, None] + self.shift[:, None, None]
-
-    def extra_repr(self) -> str:
-        return f"{self.kind!r}, channels={len(self.shift)}" + (
-            f", window={self.window}" if self.windowed else ""
-        )

@@ -1,10 +1,11 @@
-"""What a scene is made of: its own micro planes and a weighted sum of base planes that all scenes share.
+"""Micro-macro tri-planes: each scene has its own micro planes and a weighted sum of shared base planes.
 
-T_i = concat(T_i^mic, Σ_k w_i^k B_k) on the feature axis, or their sum (3Da-AE, arXiv 2403.11678, section 3.2). Ours may also
-own a mixing of features, T_i (I + A_i): few numbers that let a frozen field serve a scene as one of its own nearly would.
+T_i = concat(T_i^mic, Σ_k w_i^k B_k) on the feature axis, or their sum (3Da-AE, arXiv 2403.11678, section
+3.2). A scene may also have a matrix A_i that mixes its features, T_i (I + A_i): with few numbers it adapts a
+scene to a frozen field.
 
-Scenes are rows of plain tables, not parameters of a module: a step gathers the rows of its own scenes as leaves, and
-only those rows are ever updated, whatever the number of scenes.
+Scenes are rows of plain tables, not module parameters. A step gathers the rows of its scenes as leaves and
+updates only those, so its cost does not depend on the number of scenes.
 """
 
 import math
@@ -22,14 +23,14 @@ from latentscenes.rendering.kernels import native
 
 @dataclass
 class SceneParameters:
-    """The learned state of n scenes (or of a batch of them)."""
+    """The learned parameters of n scenes."""
 
     micro: Float[Tensor, "n 3 r r m"]
     weights: Float[Tensor, "n k"]
     bias: Float[Tensor, "n b"]
     """b = 1 if scenes have a bias, else 0."""
     mixing: Float[Tensor, "n q q"]
-    """A, what is added to the identity; q = f, the fused features, if scenes mix theirs, else 0."""
+    """A, without the identity; q = f, the fused features, if scenes mix them, else 0."""
 
     NAMES = ("micro", "weights", "bias", "mixing")
 
@@ -40,32 +41,32 @@ class SceneParameters:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneParameters":
-        """Copies of the rows at `index`, as leaves that take gradients; on a device if tables lie elsewhere."""
+        """Copies the rows at `index` as leaves that take gradients, to `device` if given."""
         return SceneParameters(
             **{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()}
         )
 
     def one_by_one(self) -> "Iterator[SceneParameters]":
-        """Each scene by itself (n = 1)."""
+        """Yields each scene alone (n = 1)."""
         return (self.gather(torch.tensor([row])) for row in range(len(self)))
 
     def to(self, device: torch.device | str) -> "SceneParameters":
         return SceneParameters(**{name: table.to(device) for name, table in self.tables().items()})
 
     def bytes_per_scene(self) -> int:
-        """Size of one scene as held in memory."""
+        """Returns the size of one scene in memory."""
         return sum(table[0].numel() * table.element_size() for table in self.tables().values())
 
 
 def random_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tensor, "k 3 r r g"]:
-    """Random base planes."""
+    """Draws base planes."""
     count = config.bases if config.macro else 0
     shape = (count, 3, config.resolution, config.resolution, config.macro)
     return torch.randn(shape, generator=generator).mul_(config.initial_std)
 
 
 def random_parameters(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneParameters:
-    """Random rows for `count` scenes; weights are scaled so that macro planes start like micro ones."""
+    """Draws rows for `count` scenes. Weights are scaled so that macro planes vary like micro planes."""
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     bases = config.bases if config.macro else 0
     return SceneParameters(
@@ -77,13 +78,13 @@ def random_parameters(count: int, config: PlanesConfig, generator: torch.Generat
 
 
 def zero_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
-    """Zeros: nothing is mixed yet."""
+    """Returns A = 0 for each scene."""
     side = config.features if config.mixing else 0
     return torch.zeros(count, side, side)
 
 
 def mean_parameters(count: int, learned: SceneParameters) -> SceneParameters:
-    """`count` rows that all equal the mean of learned ones."""
+    """Returns `count` rows, each the mean of learned rows."""
     return SceneParameters(
         **{
             name: table.mean(0, keepdim=True).expand(count, *table.shape[1:]).clone()
@@ -95,7 +96,7 @@ def mean_parameters(count: int, learned: SceneParameters) -> SceneParameters:
 def compose(
     rows: SceneParameters, bases: Float[Tensor, "k 3 r r g"], fusion: str
 ) -> Float[Tensor, "s 3 r r f"]:
-    """Tri-planes of a batch of scenes as they are rendered: fused, then mixed."""
+    """Returns the tri-planes of scenes as they are rendered: fused, then mixed."""
     planes = fuse(rows, bases, fusion)
     return mix(planes, rows.mixing) if rows.mixing.numel() else planes
 
@@ -106,8 +107,8 @@ def fuse(
     fusion: str,
     macro: Float[Tensor, "s 3 r r g"] | None = None,
 ) -> Float[Tensor, "s 3 r r f"]:
-    """Micro and macro planes of a batch of scenes fused, not mixed; by the native kernel where it can. `macro` is what
-    `macro_planes` gave, where that is known already."""
+    """Fuses micro and macro planes without mixing, by the native kernel where it can. `macro` is the result
+    of `macro_planes`, if it is known already."""
     if not rows.weights.shape[1]:
         return rows.micro
     if macro is not None:
@@ -124,14 +125,14 @@ def fuse_in_torch(
     bases: Float[Tensor, "k 3 r r g"],
     fusion: str,
 ) -> Float[Tensor, "s 3 r r f"]:
-    """Micro and macro planes fused for k > 0, readable, on any device."""
+    """Fuses micro and macro planes in plain torch, for k > 0."""
     return join(micro, macro_planes(weights, bias, bases), fusion)
 
 
 def macro_planes(
     weights: Float[Tensor, "s k"], bias: Float[Tensor, "s b"], bases: Float[Tensor, "k 3 r r g"]
 ) -> Float[Tensor, "s 3 r r g"]:
-    """Σ_k w^k B_k, with the scene's bias if it has one."""
+    """Returns Σ_k w^k B_k, plus the scene's bias if it has one."""
     macro = (weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
     return macro + bias[:, :, None, None, None] if bias.shape[1] else macro
 
@@ -139,7 +140,7 @@ def macro_planes(
 def join(
     micro: Float[Tensor, "s 3 r r m"], macro: Float[Tensor, "s 3 r r g"], fusion: str
 ) -> Float[Tensor, "s 3 r r f"]:
-    """Beside each other, or their sum."""
+    """Concatenates micro and macro features ("concat"), or adds them ("sum")."""
     if not micro.shape[-1]:
         return macro
     return torch.cat([micro, macro], -1) if fusion == "concat" else micro + macro

@@ -1,7 +1,8 @@
-"""A point in space to density and features: three planes read bilinearly, then a tiny network.
+"""The field: reads three planes bilinearly at a point, then computes density and features by a tiny network.
 
-Planes are stored channels last, (scene, plane, row, column, feature), so that the four texels around a point are
-four contiguous runs of memory. Texel k of r has its center at (2k + 1) / r − 1; outside the planes all is zero.
+Planes are stored channels last, (scene, plane, row, column, feature), so each texel around a point is one
+contiguous run of memory. Texel k of r has its center at (2k + 1) / r − 1. Outside the planes all features are
+zero.
 """
 
 import math
@@ -15,18 +16,14 @@ from latentscenes.core.config import Aggregation, Axes
 
 PLANE_AXES: dict[str, tuple[tuple[int, int], ...]] = {
     "xy,xz,yz": ((0, 1), (0, 2), (1, 2)),
-    "eg3d": (
-        (0, 1),
-        (0, 2),
-        (2, 0),
-    ),  # the third plane repeats the second: y and z never meet (kept for comparison)
+    "eg3d": ((0, 1), (0, 2), (2, 0)),  # the third plane repeats the second; no plane has y and z
 }
-"""For each plane, which coordinate runs along its columns and which along its rows."""
+"""For each plane, the coordinates along its columns and along its rows."""
 
 FEATURE_MARGIN = 0.001
-"""Mip-NeRF's widening of the sigmoid, so that the ends of the range can be reached."""
+"""Widens the sigmoid as in Mip-NeRF, so that it can reach the ends of the range."""
 DENSITY_SHIFT = -1.0
-"""Density = softplus(raw + shift): a fresh field starts nearly empty."""
+"""Density = softplus(raw + shift), so a new field starts nearly empty."""
 
 
 def sample_planes(
@@ -35,7 +32,7 @@ def sample_planes(
     axes: Axes = "xy,xz,yz",
     aggregation: Aggregation = "sum",
 ) -> Float[Tensor, "s p f"]:
-    """Features at points of [-1, 1]³: bilinear in each plane, zero outside, then summed or multiplied."""
+    """Reads features at points of [-1, 1]³ bilinearly from each plane and sums or multiplies them."""
     images = planes.permute(0, 1, 4, 2, 3)
     read = []
     for k, (column, row) in enumerate(PLANE_AXES[axes]):
@@ -50,26 +47,28 @@ def sample_planes(
 
 
 class FusedPlanes(NamedTuple):
-    """Tri-planes of s scenes, micro and macro planes fused, as the renderer takes them."""
+    """Fused micro and macro planes of s scenes, and how to read them."""
 
     texels: Float[Tensor, "s 3 r r f"]
     mixing: Float[Tensor, "s f f"] | None = None
-    """The scenes' mixing of features where it is not applied yet: the renderer applies it (see `mix`)."""
+    """Mixing of features that the renderer has yet to apply (see `mix`)."""
     own: Float[Tensor, "s 3 r r m"] | None = None
-    """The micro planes among the texels, where the macro planes are constant: only these have a total variation."""
+    """The micro planes alone, if the macro planes are constant and need no total variation loss."""
+    axes: Axes = "xy,xz,yz"
+    aggregation: Aggregation = "sum"
 
 
 def mix(planes: Float[Tensor, "s 3 r r f"], mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s 3 r r f"]:
-    """T (I + A): every texel's features mixed by each scene's own A."""
+    """Returns T (I + A): mixes the features of each texel by the scene's matrix A."""
     texels = planes.flatten(1, 3)
     return torch.baddbmm(texels, texels, mixing).view_as(planes)
 
 
 class Field(nn.Module):
-    """Plane features → density ≥ 0 and c features in (−1, 1): one hidden layer with softplus.
+    """Network with one hidden layer (softplus) from plane features to density ≥ 0 and c features in (−1, 1).
 
-    Optional inputs beside the plane features: `frequencies` octaves of positional encoding of the point, and the
-    view direction. Both are off by default, as published; the native kernel serves all but the encoding.
+    Optional inputs, both off as published: `frequencies` octaves of positional encoding of the point, and the
+    view direction. The fast kernels support the direction only.
     """
 
     def __init__(
@@ -87,8 +86,8 @@ class Field(nn.Module):
         self.out = nn.Linear(hidden, 1 + channels)
 
     def hidden_weight(self, mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s h i"]:
-        """For each scene, the weights of a hidden layer that does to features f what this one does to f (I + A): where
-        planes are summed, reading them is linear, so `mix` can wait until texels are read."""
+        """Returns hidden weights for each scene that have the same effect on f as this layer's on f (I + A).
+        Where planes are summed, reading is linear, so these weights replace `mix`."""
         weight, features = self.hidden.weight, mixing.shape[-1]
         own = torch.matmul(weight[:, :features], mixing.transpose(1, 2))
         return weight + nn.functional.pad(own, (0, weight.shape[1] - features))

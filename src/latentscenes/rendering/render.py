@@ -1,7 +1,7 @@
-"""Tri-planes and rays to features, depth and opacity: the one entry to the torch path and the fast kernels.
+"""Renders tri-planes along rays: features, depth and opacity.
 
-`march_planes` is the readable path. `render_rays` picks a kernel: all have the same signature and meaning, and
-receive rays already moved to the box [-1, 1]³, so that none knows about cameras or boxes.
+`march_planes` is the reference in plain torch. `render_rays` picks a kernel; all compute the same. Rays are
+in coordinates of the scene box, [-1, 1]³.
 """
 
 import functools
@@ -23,7 +23,7 @@ from latentscenes.rendering.kernels import native
 
 
 class Rays(NamedTuple):
-    """p rays for each of s scenes, in box coordinates; t measures world distance."""
+    """p rays for each of s scenes in box coordinates. Distances t along them are in world units."""
 
     origins: Float[Tensor, "s p 3"]
     directions: Float[Tensor, "s p 3"]
@@ -32,7 +32,7 @@ class Rays(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """Σ w f, expected depth (world units; rays that pass end at far) and opacity, before any background."""
+    """Σ w f, expected depth (world units; far for light that passes) and opacity, without background."""
 
     features: Float[Tensor, "s p c"]
     depth: Float[Tensor, "s p"]
@@ -48,8 +48,8 @@ def camera_rays(
     bounds: tuple[float, float] | None = None,
     pixels: Int[Tensor, "v k"] | None = None,
 ) -> Rays:
-    """Rays of s·k cameras, k after k for each scene, over an h x w grid, or through the `pixels` (row · w + column)
-    of each view alone. Near and far come from where each ray meets the box, or are the same `bounds` for all."""
+    """Returns the rays of s·k cameras, k for each scene in turn, through all h x w pixels or only `pixels`
+    (row · w + column) of each view. Near and far are `bounds`, or the intersections with the box."""
     origins, directions = box.normalize(*cameras.rays(height, width, pixels))
     if bounds is None:
         near, far = march.intersect_cube(origins, directions)
@@ -72,8 +72,8 @@ def march_planes(
     axes: Axes = "xy,xz,yz",
     aggregation: Aggregation = "sum",
 ) -> march.Composite:
-    """n stratified samples per ray, then m where those found matter (no gradient through their places), composited
-    together in depth order. m = 0 leaves the stratified ones alone."""
+    """Composites n stratified samples per ray, and m more that are placed by their weights. No gradient goes
+    through the places of samples."""
 
     def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
         points = rays.origins[:, :, None] + t[..., None] * rays.directions[:, :, None]
@@ -82,8 +82,11 @@ def march_planes(
         directions = torch.nn.functional.normalize(rays.directions, dim=-1)[:, :, None].expand_as(points)
         return field(features, points, directions)
 
+    # Stratified samples
     t = march.stratified(rays.near, rays.far, u_coarse)
     density, features = evaluate(t)
+
+    # Samples by importance, merged in order of depth
     if u_fine.shape[-1]:
         with torch.no_grad():
             weights = march.composite(t, density, features).weights
@@ -97,22 +100,25 @@ def march_planes(
 
 
 def why_not_native(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> str:
-    """What keeps the native kernel from rendering this, in words; empty if nothing does."""
-    for tensor in (planes, field.hidden.weight, rays.origins, u_coarse):
-        if tensor.device.type != "cpu":
-            return f"it needs tensors on the CPU, got {tensor.device}"
-        if tensor.dtype != torch.float32:
-            return f"it needs float32, got {tensor.dtype}"
+    """Returns why the native kernel cannot render this, or an empty text if it can."""
+    tensors = (planes, field.hidden.weight, rays.origins, u_coarse)
+    if other := [tensor.device for tensor in tensors if tensor.device.type != "cpu"]:
+        return f"it needs tensors on the CPU, got {other[0]}"
+    return _why_neither(tensors, field) or ("" if native.available() else native.why_unavailable())
+
+
+def _why_neither(tensors: tuple[Tensor, ...], field: Field) -> str:
+    """Returns why neither fast kernel can render this. The last tensor is u_coarse."""
+    if other := [tensor.dtype for tensor in tensors if tensor.dtype != torch.float32]:
+        return f"it needs float32, got {other[0]}"
     if field.frequencies:
-        return "it serves fields without positional encoding"
-    if u_coarse.shape[-1] < 2:
-        return "it needs two samples per ray at least"
-    return "" if native.available() else native.why_unavailable()
+        return "it has no positional encoding"
+    return "it needs at least two samples per ray" if tensors[-1].shape[-1] < 2 else ""
 
 
 @functools.cache
 def triton_kernel() -> ModuleType | None:
-    """`kernels.triton_ops`, imported only where it is used; None, with a warning, where Triton is not installed."""
+    """Imports `kernels.triton_ops`. Warns and returns None where Triton is not installed."""
     try:
         from latentscenes.rendering.kernels import triton_ops
 
@@ -121,41 +127,42 @@ def triton_kernel() -> ModuleType | None:
         if error.name != "triton":
             raise
         warnings.warn(
-            "The fast GPU kernel is off: Triton is not installed. Rendering goes the slower torch way; pip install triton, "
-            "which torch's own builds for CUDA on Linux bring along.",
+            "The fast GPU kernel is off because Triton is not installed; rendering uses slower torch code. "
+            "Run `pip install triton`. (torch's CUDA builds for Linux include it.)",
             stacklevel=2,
         )
         return None
 
 
 def why_not_triton(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> str:
-    """What keeps the GPU kernel from rendering this, in words; empty if nothing does."""
-    for tensor in (planes, field.hidden.weight, rays.origins, u_coarse):
-        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it needs tensors on a CUDA device, got {tensor.device}"
-        if tensor.dtype != torch.float32:
-            return f"it needs float32, got {tensor.dtype}"
+    """Returns why the GPU kernel cannot render this, or an empty text if it can."""
+    tensors = (planes, field.hidden.weight, rays.origins, u_coarse)
+    other = [tensor.device for tensor in tensors if tensor.device.type != "cuda"]
+    if other and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on a CUDA device, got {other[0]}"
     if planes.is_cuda and torch.cuda.get_device_capability(planes.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if field.frequencies:
-        return "it serves fields without positional encoding"
-    if u_coarse.shape[-1] < 2:
-        return "it needs two samples per ray at least"
+    if reason := _why_neither(tensors, field):
+        return reason
     if field.hidden.in_features > 64 or field.hidden.out_features > 128 or field.out.out_features > 64:
-        return "it serves networks of up to 64 inputs, 128 hidden units and 64 outputs"  # more fill shared memory
+        return "its shared memory holds networks of up to 64 inputs, 128 hidden units and 64 outputs"
     if torch.are_deterministic_algorithms_enabled():
-        return "it adds gradients of planes in no fixed order, and deterministic algorithms are asked for"
+        return "torch is set to deterministic algorithms, but it adds gradients of planes in no fixed order"
     return "" if triton_kernel() else "Triton is not installed (pip install triton)"
 
 
 def choose(kernel: Kernel, planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -> Kernel:
-    """The kernel demanded, or the fastest that can render this ("auto")."""
+    """Returns the kernel asked for, or for "auto" the fastest that can render this.
+
+    Raises:
+        UserError: the kernel asked for cannot render this.
+    """
     if kernel == "torch":
         return kernel
     fastest = ("triton" if planes.is_cuda else "native") if kernel == "auto" else kernel
     obstacle = (why_not_triton if fastest == "triton" else why_not_native)(planes, field, rays, u_coarse)
     if obstacle and kernel != "auto":
-        raise UserError(f"kernel: {kernel} cannot be used: {obstacle}. Use kernel: auto, or mend that.")
+        raise UserError(f"kernel: {kernel} cannot be used: {obstacle}. Fix this, or use kernel: auto.")
     return "torch" if obstacle else fastest
 
 
@@ -165,18 +172,17 @@ def render_rays(
     rays: Rays,
     u_coarse: Float[Tensor, "s p n"],
     u_fine: Float[Tensor, "s p m"],
-    axes: Axes = "xy,xz,yz",
-    aggregation: Aggregation = "sum",
     kernel: Kernel = "auto",
     precision: MatmulPrecision = "float32",
 ) -> Rendered:
-    """`march_planes` by the fastest kernel that can ("auto"), or by the one demanded. The depth of light that nothing
-    stops is far. `precision` applies to the GPU kernel's matrix products; the others compute in float32.
+    """Renders like `march_planes`, by the kernel asked for or the fastest one ("auto"). `precision` applies
+    only to matrix products of the GPU kernel; all else is float32.
 
-    Where planes are still to be mixed, the native kernel applies the mixing to the few weights of the hidden layer.
+    For planes that are still to be mixed, the native kernel mixes the few weights of the hidden layer
+    instead.
     """
-    chosen = choose(kernel, planes.texels, field, rays, u_coarse)
-    texels, hidden = planes.texels, field.hidden.weight
+    texels, hidden, axes, aggregation = planes.texels, field.hidden.weight, planes.axes, planes.aggregation
+    chosen = choose(kernel, texels, field, rays, u_coarse)
     if planes.mixing is not None and chosen == "native" and aggregation == "sum":
         hidden = field.hidden_weight(planes.mixing)
     elif planes.mixing is not None:

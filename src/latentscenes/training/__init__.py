@@ -1,0 +1,1 @@
+"""Learns models and scenes: batches, losses, optimizers, the loop, new scenes. Imports storage and below."""

@@ -1,4 +1,4 @@
-"""A scene from pictures at hand: checked, packed as a small dataset in the library's `work`, learned, appended."""
+"""Learns a scene from images in memory: checks and writes them, learns, and appends the scene."""
 
 import dataclasses
 import difflib
@@ -29,11 +29,11 @@ from latentscenes.training.exploit import GroupLearner, starting_parameters
 from latentscenes.training.loop import Trainer
 
 QUICK_STEPS = 60
-"""Steps that a scene gets which is only looked for."""
+"""Steps for learning the weights of a scene that is searched for."""
 WHITE = 250
-"""From this byte on a pixel counts as white."""
+"""Bytes from here on count as white."""
 LEAST_WHITE = 0.1
-"""Pictures without masks must have at least this share of white along their edges."""
+"""Images without masks must be white on at least this share of their border."""
 
 
 def learn_from_pictures(
@@ -46,16 +46,16 @@ def learn_from_pictures(
     tags: dict[str, Any] | None,
     device: torch.device,
 ) -> str:
-    """Learn one scene and append it; gives its name. See Library.add."""
+    """Learns one scene and appends it. Returns its name. See Library.add."""
     config = frozen(store.config)
     if not config.exploit:
         raise UserError(
-            f"{store.path}: its configuration lists no exploit stages, so it does not say how to learn a scene. Add some to config.yaml."
+            f"{store.path}: its configuration lists no exploit stages, so no scene can be learned. "
+            "Add some to config.yaml."
         )
     if not name.strip() or store.index.known([name]):
-        raise UserError(
-            f"{store.path}: {f'a scene {name!r} is there already' if name.strip() else 'the name is empty'}. Choose another name."
-        )
+        reason = f"a scene {name!r} is there already" if name.strip() else "the name is empty"
+        raise UserError(f"{store.path}: {reason}. Choose another name.")
     model = store.model(device)
     pictures = checked_pictures(images, masks, model.codec.downsampling)
     _check_cameras(store, cameras, len(pictures))
@@ -65,16 +65,16 @@ def learn_from_pictures(
         ) as writer:
             writer.add(name, pictures, cameras, "new", held_out=())
             writer.finish(store.info.box)
-        views = PosedImages.open(work / "views")
+        dataset = PosedImages.open(work / "views")
         chosen = check_precision(precision or store.info.precision)
-        learner = GroupLearner(store, model, config, views, chosen)
-        learner.learn(views.select("new"), f"Learning {name}", "add", work, tags)
+        learner = GroupLearner(store, model, config, dataset, chosen)
+        learner.learn(dataset.select("new"), f"Learning {name}", "add", work, tags)
     return name
 
 
 @contextmanager
 def work_folder(store: LibraryFolder) -> Iterator[Path]:
-    """A folder for a passing piece of work in a library; removed at the end, and left alone by others until then."""
+    """Makes a temporary folder in a library. It is locked against other processes, and removed at the end."""
     with writing_to(store.path):
         (store.path / "work").mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="add-", dir=store.path / "work"))
@@ -86,48 +86,43 @@ def work_folder(store: LibraryFolder) -> Iterator[Path]:
 
 
 def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> UInt8[np.ndarray, "v H W 3"]:
-    """Pictures as bytes over white, of sides that are multiples of `step`."""
+    """Returns images as bytes over white. Raises UserError if sides are not multiples of `step`, numbers are
+    out of range, or images without masks have no white border."""
     try:
         pictures = np.asarray(images)
     except ValueError:
-        raise UserError("images: pictures of different sizes. Bring them to one size first.") from None
+        raise UserError("images: they have different sizes. Bring them to one size first.") from None
     if pictures.ndim != 4 or pictures.shape[3] != 3 or not len(pictures):
-        raise UserError(f"images: must be (v, H, W, 3), RGB, one picture at least; got {pictures.shape}.")
+        raise UserError(f"images: must be (v, H, W, 3), RGB, at least one image; got {pictures.shape}.")
     height, width = pictures.shape[1:3]
     if height % step or width % step:
         raise UserError(
-            f"images: {width}x{height} pixels, but sides must be multiples of the codec's downsampling, {step}. Shrink or crop them."
+            f"images: {width}x{height} pixels, but sides must be multiples of the codec's downsampling, "
+            f"{step}. Shrink or crop them."
         )
     pictures = _as_bytes(pictures, "images")
     if masks is not None:
         share = np.asarray(masks)
         if share.shape != pictures.shape[:3]:
-            raise UserError(
-                f"masks: must be {pictures.shape[:3]}, as many and as large as the images; got {share.shape}."
-            )
-        solid = (
-            _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")[..., None].astype(
-                np.float32
-            )
-            / 255
-        )
+            raise UserError(f"masks: must be {pictures.shape[:3]} like the images; got {share.shape}.")
+        share = _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")
+        solid = share[..., None].astype(np.float32) / 255
         return np.round(pictures * solid + 255 * (1 - solid)).astype(np.uint8)
     edges = np.concatenate([pictures[:, [0, -1]].reshape(-1, 3), pictures[:, :, [0, -1]].reshape(-1, 3)])
     if (edges >= WHITE).all(1).mean() < LEAST_WHITE:
-        raise UserError(
-            "images: their edges are not white, but scenes are learned over white. Give `masks`, where the object is."
-        )
+        raise UserError("images: their edges are not white, but scenes are learned over white. Give `masks`.")
     return np.ascontiguousarray(pictures)
 
 
-def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
+def _as_bytes(values: np.ndarray, name: str) -> UInt8[np.ndarray, "..."]:
     if values.dtype == np.uint8:
         return values
     if not np.issubdtype(values.dtype, np.floating):
-        raise UserError(f"{what}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
+        raise UserError(f"{name}: must be bytes (uint8) or numbers in [0, 1], not {values.dtype}.")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise UserError(
-            f"{what}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. Bytes must be uint8."
+            f"{name}: numbers must lie in [0, 1], but reach from {values.min():.3g} to {values.max():.3g}. "
+            "Bytes must be uint8."
         )
     return np.round(255 * values).astype(np.uint8)
 
@@ -135,15 +130,17 @@ def _as_bytes(values: np.ndarray, what: str) -> UInt8[np.ndarray, "..."]:
 def _check_cameras(store: LibraryFolder, cameras: Cameras, count: int) -> None:
     if not isinstance(cameras, Cameras):
         raise UserError(
-            f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. Cameras.from_matrices takes camera-to-world matrices."
+            f"cameras: must be latentscenes.Cameras, not {type(cameras).__name__}. "
+            "Cameras.from_matrices takes camera-to-world matrices."
         )
     if len(cameras) != count:
-        raise UserError(f"cameras: {len(cameras)} of them for {count} images; give one each.")
+        raise UserError(f"cameras: {len(cameras)} of them for {count} images. Give one per image.")
     check_cameras(cameras, [f"camera {place}" for place in range(count)], store.info.box)
 
 
 def quick(config: Config, views: int) -> Config:
-    """The first exploit stage that learns weights from latents, for QUICK_STEPS steps over so many views of one scene.
+    """Keeps only the first exploit stage that learns weights from latents, with QUICK_STEPS steps over
+    `views` views of one scene.
 
     Raises:
         UserError: there is no such stage.
@@ -160,20 +157,18 @@ def quick(config: Config, views: int) -> Config:
 
 
 def quick_weights(
-    store: LibraryFolder, views: PosedImages, name: str, device: torch.device
+    store: LibraryFolder, images: PosedImages, name: str, device: torch.device
 ) -> Float[np.ndarray, "M"]:
-    """Weights over the base planes of a dataset's scene, learned for a second or two; nothing is stored."""
-    found = [scene for scene in views.scenes if scene.name == name]
+    """Learns the base-plane weights of a dataset's scene for a second or two. Stores nothing."""
+    found = [scene for scene in images.scenes if scene.name == name]
     if not found:
-        near = difflib.get_close_matches(name, [scene.name for scene in views.scenes], n=1, cutoff=0)
-        raise UserError(f"{views.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
+        near = difflib.get_close_matches(name, [scene.name for scene in images.scenes], n=1, cutoff=0)
+        raise UserError(f"{images.path}: no scene {name!r} here; the nearest name is {near[0]!r}.")
     config = quick(store.config, len(found[0].views("fit")))
     model = store.model(device)
-    with tempfile.TemporaryDirectory(
-        prefix="latentscenes-"
-    ) as work:  # not in the library, which may be only for reading
-        info = RunInfo("exploit", str(views.path), found[0].split, [name], store.info.box)
+    with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # the library may be read-only
+        info = RunInfo("exploit", str(images.path), found[0].split, [name], store.info.box)
         run = Run.create(Path(work) / "run", config, info)
         rows = starting_parameters(config, store.starting_scene(), [name]).to(device)
-        Trainer(run, model, TrainingScenes(rows, views, found), label=f"Fitting {name}").fit(config.exploit)
+        Trainer(run, model, TrainingScenes(rows, images, found), label=f"Fitting {name}").fit(config.exploit)
     return rows.weights[0].cpu().numpy()

@@ -1,7 +1,7 @@
-"""From learned rows to scenes of a library: quantized, what that costs measured, a thumbnail taken, all noted."""
+"""Prepares learned scenes for a library: quantizes them, measures their loss, and renders thumbnails."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,46 +24,44 @@ from latentscenes.storage.quantize import check_precision, pack, payload_bytes, 
 from latentscenes.storage.run import Run
 
 MEASURED_VIEWS = 4
-"""Views of a scene that its loss is measured on."""
+"""Views per scene for measuring its PSNR."""
 THUMBNAIL = 96
-"""Pixels along a thumbnail's longer side."""
+"""Pixels of a thumbnail's longer side."""
 THUMBNAIL_ANGLES = 25.0, 40.0
-"""Elevation and azimuth of its camera, degrees."""
+"""Elevation and azimuth of a thumbnail's camera, degrees."""
 
 
 def library_from_run(
-    out: str | Path,
-    run: Run,
-    views: PosedImages,
-    config: Config,
-    precision: str,
-    scenes: bool,
+    out: str | Path, run: Run, images: PosedImages, config: Config, precision: str, scenes: bool,
     device: torch.device | str,
-) -> LibraryFolder:
-    """Make a library of what a finished run of stage 1 learned: the model and, with `scenes`, its scenes, which
-    `views` shows. `config` says how further ones will be learned; its model must be that of the run."""
+) -> LibraryFolder:  # fmt: skip
+    """Makes a library from a finished run of stage 1: its model and, with `scenes`, its scenes, whose dataset
+    is `images`. `config` is for new scenes; its model settings must be the run's.
+
+    Raises:
+        UserError: the run is not finished, or `out` already holds a library.
+    """
     chosen = check_precision(precision)
     if not run.finished:
         raise UserError(
-            f"{run.path}: this run is not finished. Run its `latentscenes train` command again; it goes on where it stopped."
+            f"{run.path}: this run is not finished. Continue it with the same `latentscenes train` command."
         )
     if LibraryFolder.exists(out):
         raise UserError(f"{out}: holds a library already. Name another folder.")
     model, rows = run.load(device)
-    info = library_info(run, views, chosen)
+    info = library_info(run, images, chosen)
     found = []
     if scenes:
-        known = views.select(run.info.split, run.info.scenes)
-        provenance = Provenance("stage 1", run.info.split)
+        known = images.select(run.info.split, run.info.scenes)
         shown = track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)
-        for one, scene in zip(rows.one_by_one(), shown, strict=True):
-            found.append(new_scene(model, one, info.view, views, scene, chosen, provenance))
+        provenance = Provenance("stage 1", run.info.split)
+        found = new_scenes(model, rows, info.view, images, shown, chosen, provenance)
     return LibraryFolder.create(out, config, info, model, mean_parameters(1, rows), found)
 
 
-def library_info(run: Run, views: PosedImages, precision: StoragePrecision) -> LibraryInfo:
-    """What a library of a run's model is."""
-    view = Viewpoint.of(views.cameras, views.size, run.info.box)
+def library_info(run: Run, images: PosedImages, precision: StoragePrecision) -> LibraryInfo:
+    """Describes a library with a run's model."""
+    view = Viewpoint.of(images.cameras, images.size, run.info.box)
     return LibraryInfo(
         run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes)
     )
@@ -71,22 +69,33 @@ def library_info(run: Run, views: PosedImages, precision: StoragePrecision) -> L
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a scene comes from, as the index will state it."""
+    """The origin of a scene, for the library's index."""
 
     origin: Origin
     split: Split | None
     """Its split in the dataset; None if the dataset is not kept."""
     seconds: float | None = None
-    """Time it took to learn."""
+    """Learning time."""
     tags: dict[str, Any] | None = None
+
+
+def new_scenes(
+    model: Model, parameters: SceneParameters, view: Viewpoint, images: PosedImages, scenes: Iterable[Scene],
+    precision: StoragePrecision, provenance: Provenance,
+) -> list[NewScene]:  # fmt: skip
+    """Prepares learned scenes for storage, one by one (see `new_scene`)."""
+    return [
+        new_scene(model, one, view, images, scene, precision, provenance)
+        for one, scene in zip(parameters.one_by_one(), scenes, strict=True)
+    ]
 
 
 def new_scene(
     model: Model, parameters: SceneParameters, view: Viewpoint, images: PosedImages, scene: Scene,
     precision: StoragePrecision, provenance: Provenance,
 ) -> NewScene:  # fmt: skip
-    """Prepares a learned scene (n = 1) for storage. Measures its PSNR as learned and as stored, on up to MEASURED_VIEWS
-    held-out views (on fitted ones if none is held out), and takes its thumbnail from `view`."""
+    """Prepares a learned scene (n = 1) for storage. Measures its PSNR as learned and as stored on up to
+    MEASURED_VIEWS held-out views (fitted ones if none is held out), and renders its thumbnail from `view`."""
     payload = pack(parameters, precision)
     stored = unpack(payload, model.config.planes).to(model.device)
     index = spread_evenly(scene.views("held_out") or scene.views("fit"), MEASURED_VIEWS)
@@ -94,34 +103,22 @@ def new_scene(
     lost = 0.0 if precision == "float32" else before - measure(model, stored, images, index)
     dataset = str(images.path.resolve()) if provenance.split else None
     info = SceneInfo(
-        scene.name,
-        precision,
-        payload_bytes(payload),
-        provenance.origin,
-        dataset,
-        provenance.split,
-        scene.name,
-        now(),
-        provenance.seconds,
-        round(before, 3),
-        round(lost, 4),
-        provenance.tags or {},
-    )
+        scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split,
+        scene.name, now(), provenance.seconds, round(before, 3), round(lost, 4), provenance.tags or {},
+    )  # fmt: skip
     return NewScene(info, payload, thumbnail(model, stored, view))
 
 
 @torch.no_grad()
-def measure(model: Model, rows: SceneParameters, views: PosedImages, index: Sequence[int]) -> float:
-    """Mean PSNR (dB) of a scene's decoded renders on views of a dataset."""
-    device = rows.weights.device
-    shown = render_images(
-        model, model.compose(rows), views.cameras[torch.tensor(index)].to(device), views.size, geometry=False
-    )
-    return metrics.psnr(shown.images, views.images(list(index)).float() / 255).mean().item()
+def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Sequence[int]) -> float:
+    """Returns the mean PSNR (dB) of a scene's decoded renders on some views of a dataset."""
+    cameras = images.cameras[torch.tensor(index)].to(rows.weights.device)
+    shown = render_images(model, model.compose(rows), cameras, images.size, geometry=False)
+    return metrics.psnr(shown.images, images.images(list(index)).float() / 255).mean().item()
 
 
 def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
-    """A small picture of a scene, as PNG: from the same camera for all, so near that the scene box just fits."""
+    """Renders a small PNG of a scene. All have the same camera, whose image just holds the scene box."""
     camera = view.orbit(1, *THUMBNAIL_ANGLES)
     corners = torch.tensor(model.box.center) + torch.cartesian_prod(
         *(torch.tensor([-half, half]) for half in model.box.half)

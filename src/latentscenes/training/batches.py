@@ -1,4 +1,4 @@
-"""From a dataset to batches: several views of each of a few scenes, in an order that depends on the seed alone."""
+"""Batches of training data: several views of each of a few scenes. Their order depends only on the seed."""
 
 import math
 import tempfile
@@ -20,12 +20,12 @@ from latentscenes.model.planes import SceneParameters
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
 ENCODE_CHUNK = 32
-"""Images encoded at once when latents are cached."""
+"""Images encoded together when latents are cached."""
 
 
 @dataclass(frozen=True)
 class TrainingScenes:
-    """n scenes to learn: row k of the parameters belongs to the images of `entries[k]`."""
+    """n scenes to learn. Row k of the parameters belongs to `entries[k]` of the dataset `images`."""
 
     parameters: SceneParameters
     images: PosedImages
@@ -33,37 +33,34 @@ class TrainingScenes:
 
 
 class BatchSource:
-    """The batches of one stage. Where the encoder is frozen, latents are encoded once and cached."""
+    """The batches of one stage. If the encoder is frozen, latents are computed once and cached."""
 
     def __init__(self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path):
-        """Latents that would fill more than a quarter of the memory go to a file in the folder `scratch`, which vanishes
-        with the process."""
-        views = scenes.images
-        self.model, self.views, self.stage, self.seed, self.device = model, views, stage, seed, model.device
-        self.scratch = scratch
+        """Latents that would fill more than a quarter of the memory go to a temporary file in `scratch`."""
+        images = scenes.images
+        self.model, self.images, self.stage, self.seed = model, images, stage, seed
+        self.device, self.scratch = model.device, scratch
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes.entries]
         every = torch.cat(self.fitted)
-        self._slot = torch.full((len(views.rgb),), -1)  # of each fitted view among all fitted ones
+        self._slot = torch.full((len(images.rgb),), -1)  # rank of each fitted view among all fitted views
         self._slot[every] = torch.arange(len(every))
         self.focus = ErrorGuidedSampling(len(every), stage.focus, self.device) if stage.focus else None
         self.images_needed = needs_images(stage.losses)
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
-        encodings_only = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
+        only_latents = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
         self._latents = None
-        self._frozen = frozen and encodings_only
+        self._frozen = frozen and only_latents
         if self._frozen and model.codec.encoder_parameters():
             self._cache()
         elif frozen and model.normalizer.untouched:
             chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
-            self._settle(
-                self._encoded(chunk) for chunk in chunks[:: 1 + len(chunks) // model.normalizer.window]
-            )
-        self._background = model.background(*views.size) if frozen else None
+            self._settle(chunks[:: 1 + len(chunks) // model.normalizer.window])
+        self._background = model.background(*images.size) if frozen else None
         self.steps_per_epoch = len(self._order(0))
         self._epoch: tuple[int, list] = (-1, [])
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors themselves, by name: what the source remembers of earlier steps."""
+        """Returns the tensors, not copies, that later batches depend on."""
         return {"focus.errors": self.focus.errors} if self.focus else {}
 
     @property
@@ -74,17 +71,17 @@ class BatchSource:
     def _encoded(self, index: Int[Tensor, "n"]) -> Tensor:
         return self.model.codec.encode(self._images(index))
 
-    def _settle(self, encoded: Iterable[Tensor]) -> None:
-        """A frozen codec's latents do not change, so its normalizer need not either: statistics are taken once."""
-        for chunk in encoded:
-            self.model.normalizer.update(chunk)
+    def _settle(self, chunks: Iterable[Tensor]) -> None:
+        """Sets the normalizer's statistics from views. Once is enough for a frozen codec."""
+        for chunk in chunks:
+            self.model.normalizer.update(self._encoded(chunk))
 
     def _cache(self) -> None:
         index = torch.cat(self.fitted)
         chunks = index.split(ENCODE_CHUNK)
         if self.model.normalizer.untouched:
-            self._settle(self._encoded(chunk) for chunk in chunks)
-        background = self.model.background(*self.views.size)
+            self._settle(chunks)
+        background = self.model.background(*self.images.size)
         self._latents = self._allocate(len(index), background[0].numel(), len(background))
         for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
             self._latents[place] = at_pixels(self.model.normalizer.normalize(self._encoded(chunk)))
@@ -92,16 +89,16 @@ class BatchSource:
     def _allocate(self, *shape: int) -> Tensor:
         if 4 * math.prod(shape) <= machine_memory() // 4:
             return torch.empty(shape, device=self.device)
-        return torch.from_numpy(
-            np.memmap(tempfile.TemporaryFile(dir=self.scratch), np.float32, "w+", shape=shape)
-        )
+        file = tempfile.TemporaryFile(dir=self.scratch)  # the system removes it with the process
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
     def _images(self, index: Int[Tensor, "n"]) -> Tensor:
-        return self.views.images(index).to(self.device).float() / 255
+        return self.images.images(index).to(self.device).float() / 255
 
     def _order(self, epoch: int) -> list[tuple[list[int], list[Tensor]]]:
-        """(scenes, their views) of every batch of an epoch: each view of each scene comes once, in chunks; a last
-        chunk is filled up with the scene's first views."""
+        """Returns the scenes of every batch of an epoch, and the views of each. Every view comes once, but a
+        scene's last chunk is filled up with the first views of its order."""
+        # Views of each scene in random order, cut into chunks
         generator = seeded("cpu", self.seed, self.stage.name, "order", epoch)
         size = self.stage.views
         shuffled = [fitted[torch.randperm(len(fitted), generator=generator)] for fitted in self.fitted]
@@ -109,6 +106,8 @@ class BatchSource:
             views.repeat(2 + size // len(views))[: size * math.ceil(len(views) / size)].split(size)
             for views in shuffled
         ]
+
+        # Chunk after chunk, batches of scenes in random order
         batches = []
         for turn in range(max(map(len, chunked))):
             present = [scene for scene, chunks in enumerate(chunked) if turn < len(chunks)]
@@ -119,35 +118,40 @@ class BatchSource:
         return batches
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step (0 = first of the stage)."""
+        """Returns the batch of a step (0 = first of the stage)."""
+        # Scenes and views
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
         scenes, chunks = self._epoch[1][place]
         index = torch.cat(chunks)
-        background = (
-            self._background if self._background is not None else self.model.background(*self.views.size)
-        )
-        cameras = self.views.cameras[index].to(self.device)
+        background = self._background
+        if background is None:
+            background = self.model.background(*self.images.size)
+        cameras = self.images.cameras[index].to(self.device)
+
+        # Rays
         views = self._slot[index].to(self.device) if self.focus else None
-        pixels, cells = (
-            self._pixels(cameras, *background.shape[1:], step, views) if self.stage.rays else (None, None)
-        )
+        pixels, cells = None, None
+        if self.stage.rays:
+            pixels, cells = self._pixels(cameras, *background.shape[1:], step, views)
+
+        # Targets
         latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
         missing = latents is None and bool(self.stage.losses.latent)
         images = self._images(index) if self.images_needed or missing else None
         return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels, views, cells)
 
     def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:
-        """Take in what the rays of a batch were wrong by."""
+        """Updates the error map of error-guided sampling from the errors of a batch's rays."""
         if self.focus:
             self.focus.learn(batch.views, batch.cells, errors)
 
     def _pixels(
         self, cameras: Cameras, height: int, width: int, step: int, views: Int[Tensor, "v"] | None
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None]:
-        """Random pixels of each view, among those that can see the scene box: within the rectangle around it, or of the
-        whole view where rays do not end at the box. Where the source has a focus, also their cells."""
+        """Draws pixels of each view from the rectangle around the scene box, or from the whole view if rays
+        do not end at the box. With error-guided sampling, also returns their cells."""
         generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
         count = min(self.stage.rays, height * width)
         x, y, cells = *torch.rand(2, len(cameras), count, generator=generator).to(self.device), None
@@ -161,26 +165,21 @@ class BatchSource:
 
     @torch.no_grad()
     def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:
-        """Normalized latents of some pixels; all without."""
+        """Returns the normalized latents of some pixels, or of all."""
         if self._latents is not None:
             slot = self._slot[index]
-            found = (
-                self._latents[slot]
-                if pixels is None
-                else self._latents[slot[:, None], pixels.to(slot.device)]
-            )
-            return found.to(self.device)
+            place = slot if pixels is None else (slot[:, None], pixels.to(slot.device))
+            return self._latents[place].to(self.device)
         if pixels is None:
             return at_pixels(self.model.encode(self._images(index)))
-        colors = (
-            self.views.pixels(index, pixels.cpu()).to(self.device).float() / 255
-        )  # no encoder: latents are pixels
+        # A codec without encoder works pixel by pixel
+        colors = self.images.pixels(index, pixels.cpu()).to(self.device).float() / 255
         return at_pixels(self.model.encode(colors.transpose(1, 2)[:, :, None]))
 
 
 def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor, "v 4"]:
-    """Left, right, top and bottom of the rectangle of pixels that the box appears in; the whole view where the camera is
-    in the box or beside it."""
+    """Returns left, right, top and bottom of the rectangle of pixels around the box, or of the whole view if
+    a corner of the box is behind the camera."""
     points, depth = cameras.project(box.corners().to(cameras.cam2world.device))
     size = torch.tensor([float(width), float(height)], device=points.device)
     seen = points.nan_to_num() * size
@@ -194,19 +193,19 @@ def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor,
 SIDE = 8
 """Cells along each side of the rectangle in which rays are drawn."""
 EXPONENT = 0.7
-"""What errors are raised to. In proportion to errors themselves, too few rays are left for what is nearly right."""
+"""Power of errors in the sampling probabilities. With 1, regions with small errors would get too few rays."""
 MEMORY = 0.5
-"""How much of a cell's old error stays when new rays went through it."""
-
+"""Weight of a cell's old error when new rays hit the cell."""
 LEAST = 1e-12
-"""Errors below this count as this: where all of a view is right, its cells are alike."""
+"""Lower bound of errors. A view without errors is sampled evenly."""
 
 
 class ErrorGuidedSampling:
-    """The cells of n views. `errors` is its state."""
+    """Error-guided sampling: draws more rays in cells of a view where earlier rays had larger errors. Its
+    state is `errors`, the error map of n views."""
 
     def __init__(self, views: int, share: float, device: torch.device):
-        """`share` in [0, 1] of the rays goes by errors."""
+        """A `share` in [0, 1] of the rays is drawn by errors, the others uniformly."""
         self.share = share
         self.errors: Float[Tensor, "n c"] = torch.ones(views, SIDE * SIDE, device=device)
 
@@ -217,22 +216,25 @@ class ErrorGuidedSampling:
         y: Float[Tensor, "v p"],
         u: Float[Tensor, "v p"],
     ) -> tuple[Float[Tensor, "v p"], Float[Tensor, "v p"], Int[Tensor, "v p"]]:
-        """From uniform numbers in [0, 1): places in the rectangle, as fractions of its sides, and their cells. Each view's
-        cells come in order, one from each p-th of their chances, so that chance leaves none of them out."""
-        wrong = self.errors[views].clamp(min=LEAST) ** EXPONENT
-        chances = (1 - self.share) / wrong.shape[1] + self.share * wrong / wrong.sum(1, keepdim=True)
+        """Draws p places per view from uniform numbers x, y, u in [0, 1). Returns them as fractions of the
+        rectangle's sides, and their cells. Sampling is stratified: cell k lies at (k + u) / p of the
+        cumulative probability."""
+        # Probabilities of cells
+        powers = self.errors[views].clamp(min=LEAST) ** EXPONENT
+        chances = (1 - self.share) / powers.shape[1] + self.share * powers / powers.sum(1, keepdim=True)
+
+        # Cells, then places in them
         upper = chances.cumsum(1)
         strata = (torch.arange(u.shape[1], device=u.device) + u) / u.shape[1]
-        cells = torch.searchsorted(upper, strata * upper[:, -1:], right=True).clamp_(max=wrong.shape[1] - 1)
+        cells = torch.searchsorted(upper, strata * upper[:, -1:], right=True).clamp_(max=powers.shape[1] - 1)
         return (cells % SIDE + x) / SIDE, (cells // SIDE + y) / SIDE, cells
 
     def learn(self, views: Int[Tensor, "v"], cells: Int[Tensor, "v p"], errors: Float[Tensor, "v p"]) -> None:
-        """What rays through some cells of (different) views were wrong by."""
+        """Updates the per-cell error map from the errors of rays through some cells of (different) views."""
         count = self.errors.shape[1]
         at = (torch.arange(len(views), device=cells.device)[:, None] * count + cells).flatten()
         rays = torch.bincount(at, minlength=len(views) * count).view(len(views), count)
         sums = torch.bincount(at, errors.flatten(), len(views) * count).view(len(views), count)
         old = self.errors[views]
-        self.errors[views] = torch.where(
-            rays > 0, MEMORY * old + (1 - MEMORY) * sums / rays.clamp(min=1), old
-        )
+        new = MEMORY * old + (1 - MEMORY) * sums / rays.clamp(min=1)
+        self.errors[views] = torch.where(rays > 0, new, old)

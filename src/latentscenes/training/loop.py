@@ -1,7 +1,7 @@
-"""The training loop. Stages are data (core/config.py); this file turns them into steps and reads top to bottom.
+"""The training loop: turns the stages of a configuration into steps.
 
-One loop serves everything: warming up the codec, joint training, learning new scenes, and the RGB baseline. They differ
-in which parts learn, from which losses, on which scenes.
+One loop serves codec warm-up, joint training, new scenes and the RGB baseline. They differ only in the parts
+that learn, the losses and the scenes.
 """
 
 import hashlib
@@ -49,8 +49,8 @@ def train(
     device: torch.device,
     track: TrackerKind = "none",
 ) -> Run:
-    """Learns the shared parts and the scenes of a split from scratch, in the run folder `out`. Continues a run that was
-    begun there.
+    """Learns the shared parts and the scenes of a split from scratch, in the run folder `out`. Continues a
+    run that was begun there.
 
     Raises:
         UserError: the configuration has no stages, or `out` holds another run.
@@ -61,31 +61,27 @@ def train(
     scenes = images.select(split, limit=limit)
     half = config.render.half_side
     box = images.box if half is None else Box(images.box.center, (half, half, half))
-    run = Run.create(
-        out,
-        config,
-        RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box),
-    )
+    info = RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box)
+    run = Run.create(out, config, info)
     model = Model(config, box).to(device)
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
         model.codec.fit_components(_sample(images, scenes).to(device))
     tracker = Tracker(track, run.path, {"seed": config.seed})
-    Trainer(run, model, TrainingScenes(run.begin_parameters(device), images, scenes), tracker).fit(
-        config.train
-    )
+    learned = TrainingScenes(run.begin_parameters(device), images, scenes)
+    Trainer(run, model, learned, tracker).fit(config.train)
     tracker.close()
     return run
 
 
 def _sample(images: PosedImages, scenes: Sequence[Scene]) -> Float[Tensor, "n 3 H W"]:
-    """Up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
+    """Reads up to COMPONENT_VIEWS fitted views, evenly over all scenes, in [0, 1]."""
     index = [view for scene in scenes for view in scene.views("fit")]
     chosen = index[:: -(-len(index) // COMPONENT_VIEWS)]
     return images.images(chosen).float() / 255
 
 
 class Trainer:
-    """Learns scenes stage by stage in a run folder, with checkpoints that a later process continues exactly."""
+    """Learns scenes stage by stage in a run folder. After a stop, it continues exactly where it was."""
 
     def __init__(
         self,
@@ -95,7 +91,7 @@ class Trainer:
         tracker: "Tracker | None" = None,
         label: str = "",
     ):
-        """With a label, this is one of many runs: progress is shown under that label and leaves no trace."""
+        """With a `label`, the progress bar shows it and disappears at the end, for one of many runs."""
         self.run, self.model, self.scenes = run, model, scenes
         self.tracker = tracker or Tracker("none", run.path, {})
         self.label = label
@@ -122,7 +118,7 @@ class Trainer:
         run, model, stage, seed = self.run, self.model, stages[position.stage], self.run.config.seed
         begun = saved = time.monotonic()
 
-        # What learns, and where it left off
+        # Optimizers and batches, restored
         learner = StageLearner(model, self.scenes.parameters, stage, run.files)
         source = BatchSource(model, self.scenes, stage, seed, run.path)
         state = learner.state() | source.state()
@@ -155,18 +151,9 @@ class Trainer:
                 _refuse_nonfinite(values, stage, position)
                 if logged:
                     bar.show(position.step, values)
-                    run.log(
-                        {
-                            "stage": stage.name,
-                            "step": position.step,
-                            "total": position.total,
-                            "rate": factor,
-                            **values,
-                        }
-                    )
-                    self.tracker.log(
-                        position.total, {f"{stage.name}/{name}": value for name, value in values.items()}
-                    )
+                    where = {"stage": stage.name, "step": position.step, "total": position.total}
+                    run.log({**where, "rate": factor, **values})
+                    self.tracker.log(position.total, {f"{stage.name}/{k}": v for k, v in values.items()})
 
                 # Save
                 now = time.monotonic()
@@ -184,51 +171,44 @@ class Trainer:
 def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Position) -> None:
     if not all(map(math.isfinite, values.values())):
         raise UserError(
-            f"stage {stage.name!r}, step {position.step}: a loss is no longer finite ({values}). "
-            "The last checkpoint is good. Lower this stage's learning rates with --set and start again in a new folder."
+            f"stage {stage.name!r}, step {position.step}: a loss is no longer finite ({values}). The last "
+            "checkpoint is good. Lower the stage's learning rates with --set and start again in a new folder."
         )
 
 
 class StageLearner:
-    """Takes the steps of one stage: renders, compares, and updates the parts that learn, with fresh optimizers."""
+    """Takes the steps of one stage: renders, computes losses, updates parameters."""
 
     def __init__(
-        self,
-        model: Model,
-        parameters: SceneParameters,
-        stage: StageConfig,
-        files: RowFiles | None = None,
+        self, model: Model, parameters: SceneParameters, stage: StageConfig, files: RowFiles | None = None,
         shortcuts: bool = True,
-    ):
-        """`shortcuts` leaves the mixing of features to the renderer and computes macro planes once where they no longer
-        change. Without, planes are composed in full at every step; results differ by rounding only."""
+    ):  # fmt: skip
+        """With `shortcuts`, the renderer mixes features, and macro planes that no longer change are computed
+        once. Without, planes are composed in full at every step. Results differ only by rounding."""
         self.model, self.parameters, self.stage, self.shortcuts = model, parameters, stage, shortcuts
         rates = stage.rates
         self.shared = SharedAdam(model.parts(), rates, stage.beta2)
         own = {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights, "mixing": rates.mixing}
         self.own = RowAdam(parameters, own, files, stage.beta2)
-        self._macro: Float[Tensor, "n 3 r r g"] | None = None  # once it no longer changes
+        self._macro: Float[Tensor, "n 3 r r g"] | None = None  # set when it no longer changes
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizers' tensors themselves, by name."""
+        """Returns the optimizers' tensors by name, not copies."""
         return self.shared.state() | self.own.state()
 
     def freeze_by(self, epoch: int) -> None:
         """Freezes the parts that the stage freezes at this epoch or before."""
-        if self.stage.field_epochs is not None and epoch >= self.stage.field_epochs:
+        field_epochs, weights_epochs = self.stage.field_epochs, self.stage.weights_epochs
+        if field_epochs is not None and epoch >= field_epochs:
             self.shared.freeze("field")
-        if (
-            self.stage.weights_epochs is not None
-            and epoch >= self.stage.weights_epochs
-            and "weights" in self.own.rates
-        ):
+        if weights_epochs is not None and epoch >= weights_epochs and "weights" in self.own.rates:
             self.own.freeze("weights", "bias")
 
     def step(
         self, batch: Batch, factor: float, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Takes one step at `factor` times the stage's learning rates. Returns the unweighted terms of the objective
-        before the step, and the errors of rays (see `terms`)."""
+        """Takes one step at `factor` times the stage's learning rates. Returns the objective's unweighted
+        terms and the errors of rays before the step (see `terms`)."""
         losses = self.stage.losses
         leaves = planes = None
         if needs_render(losses) or losses.tv:
@@ -246,19 +226,15 @@ class StageLearner:
             return self.model.compose(leaves)
         if self._macro is None and self._macro_is_constant():
             with torch.no_grad():
-                weights, bias = (
-                    table.to(self.model.device) for table in (self.parameters.weights, self.parameters.bias)
-                )
-                self._macro = macro_planes(weights, bias, self.model.bases)
+                device, rows = self.model.device, self.parameters
+                self._macro = macro_planes(rows.weights.to(device), rows.bias.to(device), self.model.bases)
         return self.model.fuse(leaves, None if self._macro is None else self._macro[batch.scenes])
 
     def _macro_is_constant(self) -> bool:
-        """Whether neither base planes nor weights learn, and the macro planes of all scenes fit into memory."""
+        """Whether neither base planes nor weights learn, and all macro planes fit into memory."""
+        size = 4 * len(self.parameters) * self.model.bases[:1].numel()
         learns = self.stage.rates.bases or "weights" in self.own.rates
-        return (
-            not learns
-            and 0 < 4 * len(self.parameters) * self.model.bases[:1].numel() <= machine_memory() // 8
-        )
+        return not learns and 0 < size <= machine_memory() // 8
 
 
 class Tracker:
@@ -266,6 +242,7 @@ class Tracker:
 
     def __init__(self, kind: TrackerKind, run_path: Path, config: dict[str, Any]):
         self.kind, self.sink = kind, None
+        options = {"project": "latentscenes", "name": run_path.name, "config": config, "resume": "allow"}
         try:
             if kind == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -274,18 +251,13 @@ class Tracker:
             elif kind == "wandb":
                 import wandb
 
-                same = hashlib.blake2b(
-                    str(run_path.resolve()).encode(), digest_size=8
-                ).hexdigest()  # goes on after a stop
-                self.sink = wandb.init(
-                    project="latentscenes", name=run_path.name, config=config, resume="allow", id=same
-                )
+                # The same id for the same folder, so that a run continues after a stop
+                options["id"] = hashlib.blake2b(str(run_path.resolve()).encode(), digest_size=8).hexdigest()
+                self.sink = wandb.init(**options)
             elif kind == "trackio":
                 import trackio
 
-                self.sink = trackio.init(
-                    project="latentscenes", name=run_path.name, config=config, resume="allow"
-                )
+                self.sink = trackio.init(**options)
         except ImportError as error:
             raise UserError(
                 f"--track {kind}: not installed ({error}). Run: pip install 'latentscenes[track]'."

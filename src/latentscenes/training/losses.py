@@ -1,14 +1,15 @@
-"""The objective: a weighted sum of mean squared errors between what is rendered, encoded, decoded and seen.
+"""The objective: a weighted sum of mean squared errors. x are images, E and D the codec, z̃ rendered latents.
 
-    latent        ‖E(x) − z̃‖²            rendered latents z̃ against encoded ones (normalized)
+    latent        ‖E(x) − z̃‖²            both normalized
     rgb           ‖x − D(z̃)‖²
     autoencoder   ‖x − D(E(x))‖²
     equivariance  ‖τ(x) − D(τ(E(x)))‖²    τ: a random rotation, zoom and mirror of the image plane
-    preview       ‖x↓ − ỹ‖²               low-resolution RGB beside the latent
-    tv, depth_tv                          squared differences of neighbors
+    preview       ‖x↓ − ỹ‖²               ỹ: low-resolution RGB, rendered beside the latents
+    tv, depth_tv                          squared differences of neighboring texels or depths
+    edges                                 absolute error of neighbor differences, of all decoded images
 
-Source: 3Da-AE (arXiv 2403.11678, section 3); equivariance after EQ-VAE (arXiv 2502.09509). Only what a stage weighs
-is computed.
+Source: 3Da-AE (arXiv 2403.11678, section 3); equivariance after EQ-VAE (arXiv 2502.09509). Terms without
+weight are not computed.
 """
 
 import math
@@ -30,19 +31,19 @@ class Batch:
     """v views of s scenes, equally many of each, scene by scene."""
 
     scenes: Int[Tensor, "s"]
-    """Rows of the scenes."""
+    """Rows in the scene parameters."""
     cameras: Cameras
     background: Float[Tensor, "c h w"]
     images: Float[Tensor, "v 3 H W"] | None
-    """In [0, 1]; absent where no loss looks at pixels."""
+    """In [0, 1]. None if no term needs images."""
     latents: Float[Tensor, "v p c"] | None
-    """Normalized, of the rays' pixels; absent where the encoder learns, or no loss looks at them."""
+    """Normalized, of the rays' pixels. None if the encoder learns or no term needs latents."""
     pixels: Int[Tensor, "v p"] | None
-    """Latent pixels whose rays are rendered; all where absent."""
+    """Latent pixels whose rays are rendered. None: all."""
     views: Int[Tensor, "v"] | None = None
+    """Rows of the views in the error map of error-guided sampling, None without it."""
     cells: Int[Tensor, "v p"] | None = None
-    """Places of the views in the source's memory of errors, and the cells that pixels lie in; absent where rays are drawn
-    uniformly."""
+    """Cells of that map that the pixels lie in."""
 
 
 def needs_images(weights: LossWeights) -> bool:
@@ -56,18 +57,21 @@ def needs_render(weights: LossWeights) -> bool:
 def terms(
     model: Model, planes: FusedPlanes | None, batch: Batch, weights: LossWeights, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Float[Tensor, "v p"] | None]:
-    """Computes every term that has a weight, unweighted, by its name in LossWeights. Also returns the mean squared error
-    of each ray where the latent term is among them. Planes may be None where no term renders."""
+    """Computes every term that has a weight. Returns unweighted terms by their names in LossWeights, and the
+    mean squared error of each ray if there is a latent term. Planes may be None if no term needs a render."""
     found: dict[str, Tensor] = {}
     errors = None
     decoded: list[Tensor] = []
     images, encoded, cached = batch.images, None, batch.latents
+
+    # Encode
     if weights.autoencoder or weights.equivariance or weights.latent and cached is None:
         raw = model.codec.encode(images)
         if raw.requires_grad:  # a frozen codec's normalizer stays as it is
             model.normalizer.update(raw.detach())
         encoded = model.normalizer.normalize(raw)
 
+    # Codec alone
     if weights.autoencoder:
         decoded.append(model.decode(encoded))
         found["autoencoder"] = mean_square(decoded[-1] - images)
@@ -75,6 +79,7 @@ def terms(
         latents, target = transform_alike(encoded, images, generator)
         found["equivariance"] = mean_square(model.decode(latents) - target)
 
+    # Renders against their targets
     if needs_render(weights):
         view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
         height, width = batch.background.shape[1:]
@@ -91,6 +96,8 @@ def terms(
         if weights.depth_tv:
             depth = view.depth.unflatten(1, (height, width))
             found["depth_tv"] = mean_square(depth.diff(dim=1)) + mean_square(depth.diff(dim=2))
+
+    # Edges and smoothness
     if weights.edges and decoded:
         found["edges"] = sum(edge_error(image, images) for image in decoded)
     if weights.tv:
@@ -102,16 +109,15 @@ def terms(
 def at_pixels(
     image: Float[Tensor, "v c h w"], pixels: Int[Tensor, "v p"] | None = None
 ) -> Float[Tensor, "v p c"]:
-    """An image's values at some pixels (row · w + column) of each view; all, row by row, without."""
+    """Returns the values at some pixels (row · w + column) of each view, or at all, row by row."""
     flat = image.flatten(2).transpose(1, 2)
     return flat if pixels is None else flat.gather(1, pixels[..., None].expand(-1, -1, flat.shape[2]))
 
 
 def total(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
-    """Σ λ · term."""
-    return sum(
-        getattr(weights, entry.name) * found[entry.name] for entry in fields(weights) if entry.name in found
-    )
+    """Returns Σ weight · term."""
+    names = [entry.name for entry in fields(weights) if entry.name in found]
+    return sum(getattr(weights, name) * found[name] for name in names)
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -119,20 +125,19 @@ def mean_square(difference: Tensor) -> Tensor:
 
 
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
-    """Mean over scenes of the mean squared difference of neighboring texels, rows plus columns; by the native kernel where
-    it can."""
+    """Returns the mean squared difference of neighboring texels, rows plus columns."""
     if planes.shape[2] > 1 and native.serves(planes):
         return native.total_variation(planes)
     return total_variation_in_torch(planes)
 
 
 def total_variation_in_torch(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
-    """`total_variation`, readable, on any device."""
+    """Computes `total_variation` in plain torch."""
     return mean_square(planes.diff(dim=2)) + mean_square(planes.diff(dim=3))
 
 
 def edge_error(a: Float[Tensor, "v 3 H W"], b: Float[Tensor, "v 3 H W"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of neighbor differences: punishes blur more than a squared error does."""
+    """Returns the mean absolute error of neighbor differences, which penalizes blur more than squares do."""
     difference = a - b
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
@@ -140,7 +145,7 @@ def edge_error(a: Float[Tensor, "v 3 H W"], b: Float[Tensor, "v 3 H W"]) -> Floa
 def transform_alike(
     latents: Float[Tensor, "v c h w"], images: Float[Tensor, "v 3 H W"], generator: torch.Generator
 ) -> tuple[Float[Tensor, "v c h w"], Float[Tensor, "v 3 H W"]]:
-    """The same random rotation, zoom (0.75 to 1.33) and mirroring of both, borders repeated."""
+    """Applies the same random rotation, zoom (0.75 to 1.33) and mirroring to both. Borders are repeated."""
     count, device = len(images), images.device
     angle, zoom, mirror = torch.rand(3, count, generator=generator, device=device)
     angle, zoom = 2 * math.pi * angle, 0.75 * (4 / 3 / 0.75) ** zoom

@@ -1,7 +1,7 @@
-"""Adam for what all scenes share, and Adam by rows for what each scene owns.
+"""Adam (Kingma and Ba, arXiv 1412.6980): for shared parts, and row by row for scene parameters.
 
-Rows keep their own step counts and moments: a scene that is not in the batch is not read, not written, and does not
-drift on stale momentum (Kingma and Ba, arXiv 1412.6980, applied to each row as if it were alone).
+Each row has its own step count and moments, as if it were optimized alone. So scenes outside the batch are
+neither read nor written, and do not drift on old momentum.
 """
 
 import math
@@ -23,10 +23,8 @@ EPSILON = 1e-8
 
 
 class RowAdam:
-    """Adam over the rows of scene tables. State: `first` and `second` moments like the tables, `steps` (n,) per table.
-
-    With `files`, the moments of micro planes lie there, and rows are kept there before they change.
-    """
+    """Adam over the rows of scene tables. With `files`, these hold the moments of micro planes, and a copy of
+    each row from before it changes."""
 
     def __init__(
         self,
@@ -37,26 +35,23 @@ class RowAdam:
     ):
         self.rows, self.beta2 = rows, beta2
         self.rates = {name: rate for name, rate in rates.items() if rate and rows.tables()[name].numel()}
-        tables = {name: rows.tables()[name] for name in self.rates}
-        self.files = files if "micro" in tables else None
+        self.files = files if "micro" in self.rates else None
         filed = {} if self.files is None else {"micro": self.files.moments}
-        self.first = {
-            name: filed[name][0] if name in filed else torch.zeros_like(table)
-            for name, table in tables.items()
-        }
-        self.second = {
-            name: filed[name][1] if name in filed else torch.zeros_like(table)
-            for name, table in tables.items()
+        self.moments = {
+            name: filed[name] if name in filed else (torch.zeros_like(table), torch.zeros_like(table))
+            for name, table in rows.tables().items()
+            if name in self.rates
         }
         self.steps = torch.zeros(len(rows), dtype=torch.int64)
 
     def freeze(self, *tables: str) -> None:
-        """Stop learning these tables; their moments stay part of the state."""
+        """Stops learning these tables. Their moments stay part of the state."""
         self.rates = {name: rate for name, rate in self.rates.items() if name not in tables}
 
     @torch.no_grad()
     def step(self, index: Int[Tensor, "s"], batch: SceneParameters, factor: float) -> None:
-        """Update the rows at `index` (all different) with the gradients of the leaves that `gather` gave."""
+        """Updates the rows at `index` (all different) with the gradients of `batch`, their gathered
+        leaves."""
         self.steps[index] += 1
         if self.files is not None:
             self.files.keep(index.tolist())
@@ -64,29 +59,22 @@ class RowAdam:
             table, gradients = self.rows.tables()[name], batch.tables()[name].grad
             adam = native.adam if native.serves(table, gradients) and table.is_contiguous() else adam_in_torch
             adam(
-                table,
-                self.first[name],
-                self.second[name],
-                index,
-                gradients.to(table.device),
-                self.steps[index],
-                rate * factor,
-                (BETA1, self.beta2),
-                EPSILON,
-            )
+                table, self.moments[name], index, gradients.to(table.device), self.steps[index],
+                rate * factor, (BETA1, self.beta2), EPSILON,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors themselves, by name."""
+        """Returns the state's tensors, not copies: per row the steps, and per table the first and second
+        moments."""
         state = {"rows.steps": self.steps}
-        for name in self.first:
-            state |= {f"rows.first.{name}": self.first[name], f"rows.second.{name}": self.second[name]}
+        for name, (first, second) in self.moments.items():
+            state |= {f"rows.first.{name}": first, f"rows.second.{name}": second}
         return state
 
 
 def adam_in_torch(
     table: Float[Tensor, "n *d"],
-    first: Float[Tensor, "n *d"],
-    second: Float[Tensor, "n *d"],
+    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
     index: Int[Tensor, "s"],
     gradients: Float[Tensor, "s *d"],
     steps: Int[Tensor, "s"],
@@ -94,8 +82,9 @@ def adam_in_torch(
     betas: tuple[float, float],
     epsilon: float,
 ) -> None:
-    """One step of Adam, readable, on any device, for the rows of `table` at `index` and their moments, in place; `steps`
-    counts each row's steps, this one included."""
+    """Takes one step of Adam in plain torch, in place, for the rows of `table` at `index` and their moments.
+    `steps` are the rows' step counts, this step included."""
+    first, second = moments
     for row, gradient, count in zip(index.tolist(), gradients, steps.tolist(), strict=True):
         first[row].lerp_(gradient, 1 - betas[0])
         second[row].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
@@ -104,7 +93,7 @@ def adam_in_torch(
 
 
 class SharedAdam:
-    """Adam over the shared parts that learn in a stage. State: moments and step count per parameter."""
+    """Adam over the shared parts that learn in a stage. The others are frozen."""
 
     def __init__(self, parts: dict[str, list[tuple[str, nn.Parameter]]], rates: Rates, beta2: float = 0.999):
         self.names, groups = [], []
@@ -115,14 +104,8 @@ class SharedAdam:
                 parameter.grad = None
             if rate and parameters:
                 self.names += [f"{part}.{name}" for name, _ in parameters]
-                groups.append(
-                    {
-                        "params": [parameter for _, parameter in parameters],
-                        "lr": rate,
-                        "rate": rate,
-                        "part": part,
-                    }
-                )
+                own = [parameter for _, parameter in parameters]
+                groups.append({"params": own, "lr": rate, "rate": rate, "part": part})
         self.adam = (
             torch.optim.Adam(groups, betas=(BETA1, beta2), eps=EPSILON, fused=True) if groups else None
         )
@@ -134,14 +117,11 @@ class SharedAdam:
             }
 
     def parameters(self) -> list[nn.Parameter]:
-        return (
-            [parameter for group in self.adam.param_groups for parameter in group["params"]]
-            if self.adam
-            else []
-        )
+        groups = self.adam.param_groups if self.adam else []
+        return [parameter for group in groups for parameter in group["params"]]
 
     def freeze(self, part: str) -> None:
-        """Stop learning one part for the rest of the stage."""
+        """Stops learning a part."""
         for group in self.adam.param_groups if self.adam else []:
             if group["part"] == part:
                 for parameter in group["params"]:
@@ -157,7 +137,7 @@ class SharedAdam:
         self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors themselves, by name."""
+        """Returns the state's tensors, not copies: per parameter the step count and moments."""
         return {
             f"{name}.{key}": value
             for name, parameter in zip(self.names, self.parameters(), strict=True)
@@ -166,7 +146,7 @@ class SharedAdam:
 
 
 def rate_factor(stage: StageConfig, step: int, steps_per_epoch: int) -> float:
-    """What all rates of a stage are multiplied with at `step` (0 = first)."""
+    """Returns the factor of all learning rates of a stage at `step` (0 = first)."""
     if stage.schedule == "exponential":
         return stage.decay ** (step // steps_per_epoch)
     if stage.schedule == "cosine":

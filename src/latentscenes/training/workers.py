@@ -1,11 +1,12 @@
-"""Work side by side in several processes, which stop and go on as one would.
+"""Runs work in several processes, which stop together and continue together.
 
 Notable:
-- Steps are short, so one process spends much of its time where only one core works. As many processes of one thread each
-  lose nothing to that, and learn scenes faster than one process with all cores.
-- A worker is a fresh interpreter ("spawn"): threads, kernels and GPU contexts do not survive a fork.
-- Ctrl-C, a polite kill, an error or the death of one: all stop, each after saving what it has at hand. Should this process
-  be killed outright, its workers notice, save and stop too.
+- Steps are short, so one process often uses only one core. As many processes with one thread each lose
+  nothing to that, and learn scenes faster than one process with all cores.
+- Workers are started by "spawn", because threads, kernels and GPU contexts do not survive a fork.
+- On Ctrl-C, SIGTERM, an error or the death of one process, all stop, and each worker saves its work first. If
+  the parent is killed, its workers notice, save and stop too.
+- The standard library's ProcessPoolExecutor cannot do this: it has no public way to signal running workers.
 """
 
 import multiprocessing
@@ -14,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -26,43 +27,46 @@ from latentscenes.core.runtime import StopFlag
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Prepare = Callable[[], Callable[[Item], Result]]
-LOOK_SECONDS = 0.2
-"""Time between two looks at whether to stop."""
-PATIENCE_SECONDS = 120.0
-"""How long workers may take to save before they are killed."""
+Workers = dict[connection.Connection, BaseProcess]
+CHECK_SECONDS = 0.2
+"""Time between two checks for a stop signal."""
+SAVE_SECONDS = 120.0
+"""Time that workers get to save before they are killed."""
 
 
 def side_by_side(prepare: Prepare, items: Sequence[Item], count: int) -> Iterator[Result]:
-    """Results of items as they come, from `count` processes. Each calls `prepare` once, which must be picklable (a function of
-    a module, perhaps a functools.partial), and what it gives for every item. Calls must save what they do, and return or raise
-    `Interrupted` soon after SIGTERM.
+    """Yields results of items as they come, from `count` processes. Each process calls `prepare` once and the
+    function that it returns for every item. `prepare` must be picklable: a function of a module, or a
+    functools.partial of one. The work must save its progress, and return or raise `Interrupted` soon after
+    SIGTERM.
 
     Raises:
-        UserError: what a worker raised, or a worker was killed.
-        Interrupted: a signal asked to stop; all workers have saved.
+        UserError: a worker raised it, or was killed.
+        Interrupted: a signal asked to stop. All workers have saved.
     """
-    waiting, busy = list(items), {}
+    waiting, busy = list(items), set()
     with StopFlag() as stopped:
-        workers = _started(prepare, min(count, len(waiting)))
+        workers = _start(prepare, min(count, len(waiting)))
         try:
             while waiting or busy:
                 for pipe in [pipe for pipe in workers if pipe not in busy][: len(waiting)]:
-                    busy[pipe] = waiting.pop(0)
-                    _send(pipe, workers[pipe], busy[pipe])
+                    with _alive(workers[pipe]):
+                        pipe.send(waiting.pop(0))
+                    busy.add(pipe)
                 if stopped:
                     raise Interrupted
-                for pipe in connection.wait(list(busy), LOOK_SECONDS):
-                    result = _received(pipe, workers[pipe])
-                    del busy[pipe]
+                for pipe in connection.wait(busy, CHECK_SECONDS):
+                    with _alive(workers[pipe]):
+                        error, result = pipe.recv()
+                    if error is not None:
+                        raise error
+                    busy.remove(pipe)
                     yield result
         finally:
-            _end(workers)
+            _stop(workers)
 
 
-Pipes = dict[connection.Connection, BaseProcess]
-
-
-def _started(prepare: Prepare, count: int) -> Pipes:
+def _start(prepare: Prepare, count: int) -> Workers:
     context, workers = multiprocessing.get_context("spawn"), {}
     with _ignoring_interrupts():
         for _ in range(count):
@@ -76,57 +80,40 @@ def _started(prepare: Prepare, count: int) -> Pipes:
 
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started meanwhile do not hear Ctrl-C, which a terminal sends to all: this one passes it on."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread
+    """Makes processes started here ignore Ctrl-C, which a terminal sends to all; the parent forwards it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signals
         yield
         return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _send(pipe: connection.Connection, worker: BaseProcess, item: object) -> None:
+@contextmanager
+def _alive(worker: BaseProcess) -> Iterator[None]:
+    """Turns errors of a closed pipe into the reason why the worker ended."""
     try:
-        pipe.send(item)
-    except OSError:
-        raise _died(worker) from None
-
-
-def _received(pipe: connection.Connection, worker: BaseProcess) -> object:
-    try:
-        kind, value = pipe.recv()
+        yield
     except (EOFError, OSError):
-        raise _died(worker) from None
-    if kind == "refused":
-        raise UserError(value)
-    if kind == "stopped":
-        raise Interrupted
-    if kind == "failed":
-        raise RuntimeError(f"a worker failed:\n{value}")
-    return value
+        worker.join()
+        if worker.exitcode == -signal.SIGTERM:
+            raise Interrupted from None
+        raise UserError(
+            f"a worker process was killed (exit code {worker.exitcode}), most likely because memory ran out. "
+            "What was learned is saved. Run the same command with fewer --workers to continue."
+        ) from None
 
 
-def _died(worker: BaseProcess) -> Exception:
-    worker.join()
-    if worker.exitcode == -signal.SIGTERM:
-        return Interrupted()
-    return UserError(
-        f"a worker process was ended from outside (exit code {worker.exitcode}), most likely for want of memory. What was learned is kept; "
-        "the same command with fewer --workers goes on."
-    )
-
-
-def _end(workers: Pipes) -> None:
-    """Tell all to stop, and wait until they have."""
+def _stop(workers: Workers) -> None:
+    """Asks all workers to stop and waits until they have."""
     for pipe, worker in workers.items():
-        pipe.close()  # who waits for work ends
+        pipe.close()  # ends a worker that waits for work
         if worker.is_alive():
-            worker.terminate()  # who works saves and ends
+            worker.terminate()  # a worker at work saves and ends
     for worker in workers.values():
-        worker.join(PATIENCE_SECONDS)
+        worker.join(SAVE_SECONDS)
         if worker.is_alive():
             worker.kill()
 
@@ -136,26 +123,19 @@ def _end(workers: Pipes) -> None:
 
 def _work(prepare: Prepare, pipe: connection.Connection) -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    console.quiet = True  # bars and notes of several would overwrite each other; the parent tells
+    console.quiet = True  # only the parent prints
     try:
         work = prepare()
         while True:
-            pipe.send(("done", work(pipe.recv())))
+            pipe.send((None, work(pipe.recv())))
     except EOFError:  # no more work
         return
-    except Interrupted:
-        _tell(pipe, "stopped", None)
-    except UserError as error:
-        _tell(pipe, "refused", str(error))
+    except (Interrupted, UserError) as error:
+        found = error
     except Exception:
-        _tell(pipe, "failed", traceback.format_exc())
-
-
-def _tell(pipe: connection.Connection, kind: str, value: object) -> None:
-    try:
-        pipe.send((kind, value))
-    except OSError:  # nobody listens any more
-        return
+        found = RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
+    with suppress(OSError):  # the parent may be gone
+        pipe.send((found, None))
 
 
 def _stop_with_parent() -> None:

@@ -1,8 +1,8 @@
-"""Compile the native kernel at first use with the user's own C++ compiler, once per machine.
+"""Compiles the native kernel at first use with the machine's C++ compiler.
 
-The library is cached under $XDG_CACHE_HOME (default ~/.cache), named by a hash of the sources, flags, compiler and
-CPU, so a change of any builds anew. Compiling goes to a private name that is then moved into place, so processes
-that start together never see half a file.
+The library is cached under $XDG_CACHE_HOME (default ~/.cache). Its name contains a hash of sources, flags,
+compiler and CPU, so a change of any of them builds a new one. It is compiled under a temporary name and then
+renamed, so other processes never see a partial file.
 """
 
 import ctypes
@@ -18,16 +18,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent
 FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wno-psabi",
-)
-"""Nothing here reorders arithmetic or flushes subnormals for the whole process, as -ffast-math would."""
+)  # fmt: skip
+"""Not -ffast-math: it reorders arithmetic, and flushes subnormals in the whole process."""
 OPTIONAL_FLAGS = (
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),
@@ -35,15 +29,15 @@ OPTIONAL_FLAGS = (
     ("-march=native",),
     (),
 )
-"""The best that the compiler accepts: tried in this order. Without OpenMP the kernel runs on one thread."""
+"""Tried in this order; the first that compiles is used. Without OpenMP the kernel runs on one thread."""
 
 
 class BuildError(Exception):
-    """Why there is no native kernel, in one line."""
+    """The native kernel could not be built. The message is one line."""
 
 
 def compiler() -> list[str]:
-    """$CXX if set, else the first of c++, g++ and clang++ on the path."""
+    """Returns $CXX if set, else the first of c++, g++ and clang++ on the path."""
     asked = os.environ.get("CXX")
     if asked:
         command = shlex.split(asked)
@@ -57,7 +51,7 @@ def compiler() -> list[str]:
 
 
 def cpu_model() -> str:
-    """What -march=native depends on."""
+    """Describes the CPU, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(
@@ -82,7 +76,7 @@ def cache_folder() -> Path:
 
 
 def build() -> Path:
-    """The compiled library, from the cache or new. Raises BuildError."""
+    """Returns the path of the compiled library; compiles it if it is not in the cache. Raises BuildError."""
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if version.returncode:
@@ -113,8 +107,8 @@ def build() -> Path:
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library, or None and why. Import torch first: both then share one OpenMP runtime, and so one team
-    of threads, as the loader gives the library the runtime that is already there."""
+    """Loads the library. Returns it, or None and the reason. torch must be imported first: then both share
+    one OpenMP runtime and its threads."""
     try:
         return ctypes.CDLL(str(build())), ""
     except (BuildError, OSError) as error:

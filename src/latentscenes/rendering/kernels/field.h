@@ -1,5 +1,4 @@
-// The field at a tile of points, forward and backward: three planes read bilinearly, then a network with one hidden
-// layer (softplus). The same field as field.py.
+// The field (field.py) at a tile of points, forward and backward.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +8,11 @@
 
 namespace latentscenes {
 
-constexpr int64_t kTile = 48;  // points handled together: their activations stay in the first-level cache
-constexpr int64_t kAhead = 6;  // texels are asked for this many points before they are used
+constexpr int64_t kTile = 48;  // points handled together; their activations fit into the first-level cache
+constexpr int64_t kAhead = 6;  // texels are prefetched this many points ahead
 constexpr int kOut = 8;        // network outputs are padded to a multiple of this
 
-// What to render; field by field the ctypes structure in native.py. Arrays as in `render` there.
+// Sizes, options and arrays of a rendering problem. Must match the ctypes structure in native.py.
 struct Problem {
   int64_t scenes, rays, coarse, fine, resolution, features, directed, hidden, channels, product, networks, threads;
   int64_t column_axis[3], row_axis[3];
@@ -21,9 +20,9 @@ struct Problem {
   const float *planes, *hidden_w, *hidden_b, *out_w, *out_b;
   const float *origins, *directions, *near, *far, *u_coarse, *u_fine;
 
-  // Scenes share one network, or each has a hidden layer of its own (networks == scenes).
+  // All scenes share one hidden layer, or each has its own (networks == scenes).
   int64_t network(int64_t scene) const { return networks > 1 ? scene : 0; }
-  // The network sees the planes' features and, if `directed`, the ray's unit direction.
+  // The network's inputs are the planes' features and, if `directed`, the ray's unit direction.
   int64_t inputs() const { return features + 3 * directed; }
   int64_t outputs() const { return 1 + channels; }
   int64_t samples() const { return coarse + fine; }
@@ -66,9 +65,9 @@ inline std::vector<Network> networks(const Problem& p) {
 struct Tile {
   int64_t count = 0;
   float point[3][kTile] = {};
-  float direction[3][kTile] = {};  // of unit length, where the network sees it
-  int32_t texel[12][kTile];  // where each of the 4 corners in each of the 3 planes starts, in texels of the scene
-  float weight[12][kTile];   // its bilinear weight, 0 outside the plane
+  float direction[3][kTile] = {};  // unit directions, if they are inputs of the network
+  int32_t texel[12][kTile];  // index of each of 4 corners in each of 3 planes, in texels of the scene
+  float weight[12][kTile];   // bilinear weight of each corner, 0 outside the plane
   Array x, parts, h, slope, raw, d_x, d_pre;
 
   Tile(const Problem& p, const Network& n, bool backward)
@@ -89,7 +88,7 @@ struct NetworkGradient {
       : hidden_wt(n.inputs * n.hidden), hidden_b(n.hidden), out_w(n.outputs * n.hidden), out_b(n.outputs) {}
 };
 
-// Where sample i lies: t along a ray, and the ray's unit direction.
+// Sets the point of sample i, at t along a ray, and the ray's unit direction.
 inline void place(const Problem& p, Tile& tile, int64_t i, int64_t ray, float t) {
   const float *origin = p.origins + 3 * ray, *direction = p.directions + 3 * ray;
   for (int axis = 0; axis < 3; ++axis) tile.point[axis][i] = origin[axis] + t * direction[axis];
@@ -98,7 +97,7 @@ inline void place(const Problem& p, Tile& tile, int64_t i, int64_t ray, float t)
   for (int axis = 0; axis < 3; ++axis) tile.direction[axis][i] = direction[axis] / length;
 }
 
-// Which texels surround each point and how much they count (align_corners = False, zero outside).
+// Finds the texels around each point and their weights (align_corners = False, zero outside).
 inline void locate(const Problem& p, Tile& tile) {
   const int32_t r = static_cast<int32_t>(p.resolution);
   const float size = static_cast<float>(r);
@@ -109,7 +108,7 @@ inline void locate(const Problem& p, Tile& tile) {
     float(*weight)[kTile] = tile.weight + 4 * k;
     const int32_t plane = k * r * r;
     for (int64_t i = 0; i < kTile; ++i) {
-      // Held to just outside the plane, where all weights are zero; the comparisons also catch NaN.
+      // Clamped to just outside the plane, where all weights are zero. The comparisons also catch NaN.
       float x = ((column[i] + 1.0f) * size - 1.0f) * 0.5f, y = ((row[i] + 1.0f) * size - 1.0f) * 0.5f;
       x = x > -2.0f ? x : -2.0f, y = y > -2.0f ? y : -2.0f;
       x = x < size + 1.0f ? x : size + 1.0f, y = y < size + 1.0f ? y : size + 1.0f;
@@ -126,7 +125,7 @@ inline void locate(const Problem& p, Tile& tile) {
   }
 }
 
-// N features from feature f on, of point i, from plane k.
+// Reads N features of point i from plane k, beginning with feature f.
 template <int N>
 inline Vec<N> read_plane(const Problem& p, const Tile& tile, const float* planes, int k, int64_t i, int64_t f) {
   Vec<N> sum{};
@@ -143,7 +142,7 @@ inline void gather_features(const Problem& p, const Network& n, const float* pla
   if (p.product) store<N>(&tile.parts[at], a), store<N>(&tile.parts[at + step], b), store<N>(&tile.parts[at + 2 * step], c);
 }
 
-// Asks for the texels around point i ahead of their use, to be read from or (kWrite) added to.
+// Prefetches the texels around point i for reading or (kWrite) writing.
 template <int kWrite>
 inline void prefetch(const Problem& p, const Tile& tile, const float* planes, int64_t i) {
   if (i >= tile.count) return;
@@ -151,7 +150,7 @@ inline void prefetch(const Problem& p, const Tile& tile, const float* planes, in
     for (int64_t f = 0; f < p.features; f += 16) __builtin_prefetch(planes + tile.texel[c][i] * p.features + f, kWrite);
 }
 
-// tile.point and tile.direction → tile.x (and tile.parts, what each plane gave, if they are multiplied)
+// Computes tile.x from tile.point and tile.direction, and tile.parts (features per plane) if planes are multiplied.
 inline void gather(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   locate(p, tile);
   for (int64_t i = 0; i < kAhead; ++i) prefetch<0>(p, tile, planes, i);
@@ -181,7 +180,7 @@ inline void scatter_features(const Problem& p, const Network& n, float* gradient
   }
 }
 
-// tile.d_x added to the gradient of one scene's planes
+// Adds tile.d_x to the gradient of one scene's planes.
 inline void scatter(const Problem& p, const Network& n, float* gradient, const Tile& tile) {
   for (int64_t i = 0; i < kAhead; ++i) prefetch<1>(p, tile, gradient, i);
   for (int64_t i = 0; i < tile.count; ++i) {
@@ -193,7 +192,7 @@ inline void scatter(const Problem& p, const Network& n, float* gradient, const T
   }
 }
 
-// tile.point → tile.raw: the network's outputs before their activations
+// Computes tile.raw, the network's outputs before their activations, from tile.point.
 inline void field_forward(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   gather(p, n, planes, tile);
   float *h = tile.h.data(), *raw = tile.raw.data();
@@ -204,8 +203,7 @@ inline void field_forward(const Problem& p, const Network& n, const float* plane
                 [=, &n](int64_t i, int64_t j, Vec<kOut> sum) { store<kOut>(raw + i * n.outputs + j, sum); });
 }
 
-// tile.raw holds the gradient of the raw outputs at tile.point; adds to the gradients of the network (if given) and
-// of the planes (if given).
+// Given the gradient of raw outputs in tile.raw, adds to the gradients of the network and of the planes (if not null).
 inline void field_backward(const Problem& p, const Network& n, const float* planes, Tile& tile, NetworkGradient* network,
                            float* d_planes) {
   gather(p, n, planes, tile);

@@ -1,12 +1,12 @@
-// Rays through tri-planes to composited features, and back: `march_planes` of render.py in one pass per ray.
+// `march_planes` of render.py, forward and backward, in one pass per ray.
 //
 // Notable:
-// - Forward: rays are marched a few at a time, so nothing grows with their number but results and what backward needs
-//   (sorted t, densities, features). Samples behind what is opaque are left out.
-// - Backward: the gradient of every sample's raw outputs comes in closed form from what was saved; samples whose
-//   gradient is negligible are dropped, the others are collected in tiles across rays, read and evaluated again.
-// - No atomics: a thread owns a fixed range of rays, its private sums are added in thread order. The same inputs and
-//   thread count give the same bits.
+// - Forward marches a few rays at a time. Only results and the samples that backward needs (sorted t, densities,
+//   features) grow with the number of rays. It skips samples behind opaque ones.
+// - Backward computes the gradient of each sample's raw outputs in closed form from the saved samples. It drops samples
+//   with negligible gradients, collects the others of all rays in tiles and evaluates them again.
+// - No atomics: each thread has a fixed range of rays, and its private sums are added in thread order. So results are
+//   exactly reproducible for a fixed number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,14 +18,14 @@
 namespace latentscenes {
 namespace {
 
-constexpr int64_t kGroup = 16;  // rays marched together, so that tiles are full though some samples are left out
-constexpr int64_t kSlab = 12;   // coarse samples between two looks at whether a ray is over
+constexpr int64_t kGroup = 16;  // rays marched together, to fill tiles although some samples are skipped
+constexpr int64_t kSlab = 12;   // coarse samples between two checks whether a ray is opaque
 
-// Where compositing happens: one ray's sorted samples. Interval k lies between samples k and k + 1.
+// One ray's sorted samples, for compositing. Interval k lies between samples k and k + 1.
 struct March {
   Array t, density, features, optical, before, alpha, weight, merged_t, merged_density, merged_features;
-  float passed;  // optical depth of the coarse samples so far
-  float end;     // where the ray is over
+  float passed;  // optical thickness of the coarse samples so far
+  float end;     // t from which samples are skipped
 
   explicit March(const Problem& p) {
     const int64_t size = padded(p.samples(), kWide);
@@ -33,7 +33,7 @@ struct March {
     features.resize(size * p.channels), merged_features.resize(size * p.channels);
   }
 
-  // A ray that misses the box is over from the start.
+  // All samples of a ray that misses the box are skipped.
   void clear(bool hits) {
     const float infinity = std::numeric_limits<float>::infinity();
     std::fill(density.begin(), density.end(), 0.0f), std::fill(features.begin(), features.end(), 0.0f);
@@ -42,10 +42,10 @@ struct March {
 
   bool missed() const { return end < 0; }
 
-  // Less light than `skip` is left.
+  // Whether the fraction of light that is left is below `skip`.
   bool over(const Problem& p) const { return passed > p.opaque; }
 
-  // Counts coarse samples [from, to).
+  // Adds the thickness of coarse samples [from, to).
   void pass(const Problem& p, int64_t from, int64_t to) {
     if (over(p)) return;
     for (int64_t k = std::max<int64_t>(from, 1); k < to; ++k) passed += 0.5f * (density[k - 1] + density[k]) * (t[k] - t[k - 1]);
@@ -53,7 +53,7 @@ struct March {
   }
 };
 
-// Interval weights w = e^-before · (1 − e^-optical) with the mean density of both ends (march.composite).
+// Computes interval weights w = e^-before · (1 − e^-optical) from the mean density of both ends (march.composite).
 void weigh(int64_t count, const float* t, const float* density, March& m) {
   float sum = 0;
   for (int64_t k = 0; k + 1 < count; ++k) {
@@ -69,7 +69,7 @@ void weigh(int64_t count, const float* t, const float* density, March& m) {
   }
 }
 
-// m samples distributed like the interval weights, sorted (march.importance).
+// Places m sorted samples, distributed like the interval weights (march.importance).
 void importance(const Problem& p, const float* t, const float* weight, const float* u, float* cumulative, float* found) {
   const int64_t n = p.coarse, intervals = n - 1;
   cumulative[0] = 0;
@@ -90,7 +90,7 @@ void importance(const Problem& p, const float* t, const float* weight, const flo
     for (int64_t j = k; j > 0 && found[j] < found[j - 1]; --j) std::swap(found[j], found[j - 1]);
 }
 
-// Evaluates samples of any rays of one scene, a tile at a time, and writes density and features where they belong.
+// Evaluates samples of any rays of one scene by tiles, and writes each one's density and features to its slot.
 class Evaluator {
  public:
   Evaluator(const Problem& p, const std::vector<Network>& networks) : p(p), networks(networks), tile(p, networks[0], false) {}
@@ -139,7 +139,7 @@ class Evaluator {
   int64_t evaluated = 0;
 };
 
-// Coarse samples [0, coarse) and fine ones after them, both sorted, to one sorted list; coarse first where equal.
+// Merges sorted coarse samples [0, coarse) and the sorted fine ones after them. Of equal ones, the coarse is first.
 void merge(const Problem& p, March& m) {
   int64_t a = 0, b = p.coarse;
   for (int64_t k = 0; k < p.samples(); ++k) {
@@ -152,8 +152,8 @@ void merge(const Problem& p, March& m) {
   m.t.swap(m.merged_t), m.density.swap(m.merged_density), m.features.swap(m.merged_features);
 }
 
-// The stratified samples of a group of rays, front to back in slabs. Behind what is opaque nothing counts: there
-// samples stay empty, as nearly all of them are worth leaving out once objects have taken shape.
+// Evaluates the stratified samples of a group of rays front to back in slabs. Samples behind opaque ones are skipped
+// and stay empty.
 void coarse_samples(const Problem& p, int64_t first, std::vector<March>& rays, int64_t count, Evaluator& evaluator) {
   for (int64_t r = 0; r < count; ++r) {
     const float near = p.near[first + r], length = p.far[first + r] - near;
@@ -198,11 +198,11 @@ void composite(const Problem& p, March& m, float* features, float* depth, float*
   }
 }
 
-// Gradients of features, depth and opacity per ray, as they arrive; any may be null.
+// Upstream gradients of features, depth and opacity per ray. Each may be null.
 struct Upstream {
   const float *features, *depth, *opacity;
 
-  // How much one unit of weight at the end of the ray could matter.
+  // Upper bound of the gradient by weight along the ray.
   float magnitude(const Problem& p, int64_t ray) const {
     float sum = 0;
     if (features)
@@ -213,13 +213,13 @@ struct Upstream {
   }
 };
 
-// What forward saved, sorted along each ray.
+// The samples that forward saved, sorted along each ray.
 struct Saved {
   const float *t, *density, *features;
 };
 
-// One ray's gradients of raw outputs: (samples x outputs), in m.merged_features' stead.
-// With v_k the upstream gradient per unit of weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
+// Computes one ray's gradients of raw outputs, (samples x outputs), into m.merged_features.
+// With v_k the gradient by weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
 void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Saved& saved, March& m, float* d_raw) {
   const int64_t count = p.samples(), outputs = p.outputs();
   const float *t = saved.t + ray * count, *density = saved.density + ray * count;
@@ -248,7 +248,7 @@ void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Save
     }
     d_raw[i * outputs] = d_density;
   }
-  // Through the activations: softplus' slope at y is 1 − e^-y; a feature's is that of its sigmoid s, rescaled.
+  // Through the activations: the slope of softplus is 1 − e^-y at its value y, that of a sigmoid s (1 − s).
   for (int64_t i = 0; i < count; i += kWide) {
     for (int64_t j = 0; j < kWide; ++j) value[i + j] = i + j < count ? density[i + j] : 0.0f;
     store<kWide>(value + i, one_minus_exp_minus<kWide>(load<kWide>(value + i)));
@@ -267,8 +267,8 @@ void raw_gradients(const Problem& p, int64_t ray, const Upstream& up, const Save
 // One thread's share of the backward pass: rays [first, last).
 struct Share {
   int64_t first, last, evaluated = 0;
-  Array planes;  // gradient of the scene that the range starts in, if an earlier thread owns it
-  std::vector<NetworkGradient> networks;  // of its scenes, from the one on that the range starts in
+  Array planes;  // gradient of the range's first scene, if an earlier thread owns that scene
+  std::vector<NetworkGradient> networks;  // of its scenes, beginning with the range's first
 };
 
 void backward_share(const Problem& p, const std::vector<Network>& networks, const Upstream& up, const Saved& saved,
@@ -312,7 +312,7 @@ void backward_share(const Problem& p, const std::vector<Network>& networks, cons
   flush();
 }
 
-// Private gradients of planes and networks added up in thread order.
+// Adds private gradients of planes and networks in thread order.
 void add_shares(const Problem& p, const std::vector<Share>& shares, float* d_planes, float* d_hidden_w, float* d_hidden_b,
                 float* d_out_w, float* d_out_b) {
   if (d_planes) {
@@ -345,7 +345,7 @@ void add_shares(const Problem& p, const std::vector<Share>& shares, float* d_pla
   }
 }
 
-// Samples that the last passes evaluated.
+// Number of samples that the last passes evaluated.
 int64_t evaluated_forward = 0, evaluated_backward = 0;
 
 }  // namespace
@@ -353,10 +353,10 @@ int64_t evaluated_forward = 0, evaluated_backward = 0;
 
 using namespace latentscenes;
 
-// For measurements: how many samples the last pass forward, or backward, evaluated.
+// For measurements: returns how many samples the last forward or backward pass evaluated.
 extern "C" int64_t latentscenes_evaluated(int backward) { return backward ? evaluated_backward : evaluated_forward; }
 
-// Writes features, depth and opacity; t, density and sample_features, for backward, unless null.
+// Writes features, depth and opacity. Unless null, also writes t, density and sample_features for backward.
 extern "C" void latentscenes_forward(const Problem* problem, float* features, float* depth, float* opacity, float* t,
                                      float* density, float* sample_features) {
   const Problem& p = *problem;
@@ -391,8 +391,8 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
   evaluated_forward = evaluated;
 }
 
-// From the gradients of features, depth and opacity (each may be null) and what forward wrote: writes d_planes
-// (may be null) and the gradients of the network (all four or none), of the hidden layer's weights for each network.
+// From the gradients of features, depth and opacity (each may be null) and the saved samples, writes d_planes (unless
+// null) and the gradients of the network (all four or none; hidden weights for each network).
 extern "C" void latentscenes_backward(const Problem* problem, const float* up_features, const float* up_depth,
                                       const float* up_opacity, const float* t, const float* density,
                                       const float* sample_features, float* d_planes, float* d_hidden_w, float* d_hidden_b,

@@ -1,7 +1,7 @@
-"""The fused CPU kernel as differentiable torch operators; same meaning as `render.march_planes`.
+"""The CPU kernel (native.cpp, planes.cpp) as differentiable torch operators. `render` computes as
+`march_planes`.
 
-`native.cpp` does the work, by hand in both directions. Here its functions become custom operators, so that autograd
-and torch.compile treat them like torch's own. Gradients reach planes and network, not rays nor random numbers.
+Gradients reach planes and network, not rays or random numbers.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from latentscenes.rendering.kernels import build
 from latentscenes.rendering.march import BLUR_PADDING
 
 SKIP = 1e-4
-"""Forward leaves out samples behind which less than this fraction of light arrives. Backward leaves out those none of
-whose raw outputs has a gradient above this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
-0 keeps all."""
+"""Forward skips samples that less than this fraction of light reaches. Backward skips a sample if no gradient
+of its raw outputs exceeds this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
+0 skips none."""
 
 INPUTS = ("planes", "hidden_w", "hidden_b", "out_w", "out_b")
 INPUTS += ("origins", "directions", "near", "far", "u_coarse", "u_fine")
@@ -29,11 +29,11 @@ class _Problem(ctypes.Structure):
     """`Problem` in field.h."""
 
     _fields_ = [
+        *((name, ctypes.c_int64) for name in ("scenes", "rays", "coarse", "fine", "resolution", "features")),
         *(
             (name, ctypes.c_int64)
-            for name in ("scenes", "rays", "coarse", "fine", "resolution", "features", "directed")
+            for name in ("directed", "hidden", "channels", "product", "networks", "threads")
         ),
-        *((name, ctypes.c_int64) for name in ("hidden", "channels", "product", "networks", "threads")),
         *((name, ctypes.c_int64 * 3) for name in ("column_axis", "row_axis")),
         *(
             (name, ctypes.c_float)
@@ -47,13 +47,14 @@ _warned = False
 
 
 def available() -> bool:
-    """Whether the kernel could be compiled and loaded; warns once per process if not."""
+    """Whether the kernel is compiled and loaded. Warns once per process if not."""
     global _warned
     loaded, why = build.load()
     if loaded is None and not _warned:
         _warned = True
         warnings.warn(
-            f"The fast CPU kernel is off: {why}. Rendering goes the slower torch way; install a C++17 compiler or set CXX.",
+            f"The fast CPU kernel is off: {why}. Rendering uses slower torch code. "
+            "Install a C++17 compiler or set CXX.",
             stacklevel=2,
         )
     return loaded is not None
@@ -68,36 +69,22 @@ def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> 
     scenes, rays, coarse = u_coarse.shape
     columns, rows = zip(*PLANE_AXES[axes], strict=True)
     return _Problem(
-        scenes,
-        rays,
-        coarse,
-        u_fine.shape[-1],
-        planes.shape[2],
-        planes.shape[-1],
-        hidden_w.shape[-1] > planes.shape[-1],
-        hidden_w.shape[-2],
-        out_w.shape[0] - 1,
-        aggregation == "product",
-        hidden_w.shape[0] if hidden_w.ndim == 3 else 1,
-        torch.get_num_threads(),
-        (ctypes.c_int64 * 3)(*columns),
-        (ctypes.c_int64 * 3)(*rows),
-        DENSITY_SHIFT,
-        FEATURE_MARGIN,
-        BLUR_PADDING,
-        skip,
-        -math.log(skip) if skip else math.inf,
+        scenes, rays, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
+        hidden_w.shape[-1] > planes.shape[-1], hidden_w.shape[-2], out_w.shape[0] - 1,
+        aggregation == "product", hidden_w.shape[0] if hidden_w.ndim == 3 else 1, torch.get_num_threads(),
+        (ctypes.c_int64 * 3)(*columns), (ctypes.c_int64 * 3)(*rows),
+        DENSITY_SHIFT, FEATURE_MARGIN, BLUR_PADDING, skip, -math.log(skip) if skip else math.inf,
         *(tensor.data_ptr() for tensor in inputs),
-    )
+    )  # fmt: skip
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous tensor's numbers start; null for none or an empty one."""
+    """Returns the address of a contiguous tensor's data, null for None or an empty tensor."""
     return ctypes.c_void_p(None if tensor is None or not tensor.numel() else tensor.data_ptr())
 
 
 def library() -> ctypes.CDLL:
-    """The compiled library; ask `available` first."""
+    """Returns the compiled library. Raises RuntimeError if there is none (see `available`)."""
     loaded, why = build.load()
     if loaded is None:
         raise RuntimeError(f"the native kernel is not available: {why}")
@@ -105,19 +92,19 @@ def library() -> ctypes.CDLL:
 
 
 def evaluated(backward: bool) -> int:
-    """Samples that the last pass of `render` in this process evaluated; the others were left out."""
+    """Returns how many samples the last pass of `render` in this process evaluated rather than skipped."""
     function = library().latentscenes_evaluated
     function.restype = ctypes.c_int64
     return function(int(backward))
 
 
 def call(name: str, problem: ctypes.Structure, tensors: list[Tensor | None]) -> None:
-    """Call a function of the library that takes a structure of sizes, then arrays."""
+    """Calls a function of the library that takes a structure of sizes, then arrays."""
     getattr(library(), name)(ctypes.byref(problem), *map(pointer, tensors))
 
 
-def _outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
-    """Uninitialized features, depth, opacity; then t, density and features of samples, empty unless kept."""
+def outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
+    """Allocates features, depth, opacity, then t, density and features of samples (empty unless `keep`)."""
     (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
     samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
     shapes = [
@@ -133,49 +120,24 @@ def _outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> lis
 
 @torch.library.custom_op("latentscenes::render", mutates_args=(), device_types="cpu")
 def _render(
-    planes: Tensor,
-    hidden_w: Tensor,
-    hidden_b: Tensor,
-    out_w: Tensor,
-    out_b: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    u_coarse: Tensor,
-    u_fine: Tensor,
-    axes: str,
-    aggregation: str,
-    skip: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor,
+    directions: Tensor, near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str,
+    aggregation: str, skip: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine)
     inputs = [tensor.contiguous() for tensor in given]
-    outputs = _outputs(u_coarse, u_fine, out_w, keep)
+    results = outputs(u_coarse, u_fine, out_w, keep)
     if near.numel():
-        call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), outputs)
-    return tuple(outputs)
+        call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), results)
+    return tuple(results)
 
 
 @_render.register_fake
 def _(
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    out_b,
-    origins,
-    directions,
-    near,
-    far,
-    u_coarse,
-    u_fine,
-    axes,
-    aggregation,
-    skip,
-    keep,
-):
-    return tuple(_outputs(u_coarse, u_fine, out_w, keep))
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes,
+    aggregation, skip, keep,
+):  # fmt: skip
+    return tuple(outputs(u_coarse, u_fine, out_w, keep))
 
 
 @torch.library.custom_op("latentscenes::render_backward", mutates_args=(), device_types="cpu")
@@ -189,7 +151,7 @@ def _render_backward(
     planes_too: bool,
     network_too: bool,
 ) -> list[Tensor]:
-    """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
+    """Returns gradients of planes, hidden_w, hidden_b, out_w and out_b; empty ones where not wanted."""
     inputs = [tensor.contiguous() for tensor in given]
     gradients = [
         torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0)
@@ -210,7 +172,8 @@ def _(upstream, saved, given, axes, aggregation, skip, planes_too, network_too):
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.axes, ctx.aggregation, ctx.skip, ctx.keep = inputs
-    ctx.set_materialize_grads(False)  # else zeros as large as all samples would be made for the saved outputs
+    # Otherwise saved outputs would get gradients of zeros, as large as all samples
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3:])
 
 
@@ -247,11 +210,11 @@ def render(
     aggregation: str = "sum",
     skip: float | None = None,
 ) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
-    """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32 on
-    the CPU. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3); its first
-    weights may be each scene's own. `skip` is SKIP unless given.
+    """Returns features Σ w f, depth Σ w t and opacity Σ w of rays (see `march.Composite`), c = o − 1. All
+    tensors are float32 on the CPU. The network's inputs are the planes' features (i = f), or these and the
+    ray's unit direction (i = f + 3). Each scene may have its own hidden weights. `skip` defaults to SKIP.
 
-    For a fixed torch thread count the same inputs give the same bits, gradients included.
+    Results and gradients are exactly reproducible for a fixed number of torch threads.
     """
     trained = (planes, hidden_w, hidden_b, out_w, out_b)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
@@ -271,7 +234,7 @@ class _Fusion(ctypes.Structure):
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the native operators can work on these."""
+    """Whether the native operators can compute with these tensors: float32, on the CPU."""
     return (
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and available()
@@ -313,7 +276,7 @@ def _compose_backward(
     add: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of micro, weights, bias and bases; empty where not wanted."""
+    """Returns gradients of micro, weights, bias and bases; empty ones where not wanted."""
     given = (micro, weights, bias, bases)
     gradients = [
         tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=True)
@@ -352,7 +315,7 @@ def compose(
     bases: Float[Tensor, "k 3 r r g"],
     fusion: str,
 ) -> Float[Tensor, "s 3 r r f"]:
-    """`planes.compose` for k > 0: micro and macro features beside each other, or their sum; b is 1 or 0, m may be 0."""
+    """Computes `planes.fuse_in_torch`, for k > 0. b is 1 or 0; m may be 0."""
     return _compose(micro, weights, bias, bases, fusion == "sum" and micro.shape[-1] > 0)
 
 
@@ -386,14 +349,13 @@ _total_variation.register_autograd(_differentiate_variation, setup_context=_setu
 
 
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
-    """`losses.total_variation`, r at least 2; its gradient is found in the same pass."""
+    """Computes `losses.total_variation_in_torch` and its gradient in one pass. r must be at least 2."""
     return _total_variation(planes)[0]
 
 
 def adam(
     table: Float[Tensor, "n *d"],
-    first: Float[Tensor, "n *d"],
-    second: Float[Tensor, "n *d"],
+    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
     index: Int[Tensor, "s"],
     gradients: Float[Tensor, "s *d"],
     steps: Int[Tensor, "s"],
@@ -401,10 +363,10 @@ def adam(
     betas: tuple[float, float],
     epsilon: float,
 ) -> None:
-    """`optim.adam_in_torch`: the rows of `table` at `index` (all different) and their moments, in place."""
+    """Computes `optim.adam_in_torch`. The rows at `index` must all be different."""
     counts = steps.double()
     rates, corrections = (rate / (1 - betas[0] ** counts)).float(), (1 - betas[1] ** counts).rsqrt().float()
     sizes = [ctypes.c_int64(size) for size in (len(index), gradients[0].numel(), torch.get_num_threads())]
     numbers = [*map(ctypes.c_double, betas), ctypes.c_float(epsilon)]
-    arrays = (index, rates, corrections, gradients.contiguous(), table, first, second)
+    arrays = (index, rates, corrections, gradients.contiguous(), table, *moments)
     library().latentscenes_adam(*sizes, *numbers, *map(pointer, arrays))

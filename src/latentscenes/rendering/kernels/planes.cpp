@@ -1,7 +1,5 @@
-// Fused tri-planes from micro planes, weights and base planes, and their total variation; both with gradients.
-// The same as `compose` in planes.py and `total_variation` in losses.py, in as few passes over memory as there can be.
-//
-// Every sum is taken in an order that depends on the number of threads alone.
+// `fuse_in_torch` of planes.py and `total_variation_in_torch` of losses.py with their gradients, and `adam_in_torch` of
+// optim.py, in few passes over memory. The order of every sum depends only on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,10 +10,10 @@
 namespace latentscenes {
 namespace {
 
-constexpr int64_t kTexels = 64;  // texels handled together: their macro features of all scenes stay in cache
+constexpr int64_t kTexels = 64;  // texels handled together; their macro features of all scenes stay in cache
 
-// to_s += Σ_q w_s^q base_q for `count` base planes, at most kTogether, whose rows lie `stride` apart: a run of `size` features of
-// each. A few at a time: enough that sums are not stored too often, so few that each is read as one stream.
+// to_s += Σ_q w_s^q base_q over `size` features of kCount base planes, which lie `stride` apart. kCount is a few, so that
+// sums are seldom stored and each plane is read as one stream.
 template <int kCount>
 void add_bases(int64_t scenes, int64_t size, const float* weights, ptrdiff_t weights_row, const float* bases, ptrdiff_t stride, float* to) {
   const int64_t whole = size / kWide * kWide;
@@ -33,7 +31,7 @@ void add_bases(int64_t scenes, int64_t size, const float* weights, ptrdiff_t wei
       for (int q = 0; q < kCount; ++q) to[s * size + j] += weights[s * weights_row + q] * bases[q * stride + j];
 }
 
-// d_base = Σ_s w_s d_s for one base plane, a run of `size` features.
+// d_base = Σ_s w_s d_s over `size` features of one base plane.
 void combine(int64_t scenes, int64_t size, const float* weights, ptrdiff_t weights_row, const float* d_macro, float* d_base) {
   const int64_t whole = size / kWide * kWide;
   for (int64_t j = 0; j < whole; j += kWide) {
@@ -68,7 +66,7 @@ void add_dots(int64_t rows, int64_t size, const float* a, const float* b, float*
   }
 }
 
-// Σ (a − b)², sixteen sums side by side.
+// Σ (a − b)², in sixteen parallel sums.
 float squared_distance(const float* a, const float* b, int64_t count) {
   float sums[16] = {}, sum = 0;
   int64_t j = 0;
@@ -81,8 +79,8 @@ float squared_distance(const float* a, const float* b, int64_t count) {
 
 }  // namespace
 
-// `scenes` scenes of `texels` texels each: micro features, `macro` features from `bases` base planes. Fused features lie
-// beside each other (width micro + macro) or are added (`sum`; then micro == macro).
+// Sizes: `texels` texels per scene, with `micro` features of its own and `macro` features from `bases` base planes.
+// Features are concatenated (width micro + macro) or added (`sum`; then micro == macro).
 struct Fusion {
   int64_t scenes, texels, micro, macro, bases, sum, threads;
 
@@ -95,7 +93,7 @@ struct Fusion {
 
 using namespace latentscenes;
 
-// planes (s, x, width) from micro (s, x, m), weights (s, k), bases (k, x, g); bias (s) may be null.
+// Writes planes (s, x, width) from micro (s, x, m), weights (s, k) and bases (k, x, g); bias (s) may be null.
 extern "C" void latentscenes_compose(const Fusion* fusion, const float* micro, const float* weights, const float* bias,
                                      const float* bases, float* planes) {
   const Fusion& f = *fusion;
@@ -126,7 +124,7 @@ extern "C" void latentscenes_compose(const Fusion* fusion, const float* micro, c
   }
 }
 
-// From the gradient of planes: those of micro, weights, bias and bases; each may be null.
+// From the gradient of planes, writes those of micro, weights, bias and bases. Each may be null.
 extern "C" void latentscenes_compose_backward(const Fusion* fusion, const float* weights, const float* bases,
                                               const float* d_planes, float* d_micro, float* d_weights, float* d_bias,
                                               float* d_bases) {
@@ -166,7 +164,7 @@ extern "C" void latentscenes_compose_backward(const Fusion* fusion, const float*
   }
 }
 
-// Squared differences of neighboring texels of `planes` planes (r x r x f), rows plus columns, as a mean; and its gradient.
+// Writes the mean squared difference of neighboring texels of planes (r x r x f), rows plus columns, and its gradient.
 extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t f, int64_t threads, const float* texels,
                                              float* value, float* gradient) {
   const int64_t row = r * f;
@@ -189,8 +187,8 @@ extern "C" void latentscenes_total_variation(int64_t planes, int64_t r, int64_t 
   *value = static_cast<float>(0.5 * scale * total);
 }
 
-// Adam over `count` rows of a table (`size` numbers each) at `index`: moments, then values. `rates` and `corrections` are
-// each row's rate / (1 − β₁^t) and 1 / √(1 − β₂^t); gradients lie row after row.
+// One step of Adam for `count` rows of a table (`size` numbers each) at `index`. `rates` and `corrections` are each row's
+// rate / (1 − β₁^t) and 1 / √(1 − β₂^t). Gradients lie row after row.
 extern "C" void latentscenes_adam(int64_t count, int64_t size, int64_t threads, double beta1, double beta2, float epsilon,
                                   const int64_t* index, const float* rates, const float* corrections, const float* gradients,
                                   float* table, float* first, float* second) {

@@ -1,7 +1,7 @@
-// Vectors of N floats, the few functions a tiny network needs, and one register-blocked matrix product.
+// Vectors of N floats, the functions of a tiny network, and a register-blocked matrix product.
 //
-// Everything is written with the vector extensions of GCC and Clang, so it compiles for any CPU. Polynomials are
-// near-minimax fits; their relative error is below 2e-7, that of the functions below 1e-6.
+// The vector extensions of GCC and Clang compile for any CPU. Polynomials are near-minimax fits with a relative error
+// below 2e-7; the functions' relative error is below 1e-6.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace latentscenes {
 
-// Floats in a register, and the block of the result (rows x columns registers) that a product keeps in registers.
+// Floats per register, and the block of the result (rows x columns of registers) that a product keeps in registers.
 #if defined(__AVX512F__)
 constexpr int kWide = 16, kRows = 6, kColumns = 4;
 #elif defined(__AVX__)
@@ -32,7 +32,7 @@ struct Vectors {
 template <int N>
 using Vec = typename Vectors<N>::Floats;
 
-// Arrays that start on a cache line, as rows of whole registers then do too.
+// Arrays aligned to cache lines, so that rows of whole registers are aligned too.
 template <class T>
 struct CacheLines {
   using value_type = T;
@@ -75,7 +75,7 @@ inline Vec<N> exp_of(Vec<N> x) {
   return (Vec<N>)((Ints)y + ((Ints)shifted << 23));
 }
 
-// e^-|x|, held above e^-87 so that exp_of stays in range.
+// e^-|x|, at least e^-87 so that exp_of stays in range.
 template <int N>
 inline Vec<N> exp_minus_abs(Vec<N> x) {
   Vec<N> minus = x < 0.0f ? x : -x;
@@ -118,13 +118,13 @@ inline Vec<N> one_minus_exp_minus(Vec<N> x) {
   return x < 0.5f ? small : 1.0f - exp_minus_abs<N>(x);
 }
 
-// A matrix read one number at a time: element (i, k) lies at data[i · row + k · column].
+// A matrix with element (i, k) at data[i · row + k · column].
 struct Strided {
   const float* data;
   ptrdiff_t row, column;
 };
 
-// Rows R and registers C of initial + a·b, handed to finish(row, column, register).
+// Computes R rows and C registers of initial + a·b and passes each register to finish(row, column, register).
 template <int N, int R, int C, class Finish>
 inline __attribute__((always_inline)) void product_block(int64_t inner, const float* a, ptrdiff_t a_row, ptrdiff_t a_column,
                                                          const float* b, ptrdiff_t b_row, const float* initial,
@@ -166,9 +166,9 @@ inline void product_columns(int64_t rows, int64_t inner, Strided a, const float*
   step(std::integral_constant<int, 1>());
 }
 
-// initial + a·b for a (rows x inner), b (inner x columns, rows `b_row` apart); `columns` is a multiple of N.
-// `initial` may be null (zero) or have row stride 0 (a bias). Each register of the result goes to
-// finish(row, column, value) once, while still a register: activations cost no second pass over memory.
+// Computes initial + a·b for a (rows x inner) and b (inner x columns, rows `b_row` apart); `columns` is a multiple of N.
+// `initial` may be null (zero) or have row stride 0 (a bias). finish(row, column, value) gets each register of the
+// result once, so activations need no second pass over memory.
 template <int N, class Finish>
 inline void product(int64_t rows, int64_t columns, int64_t inner, Strided a, const float* b, ptrdiff_t b_row,
                     const float* initial, ptrdiff_t initial_row, Finish finish) {

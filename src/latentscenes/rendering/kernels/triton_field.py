@@ -1,12 +1,13 @@
-"""The field at many points on a GPU, forward and backward, in Triton: the same field as field.py.
+"""The field (field.py) at many points on a GPU, forward and backward, in Triton.
 
 Notable:
-- A program takes a block of points: reads their texels, then goes through the network by matrix products. What the
-  planes give, (points x inputs), never reaches memory; backward reads and evaluates again.
-- Gradients of planes are added atomically, so their last bits differ from run to run. Those of the network are summed by
-  each program alone and added up afterwards, in one order. Each has a kernel of its own: one for both would evaluate only
-  once, but runs out of registers.
-- Sizes in capitals are padded to powers of two, 16 at least, with masked reads: a padded unit has weights of zero.
+- A program takes a block of points, reads their texels, and evaluates the network by matrix products. The
+  network's inputs are never written to memory; backward computes them again.
+- Gradients of planes are added atomically, so their last bits differ from run to run. For the network, each
+  program sums its own gradients, and these sums are added in a fixed order. Planes and network have separate
+  backward kernels, because one for both would run out of registers.
+- Sizes in capitals are padded to powers of two, at least 16, with masked reads. Padded units have zero
+  weights.
 """
 
 import inspect
@@ -18,13 +19,13 @@ import triton.language as tl
 from latentscenes.rendering.field import DENSITY_SHIFT, FEATURE_MARGIN
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Whether Triton interprets kernels on the CPU instead of compiling them: for tests, where there is no GPU."""
+"""Whether Triton interprets kernels on the CPU instead of compiling them, for tests without a GPU."""
 SHIFT = tl.constexpr(DENSITY_SHIFT)
 MARGIN = tl.constexpr(FEATURE_MARGIN)
 
 
 def jit(function):
-    """triton.jit of the function itself, without the type checks that tests wrap around every function of the package."""
+    """Applies triton.jit to the function without the type checks that tests wrap around all functions."""
     return triton.jit(inspect.unwrap(function))
 
 
@@ -35,7 +36,7 @@ def softplus(x):
 
 @jit
 def density_from(raw):
-    """softplus(raw + shift), with a series where log(1 + e) would lose nearly empty space to rounding."""
+    """Computes softplus(raw + shift). A series replaces log(1 + e) where rounding would lose digits."""
     x = raw + SHIFT
     e = tl.exp(-tl.abs(x))
     series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6))))))
@@ -44,12 +45,10 @@ def density_from(raw):
 
 @jit
 def rounded(x, PRECISION: tl.constexpr):
-    """The numbers that a matrix product in `PRECISION` multiplies."""
+    """Rounds to the numbers that a matrix product in `PRECISION` multiplies."""
     if PRECISION == "bfloat16":
         x = x.to(tl.bfloat16)
-    if (
-        INTERPRETED
-    ):  # it would take bfloat16's bits for integers, and knows no tf32: a float32 without its last 13 bits
+    if INTERPRETED:  # the interpreter has no products in bfloat16 or tf32 (float32 without its last 13 bits)
         if PRECISION == "bfloat16":
             x = x.to(tl.float32)
         if PRECISION == "tf32":
@@ -59,14 +58,14 @@ def rounded(x, PRECISION: tl.constexpr):
 
 @jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a · b, summed in float32."""
+    """Multiplies a · b, summing in float32."""
     a, b = rounded(a, PRECISION), rounded(b, PRECISION)
     return tl.dot(a, b, input_precision="tf32" if PRECISION == "tf32" else "ieee")
 
 
 @jit
 def load_matrix(pointer, row, column, rows, columns):
-    """A padded block of a contiguous (rows x columns) matrix."""
+    """Loads a padded block of a contiguous (rows x columns) matrix."""
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(pointer + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
 
@@ -79,14 +78,14 @@ def store_matrix(pointer, block, row, column, rows, columns):
 
 @jit
 def coordinate(origins, directions, ray, t, axis, valid):
-    """Coordinate along an axis of points at t along rays."""
+    """Computes one coordinate of points at t along rays."""
     origin = tl.load(origins + 3 * ray + axis, mask=valid, other=0.0)
     return origin + t * tl.load(directions + 3 * ray + axis, mask=valid, other=0.0)
 
 
 @jit
 def place(origins, directions, ray, t, plane, valid, EG3D: tl.constexpr):
-    """Where points at t along rays lie in a plane, along its columns and its rows (field.PLANE_AXES)."""
+    """Computes the places of points at t along rays in a plane, along columns and rows (field.PLANE_AXES)."""
     column_axis = tl.where(plane == 2, 2 if EG3D else 1, 0)
     row_axis = tl.where(plane == 0, 1, tl.where(plane == 2, 0 if EG3D else 2, 2))
     column = coordinate(origins, directions, ray, t, column_axis, valid)
@@ -95,9 +94,9 @@ def place(origins, directions, ray, t, plane, valid, EG3D: tl.constexpr):
 
 @jit
 def corner_of(column, row, plane, resolution, CORNER: tl.constexpr):
-    """One of the four texels around points of a plane: its number in the scene, its bilinear weight, and whether it is
-    inside (align_corners = False, zero outside)."""
-    # Held to just outside the plane, where nothing is inside; also catches what overflows an integer.
+    """Returns one of the four texels around points of a plane: its number in the scene, its bilinear weight,
+    and whether it is inside the plane (align_corners = False, zero outside)."""
+    # Clamp to just outside the plane, so that texel numbers fit into integers.
     x = tl.minimum(tl.maximum(((column + 1) * resolution - 1) * 0.5, -2.0), resolution + 1.0)
     y = tl.minimum(tl.maximum(((row + 1) * resolution - 1) * 0.5, -2.0), resolution + 1.0)
     left, top = tl.floor(x), tl.floor(y)
@@ -110,13 +109,13 @@ def corner_of(column, row, plane, resolution, CORNER: tl.constexpr):
 
 @jit
 def scene_start(ray, rays, resolution, features):
-    """Where the planes of each ray's scene start."""
+    """Returns the offset of the planes of each ray's scene."""
     return (ray // rays).to(tl.int64) * (3 * resolution * resolution * features)
 
 
 @jit
 def read_plane(planes, start, column, row, plane, valid, resolution, features, feature):
-    """(points x inputs) that one plane gives at points of scenes that start at `start`."""
+    """Reads the features (points x inputs) of one plane at points of the scenes at offset `start`."""
     total = tl.zeros((start.shape[0], feature.shape[0]), tl.float32)
     for CORNER in tl.static_range(4):
         texel, weight, inside = corner_of(column, row, plane, resolution, CORNER)
@@ -138,7 +137,7 @@ def add_to_plane(planes, start, column, row, plane, valid, resolution, features,
 
 @jit
 def with_direction(x, directions, ray, valid, features, feature):
-    """The ray's unit direction in the three columns after the features."""
+    """Writes the ray's unit direction to the three columns after the features."""
     dx = tl.load(directions + 3 * ray, mask=valid, other=1.0)
     dy = tl.load(directions + 3 * ray + 1, mask=valid, other=0.0)
     dz = tl.load(directions + 3 * ray + 2, mask=valid, other=0.0)
@@ -153,10 +152,10 @@ def network_inputs(
     planes, start, origins, directions, ray, t, valid, resolution, features, feature,
     EG3D: tl.constexpr, PRODUCT: tl.constexpr, DIRECTED: tl.constexpr,
 ):  # fmt: skip
-    """What the network sees of points at t along rays: the planes' sum or product, and the direction if it does."""
+    """Computes the network's inputs at points at t along rays: planes' sum or product, then direction."""
     column, row = place(origins, directions, ray, t, 0, valid, EG3D)
     x = read_plane(planes, start, column, row, 0, valid, resolution, features, feature)
-    for plane in range(1, 3):  # not unrolled, which would need too many registers
+    for plane in range(1, 3):  # not unrolled: it would need too many registers
         column, row = place(origins, directions, ray, t, plane, valid, EG3D)
         read = read_plane(planes, start, column, row, plane, valid, resolution, features, feature)
         x = x * read if PRODUCT else x + read
@@ -167,39 +166,13 @@ def network_inputs(
 
 @jit
 def field_forward(
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    out_b,
-    origins,
-    directions,
-    near,
-    far,
-    t,
-    density,
-    features,
-    points,
-    first,
-    count,
-    rays,
-    samples,
-    resolution,
-    plane_features,
-    inputs,
-    hidden,
-    channels,
-    EG3D: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    DIRECTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    """Density and features of `count` samples from the `first` on, of `samples` per ray; `rays` rays per scene. Leaves
-    alone what lies on rays that miss."""
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, t, density, features, points,
+    first, count, rays, samples, resolution, plane_features, inputs, hidden, channels, EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr, DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Writes density and features of samples `first` to `first + count` of each ray, which has `samples`;
+    each scene has `rays` rays. Skips rays that miss the box."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = point < points
     ray = point // count
@@ -211,20 +184,9 @@ def field_forward(
     start = scene_start(ray, rays, resolution, plane_features)
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     x = network_inputs(
-        planes,
-        start,
-        origins,
-        directions,
-        ray,
-        distance,
-        valid,
-        resolution,
-        plane_features,
-        feature,
-        EG3D,
-        PRODUCT,
-        DIRECTED,
-    )
+        planes, start, origins, directions, ray, distance, valid, resolution, plane_features, feature, EG3D,
+        PRODUCT, DIRECTED,
+    )  # fmt: skip
 
     weights = load_matrix(hidden_w, unit, feature, hidden, inputs)
     bias = tl.load(hidden_b + unit, mask=unit < hidden, other=0.0)
@@ -244,51 +206,20 @@ def field_forward(
 
 @jit
 def evaluate_again(
-    slot,
-    distance,
-    valid,
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    origins,
-    directions,
-    d_raw,
-    rays,
-    samples,
-    resolution,
-    plane_features,
-    inputs,
-    hidden,
-    channels,
-    EG3D: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    DIRECTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INPUTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays, samples,
+    resolution, plane_features, inputs, hidden, channels, EG3D: tl.constexpr, PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr, PRECISION: tl.constexpr, INPUTS: tl.constexpr, HIDDEN: tl.constexpr,
     OUTPUTS: tl.constexpr,
-):
-    """Of samples: the network's inputs, its hidden units before their activation, and the gradients of the raw outputs
-    and of those units."""
+):  # fmt: skip
+    """Returns for samples the network's inputs, the hidden units before their activation, and the gradients
+    of raw outputs and of those units."""
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     ray = slot // samples
     start = scene_start(ray, rays, resolution, plane_features)
     x = network_inputs(
-        planes,
-        start,
-        origins,
-        directions,
-        ray,
-        distance,
-        valid,
-        resolution,
-        plane_features,
-        feature,
-        EG3D,
-        PRODUCT,
-        DIRECTED,
-    )
+        planes, start, origins, directions, ray, distance, valid, resolution, plane_features, feature, EG3D,
+        PRODUCT, DIRECTED,
+    )  # fmt: skip
     bias = tl.load(hidden_b + unit, mask=unit < hidden, other=0.0)
     pre = (
         product(x, tl.trans(load_matrix(hidden_w, unit, feature, hidden, inputs)), PRECISION) + bias[None, :]
@@ -303,64 +234,21 @@ def evaluate_again(
 
 @jit
 def field_backward_planes(
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    origins,
-    directions,
-    t,
-    d_raw,
-    kept,
-    d_planes,
-    count,
-    rays,
-    samples,
-    resolution,
-    plane_features,
-    inputs,
-    hidden,
-    channels,
-    EG3D: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    DIRECTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    """Adds to `d_planes` what the `count` samples numbered in `kept` give, from the gradients of raw outputs."""
+    planes, hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept, d_planes, count, rays, samples,
+    resolution, plane_features, inputs, hidden, channels, EG3D: tl.constexpr, PRODUCT: tl.constexpr,
+    DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, INPUTS: tl.constexpr,
+    HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradients of the `count` samples numbered in `kept` to `d_planes`."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < count
     slot = tl.load(kept + index, mask=valid, other=0).to(tl.int32)
     distance = tl.load(t + slot, mask=valid, other=0.0)
     _, _, _, d_pre = evaluate_again(
-        slot,
-        distance,
-        valid,
-        planes,
-        hidden_w,
-        hidden_b,
-        out_w,
-        origins,
-        directions,
-        d_raw,
-        rays,
-        samples,
-        resolution,
-        plane_features,
-        inputs,
-        hidden,
-        channels,
-        EG3D,
-        PRODUCT,
-        DIRECTED,
-        PRECISION,
-        INPUTS,
-        HIDDEN,
-        OUTPUTS,
-    )
+        slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays, samples,
+        resolution, plane_features, inputs, hidden, channels, EG3D, PRODUCT, DIRECTED, PRECISION, INPUTS,
+        HIDDEN, OUTPUTS,
+    )  # fmt: skip
     feature, unit = tl.arange(0, INPUTS), tl.arange(0, HIDDEN)
     d_x = product(d_pre, load_matrix(hidden_w, unit, feature, hidden, inputs), PRECISION)
 
@@ -368,7 +256,7 @@ def field_backward_planes(
     start = scene_start(ray, rays, resolution, plane_features)
     for plane in range(3):
         gradient = d_x
-        if PRODUCT:  # times what the other two planes give
+        if PRODUCT:  # times the features of the other two planes
             for step in range(1, 3):
                 other = (plane + step) % 3
                 column, row = place(origins, directions, ray, distance, other, valid, EG3D)
@@ -383,37 +271,12 @@ def field_backward_planes(
 
 @jit
 def field_backward_network(
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    origins,
-    directions,
-    t,
-    d_raw,
-    kept,
-    d_hidden_w,
-    d_hidden_b,
-    d_out_w,
-    d_out_b,
-    count,
-    rays,
-    samples,
-    resolution,
-    plane_features,
-    inputs,
-    hidden,
-    channels,
-    EG3D: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    DIRECTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    """Writes the sums of each program's share of `kept` to its row of the network's gradients."""
+    planes, hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept, d_hidden_w, d_hidden_b, d_out_w,
+    d_out_b, count, rays, samples, resolution, plane_features, inputs, hidden, channels, EG3D: tl.constexpr,
+    PRODUCT: tl.constexpr, DIRECTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Sums the network's gradients over each program's share of `kept` and writes them to its row."""
     feature, unit, output = tl.arange(0, INPUTS), tl.arange(0, HIDDEN), tl.arange(0, OUTPUTS)
     sum_hidden_w, sum_hidden_b = tl.zeros((HIDDEN, INPUTS), tl.float32), tl.zeros((HIDDEN,), tl.float32)
     sum_out_w, sum_out_b = tl.zeros((OUTPUTS, HIDDEN), tl.float32), tl.zeros((OUTPUTS,), tl.float32)
@@ -424,31 +287,10 @@ def field_backward_network(
         slot = tl.load(kept + index, mask=valid, other=0).to(tl.int32)
         distance = tl.load(t + slot, mask=valid, other=0.0)
         x, pre, d_output, d_pre = evaluate_again(
-            slot,
-            distance,
-            valid,
-            planes,
-            hidden_w,
-            hidden_b,
-            out_w,
-            origins,
-            directions,
-            d_raw,
-            rays,
-            samples,
-            resolution,
-            plane_features,
-            inputs,
-            hidden,
-            channels,
-            EG3D,
-            PRODUCT,
-            DIRECTED,
-            PRECISION,
-            INPUTS,
-            HIDDEN,
-            OUTPUTS,
-        )
+            slot, distance, valid, planes, hidden_w, hidden_b, out_w, origins, directions, d_raw, rays,
+            samples, resolution, plane_features, inputs, hidden, channels, EG3D, PRODUCT, DIRECTED, PRECISION,
+            INPUTS, HIDDEN, OUTPUTS,
+        )  # fmt: skip
         sum_hidden_w += product(tl.trans(d_pre), x, PRECISION)
         sum_hidden_b += tl.sum(d_pre, 0)
         sum_out_w += product(tl.trans(d_output), softplus(pre), PRECISION)

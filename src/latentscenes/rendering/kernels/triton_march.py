@@ -1,7 +1,8 @@
-"""What happens along rays on a GPU, in Triton: fine samples placed, all sorted, composited, and compositing's gradient.
+"""Ray marching (march.py) on a GPU in Triton: places fine samples, sorts and composites all; and the gradient
+of this.
 
-The same as march.py, and its derivative by hand. A program takes a few rays, one row of its blocks each. Samples stay in
-the slots they were drawn in, coarse before fine; `order` says which slot is k-th along its ray.
+A program takes a few rays, one row of its blocks each. Samples stay in the slots where they were drawn,
+coarse before fine; `order` holds the slot of the k-th sample along each ray.
 """
 
 import triton.language as tl
@@ -16,14 +17,14 @@ PADDING = tl.constexpr(BLUR_PADDING)
 
 @jit
 def one_minus_exp_minus(x):
-    """1 − e^-x for x ≥ 0, by a series where the difference would lose digits."""
+    """Computes 1 − e^-x for x ≥ 0, by a series where the difference would lose digits."""
     series = x * (1 - x * (1 / 2) * (1 - x * (1 / 3) * (1 - x * (1 / 4) * (1 - x * (1 / 5)))))
     return tl.where(x < 0.1, series, 1 - tl.exp(-x))
 
 
 @jit
 def coarse_interval(t, density, slot, valid, before):
-    """Weight and optical thickness of the interval after `slot`, behind as much thickness as `before`."""
+    """Returns weight and optical thickness of the interval after `slot`; `before` is that before it."""
     length = tl.load(t + slot + 1, mask=valid, other=0.0) - tl.load(t + slot, mask=valid, other=0.0)
     ends = tl.load(density + slot, mask=valid, other=0.0) + tl.load(density + slot + 1, mask=valid, other=0.0)
     optical = 0.5 * ends * length
@@ -32,10 +33,10 @@ def coarse_interval(t, density, slot, valid, before):
 
 @jit
 def place_fine(t, density, u, rays, coarse, fine, R: tl.constexpr, M: tl.constexpr):
-    """Writes the `fine` samples behind the `coarse` ones: march.importance of the weights of the coarse.
+    """Writes the `fine` samples after the `coarse` ones, placed as by march.importance.
 
-    Walks along the intervals twice: for the sum of their widened weights, then with every fine sample waiting for the
-    interval in which the sum so far passes its share.
+    The first of two passes over the intervals sums their blurred weights. In the second, each fine sample
+    gets its place in the interval where the running sum passes its share.
     """
     ray = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     valid, row = ray < rays, ray * (coarse + fine)
@@ -53,10 +54,8 @@ def place_fine(t, density, u, rays, coarse, fine, R: tl.constexpr, M: tl.constex
             ahead = tl.where(further, ahead, here)
             widened = 0.5 * (tl.maximum(previous, here) + tl.maximum(here, ahead)) + PADDING
             if PLACING:
-                start, end = (
-                    tl.load(t + slot, mask=valid, other=0.0),
-                    tl.load(t + slot + 1, mask=valid, other=0.0),
-                )
+                start = tl.load(t + slot, mask=valid, other=0.0)
+                end = tl.load(t + slot + 1, mask=valid, other=0.0)
                 found = start + tl.minimum((wanted - passed) / widened, 1.0) * (end - start)
                 place = tl.where(wanted >= passed, found, place)
             passed += widened
@@ -67,7 +66,8 @@ def place_fine(t, density, u, rays, coarse, fine, R: tl.constexpr, M: tl.constex
 
 @jit
 def sort_samples(t, order, rays, samples, R: tl.constexpr, N: tl.constexpr):
-    """Writes `order`: a sample's rank is how many of its ray come before it, the earlier slot first where equal."""
+    """Writes `order`. A sample's rank is the number of its ray's samples before it; of equal ones, the lower
+    slot is first."""
     ray = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     row = ray * samples
     k = tl.arange(0, N)[None, :]
@@ -82,14 +82,14 @@ def sort_samples(t, order, rays, samples, R: tl.constexpr, N: tl.constexpr):
 
 @jit
 def slot_of(order, row, k, valid, samples):
-    """The slot of the k-th sample of each ray; a masked one where there is none."""
+    """Returns the slot of the k-th sample of each ray, and whether there is one."""
     there = valid & (k >= 0) & (k < samples)
     return row + tl.load(order + row + k, mask=there, other=0), there
 
 
 @jit
 def interval_after(t, density, order, row, k, valid, samples):
-    """Optical thickness, length and middle of the interval between the k-th sample and the next; 0 where there is none."""
+    """Returns optical thickness, length and middle of the interval after the k-th sample; 0 if none."""
     here, there = slot_of(order, row, k, valid, samples)
     following, also = slot_of(order, row, k + 1, valid, samples)
     there &= also
@@ -102,20 +102,10 @@ def interval_after(t, density, order, row, k, valid, samples):
 
 @jit
 def composite(
-    t,
-    density,
-    features,
-    order,
-    out_features,
-    depth,
-    opacity,
-    rays,
-    samples,
-    channels,
-    R: tl.constexpr,
+    t, density, features, order, out_features, depth, opacity, rays, samples, channels, R: tl.constexpr,
     N: tl.constexpr,
-):
-    """march.composite of samples in their order."""
+):  # fmt: skip
+    """Composites samples in their order, as march.composite does."""
     ray = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     valid, row = ray < rays, ray * samples
     k = tl.arange(0, N)[None, :]
@@ -135,7 +125,7 @@ def composite(
 
 @jit
 def value_at(t, features, order, up_features, d_depth, d_opacity, ray, row, k, valid, samples, channels):
-    """What one unit of weight at the k-th sample adds to the loss."""
+    """Returns the gradient of the loss by a unit of weight at the k-th sample."""
     slot, there = slot_of(order, row, k, valid, samples)
     value = d_depth * tl.load(t + slot, mask=there, other=0.0) + d_opacity
     for channel in range(channels):
@@ -149,9 +139,10 @@ def composite_backward(
     t, density, features, order, up_features, up_depth, up_opacity, threshold, d_raw, keep,
     rays, samples, channels, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of samples' raw outputs, (slot x 1 + channels), and whether the largest is above the threshold.
+    """Writes gradients of samples' raw outputs, (slot x 1 + channels), and whether the largest exceeds the
+    threshold.
 
-    With v_k the gradient per unit of weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
+    With v_k the gradient by weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
     """
     ray = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     valid, row = ray < rays, ray * samples
@@ -179,7 +170,7 @@ def composite_backward(
     d_optical = tl.exp(-(before + optical)) * value - (behind_back - weight * value)
     d_optical_back = tl.exp(-before) * value_back - behind_back
 
-    # Through the activations: softplus' slope at y is 1 − e^-y; a feature's is that of its sigmoid s, rescaled.
+    # Through the activations: the slope of softplus is 1 − e^-y at its value y, that of a sigmoid s (1 − s).
     slot, there = slot_of(order, row, k, valid, samples)
     d_density = 0.5 * (length * d_optical + length_back * d_optical_back)
     d_density *= one_minus_exp_minus(tl.load(density + slot, mask=there, other=0.0))
@@ -192,5 +183,5 @@ def composite_backward(
         d_sigmoid = 0.5 * (weight + weight_back) * d_feature * (2 + 4 * MARGIN) * s * (1 - s)
         tl.store(d_raw + slot * (1 + channels) + 1 + channel, d_sigmoid, mask=there)
         largest = tl.maximum(largest, tl.abs(d_sigmoid))
-    negligible = largest <= tl.load(threshold)  # not if either is no number: that must be seen
+    negligible = largest <= tl.load(threshold)  # false for NaN, which must show in the gradients
     tl.store(keep + slot, 1 - negligible.to(tl.int8), mask=there)

@@ -1,8 +1,8 @@
-"""The GPU kernels as differentiable torch operators; same meaning as `render.march_planes`, as native.py has on the CPU.
+"""The GPU kernels as differentiable torch operators. `render` computes as `march_planes`.
 
-`triton_field.py` and `triton_march.py` do the work. A pass is a few launches: the field at coarse samples, fine samples
-placed, the field at those, all sorted and composited. Between them only places, densities and features of samples are in
-memory, which is also what backward needs. Gradients reach planes and network, not rays nor random numbers.
+A pass has a few launches: evaluate the field at coarse samples, place fine samples, evaluate the field there,
+sort and composite all. Between launches, memory holds only places, densities and features of samples;
+backward needs the same. Gradients reach planes and network, not rays or random numbers.
 """
 
 from contextlib import nullcontext
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from latentscenes.rendering import march
 from latentscenes.rendering.kernels import triton_field, triton_march
-from latentscenes.rendering.kernels.native import INPUTS, SKIP
+from latentscenes.rendering.kernels.native import INPUTS, SKIP, outputs
 
 FORWARD_BLOCK, BACKWARD_BLOCK, WARPS = 64, 32, 8
-"""Points that a program of the field's kernels takes together, and its warps. With more points, or fewer warps, the
-compiler runs out of registers at the usual sizes (32 features, 64 hidden units)."""
+"""Points and warps of a program of the field's kernels. With more points or fewer warps, the compiler runs
+out of registers at usual sizes (32 features, 64 hidden units)."""
 LANES = 512
-"""Samples that a program of the kernels along rays takes together, in whole rays."""
+"""Samples of a program of the kernels along rays, in whole rays."""
 PROGRAMS_PER_PROCESSOR = 4
-"""Programs that sum the network's gradients, for each of a GPU's multiprocessors."""
+"""Programs that sum the network's gradients, per multiprocessor of the GPU."""
 
 
 class _Sizes(NamedTuple):
-    """What the kernels are told about the arrays; rays are counted over all scenes, but `per_scene`."""
+    """Sizes of the arrays. `rays` counts those of all scenes, `per_scene` those of one."""
 
     rays: int
     per_scene: int
@@ -44,19 +44,14 @@ class _Sizes(NamedTuple):
         return self.coarse + self.fine
 
     def kernel(self) -> tuple[int, ...]:
-        """The sizes that all of the field's kernels take, in their order."""
+        """Returns the sizes that all field kernels take, in their order."""
         return (
-            self.per_scene,
-            self.samples,
-            self.resolution,
-            self.features,
-            self.inputs,
-            self.hidden,
+            self.per_scene, self.samples, self.resolution, self.features, self.inputs, self.hidden,
             self.channels,
-        )
+        )  # fmt: skip
 
     def options(self, axes: str, aggregation: str, precision: str) -> dict[str, bool | int | str]:
-        """What the field's kernels are compiled for."""
+        """Returns the compile-time options of the field's kernels."""
         widths = {"INPUTS": self.inputs, "HIDDEN": self.hidden, "OUTPUTS": 1 + self.channels}
         padded = {name: max(16, triton.next_power_of_2(width)) for name, width in widths.items()}
         kind = {
@@ -67,7 +62,7 @@ class _Sizes(NamedTuple):
         return {**kind, **padded, "PRECISION": precision, "num_warps": WARPS, "num_stages": 1}
 
     def rows(self, columns: int, name: str) -> dict[str, int]:
-        """Padded columns and rays together of a kernel along rays."""
+        """Returns padded columns and rays per program of a kernel along rays."""
         padded = triton.next_power_of_2(columns)
         return {"R": max(1, LANES // padded), name: padded}
 
@@ -76,7 +71,7 @@ def _sizes(given: list[Tensor]) -> _Sizes:
     planes, hidden_w, _, out_w, _, _, _, _, _, u_coarse, u_fine = given
     scenes, per_scene, coarse = u_coarse.shape
     if scenes * per_scene * (coarse + u_fine.shape[-1]) >= 2**31:
-        raise ValueError("the GPU kernels number samples with 32 bits: render fewer rays at once")
+        raise ValueError("the GPU kernels number samples with 32 bits. Render fewer rays at once.")
     return _Sizes(
         scenes * per_scene, per_scene, coarse, u_fine.shape[-1], planes.shape[2], planes.shape[-1],
         hidden_w.shape[1], hidden_w.shape[0], out_w.shape[0] - 1,
@@ -84,7 +79,7 @@ def _sizes(given: list[Tensor]) -> _Sizes:
 
 
 def _on(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -93,39 +88,17 @@ def _readable(planes: Tensor, precision: str) -> Tensor:
 
 
 def _results(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list[Tensor]:
-    """Uninitialized features, depth, opacity; then t, density, features and order of samples, empty unless kept."""
-    (scenes, rays, coarse), channels = u_coarse.shape, out_w.shape[0] - 1
-    samples = (scenes, rays, coarse + u_fine.shape[-1]) if keep else (0, 0, 0)
-    shapes = [
-        (scenes, rays, channels),
-        (scenes, rays),
-        (scenes, rays),
-        samples,
-        samples,
-        (*samples, channels),
-    ]
-    return [u_coarse.new_empty(shape) for shape in shapes] + [u_coarse.new_empty(samples, dtype=torch.int32)]
+    """Allocates `native.outputs` and the order of samples (empty unless `keep`)."""
+    found = outputs(u_coarse, u_fine, out_w, keep)
+    return [*found, torch.empty_like(found[3], dtype=torch.int32)]
 
 
 @torch.library.custom_op("latentscenes::render_triton", mutates_args=())
 def _render(
-    planes: Tensor,
-    hidden_w: Tensor,
-    hidden_b: Tensor,
-    out_w: Tensor,
-    out_b: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    u_coarse: Tensor,
-    u_fine: Tensor,
-    axes: str,
-    aggregation: str,
-    precision: str,
-    skip: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor,
+    directions: Tensor, near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str,
+    aggregation: str, precision: str, skip: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = [planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine]
     planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = (
         x.contiguous() for x in given
@@ -137,7 +110,7 @@ def _render(
     out_features, depth, opacity = results[:3]
     _, _, _, t, density, features, order = results if keep else _results(u_coarse, u_fine, out_w, True)
     t[..., : size.coarse] = march.stratified(near, far, u_coarse)
-    density.zero_(), features.zero_()  # what rays that miss keep
+    density.zero_(), features.zero_()  # rays that miss keep these
     planes = _readable(planes, precision)
     options = size.options(axes, aggregation, precision)
 
@@ -159,40 +132,17 @@ def _render(
         grid = (triton.cdiv(size.rays, block["R"]),)
         triton_march.sort_samples[grid](t, order, size.rays, size.samples, **block)
         triton_march.composite[grid](
-            t,
-            density,
-            features,
-            order,
-            out_features,
-            depth,
-            opacity,
-            size.rays,
-            size.samples,
-            size.channels,
+            t, density, features, order, out_features, depth, opacity, size.rays, size.samples, size.channels,
             **block,
-        )
+        )  # fmt: skip
     return tuple(results)
 
 
 @_render.register_fake
 def _(
-    planes,
-    hidden_w,
-    hidden_b,
-    out_w,
-    out_b,
-    origins,
-    directions,
-    near,
-    far,
-    u_coarse,
-    u_fine,
-    axes,
-    aggregation,
-    precision,
-    skip,
-    keep,
-):
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes,
+    aggregation, precision, skip, keep,
+):  # fmt: skip
     return tuple(_results(u_coarse, u_fine, out_w, keep))
 
 
@@ -208,7 +158,7 @@ def _render_backward(
     planes_too: bool,
     network_too: bool,
 ) -> list[Tensor]:
-    """Gradients of planes, hidden_w, hidden_b, out_w, out_b; empty where not wanted."""
+    """Returns gradients of planes, hidden_w, hidden_b, out_w and out_b; empty ones where not wanted."""
     planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = (
         x.contiguous() for x in given
     )
@@ -257,7 +207,7 @@ def _(upstream, saved, given, axes, aggregation, precision, skip, planes_too, ne
 
 
 def _programs(device: torch.device) -> int:
-    """The most programs that sum the network's gradients; two where kernels are interpreted."""
+    """Returns the largest number of programs that sum the network's gradients (interpreted: two)."""
     if device.type != "cuda":
         return 2
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -265,7 +215,8 @@ def _programs(device: torch.device) -> int:
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, ctx.keep = inputs
-    ctx.set_materialize_grads(False)  # else zeros as large as all samples would be made for the saved outputs
+    # Otherwise saved outputs would get gradients of zeros, as large as all samples
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3:])
 
 
@@ -307,13 +258,14 @@ def render(
     precision: str = "float32",
     skip: float | None = None,
 ) -> tuple[Float[Tensor, "s p c"], Float[Tensor, "s p"], Float[Tensor, "s p"]]:
-    """Features Σ w f, depth Σ w t and opacity Σ w of rays, as `march.Composite` defines them, c = o − 1. All float32, on
-    one CUDA device. The network sees the planes' features (i = f), or those and the ray's unit direction (i = f + 3).
+    """Returns features Σ w f, depth Σ w t and opacity Σ w of rays (see `march.Composite`), c = o − 1. All
+    tensors are float32 on one CUDA device. The network's inputs are the planes' features (i = f), or these
+    and the ray's unit direction (i = f + 3).
 
-    `precision` is that of the numbers that the network multiplies: "float32", "tf32" or "bfloat16"; with the last, texels
-    are read in it too. All sums, compositing and all gradients are float32. Gradients of planes are summed in no fixed
-    order, so their last bits may differ from run to run. Backward leaves out samples whose gradient is below `skip`, as the
-    native kernel does; SKIP unless given.
+    `precision` of the factors in the network's products is "float32", "tf32" or "bfloat16"; the last applies
+    to texels too. All sums, compositing and gradients are float32. Gradients of planes are summed in no fixed
+    order, so their last bits may differ from run to run. Backward skips samples with small gradients (see
+    SKIP, the default of `skip`).
     """
     trained = (planes, hidden_w, hidden_b, out_w, out_b)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
