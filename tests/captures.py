@@ -1,4 +1,5 @@
-"""Photographs of a known object through known lenses, written as a person's capture: images/, masks/, sparse/0 by COLMAP."""
+"""Photographs of a known object through known lenses, written as a person's capture: images/, masks/,
+sparse/0 by COLMAP."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ def any_world(seed: int = 0) -> World:
 
 
 def walk_around(count: int, seed: int = 0, roll: float = 0.05) -> Cameras:
-    """Hand-held cameras around the origin: two heights, not quite level, not quite aimed. Focal lengths mean nothing."""
+    """Hand-held cameras around the origin: two heights, not quite level, not quite aimed. Focal lengths mean
+    nothing."""
     rng = np.random.default_rng(seed)
     azimuth = np.arange(count) * 2 * np.pi * 2 / count + rng.normal(size=count) * 0.05
     height = (
@@ -71,8 +73,8 @@ def write_capture(
     lights: Lights | None = None,
     samples: int = 2,
 ) -> None:
-    """Photographs of `size` (height, width) before a colored, noisy background, their masks (or, `cut_out`, transparent
-    photographs and no masks), and the model."""
+    """Photographs of `size` (height, width) before a colored, noisy background, their masks (or, `cut_out`,
+    transparent photographs and no masks), and the model."""
     import pycolmap
 
     height, width = size

@@ -1,4 +1,5 @@
-"""An ellipsoid drawn by intersecting rays with it, its cameras, and both written in the layouts that are imported."""
+"""An ellipsoid drawn by intersecting rays with it, its cameras, and both written in the layouts that are
+imported."""
 
 import json
 import math

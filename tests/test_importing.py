@@ -98,7 +98,8 @@ def spoil(folder: Path, what: str) -> str:
 
 @pytest.mark.parametrize(
     "what",
-    "truncated|no image at all|absent image|absent pose|mixed sizes|fifteen numbers|words|nan|mirrored|scaled|sheared|"
+    "truncated|no image at all|absent image|absent pose|mixed sizes|fifteen "
+    "numbers|words|nan|mirrored|scaled|sheared|"
     "transposed|no intrinsics|bad intrinsics|oblong intrinsics|no poses".split("|"),
 )  # fmt: skip
 def test_damage_is_named_and_nothing_is_left_behind(tmp_path, what):

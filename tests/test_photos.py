@@ -1,5 +1,5 @@
-"""`data photos`: a made object photographed through known lenses into a world of any scale and orientation comes back
-where it is, undistorted; and every gap in a capture is named."""
+"""`data photos`: a made object photographed through known lenses into a world of any scale and orientation
+comes back where it is, undistorted; and every gap in a capture is named."""
 
 import json
 import shutil
@@ -69,7 +69,8 @@ def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarra
 
 
 def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
-    """Imported views against the truth: cameras, known points, whole pictures. Gives the similarity from the true world."""
+    """Imported views against the truth: cameras, known points, whole pictures. Gives the similarity from the
+    true world."""
     scale, rotation, shift = similarity(
         truth.positions.double().numpy(), found.cameras.positions.double().numpy()
     )
@@ -178,7 +179,8 @@ def test_front_and_up_can_be_given(made, spoilt):
 
 
 def test_reduced_copies_and_what_is_left_out(made, spoilt):
-    """Half-size photographs serve as well; black masks and objects cut off leave photographs out, and that is said."""
+    """Half-size photographs serve as well; black masks and objects cut off leave photographs out, and that is
+    said."""
     for part in ("images", "masks"):
         for file in (spoilt / part).iterdir():
             with Image.open(file) as image:
@@ -286,8 +288,9 @@ def spoil(folder, what: str) -> str:
 
 @pytest.mark.parametrize(
     "what",
-    "no photographs|no reconstruction|several models|damaged model|few placed|absent photograph|cropped photograph|unknown lens|"
-    "panorama|no masks|missing mask|mask of other size|mask of ones|inverted masks|masks of another object|unknown front|"
+    "no photographs|no reconstruction|several models|damaged model|few placed|absent photograph|cropped "
+    "photograph|unknown lens|panorama|no masks|missing mask|mask of other size|mask of ones|inverted "
+    "masks|masks of another object|unknown front|"
     "unknown key|no direction|too large".split("|"),
 )  # fmt: skip
 def test_gaps_are_named_and_nothing_is_left_behind(spoilt, what):

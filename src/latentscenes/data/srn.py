@@ -2,7 +2,8 @@
 
     <object>/rgb/000000.png …     RGB on white, or RGBA
     <object>/pose/000000.txt …    16 numbers, camera-to-world, OpenCV axes, world z up
-    <object>/intrinsics.txt       first line: focal cx cy 0; last line: height width, the size these are stated for
+    <object>/intrinsics.txt       first line: focal cx cy 0; last line: height width, the size these are
+    stated for
 
 The size in intrinsics.txt need not be the images': the published cars state 512 px for images of 128.
 """
@@ -51,8 +52,8 @@ def make_srn(
         out: the dataset to make; must not exist yet, or be an empty folder.
         above: keep only views whose camera height (world z) is above -0.5.
         axes: `opengl` if poses look along -z with y up, against the layout's custom.
-        intrinsics_size: the size (height, width; one number if square) that intrinsics.txt is stated for, where its
-            last line is wrong.
+        intrinsics_size: the size (height, width; one number if square) that intrinsics.txt is stated for,
+            where its last line is wrong.
         options: size, box, background, splits and held-out views: see `ImportOptions`.
         progress: called after each scene.
     """
@@ -76,7 +77,8 @@ def make_srn(
         nested = [entry for entry in subfolders(folder) if _objects(entry)]
         hint = f"It holds collections: import one of them, for instance {nested[0]}." if nested else ""
         raise UserError(
-            f"{folder}: no objects in ShapeNet-SRN's layout (<object>/rgb, /pose, intrinsics.txt) and no dataset.json. {hint}"
+            f"{folder}: no objects in ShapeNet-SRN's layout (<object>/rgb, /pose, intrinsics.txt) and no "
+            f"dataset.json. {hint}"
         )
     return import_scenes(folder, names, load, out, options or ImportOptions(), axes, progress)
 
@@ -95,7 +97,8 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
     for part in ("rgb", "pose"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"{folder / part}: no such folder, though other objects have one. Complete the object, or move it away."
+                f"{folder / part}: no such folder, though other objects have one. Complete the object, or "
+                "move it away."
             )
     images = sorted(
         (p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES),
@@ -132,13 +135,14 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
         ) from None
     if min(height, width) <= 0:
         raise UserError(
-            f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above 0."
+            f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above "
+            "0."
         )
     real = image_size(image)
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
-            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is {real[1]}x{real[0]}: "
-            "another shape. Correct the last line, or pass intrinsics_size."
+            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is "
+            f"{real[1]}x{real[0]}: another shape. Correct the last line, or pass intrinsics_size."
         )
     if not (0 <= cx <= width and 0 <= cy <= height):
         raise UserError(
@@ -165,11 +169,13 @@ def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
         name = (folder.parent if folder.name == "rgb" else folder).as_posix()
         if name == ".":
             raise UserError(
-                f"{file}: {path} lies in no object's subfolder, so which images show the same object is unknown."
+                f"{file}: {path} lies in no object's subfolder, so which images show the same object is "
+                "unknown."
             )
         if len(numbers) != 25:
             raise UserError(
-                f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 intrinsics)."
+                f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 "
+                "intrinsics)."
             )
         scenes.setdefault(name, []).append((path, numbers))
     return scenes
@@ -188,7 +194,8 @@ def _labelled(folder: Path, labels: list[tuple[str, list[float]]], axes: Axes) -
             )
         if fx > 20 or fy > 20:
             raise UserError(
-                f"{file}: intrinsics are fractions of the image in dataset.json; {fx:g} looks like pixels. Divide by the size."
+                f"{file}: intrinsics are fractions of the image in dataset.json; {fx:g} looks like pixels. "
+                "Divide by the size."
             )
         intrinsics.append([fx, fy, cx, cy])
     return Source(
@@ -205,7 +212,8 @@ def _above(source: Source, name: str, above: bool) -> Source:
     keep = (source.cameras.positions[:, 2] > ABOVE).nonzero().ravel()
     if not len(keep):
         raise UserError(
-            f"scene {name!r}: no camera is higher than z = {ABOVE}; import without above, or check that z is up."
+            f"scene {name!r}: no camera is higher than z = {ABOVE}; import without above, or check that z "
+            "is up."
         )
     return replace(
         source,

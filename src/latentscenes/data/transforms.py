@@ -1,7 +1,8 @@
 """nerfstudio's and Blender's transforms*.json (NeRF-synthetic and the like).
 
-One file per scene (transforms.json), or one per part (transforms_train.json, _val, _test): then the test frames become
-the scene's held-out views. Cameras are OpenGL's (x right, y up, looking along -z), camera-to-world, world z up.
+One file per scene (transforms.json), or one per part (transforms_train.json, _val, _test): then the test
+frames become the scene's held-out views. Cameras are OpenGL's (x right, y up, looking along -z),
+camera-to-world, world z up.
 """
 
 import json
@@ -45,11 +46,13 @@ def make_transforms(
     """Pack one scene, or a folder of scenes, described by transforms*.json into a dataset.
 
     Args:
-        folder: a folder with transforms*.json, or a folder of such folders (one scene each, named after them).
+        folder: a folder with transforms*.json, or a folder of such folders (one scene each, named after
+            them).
         out: the dataset to make; must not exist yet, or be an empty folder.
-        held_out_from: whose frames become the held-out views, where a scene has a file for each part: `test`, `val`,
-            or `none` (only the training frames are read, and `options.held_out` of them held out). By default `test`
-            where there is such a file, else `val`, else none. Frames of the part not chosen are not read.
+        held_out_from: whose frames become the held-out views, where a scene has a file for each part: `test`,
+            `val`, or `none` (only the training frames are read, and `options.held_out` of them held out). By
+            default `test` where there is such a file, else `val`, else none. Frames of the part not chosen
+            are not read.
         axes: `opencv` if matrices look along +z with y down, against the layout's custom.
         options: size, box, background, splits, held-out views: see `ImportOptions`.
         progress: called after each scene.
@@ -65,7 +68,8 @@ def make_transforms(
             )
         if bare := [entry for entry in subfolders(folder) if entry.name not in scenes]:
             raise UserError(
-                f"{bare[0]}: has no transforms.json or transforms_train.json, though {next(iter(scenes))} has. Move it away."
+                f"{bare[0]}: has no transforms.json or transforms_train.json, though {next(iter(scenes))} "
+                "has. Move it away."
             )
     notes: list[str] = []
     for scene in scenes.values():
@@ -190,19 +194,21 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
     model = str(frame.get("camera_model", "")).upper()
     if model not in PINHOLES:
         raise UserError(
-            f"{label}: camera_model {model!r} is no pinhole camera. Undistort the images first (COLMAP's image_undistorter, say)."
+            f"{label}: camera_model {model!r} is no pinhole camera. Undistort the images first (COLMAP's "
+            "image_undistorter, say)."
         )
     bent = [key for key in DISTORTION if frame.get(key)]
     if bent:
         raise UserError(
-            f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), and only pinhole cameras are rendered here. "
-            "Undistort the images (COLMAP's image_undistorter, or OpenCV's undistort), write the new focal lengths, and set "
-            f"{', '.join(bent)} to 0."
+            f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), and only pinhole cameras are "
+            "rendered here. Undistort the images (COLMAP's image_undistorter, or OpenCV's undistort), "
+            f"write the new focal lengths, and set {', '.join(bent)} to 0."
         )
 
 
 def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
-    """fx, fy, cx, cy as fractions of the image; pixels are those of the stated w and h, or else of the image."""
+    """fx, fy, cx, cy as fractions of the image; pixels are those of the stated w and h, or else of the
+    image."""
     try:
         given = {
             key: float(frame[key])
@@ -216,8 +222,8 @@ def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
         width, height = given["w"], given["h"]
     if min(width, height) <= 0 or abs(width * real[0] / (height * real[1]) - 1) > 0.02:
         raise UserError(
-            f"{label}: states images of {width:g}x{height:g} (w x h), but this one is {real[1]}x{real[0]}: another shape. "
-            "Correct w and h, to which fl_x, fl_y, cx and cy refer."
+            f"{label}: states images of {width:g}x{height:g} (w x h), but this one is {real[1]}x{real[0]}: "
+            "another shape. Correct w and h, to which fl_x, fl_y, cx and cy refer."
         )
     for axis in ("x", "y"):
         angle = given.get(f"camera_angle_{axis}")
@@ -230,7 +236,8 @@ def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
     fl_x = given.get("fl_x", given.get("fl_y"))
     if fl_x is None:
         raise UserError(
-            f"{label}: no focal length; give fl_x (pixels) or camera_angle_x (radians), at the top or per frame."
+            f"{label}: no focal length; give fl_x (pixels) or camera_angle_x (radians), at the top or per "
+            "frame."
         )
     fl_y = given.get("fl_y", fl_x)
     return [

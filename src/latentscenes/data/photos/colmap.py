@@ -2,8 +2,8 @@
 
 Notable:
 - COLMAP's poses are world-to-camera in OpenCV axes. The corner of its first pixel is (0, 0), as ours is.
-- COLMAP reads pixels as they lie in the file, and ignores what phones note about their orientation (EXIF). So that note
-  says which side of a photograph is up.
+- COLMAP reads pixels as they lie in the file, and ignores what phones note about their orientation (EXIF). So
+  that note says which side of a photograph is up.
 - pycolmap itself projects, so all its lenses that are not panoramas are understood.
 """
 
@@ -28,7 +28,8 @@ PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 FEWEST = 10
 """Photographs that an object needs at least."""
 WIDEST = 3.0
-"""Tangent of the largest angle from the optical axis that is looked at; a rectilinear picture of more is all rim."""
+"""Tangent of the largest angle from the optical axis that is looked at; a rectilinear picture of more is all
+rim."""
 
 
 class Lens:
@@ -46,16 +47,19 @@ class Lens:
         rays = rays[np.isfinite(rays).all(-1)]
         if not len(rays):
             raise UserError(
-                f"{source}: the lens of camera {camera.camera_id} ({camera.model.name} {camera.params.tolist()}) cannot be "
-                "undone at the photograph's border. Run COLMAP again with a simpler lens model, SIMPLE_RADIAL say."
+                f"{source}: the lens of camera {camera.camera_id} ({camera.model.name} "
+                f"{camera.params.tolist()}) cannot be undone at the photograph's border. Run COLMAP again "
+                "with a simpler lens model, SIMPLE_RADIAL say."
             )
         self.reach = float(min(np.hypot(*rays.T).max(), WIDEST))
         """Tangent of the largest angle from the optical axis at which anything is shown."""
 
     def project(self, toward: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 2"]:
-        """Where directions in camera axes appear, as fractions (x, y) of the photograph; NaN where it does not show them.
+        """Where directions in camera axes appear, as fractions (x, y) of the photograph; NaN where it does
+        not show them.
 
-        Distortion polynomials turn back far outside the photograph; what lies beyond its border is not asked of them.
+        Distortion polynomials turn back far outside the photograph; what lies beyond its border is not asked
+        of them.
         """
         ahead = toward[:, 2] > 1e-9
         plane = toward / np.where(ahead, toward[:, 2], 1)[:, None]
@@ -84,8 +88,8 @@ class Photograph:
 
 
 def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
-    """The placed photographs of the capture in `folder` (images/ and sparse/), in natural order of names, and how many
-    files in images/ the reconstruction lacks."""
+    """The placed photographs of the capture in `folder` (images/ and sparse/), in natural order of names, and
+    how many files in images/ the reconstruction lacks."""
     images = folder / "images"
     if not images.is_dir():
         raise UserError(f"{images}: no such folder. Each object's folder holds its photographs in images/.")
@@ -98,8 +102,8 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
         file = images / image.name
         if not file.is_file():
             raise UserError(
-                f"{file}: no such photograph, though {source} lists it. Put it back; to leave a photograph out, give it a "
-                "mask that is black all over."
+                f"{file}: no such photograph, though {source} lists it. Put it back; to leave a photograph "
+                "out, give it a mask that is black all over."
             )
         lens = lenses[image.camera_id]
         width = _checked_width(file, lens)
@@ -112,10 +116,10 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
     present = sum(file.suffix.lower() in PHOTOGRAPHS for file in images.rglob("*"))
     if len(photographs) < max(FEWEST, present / 2):
         raise UserError(
-            f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} and half of them "
-            "are needed. Photographs that COLMAP cannot place overlap too little, are blurred, or show too little texture: "
-            "take more, with a patterned cloth or newspaper under the object, and run COLMAP again. Or move the "
-            "photographs that it left out out of images/."
+            f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} "
+            "and half of them are needed. Photographs that COLMAP cannot place overlap too little, are "
+            "blurred, or show too little texture: take more, with a patterned cloth or newspaper under the "
+            "object, and run COLMAP again. Or move the photographs that it left out out of images/."
         )
     photographs.sort(key=lambda photograph: natural_key(photograph.name))
     return photographs, present - len(photographs)
@@ -130,8 +134,9 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
     )
     if not found:
         raise UserError(
-            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in sparse/0). "
-            f"Make one: colmap automatic_reconstructor --image_path {folder / 'images'} --workspace_path {folder} --dense 0"
+            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in "
+            f"sparse/0). Make one: colmap automatic_reconstructor --image_path {folder / 'images'} "
+            f"--workspace_path {folder} --dense 0"
         )
     models = {}
     for source in found:
@@ -139,15 +144,17 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
             models[source] = pycolmap.Reconstruction(str(source))
         except Exception as error:  # a broken file may break its reader in any way
             raise UserError(
-                f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it is newer, update pycolmap."
+                f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it "
+                "is newer, update pycolmap."
             ) from None
     if len(models) > 1:
         sizes = ", ".join(
             f"{source.name} with {model.num_reg_images()} photographs" for source, model in models.items()
         )
         raise UserError(
-            f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep the right one alone "
-            "and move the others away; or add photographs that overlap both and run COLMAP again."
+            f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep "
+            "the right one alone and move the others away; or add photographs that overlap both and run "
+            "COLMAP again."
         )
     return next(iter(models.items()))
 
@@ -185,14 +192,15 @@ def _checked_width(file: Path, lens: Lens) -> int:
         seen_height, seen_width
     ):  # more than rounding to whole pixels
         raise UserError(
-            f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}: another shape. Put the "
-            "photographs that COLMAP saw into images/, neither cropped nor turned."
+            f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}: "
+            "another shape. Put the photographs that COLMAP saw into images/, neither cropped nor turned."
         )
     return width
 
 
 def _up(file: Path) -> Float[np.ndarray, "3"]:
-    """Up in camera axes, by the photograph's EXIF orientation (tag 274: which sides the first row and column are)."""
+    """Up in camera axes, by the photograph's EXIF orientation (tag 274: which sides the first row and column
+    are)."""
     with Image.open(file) as image:
         orientation = image.getexif().get(274, 1)
     side = {3: (0, 1), 4: (0, 1), 5: (-1, 0), 6: (-1, 0), 7: (1, 0), 8: (1, 0)}.get(orientation, (0, -1))
@@ -203,7 +211,8 @@ def _up(file: Path) -> Float[np.ndarray, "3"]:
 
 
 SAMPLES = 4
-"""SAMPLES² places of the photograph are averaged into each pixel; it is first reduced until they lie dense enough."""
+"""SAMPLES² places of the photograph are averaged into each pixel; it is first reduced until they lie dense
+enough."""
 Layer = tuple[Image.Image, int]
 """A picture of the photograph's shape, and the value of what lies outside of it."""
 
@@ -241,8 +250,8 @@ def _sampled(
     outside: int,
     factor: int,
 ) -> Float[Tensor, "c size size"]:
-    """The layer at `places` (fractions of it, within `extent`; NaN outside), averaged over blocks; the layer is first
-    reduced by `factor`."""
+    """The layer at `places` (fractions of it, within `extent`; NaN outside), averaged over blocks; the layer
+    is first reduced by `factor`."""
     first = np.floor(extent[0] * layer.size - factor).clip(0).astype(int)
     last = np.ceil(extent[1] * layer.size + factor).clip(None, layer.size).astype(int)
     reduced = layer.reduce(factor, (*first.tolist(), *last.tolist()))

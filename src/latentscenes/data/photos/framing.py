@@ -1,10 +1,12 @@
-"""How an object stands in a world whose origin, orientation and scale mean nothing: up, front, middle and size.
+"""How an object stands in a world whose origin, orientation and scale mean nothing: up, front, middle and
+size.
 
 Notable:
-- Up is the direction at right angles to all horizons: photographs are held level far better than at one height.
-- The object's box is that of its visual hull, carved from the masks. Photographs from above leave the hull open below:
-  a point under the object hides behind it in every view. So floor and ceiling of the box are moved inward as long as
-  what is left of the hull still fills the masks.
+- Up is the direction at right angles to all horizons: photographs are held level far better than at one
+  height.
+- The object's box is that of its visual hull, carved from the masks. Photographs from above leave the hull
+  open below: a point under the object hides behind it in every view. So floor and ceiling of the box are
+  moved inward as long as what is left of the hull still fills the masks.
 """
 
 import math
@@ -28,8 +30,9 @@ COARSE = 64
 def up_direction(photographs: list[Photograph]) -> Float[np.ndarray, "3"] | None:
     """Up in COLMAP's world, of length 1; None if the photographs do not tell.
 
-    The least eigenvector of Σ x xᵀ over the photographs' horizontal directions x, on the side to which their tops point.
-    They do not tell if their horizons agree on no plane, or are all parallel (photographs from one side only).
+    The least eigenvector of Σ x xᵀ over the photographs' horizontal directions x, on the side to which their
+    tops point. They do not tell if their horizons agree on no plane, or are all parallel (photographs from
+    one side only).
     """
     tops = np.stack([photograph.rotation @ photograph.up for photograph in photographs])
     forward = np.stack([photograph.rotation[:, 2] for photograph in photographs])
@@ -76,9 +79,10 @@ def object_bounds(
 
 def _no_object(name: str, count: int) -> UserError:
     return UserError(
-        f"{name}: no object stands out of its masks: no place in space lies within nearly all of the {count} looked at, or they "
-        "do not bound it. Check that masks are white on the object and nothing else, that they belong to these photographs, "
-        "that the object was not moved, and that photographs were taken from all around."
+        f"{name}: no object stands out of its masks: no place in space lies within nearly all of the "
+        f"{count} looked at, or they do not bound it. Check that masks are white on the object and nothing "
+        "else, that they belong to these photographs, that the object was not moved, and that photographs "
+        "were taken from all around."
     )
 
 

@@ -1,12 +1,14 @@
 """People's own photographs with COLMAP reconstructions → a dataset.
 
-Every object is a folder: images/, the reconstruction in sparse/0, and masks/ unless the photographs are transparent around
-the object. Notable:
+Every object is a folder: images/, the reconstruction in sparse/0, and masks/ unless the photographs are
+transparent around the object. Notable:
 
-- COLMAP's worlds have any origin, orientation and scale. Each object is brought into the dataset's: the middle of its box
-  at the origin, the box's diagonal 1, z up, the photograph from the front on the side of +x.
-- Every photograph is taken again as a pinhole camera at its place would, upright, turned toward the object's middle, with
-  the focal length at which the object fills the picture. So pictures are square, whatever camera took them.
+- COLMAP's worlds have any origin, orientation and scale. Each object is brought into the dataset's: the
+  middle of its box at the origin, the box's diagonal 1, z up, the photograph from the front on the side of
+  +x.
+- Every photograph is taken again as a pinhole camera at its place would, upright, turned toward the object's
+  middle, with the focal length at which the object fills the picture. So pictures are square, whatever camera
+  took them.
 """
 
 import json
@@ -67,8 +69,8 @@ def make_photos(
     """Pack photographs with COLMAP reconstructions into a dataset.
 
     Args:
-        folder: a folder of objects, each a folder with images/, sparse/0 and, unless the photographs are transparent
-            around the object, masks/; or one object's folder.
+        folder: a folder of objects, each a folder with images/, sparse/0 and, unless the photographs are
+            transparent around the object, masks/; or one object's folder.
         out: the dataset to make; must not exist yet, or be an empty folder.
         size: pixels along each side of the stored pictures.
         held_out: views of each object kept for evaluation, evenly spread.
@@ -85,11 +87,13 @@ def make_photos(
         )
     if limit is not None and (limit < 1 or split is not None):
         raise UserError(
-            f"limit={limit}: must be at least 1, and does not go with a split file; shorten its lists instead."
+            f"limit={limit}: must be at least 1, and does not go with a split file; shorten its lists "
+            "instead."
         )
     if size < 1 or held_out < 0:
         raise UserError(
-            f"size={size}, held_out={held_out}: pictures have at least 1 pixel, and 0 or more views are held out."
+            f"size={size}, held_out={held_out}: pictures have at least 1 pixel, and 0 or more views are "
+            "held out."
         )
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
     notes, halves, views = [], [], 0
@@ -109,8 +113,9 @@ def make_photos(
         writer.finish(box)
     if unturned := [name for name in splits if not (places[name] / "pose.json").is_file()]:
         notes.append(
-            f"{len(unturned)} of {len(splits)} objects have no pose.json that names the photograph from the front; their first "
-            "photograph is taken for it, and decides how they are turned about the vertical axis"
+            f"{len(unturned)} of {len(splits)} objects have no pose.json that names the photograph from the "
+            "front; their first photograph is taken for it, and decides how they are turned about the "
+            "vertical axis"
         )
     return Imported(
         Path(out), len(splits), views, (size, size), box, "fitted to the masks", "alpha", tuple(notes)
@@ -127,9 +132,10 @@ def read_capture(folder: Path, size: int) -> Capture:
     shots = [photograph for photograph, kind in zip(photographs, kinds) if kind == "all"]
     if len(shots) < FEWEST:
         raise UserError(
-            f"{folder}: only {len(shots)} of {len(photographs)} photographs show the whole object, and {FEWEST} are needed. In "
-            f"{kinds.count('part')} the mask is white at the photograph's border, in {kinds.count('nothing')} it is black all "
-            "over. Masks must be white on the object and black elsewhere (are they inverted?), and photographs show all of it."
+            f"{folder}: only {len(shots)} of {len(photographs)} photographs show the whole object, and "
+            f"{FEWEST} are needed. In {kinds.count('part')} the mask is white at the photograph's border, "
+            f"in {kinds.count('nothing')} it is black all over. Masks must be white on the object and black "
+            "elsewhere (are they inverted?), and photographs show all of it."
         )
     # Where the object stands, roughly: in a world whose z is up and whose origin is the cameras' middle.
     center, world = (
@@ -178,8 +184,9 @@ def _cameras(
     center: Float[np.ndarray, "3"],
     scale: float = 1.0,
 ) -> Cameras:
-    """Pinhole cameras at the photographs' places, turned by `rotations` (camera-to-world in COLMAP's world), in the world
-    that is COLMAP's after moving `center` to the origin, turning by `world` and dividing by `scale`."""
+    """Pinhole cameras at the photographs' places, turned by `rotations` (camera-to-world in COLMAP's world),
+    in the world that is COLMAP's after moving `center` to the origin, turning by `world` and dividing by
+    `scale`."""
     positions = [world @ (shot.position - center) / scale for shot in shots]
     matrices = [
         np.column_stack([world @ rotation, position]) for rotation, position in zip(rotations, positions)
@@ -189,13 +196,14 @@ def _cameras(
 
 
 def _focal_lengths(shots: list[Photograph], distances: Float[np.ndarray, "v"], radius: float) -> list[float]:
-    """Focal lengths, as fractions of the picture's side, at which a ball just fits: ½ / tan(asin(radius / distance))."""
+    """Focal lengths, as fractions of the picture's side, at which a ball just fits: ½ / tan(asin(radius /
+    distance))."""
     nearest = int(distances.argmin())
     if distances[nearest] < 1.1 * radius:
         raise UserError(
-            f"{shots[nearest].file}: was taken from within the ball around the object ({distances[nearest] / radius:.2f} of its "
-            "radius from the middle). Photographs must be taken from farther away; or give it a mask that is black all over, "
-            "to leave it out."
+            f"{shots[nearest].file}: was taken from within the ball around the object "
+            f"({distances[nearest] / radius:.2f} of its radius from the middle). Photographs must be taken "
+            "from farther away; or give it a mask that is black all over, to leave it out."
         )
     return (0.5 / np.tan(np.arcsin(radius / distances))).tolist()
 
@@ -205,8 +213,9 @@ def _refuse_enlarging(folder: Path, shots: list[Photograph], focal: list[float],
     pixels = float(np.median([shot.pixel_focal / length for shot, length in zip(shots, focal)]))
     if pixels < size:
         raise UserError(
-            f"{folder}: the object and the room around it are only about {pixels:.0f} pixels wide in the photographs, fewer than "
-            f"the wanted {size}. Ask for a smaller size, or photograph the object larger."
+            f"{folder}: the object and the room around it are only about {pixels:.0f} pixels wide in the "
+            f"photographs, fewer than the wanted {size}. Ask for a smaller size, or photograph the object "
+            "larger."
         )
 
 
@@ -231,13 +240,15 @@ def _read_pose(folder: Path, photographs: list[Photograph]) -> tuple[Float[np.nd
     front = names.get(pose.get("front", photographs[0].name))
     if front is None:
         raise UserError(
-            f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction. Name another."
+            f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction. Name "
+            "another."
         )
     if "up" in pose:
         return _direction(pose["up"], file), front
     if (up := up_direction(photographs)) is None:
         raise UserError(
-            f"{folder}: the photographs do not tell which way is up: they were not held level, or all taken from one side. Say "
+            f"{folder}: the photographs do not tell which way is up: they were not held level, or all taken "
+            "from one side. Say "
             f'it in {file}: {{"up": [x, y, z]}}, a direction in COLMAP\'s world.'
         )
     return up, front
@@ -262,7 +273,8 @@ def _forward(
     toward = front.position - center
     if np.linalg.norm(np.cross(up, toward)) < 0.1 * np.linalg.norm(toward):
         raise UserError(
-            f"{front.file}: is taken for the photograph from the front, but was taken from straight above. Name another in "
+            f"{front.file}: is taken for the photograph from the front, but was taken from straight above. "
+            "Name another in "
             'pose.json beside images/: {"front": "…"}.'
         )
     return toward
@@ -296,8 +308,9 @@ CUT_OFF = 0.01
 
 
 def find_masks(folder: Path, photographs: list[Photograph]) -> dict[str, Path]:
-    """The mask of each photograph of a capture, by its name: masks/NAME.png, or masks/NAME.jpg.png as COLMAP itself wants
-    them. Empty if there is no such folder: then photographs must be transparent around the object."""
+    """The mask of each photograph of a capture, by its name: masks/NAME.png, or masks/NAME.jpg.png as COLMAP
+    itself wants them. Empty if there is no such folder: then photographs must be transparent around the
+    object."""
     masks = folder / "masks"
     if not masks.is_dir():
         return {}
@@ -308,8 +321,9 @@ def find_masks(folder: Path, photographs: list[Photograph]) -> dict[str, Path]:
             found[photograph.name] = mask
     if missing := [photograph.name for photograph in photographs if photograph.name not in found]:
         raise UserError(
-            f"{masks / Path(missing[0]).with_suffix('.png')}: no such mask; {len(missing)} of {len(photographs)} photographs "
-            "have none. To leave a photograph out, give it a mask that is black all over."
+            f"{masks / Path(missing[0]).with_suffix('.png')}: no such mask; {len(missing)} of "
+            f"{len(photographs)} photographs have none. To leave a photograph out, give it a mask that is "
+            "black all over."
         )
     return found
 
@@ -323,16 +337,18 @@ def read_cut_out(photograph: Photograph, masks: dict[str, Path]) -> tuple[Image.
         return Image.composite(picture, Image.new("RGB", picture.size, "white"), mask), mask
     if alpha is None or alpha.min() == 255:
         raise UserError(
-            f"{photograph.file}: nothing says what is object and what background, and a background cannot be learned. Either "
-            f"give {Path('masks', photograph.name).with_suffix('.png')} beside images/, white on the object and black "
-            "elsewhere, and so for all photographs (programs such as rembg or Segment Anything make them); or cut the object "
-            "out of all photographs, so that they are transparent around it (PNG)."
+            f"{photograph.file}: nothing says what is object and what background, and a background cannot "
+            f"be learned. Either give {Path('masks', photograph.name).with_suffix('.png')} beside images/, "
+            "white on the object and black elsewhere, and so for all photographs (programs such as rembg "
+            "or Segment Anything make them); or cut the object out of all photographs, so that they are "
+            "transparent around it (PNG)."
         )
     return picture, Image.fromarray(alpha)
 
 
 def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
-    """The mask alone (L, 255 on the object). A mask that is itself transparent somewhere speaks by its transparency."""
+    """The mask alone (L, 255 on the object). A mask that is itself transparent somewhere speaks by its
+    transparency."""
     if not masks:
         return read_cut_out(photograph, masks)[1]
     file = masks[photograph.name]
@@ -342,8 +358,9 @@ def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
         width, height = image.size
     if mask.shape != (height, width):
         raise UserError(
-            f"{file}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph {width}x{height}. Make masks of the "
-            "photographs as they are, neither reduced nor turned (some programs turn them as EXIF says, COLMAP does not)."
+            f"{file}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph {width}x{height}. "
+            "Make masks of the photographs as they are, neither reduced nor turned (some programs turn "
+            "them as EXIF says, COLMAP does not)."
         )
     if mask.max() == 1:
         raise UserError(f"{file}: holds only 0 and 1, which is all but black. Write 255 on the object.")
