@@ -231,7 +231,7 @@ def spoil(folder, what: str) -> str:
             return f"has {COUNT} of the {2 * COUNT + 1} photographs"
         case "absent photograph":
             image.unlink()
-            return "IMG_4.png: no such photograph, though .*sparse/0 lists it"
+            return "IMG_4.png: no such photograph, but .*sparse/0 lists it"
         case "cropped photograph":
             Image.new("RGB", (160, 110)).save(image)
             return "IMG_4.png: is 160x110 .*COLMAP saw 160x120"
@@ -252,7 +252,7 @@ def spoil(folder, what: str) -> str:
             )
         case "no masks":
             shutil.rmtree(folder / "masks")
-            return "IMG_0.png: nothing says what is object.*masks/IMG_0.png"
+            return "IMG_0.png: object and background are not separated.*masks/IMG_0.png"
         case "missing mask":
             mask.unlink()
             return f"masks/IMG_4.png: no such mask; 1 of {COUNT} photographs have none"

@@ -46,9 +46,7 @@ class Cameras:
         """
         matrices = torch.as_tensor(np.asarray(cam2world), dtype=torch.float32)
         if matrices.ndim != 3 or matrices.shape[1] not in (3, 4) or matrices.shape[2] != 4:
-            raise UserError(
-                f"camera-to-world matrices must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}."
-            )
+            raise UserError(f"cam2world must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}.")
         matrices = matrices[:, :3].clone()
         if axes == "opengl":
             matrices[:, :, :3] = matrices[:, :, :3] @ OPENGL_TO_OPENCV

@@ -41,7 +41,7 @@ def check_place(path: str | Path) -> None:
         raise UserError(f"{path}: cannot be created: {home} is a file, not a folder. Choose another path.")
     if not os.access(home, os.W_OK | os.X_OK):
         raise UserError(
-            f"{path}: cannot be created: {home} is not writable. Fix its permissions, or choose another path."
+            f"{path}: cannot be created: {home} is not writable. Fix that, or choose another path."
         )
 
 

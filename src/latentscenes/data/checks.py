@@ -24,7 +24,7 @@ def read_matrix(numbers: Sequence[float], file: Path | str, axes: Axes) -> Float
         )
     matrix = torch.tensor(numbers, dtype=torch.float64).reshape(4, 4)
     if not torch.isfinite(matrix).all():
-        raise _not_finite(file)
+        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Correct or remove it.")
     if not torch.allclose(matrix[3], torch.eye(4, dtype=torch.float64)[3], atol=1e-4):
         why = "is it another kind of matrix?"
         if (
@@ -139,15 +139,9 @@ def _suspects(cameras: Cameras) -> list[int]:
     return (~fine).nonzero().ravel().tolist()
 
 
-def _not_finite(file: Path | str) -> UserError:
-    return UserError(
-        f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view."
-    )
-
-
 def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
     if not torch.isfinite(cam2world).all():
-        raise _not_finite(file)
+        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Correct or remove it.")
     rotation = cam2world[:, :3]
     gram = rotation.mT @ rotation
     scale = float(gram.diagonal().mean().sqrt())
@@ -173,9 +167,7 @@ def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
 def _check_intrinsics(intrinsics: Float[Tensor, "4"], file: Path | str) -> None:
     fx, fy, cx, cy = intrinsics.tolist()
     if not torch.isfinite(intrinsics).all() or fx <= 0 or fy <= 0:
-        raise UserError(
-            f"{file}: focal lengths {fx:.4g}, {fy:.4g} (in image widths, heights) must be finite and above 0."
-        )
+        raise UserError(f"{file}: focal lengths {fx:.4g}, {fy:.4g} (fractions) must be finite and above 0.")
     if not (-0.5 <= cx <= 1.5 and -0.5 <= cy <= 1.5):
         raise UserError(
             f"{file}: the principal point lies at {cx:.4g}, {cy:.4g} of the image's width and height, far "

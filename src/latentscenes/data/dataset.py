@@ -135,7 +135,9 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: unreadable ({error}), perhaps truncated. Make the dataset again.") from None
+        raise UserError(
+            f"{path}: unreadable ({error}); it may be truncated. Make the dataset again."
+        ) from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
             f"{path}: holds {array.dtype} {array.shape}, but views.json says {np.dtype(dtype)} {shape}. "
@@ -168,9 +170,7 @@ class DatasetWriter:
     def __init__(self, path: str | Path, size: tuple[int, int], alpha: bool, origin: str):
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(
-                f"{self.path}: exists and is not an empty folder. Choose another path, or remove it."
-            )
+            raise UserError(f"{self.path}: exists and is not an empty folder. Remove it or choose another.")
         check_place(self.path)
         self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         self.size, self.has_alpha, self.origin = size, alpha, origin
@@ -200,9 +200,7 @@ class DatasetWriter:
                 f"{len(cameras)} cameras; the dataset holds images of {self.size[1]}x{self.size[0]}."
             )
         if self.has_alpha and (alpha is None or alpha.shape != images.shape[:3]):
-            raise UserError(
-                f"scene {name!r}: its silhouettes are absent, or differ from its images in number or size."
-            )
+            raise UserError(f"scene {name!r}: silhouettes are absent, or unlike its images in shape.")
         if any(scene.name == name for scene in self.scenes):
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
@@ -224,8 +222,8 @@ class DatasetWriter:
             _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
         np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
         meta = {
-            "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha, "origin": self.origin,
-            "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
+            "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha,
+            "origin": self.origin, "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
         }  # fmt: skip
         (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
         if self.path.exists():

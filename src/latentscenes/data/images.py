@@ -103,9 +103,7 @@ def _opened(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such image. Restore it, or remove its camera.") from None
     except UnidentifiedImageError:
-        raise UserError(
-            f"{path}: is not a readable image (damaged, empty, or of another kind). Get the file again."
-        ) from None
+        raise UserError(f"{path}: is not an image, or damaged. Get the file again.") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be opened ({error}).") from None
 

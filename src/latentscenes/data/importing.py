@@ -186,9 +186,7 @@ def _target_size(image: Path, options: ImportOptions) -> tuple[int, int]:
     if options.reduce != 1:
         raise UserError(f"size={options.size} and reduce={options.reduce} are both given; give one of them.")
     if isinstance(options.size, int) and height != width:
-        raise UserError(
-            f"{image}: is {width}x{height} (width x height), not square; give size as height and width."
-        )
+        raise UserError(f"{image}: is {width}x{height} (width x height), not square; give height and width.")
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
     if min(size) < 1:
         raise UserError(f"size={options.size}: sides must be at least 1.")
@@ -334,8 +332,6 @@ def choose_splits(names: Sequence[str], split: str | Path | None = None, new: in
             raise UserError(f"split={split} and new={new} are both given; give one of them.")
         return read_split(split, ordered)
     if not 0 <= new <= len(ordered):
-        raise UserError(
-            f"new={new}, but there are {len(ordered)} scenes; give a number from 0 to {len(ordered)}."
-        )
+        raise UserError(f"new={new}, but there are {len(ordered)} scenes; give at most that many.")
     first_new = len(ordered) - new
     return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}

@@ -104,9 +104,7 @@ def find_meshes(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() in FORMATS and path.is_file():
             name = "__".join(path.relative_to(folder).with_suffix("").parts)
             if name in files:
-                raise UserError(
-                    f"{path} and {files[name]} have the same name {name!r}; rename or remove one."
-                )
+                raise UserError(f"{path} and {files[name]} are both named {name!r}; rename or remove one.")
             files[name] = path
     if not files:
         raise UserError(f"{folder}: holds no mesh ({', '.join(FORMATS)}), even in subfolders.")

@@ -45,9 +45,7 @@ class ViewOptions:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if not 0 <= self.held_out < self.views:
-            raise UserError(
-                f"held_out = {self.held_out} of views = {self.views}: leave at least one view to learn from."
-            )
+            raise UserError(f"held_out = {self.held_out} of views = {self.views}: leave at least one to fit.")
         if self.distance <= 0.5:
             raise UserError(f"distance = {self.distance}: must be above 0.5, the radius of the object.")
 
@@ -88,7 +86,5 @@ def box_numbers(box: str | float) -> list[float]:
     if len(numbers) == 1:
         numbers = [0.0, 0.0, 0.0, *numbers * 3]
     if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
-        raise UserError(
-            f"box={box!r}: give a half side above 0, or center and half sides as cx,cy,cz,hx,hy,hz."
-        )
+        raise UserError(f"box={box!r}: give a half side above 0, or center and half sides cx,cy,cz,hx,hy,hz.")
     return numbers

@@ -126,7 +126,8 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
 
 # fmt: off
 _MEASURES = {
-    # length, width, height, wheel, sill, belt, cowl (share of length), cowl height, leading edge, rake, tumblehome
+    # length, width, height, wheel, sill, belt;
+    # cowl (share of length), cowl height, leading edge, rake, tumblehome
     "saloon": (
         (4.30, 4.90), (1.72, 1.86), (1.38, 1.48), (0.30, 0.34), (0.19, 0.25), (0.90, 0.97),
         (0.26, 0.31), (0.96, 1.02), (0.68, 0.80), (0.70, 0.95), (0.28, 0.50),

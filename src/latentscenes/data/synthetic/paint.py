@@ -18,6 +18,7 @@ ROWS, COLUMNS = 608, 496
 EDGE = 0.009
 """Half the width of a soft edge, meters."""
 Color = tuple[float, float, float]
+Point = tuple[float, float]
 # fmt: off
 PAINTS: tuple[Color, ...] = (
     (0.93, 0.93, 0.92), (0.90, 0.90, 0.91), (0.74, 0.76, 0.78), (0.62, 0.64, 0.67),
@@ -28,6 +29,7 @@ PAINTS: tuple[Color, ...] = (
     (0.80, 0.72, 0.58), (0.46, 0.33, 0.22), (0.42, 0.16, 0.48), (0.85, 0.55, 0.62),
 )
 # fmt: on
+UPRIGHT = ("hatchback", "estate", "van", "suv", "pickup")
 GLASS, PLASTIC, CHROME = (0.12, 0.145, 0.17), (0.13, 0.13, 0.14), (0.80, 0.81, 0.83)
 
 
@@ -71,33 +73,24 @@ def draw_livery(rng: np.random.Generator, car: Car) -> Livery:
     rugged = car.kind in ("suv", "pickup", "van")
     styles += ["flank", "lower", "flank"] if rugged else []
     tint = rng.uniform(0.8, 1.5)
+
+    def chance(share: float) -> bool:
+        return bool(rng.random() < share)
+
+    def between(low: float, high: float) -> float:
+        return float(rng.uniform(low, high))
+
     return Livery(
-        paint,
-        others[rng.integers(len(others))],
-        styles[rng.integers(len(styles))],
-        int(rng.integers(1, 100)),
-        doors=1
-        if car.kind in ("coupe", "sports", "open", "van") or (car.kind == "hatchback" and rng.random() < 0.4)
-        else 2,
-        lamps=(
-            float(rng.uniform(0.66, 0.76)),
-            float(rng.uniform(0.62, 0.85)),
-            float(rng.uniform(0.12, 0.2)),
-            float(rng.uniform(0.05, 0.09)),
-        ),
-        round_lamps=bool(rng.random() < 0.25),
-        upright_tail=car.kind in ("hatchback", "estate", "van", "suv", "pickup")
-        and bool(rng.random() < 0.75),
-        grille=(float(rng.uniform(0.22, 0.46)), float(rng.uniform(0.04, 0.11)) * (1.4 if rugged else 1)),
-        chrome=bool(rng.random() < 0.5),
-        plastic_bumpers=bool(rng.random() < (0.5 if rugged else 0.25)),
-        cladding=car.kind in ("suv", "pickup") and bool(rng.random() < 0.6),
-        panel_van=car.kind == "van" and bool(rng.random() < 0.5),
-        trim=bool(rng.random() < 0.4),
-        plate=((0.95, 0.95, 0.93), (0.96, 0.82, 0.25))[int(rng.random() < 0.25)],
-        tail=(float(rng.uniform(0.6, 0.8)), 0.04, 0.05),
-        glass=tuple(float(channel * tint) for channel in GLASS),
-    )
+        paint, others[rng.integers(len(others))], styles[rng.integers(len(styles))], int(rng.integers(1, 100)),
+        doors=1 if car.kind in ("coupe", "sports", "open", "van") or car.kind == "hatchback" and chance(0.4) else 2,
+        lamps=(between(0.66, 0.76), between(0.62, 0.85), between(0.12, 0.2), between(0.05, 0.09)),
+        round_lamps=chance(0.25), upright_tail=car.kind in UPRIGHT and chance(0.75),
+        grille=(between(0.22, 0.46), between(0.04, 0.11) * (1.4 if rugged else 1)),
+        chrome=chance(0.5), plastic_bumpers=chance(0.5 if rugged else 0.25),
+        cladding=car.kind in ("suv", "pickup") and chance(0.6), panel_van=car.kind == "van" and chance(0.5),
+        trim=chance(0.4), plate=((0.95, 0.95, 0.93), (0.96, 0.82, 0.25))[chance(0.25)],
+        tail=(between(0.6, 0.8), 0.04, 0.05), glass=tuple(float(channel * tint) for channel in GLASS),
+    )  # fmt: skip
 
 
 class Canvas:
@@ -138,9 +131,7 @@ class Canvas:
         return (np.clip(rgba[::-1], 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def rectangle(
-    u: np.ndarray, v: np.ndarray, center: tuple[float, float], half: tuple[float, float], corner: float = 0.02
-) -> np.ndarray:
+def rectangle(u: np.ndarray, v: np.ndarray, center: Point, half: Point, corner: float = 0.02) -> np.ndarray:
     """Returns the signed distance to a rectangle with rounded corners."""
     corner = min(corner, *half)
     du, dv = np.abs(u - center[0]) - half[0] + corner, np.abs(v - center[1]) - half[1] + corner
@@ -235,9 +226,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.fill(both(band + 0.006, canvas.x - start - first, end + 0.025 - canvas.x), tint)
 
 
-def _half_plane(
-    canvas: Canvas, low: tuple[float, float], high: tuple[float, float], inset: float
-) -> np.ndarray:
+def _half_plane(canvas: Canvas, low: Point, high: Point, inset: float) -> np.ndarray:
     """Returns the distance in side view in front of the line from `low` to `high`, moved backward by
     `inset`."""
     along = np.subtract(high, low)
