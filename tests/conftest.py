@@ -1,5 +1,4 @@
-"""Shared by all tests: a tiny dataset of analytic solids, a configuration that learns it in seconds, the
-shared data."""
+"""Shared by all tests: a tiny dataset of analytic solids, a configuration for it, the shared data."""
 
 import os
 from pathlib import Path
@@ -131,8 +130,7 @@ def write_solids(path: Path, pixels: int = 32, views: int = 6, held_out: tuple[i
 
 @pytest.fixture(scope="session")
 def solids_path(tmp_path_factory) -> Path:
-    """Folder of the tiny dataset: 4 training scenes and 2 new ones, 6 views of 32 pixels each, view 2 held
-    out."""
+    """Folder of the tiny dataset: 4 training and 2 new scenes, 6 views of 32 pixels, view 2 held out."""
     return write_solids(tmp_path_factory.mktemp("data") / "solids")
 
 

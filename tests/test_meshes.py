@@ -1,5 +1,4 @@
-"""Ray casting and `data meshes`: pictures known by hand, both up axes, cut-outs, and every file accounted
-for."""
+"""Ray casting and `data meshes`: known pictures, both up axes, cut-outs, and every file accounted for."""
 
 import json
 from pathlib import Path

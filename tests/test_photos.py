@@ -69,8 +69,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarra
 
 
 def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
-    """Imported views against the truth: cameras, known points, whole pictures. Gives the similarity from the
-    true world."""
+    """Compares imported cameras, points and pictures with the truth. Returns the similarity to it."""
     scale, rotation, shift = similarity(
         truth.positions.double().numpy(), found.cameras.positions.double().numpy()
     )
@@ -179,8 +178,7 @@ def test_front_and_up_can_be_given(made, spoilt):
 
 
 def test_reduced_copies_and_what_is_left_out(made, spoilt):
-    """Half-size photographs serve as well; black masks and objects cut off leave photographs out, and that is
-    said."""
+    """Half-size photographs work; black masks and cut-off objects leave photographs out, with a note."""
     for part in ("images", "masks"):
         for file in (spoilt / part).iterdir():
             with Image.open(file) as image:

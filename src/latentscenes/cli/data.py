@@ -88,8 +88,7 @@ def data_srn(
         out: folder of the new dataset.
         above: keep only views whose camera height is above -0.5.
         axes: camera axes of the files.
-        intrinsics_size: the image size (height and width) that intrinsics.txt refers to, if its last line is
-            wrong.
+        intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
     """
     from latentscenes.data.srn import make_srn
 
@@ -133,8 +132,7 @@ def data_photos(
         out: folder of the new dataset.
         size: pixels along each side of the stored images.
         held_out: views of each object kept for evaluation.
-        split: JSON file {"train": [...], "new": [...]} with object names; objects it does not list are left
-            out.
+        split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
         new: without `split`: keep the last objects, this many, for stage 2.
         limit: import at most this many objects.
     """

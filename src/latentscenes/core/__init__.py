@@ -1,2 +1,1 @@
-"""What every folder uses: cameras, configurations, the console, files, errors. Imports nothing of the
-package."""
+"""Cameras, configurations, console, files and errors, for all folders. Imports nothing of the package."""

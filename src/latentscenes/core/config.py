@@ -31,8 +31,7 @@ class CodecConfig:
     """Pretrained weights: a folder or hub name for `diffusers`, a folder for `tiny`, a run with the same
     codec for `convolutional` (unset: a codec stage trains it from scratch)."""
     subfolder: str | None = None
-    """Folder inside `path` that holds the autoencoder. In local folders, a pipeline's `vae` is found
-    automatically."""
+    """Folder of the autoencoder inside `path`. A local pipeline's `vae` is found automatically."""
     allow_download: bool = False
     """Let `diffusers` download weights from the hub; otherwise only local files are used."""
     downsampling: int = 4
@@ -50,8 +49,8 @@ class NormalizerConfig:
     """How latents are mapped to (−1, 1), the range of the renderer's features."""
 
     kind: Literal["none", "tanh", "minmax", "meanstd", "meanstd_tanh"] = "none"
-    """`none`; `tanh` of the scaled latent (published); or by minimum and maximum, or by mean and standard
-    deviation, of recent latents."""
+    """`none`; `tanh` of the scaled latent (published); minimum and maximum, or mean and deviation, of recent
+    latents."""
     scale: float = 0.02
     """Slope of `tanh`."""
     window: int = 100
@@ -185,8 +184,7 @@ class StageConfig:
     focus: float = 0.0
     """Share of the rays sampled where the error was large before; the others are uniform."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """Schedule of all learning rates: constant; × `decay` per epoch; or a half cosine down to `decay` times
-    the start."""
+    """Schedule of all learning rates: constant; × `decay` per epoch; or a half cosine down to × `decay`."""
     decay: float = 1.0
     """Factor used by `schedule`."""
     beta2: float = 0.999
@@ -194,8 +192,7 @@ class StageConfig:
     field_epochs: int | None = None
     """Freeze the field after this many epochs; unset: never."""
     weights_epochs: int | None = None
-    """Freeze the scenes' weights after this many epochs; unset: never. With frozen base planes, later steps
-    are faster."""
+    """Freeze scenes' weights after this many epochs (faster if base planes are frozen); unset: never."""
 
 
 @dataclass(frozen=True)
@@ -316,8 +313,7 @@ def shared_rates(stages: Sequence[StageConfig]) -> list[str]:
 
 
 def frozen(config: Config) -> Config:
-    """Returns the configuration with shared parts frozen in all exploit stages, without stages that then
-    learn nothing."""
+    """Freezes shared parts in all exploit stages, and drops stages that then learn nothing."""
     stages = []
     for stage in config.exploit:
         rates = dataclasses.replace(stage.rates, **dict.fromkeys(SHARED, 0.0))

@@ -71,8 +71,7 @@ def plain(value: Any) -> Any:
 
 
 def change(tree: Any, override: str) -> None:
-    """Applies one override `key.key=value` to a tree of settings; list entries are selected by number or
-    name."""
+    """Applies one override `key.key=value` to a settings tree; list entries go by number or name."""
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"--set {override}: write it as key=value, for instance planes.resolution=32.")

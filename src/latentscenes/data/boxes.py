@@ -1,5 +1,4 @@
-"""The scene box: fitted to silhouettes by space carving, taken from the space the cameras see, or given by
-hand.
+"""The scene box: fitted to silhouettes by space carving, from what cameras see, or given by hand.
 
 A tight box gives finer planes, since texels outside the object are wasted.
 """
@@ -44,8 +43,7 @@ def parse_box(box: str | float | Box) -> Box:
 
 
 def small_masks(foreground: Bool[np.ndarray, "v H W"]) -> Bool[np.ndarray, "v h w"]:
-    """Reduces silhouettes to MASK_SIDE pixels along the longer side. A pixel is object if any part of it
-    is."""
+    """Reduces silhouettes to MASK_SIDE pixels on the longer side. A pixel is object if part of it is."""
     shrink = max(1.0, max(foreground.shape[1:]) / MASK_SIDE)
     counts = [(side, round(side / shrink)) for side in foreground.shape[1:]]
     rows, columns = (np.arange(count) * side // count for side, count in counts)
@@ -214,8 +212,7 @@ def standing_bounds(
 
 
 def _lowest_needed(cells: Int[Tensor, "v p"], height: Float[Tensor, "p"]) -> float:
-    """Returns the height below which hull points may go: only a share UNEXPLAINED of the pixels then stays
-    empty."""
+    """Returns the height below which no hull point is needed: only UNEXPLAINED pixels then stay empty."""
     highest = torch.full((int(cells.max()) + 1,), -math.inf)
     highest.scatter_reduce_(0, cells.reshape(-1), height.expand(len(cells), -1).reshape(-1), "amax")
     return float(torch.quantile(highest[highest.isfinite()], UNEXPLAINED))

@@ -79,8 +79,7 @@ def check_cameras(
 
 
 def converging_point(cameras: Cameras) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns the point nearest to all optical axes, its depth in every camera, and its root mean square
-    distance from the axes."""
+    """Returns the point nearest to all optical axes, its depths, and its RMS distance from the axes."""
     eyes = cameras.cam2world[:, :, 3].double().numpy()
     forward = cameras.cam2world[:, :, 2].double().numpy()
     across = np.eye(3) - forward[:, :, None] * forward[:, None]  # projects out the axis
@@ -130,8 +129,7 @@ def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
 
 
 def _suspects(cameras: Cameras) -> list[int]:
-    """Returns the views that need a closer look. One vectorized test is much faster for thousands of
-    scenes."""
+    """Returns the views that need a closer look, by one test that is fast for thousands of scenes."""
     rotation, intrinsics = cameras.cam2world[:, :, :3], cameras.intrinsics
     skew = (rotation.mT @ rotation - torch.eye(3)).abs().amax((1, 2))
     fine = (skew < 1e-3) & (torch.linalg.det(rotation) > 0) & cameras.cam2world.isfinite().all(-1).all(-1)

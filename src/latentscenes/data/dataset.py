@@ -77,8 +77,7 @@ class PosedImages:
             raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
         if meta.get("format") != FORMAT:
             raise UserError(
-                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the "
-                "dataset again."
+                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Remake it."
             )
         try:
             scenes = tuple(
@@ -252,12 +251,10 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
 
 
 def join(folders: Sequence[Path], out: Path) -> PosedImages:
-    """Makes a dataset at `out` with the scenes of all `folders`, in order, with their splits and held-out
-    views.
+    """Makes a dataset at `out` from all scenes of `folders`, with their splits and held-out views.
 
     Raises:
-        UserError: fewer than two datasets, different image sizes, a repeated scene name, or `out` is not
-        empty.
+        UserError: fewer than two datasets, different image sizes, a repeated name, or `out` is not empty.
     """
     if len(folders) < 2:
         raise UserError(f"{len(folders)} dataset to join: name two or more.")

@@ -17,8 +17,7 @@ WHITE = 250
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Returns `call(item)` for every item, computed in threads. The first error cancels calls not yet
-    started."""
+    """Returns `call(item)` for every item, computed in threads. An error cancels calls not yet started."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         tasks = [pool.submit(call, item) for item in items]
         try:

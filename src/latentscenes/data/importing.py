@@ -227,8 +227,7 @@ def _spread(name: str, count: int, held_out: int) -> tuple[int, ...]:
 def _read(
     source: Source, resize: tuple[int, int] | None, size: tuple[int, int], with_alpha: bool, scratch: Path
 ) -> tuple[UInt8[np.ndarray, "v H W 3"], UInt8[np.ndarray, "v H W"] | None]:
-    """Reads all images of a scene, and their alpha if wanted. Without `resize`, all images must have
-    `size`."""
+    """Reads all images of a scene, and their alpha if wanted. Without `resize`, all must have `size`."""
     images = _space((len(source.images), *size, 3), scratch)
     alpha = _space((len(source.images), *size), scratch) if with_alpha else None
 
@@ -238,8 +237,7 @@ def _read(
         if rgb.shape[:2] != size:
             raise UserError(
                 f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), but earlier images are "
-                f"{size[1]}x{size[0]}. Give a size, to which all images are reduced, or remove the wrong "
-                "ones."
+                f"{size[1]}x{size[0]}. Give a size, to which all are reduced, or remove the wrong ones."
             )
         images[place] = rgb
         if alpha is not None:
@@ -261,8 +259,7 @@ def _extent(
     alpha: UInt8[np.ndarray, "v H W"] | None,
     background: Background,
 ) -> Extent:
-    """Returns the extent of one object: its visual hull, or the cube the cameras see if silhouettes are
-    unknown."""
+    """Returns the extent of the visual hull, or of the cube the cameras see if silhouettes are unknown."""
     if background == "unknown":
         cube = visible_cube(cameras)
         return np.subtract(cube.center, cube.half), np.add(cube.center, cube.half), np.zeros(3)

@@ -91,8 +91,7 @@ def make_meshes(
 
 
 def find_meshes(folder: Path) -> dict[str, Path]:
-    """Returns mesh files by name, sorted. The name is the path inside the folder without ending, `/` as
-    `__`."""
+    """Returns mesh files by name, sorted. A name is the path inside the folder, `/` as `__`, no ending."""
     if folder.is_file():
         if folder.suffix.lower() not in FORMATS:
             raise UserError(f"{folder}: not a readable mesh format; give {', '.join(FORMATS)}.")
@@ -118,8 +117,7 @@ def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
 
 
 def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
-    """Reads a mesh file as a normalized soup with z up, and the loader's remarks (such as a missing
-    texture)."""
+    """Reads a mesh file as a normalized soup with z up, and the loader's remarks (a missing texture)."""
     suffix = path.suffix.lower()
     with _remarks() as remarks:
         try:
@@ -144,8 +142,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
 
 
 def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
-    """Yields every mesh with triangles in scene coordinates. (trimesh's `dump` loses vertex colors of meshes
-    that also have a material.)"""
+    """Yields every mesh in scene coordinates. (trimesh's `dump` loses vertex colors beside a material.)"""
     for node in scene.graph.nodes_geometry:
         matrix, name = scene.graph[node]
         mesh = scene.geometry[name]
@@ -186,8 +183,7 @@ def _remarks() -> Iterator[list[str]]:
 
 
 def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
-    """Converts a mesh with one material. `linear`: its factors and vertex colors are linear light, not
-    sRGB."""
+    """Converts a mesh. `linear`: its factors and vertex colors are linear light, not sRGB."""
     uv, texture, cutoff, factor = None, None, OPAQUE, np.ones(4)
     colors = np.ones((len(mesh.vertices), 4))
     visual = mesh.visual

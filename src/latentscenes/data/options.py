@@ -55,8 +55,8 @@ class ImportOptions:
     """How existing images become a dataset."""
 
     size: int | tuple[int, int] | None = None
-    """Height and width of the stored images (one number for square images), reached by averaging. Unset: as
-    they are."""
+    """Height and width of the stored images (one number if square), reached by averaging. Unset:
+    unchanged."""
     reduce: int = 1
     """Divide height and width by this whole number, instead of setting `size`."""
     box: str | float | None = None

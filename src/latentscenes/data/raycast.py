@@ -26,8 +26,7 @@ from latentscenes.data.options import ViewOptions
 LAYERS = 12
 """Most surfaces that one ray passes."""
 STEP = 1e-4
-"""Distance behind a surface at which its ray continues, world units (objects have a bounding-box diagonal of
-1)."""
+"""Distance behind a surface at which its ray continues, world units (objects have diagonal 1)."""
 OPAQUE = -1.0
 """`TriangleSoup.cutoff` of a surface whose alpha is ignored."""
 BLEND = -2.0
@@ -155,8 +154,7 @@ class RayCaster:
     def render(
         self, cameras: Cameras, size: int, samples: int = 3, threads: int | None = None
     ) -> tuple[UInt8[np.ndarray, "v size size 3"], UInt8[np.ndarray, "v size size"]]:
-        """Returns images over white and the coverage of each pixel by the object, from samples² rays per
-        pixel."""
+        """Returns images over white, and each pixel's coverage, from samples² rays per pixel."""
         rgb = np.full((len(cameras), size, size, 3), 255, np.uint8)
         alpha = np.zeros((len(cameras), size, size), np.uint8)
         windows = self._windows(cameras, size)
@@ -195,8 +193,7 @@ class RayCaster:
     def trace(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"]
     ) -> tuple[Float32[np.ndarray, "n 3"], Float32[np.ndarray, "n"]]:
-        """Returns the color that each ray (unit direction) collects, and the share of light that passes all
-        surfaces."""
+        """Returns the color of each ray (unit direction), and the share of it that passes all surfaces."""
         colors, rest = np.zeros((len(origins), 3), np.float32), np.ones(len(origins), np.float32)
         ray = np.arange(len(origins))
         start, toward = np.ascontiguousarray(origins), np.ascontiguousarray(directions)
@@ -220,8 +217,7 @@ class RayCaster:
         return colors, np.maximum(rest, 0)
 
     def _surface(self, face, u, v, across, toward):
-        """Returns lit color (n 3) and opacity (n) where rays along `toward` meet triangles `face` at (u,
-        v)."""
+        """Returns lit color (n 3) and opacity (n) where rays meet triangles `face` at (u, v)."""
         soup = self.soup
         weights = np.stack([1 - u - v, u, v], -1)[:, None]
         # Normal on the visible side
@@ -255,8 +251,7 @@ class RayCaster:
     def reached(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"], within: float
     ) -> Bool[np.ndarray, "n"]:
-        """Tells whether each ray (unit direction) hits a surface, transparent or not, nearer than
-        `within`."""
+        """Tells whether each ray (unit direction) hits any surface nearer than `within`."""
         hit = self.scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=True)
         return hit["tfar"] < within
 

@@ -95,8 +95,7 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
     for part in ("rgb", "pose"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"{folder / part}: no such folder, but other objects have one. Complete the object, or move "
-                "it away."
+                f"{folder / part}: no such folder, but other objects have one. Complete or remove the object."
             )
     images = [p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES]
     images.sort(key=lambda p: natural_key(p.stem))

@@ -177,8 +177,7 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
 
 
 def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
-    """Returns fx, fy, cx, cy as fractions of the image. Pixels refer to the stated w and h, or else to the
-    image."""
+    """Returns fx, fy, cx, cy as fractions. Pixels refer to the stated w and h, or else to the image."""
     keys = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
     try:
         given = {key: float(frame[key]) for key in keys if frame.get(key) is not None}

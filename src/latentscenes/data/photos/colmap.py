@@ -26,8 +26,7 @@ PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 FEWEST = 10
 """Least number of photographs of an object."""
 WIDEST = 3.0
-"""Largest tangent of the angle from the optical axis that is used; wider rectilinear images are mostly
-rim."""
+"""Largest tangent of the angle from the optical axis; wider rectilinear images are mostly rim."""
 
 
 class Lens:
@@ -53,8 +52,7 @@ class Lens:
         """Tangent of the largest angle from the optical axis that the photograph shows."""
 
     def project(self, toward: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 2"]:
-        """Projects directions in camera axes to fractions (x, y) of the photograph; NaN if it does not show
-        them.
+        """Projects directions in camera axes to fractions (x, y) of the photograph; NaN if not shown.
 
         Distortion polynomials are not valid beyond the photograph's border and are not used there.
         """
@@ -92,8 +90,7 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
     for camera in model.cameras.values():
         if camera.model.name == "EQUIRECTANGULAR":
             raise UserError(
-                f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR), which are not "
-                "supported."
+                f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR): not supported."
             )
     lenses = {number: Lens(camera, source) for number, camera in model.cameras.items()}
     photographs = []
@@ -162,8 +159,7 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
 
 
 def _checked_width(file: Path, lens: Lens) -> int:
-    """Returns the photograph's width in pixels. Refuses a shape that differs from COLMAP's by more than
-    rounding."""
+    """Returns the width in pixels. Refuses a shape that differs from COLMAP's by more than rounding."""
     (height, width), (seen_height, seen_width) = image_size(file), (lens.camera.height, lens.camera.width)
     if abs(width * seen_height - height * seen_width) > max(seen_height, seen_width):
         raise UserError(
@@ -185,8 +181,7 @@ def _up(file: Path) -> Float[np.ndarray, "3"]:
 
 
 SAMPLES = 4
-"""SAMPLES² samples of the photograph are averaged into each pixel; it is first reduced until they are dense
-enough."""
+"""Each pixel averages SAMPLES² samples of the photograph, which is first reduced until they are dense."""
 Layer = tuple[Image.Image, int]
 """An image of the photograph's shape, and the value outside of it."""
 

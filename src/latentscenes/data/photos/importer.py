@@ -66,7 +66,7 @@ def make_photos(
     new: int = 0,
     limit: int | None = None,
 ) -> Imported:
-    """Pack photographs with COLMAP reconstructions into a dataset.
+    """Packs photographs with COLMAP reconstructions into a dataset.
 
     Args:
         folder: a folder of objects, each a folder with images/, sparse/0 and, unless the photographs are
@@ -74,8 +74,7 @@ def make_photos(
         out: the dataset to make; must not exist or be an empty folder.
         size: pixels along each side of the stored images.
         held_out: views of each object kept for evaluation, evenly spread.
-        split: JSON file {"train": [...], "new": [...]} with object names; objects it does not list are left
-            out.
+        split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
         new: without `split`: mark the last objects, this many, as new; the others as train.
         limit: import at most this many objects.
     """
@@ -85,12 +84,9 @@ def make_photos(
     if not places:
         raise UserError(f"{folder}: holds no object folders (with images/, sparse/0 and masks/).")
     if limit is not None and (limit < 1 or split is not None):
-        raise UserError(
-            f"limit={limit}: must be at least 1, and cannot be combined with a split file; shorten its "
-            "lists instead."
-        )
+        raise UserError(f"limit={limit}: at least 1, and not together with a split file; shorten its lists.")
     if size < 1 or held_out < 0:
-        raise UserError(f"size={size}, held_out={held_out}: must be at least 1 and at least 0.")
+        raise UserError(f"size={size} must be at least 1, and held_out={held_out} at least 0.")
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
     notes, halves, views = [], [], 0
     with (
@@ -116,8 +112,7 @@ def make_photos(
 
 
 def read_capture(folder: Path, size: int) -> Capture:
-    """Reads one object's photographs, undistorts them, cuts out the object and moves it to the dataset's
-    world."""
+    """Undistorts one object's photographs, cuts it out and moves it to the dataset's world."""
     photographs, unplaced = read_photographs(folder)
     masks = find_masks(folder, photographs)
     up, front = _read_pose(folder, photographs)
@@ -126,7 +121,7 @@ def read_capture(folder: Path, size: int) -> Capture:
     shots = [photograph for photograph, kind in zip(photographs, kinds) if kind == "all"]
     if len(shots) < FEWEST:
         raise UserError(
-            f"{folder}: only {len(shots)} of {len(photographs)} photographs show the whole object, but "
+            f"{folder}: only {len(shots)} of {len(photographs)} photographs show the whole object, and "
             f"{FEWEST} are needed. In {kinds.count('part')} the mask is white at the photograph's border, "
             f"in {kinds.count('nothing')} it is entirely black. Masks must be white on the object and black "
             "elsewhere (are they inverted?), and photographs show all of it."
@@ -187,8 +182,7 @@ def _cameras(
 
 
 def _focal_lengths(shots: list[Photograph], distances: Float[np.ndarray, "v"], radius: float) -> list[float]:
-    """Returns focal lengths (fractions of the image's side) at which a ball just fits: ½ / tan(asin(radius /
-    distance))."""
+    """Returns focal lengths (fractions) at which a ball just fits: ½ / tan(asin(radius / distance))."""
     nearest = int(distances.argmin())
     if distances[nearest] < 1.1 * radius:
         raise UserError(
@@ -205,8 +199,7 @@ def _refuse_enlarging(folder: Path, shots: list[Photograph], focal: list[float],
     if pixels < size:
         raise UserError(
             f"{folder}: the object and its margin are only about {pixels:.0f} pixels wide in the "
-            f"photographs, fewer than the wanted {size}. Choose a smaller size, or photograph the object "
-            "larger."
+            f"photographs, fewer than the wanted {size}. Choose a smaller size, or photograph it larger."
         )
 
 
@@ -223,8 +216,7 @@ def _read_pose(folder: Path, photographs: list[Photograph]) -> tuple[Float[np.nd
     front = names.get(pose.get("front", photographs[0].name))
     if front is None:
         raise UserError(
-            f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction. Name "
-            "another."
+            f"{file}: the photograph from the front, {pose['front']!r}, is not in the reconstruction."
         )
     if "up" in pose:
         return _direction(pose["up"], file), front
@@ -253,8 +245,7 @@ def up_direction(photographs: list[Photograph]) -> Float[np.ndarray, "3"] | None
 
 
 def rotation_to(up: Float[np.ndarray, "3"], front: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
-    """Returns the rotation that takes `up` to z and the horizontal part of `front` to x; both of any
-    length."""
+    """Returns the rotation that takes `up` to z and the horizontal part of `front` to x."""
     z = up / np.linalg.norm(up)
     y = np.cross(z, front)
     y /= np.linalg.norm(y)
@@ -314,8 +305,7 @@ def find_masks(folder: Path, photographs: list[Photograph]) -> dict[str, Path]:
     if missing := [photograph.name for photograph in photographs if photograph.name not in found]:
         raise UserError(
             f"{masks / Path(missing[0]).with_suffix('.png')}: no such mask; {len(missing)} of "
-            f"{len(photographs)} photographs have none. To leave a photograph out, give it an entirely "
-            "black mask."
+            f"{len(photographs)} photographs have none. Give it a black mask to leave it out."
         )
     return found
 
@@ -338,8 +328,7 @@ def read_cut_out(photograph: Photograph, masks: dict[str, Path]) -> tuple[Image.
 
 
 def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
-    """Returns the mask (L, 255 on the object). If a mask file has transparent pixels, its alpha is the
-    mask."""
+    """Returns the mask (L, 255 on the object). The alpha of a partly transparent mask file counts."""
     if not masks:
         return read_cut_out(photograph, masks)[1]
     file = masks[photograph.name]
@@ -359,8 +348,7 @@ def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
 
 
 def shows(mask: Image.Image) -> Literal["all", "part", "nothing"]:
-    """Returns how much of the object a photograph with this mask shows; `part` if it extends beyond the
-    border."""
+    """Returns how much of the object a mask shows; `part` if it extends beyond the border."""
     on = np.asarray(mask) >= 128
     if not on.any():
         return "nothing"

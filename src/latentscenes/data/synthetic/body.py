@@ -171,8 +171,7 @@ _MEASURES = {
 def _rear_end(
     rng: np.random.Generator, kind: str, length: float, height: float, belt: float, brow_x: float
 ) -> tuple[float, tuple[float, float], tuple[float, float]]:
-    """Draws the end of the roof (x), the end of the rear window (x, z) and the upper edge of the tail (x,
-    z)."""
+    """Draws the ends of roof (x) and rear window (x, z), and the upper edge of the tail (x, z)."""
     between = partial(_uniform, rng)
     end = -length / 2
     if kind == "saloon":
@@ -225,8 +224,7 @@ class Skin:
 
 
 def _interpolation(fine: int, coarse: int) -> np.ndarray:
-    """Returns linear interpolation as a (fine, coarse) matrix: texel centers over grid points 0 … coarse −
-    1."""
+    """Returns linear interpolation from grid points 0 … coarse − 1 to texel centers, as a matrix."""
     at = (np.arange(fine) + 0.5) / fine * (coarse - 1)
     low = np.minimum(at.astype(int), coarse - 2)
     matrix = np.zeros((fine, coarse), np.float32)
@@ -257,8 +255,7 @@ def silhouette(car: Car) -> tuple[np.ndarray, dict[str, float]]:
 
 
 def _cap_curve(squareness: float) -> np.ndarray:
-    """Returns CAP + 1 points of a quarter superellipse from (0, 1) to (1, 0), evenly spaced if it is three
-    times as wide as high."""
+    """Returns CAP + 1 points of a quarter superellipse, even if it is three times as wide as high."""
     angle = np.linspace(0, np.pi / 2, 4000)
     curve = np.stack([np.sin(angle) ** (2 / squareness), np.cos(angle) ** (2 / 2.2)], -1)
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve * [3, 1], axis=0), axis=1))])
@@ -321,8 +318,7 @@ def loft(car: Car) -> Skin:
 
 
 def _tucked(x: np.ndarray, z: np.ndarray, profile: np.ndarray, marks: dict[str, float]) -> np.ndarray:
-    """Limits positions x to the silhouette's nose and tail at height z, so that bumpers curve inward
-    below."""
+    """Limits positions x to nose and tail at height z, so that bumpers curve inward below."""
     nose = profile[: int(marks["bumper"]) + 1]
     tail = profile[int(marks["stern"]) :][::-1]
     return np.clip(x, np.interp(z, tail[:, 1], tail[:, 0]), np.interp(z, nose[:, 1], nose[:, 0]))

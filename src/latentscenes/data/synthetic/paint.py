@@ -72,6 +72,7 @@ def draw_livery(rng: np.random.Generator, car: Car) -> Livery:
         styles += ["stripes", "offset", "number", "number", "checker"]
     rugged = car.kind in ("suv", "pickup", "van")
     styles += ["flank", "lower", "flank"] if rugged else []
+    few = car.kind in ("coupe", "sports", "open", "van")
     tint = rng.uniform(0.8, 1.5)
 
     def chance(share: float) -> bool:
@@ -81,8 +82,8 @@ def draw_livery(rng: np.random.Generator, car: Car) -> Livery:
         return float(rng.uniform(low, high))
 
     return Livery(
-        paint, others[rng.integers(len(others))], styles[rng.integers(len(styles))], int(rng.integers(1, 100)),
-        doors=1 if car.kind in ("coupe", "sports", "open", "van") or car.kind == "hatchback" and chance(0.4) else 2,
+        paint, others[rng.integers(len(others))], styles[rng.integers(len(styles))],
+        int(rng.integers(1, 100)), doors=1 if few or car.kind == "hatchback" and chance(0.4) else 2,
         lamps=(between(0.66, 0.76), between(0.62, 0.85), between(0.12, 0.2), between(0.05, 0.09)),
         round_lamps=chance(0.25), upright_tail=car.kind in UPRIGHT and chance(0.75),
         grille=(between(0.22, 0.46), between(0.04, 0.11) * (1.4 if rugged else 1)),
@@ -115,14 +116,10 @@ class Canvas:
             self.color[part] += cover[part, :, None] * (tint - self.color[part])
 
     def line(
-        self,
-        distance: np.ndarray,
-        within: np.ndarray,
-        half: float = 0.009,
-        color: Color = (0.04, 0.04, 0.05),
-        strength: float = 0.8,
-    ) -> None:
-        """Paint a thin line where `distance` is zero, inside the shape `within`."""
+        self, distance: np.ndarray, within: np.ndarray,
+        half: float = 0.009, color: Color = (0.04, 0.04, 0.05), strength: float = 0.8,
+    ) -> None:  # fmt: skip
+        """Paints a thin line where `distance` is zero, inside the shape `within`."""
         self.fill(np.maximum(np.abs(distance) - half, within), color, strength)
 
     def picture(self) -> UInt8[np.ndarray, "h w 4"]:
@@ -169,8 +166,7 @@ def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4
 
 
 def side_glass(car: Car, livery: Livery) -> list[tuple[float, float]]:
-    """Returns the side windows from front to rear as (front x, rear x) at the belt, without gaps for
-    pillars."""
+    """Returns the side windows from front to rear as (front x, rear x) at the belt, without pillars."""
     cowl, glass = car.knots["cowl"][0], car.knots["glass"][0]
     start, end = cowl - 0.22, glass + (0.12 if car.kind in ("hatchback", "estate", "suv", "van") else 0.2)
     if livery.panel_van:
@@ -216,10 +212,9 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     front = _half_plane(canvas, (cowl[0] - 0.05, cowl[1]), brow, 0.085)
     back = -_half_plane(canvas, glass, eave, -(0.10 if car.kind != "van" else 0.05))
     band = both(above, upper, front, back)
-    trim = CHROME if livery.chrome else PLASTIC
     windows = side_glass(car, livery)
     outer = both(band, windows[-1][1] - canvas.x, canvas.x - windows[0][0] - 0.3)
-    canvas.fill(outer - 0.02, trim)
+    canvas.fill(outer - 0.02, CHROME if livery.chrome else PLASTIC)
     canvas.fill(outer, PLASTIC)
     for index, (start, end) in enumerate(windows):
         first = 0.3 if index == 0 else -0.025
@@ -227,7 +222,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
 
 
 def _half_plane(canvas: Canvas, low: Point, high: Point, inset: float) -> np.ndarray:
-    """Returns the distance in side view in front of the line from `low` to `high`, moved backward by
+    """Returns the distance in front of the line from `low` to `high` (side view), moved backward by
     `inset`."""
     along = np.subtract(high, low)
     along = along / np.linalg.norm(along)
