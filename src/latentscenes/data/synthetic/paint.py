@@ -6,7 +6,7 @@
 """
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,11 +21,10 @@ Color = tuple[float, float, float]
 Point = tuple[float, float]
 # fmt: off
 PAINTS: tuple[Color, ...] = (
-    (0.93, 0.93, 0.92), (0.90, 0.90, 0.91), (0.74, 0.76, 0.78), (0.62, 0.64, 0.67),
-    (0.36, 0.38, 0.41), (0.11, 0.11, 0.12), (0.14, 0.15, 0.18), (0.74, 0.07, 0.08),
-    (0.86, 0.12, 0.08), (0.52, 0.05, 0.10), (0.93, 0.42, 0.06), (0.97, 0.76, 0.09),
-    (0.10, 0.22, 0.58), (0.13, 0.40, 0.78), (0.36, 0.62, 0.86), (0.05, 0.10, 0.28),
-    (0.05, 0.30, 0.17), (0.25, 0.55, 0.24), (0.55, 0.75, 0.15), (0.10, 0.52, 0.52),
+    (0.93, 0.93, 0.92), (0.90, 0.90, 0.91), (0.74, 0.76, 0.78), (0.62, 0.64, 0.67), (0.36, 0.38, 0.41),
+    (0.11, 0.11, 0.12), (0.14, 0.15, 0.18), (0.74, 0.07, 0.08), (0.86, 0.12, 0.08), (0.52, 0.05, 0.10),
+    (0.93, 0.42, 0.06), (0.97, 0.76, 0.09), (0.10, 0.22, 0.58), (0.13, 0.40, 0.78), (0.36, 0.62, 0.86),
+    (0.05, 0.10, 0.28), (0.05, 0.30, 0.17), (0.25, 0.55, 0.24), (0.55, 0.75, 0.15), (0.10, 0.52, 0.52),
     (0.80, 0.72, 0.58), (0.46, 0.33, 0.22), (0.42, 0.16, 0.48), (0.85, 0.55, 0.62),
 )
 # fmt: on
@@ -222,8 +221,7 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
 
 
 def _half_plane(canvas: Canvas, low: Point, high: Point, inset: float) -> np.ndarray:
-    """Returns the distance in front of the line from `low` to `high` (side view), moved backward by
-    `inset`."""
+    """Returns the distance in front of the line `low` to `high` (side view), moved backward by `inset`."""
     along = np.subtract(high, low)
     along = along / np.linalg.norm(along)
     return (canvas.x - low[0]) * along[1] - (canvas.z - low[1]) * along[0] + inset
@@ -348,12 +346,9 @@ def _rear(canvas: Canvas, car: Car, livery: Livery) -> None:
 
 
 def _plate(canvas: Canvas, livery: Livery, height: float, where: np.ndarray) -> None:
-    for half, color, strength in (
-        ((0.25, 0.055), livery.plate, 1.0),
-        ((0.20, 0.026), (0.15, 0.15, 0.2), 0.55),
-    ):
-        area = rectangle(canvas.aside, canvas.z, (0.0, height), half, 0.008)
-        canvas.fill(both(area, where), color, strength)
+    area = partial(rectangle, canvas.aside, canvas.z, (0.0, height), corner=0.008)
+    canvas.fill(both(area((0.25, 0.055)), where), livery.plate)
+    canvas.fill(both(area((0.20, 0.026)), where), (0.15, 0.15, 0.2), 0.55)
 
 
 def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
@@ -392,10 +387,8 @@ def _roundels(canvas: Canvas, car: Car, livery: Livery, top: np.ndarray) -> None
     ):
         radius = 0.27
         canvas.fill(both(np.hypot(u, v) - radius, where), (0.95, 0.95, 0.94))
-        row, column = (
-            np.clip(((0.5 + part / (2 * radius)) * len(digits)).astype(int), 0, len(digits) - 1)
-            for part in (-v, u)
-        )
+        places = (0.5 + np.stack([-v, u]) / (2 * radius)) * len(digits)
+        row, column = np.clip(places.astype(int), 0, len(digits) - 1)
         ink = np.where(digits[row, column] > 127, -1.0, 1.0)
         canvas.fill(both(ink, np.hypot(u, v) - radius, where), (0.05, 0.05, 0.06))
 
