@@ -284,7 +284,7 @@ def _check_stage(config: Config, stage: StageConfig) -> None:
         (0 <= stage.focus <= 1, "focus must be in [0, 1]"),
         (
             not stage.focus or (stage.rays and losses.latent),
-            "focus samples rays by their latent error; it needs rays and losses.latent",
+            "focus samples rays by their latent error; give rays and losses.latent",
         ),
         (not rates.mixing or config.planes.mixing, "rates.mixing needs planes.mixing: true"),
         (
