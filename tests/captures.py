@@ -1,4 +1,4 @@
-"""Photographs of a known object through known lenses, written as a person's capture: images/, masks/, sparse/0 by COLMAP."""
+"""Photographs of a known object through known lenses, as a capture: images/, masks/, sparse/0."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ def any_world(seed: int = 0) -> World:
 
 
 def walk_around(count: int, seed: int = 0, roll: float = 0.05) -> Cameras:
-    """Hand-held cameras around the origin: two heights, not quite level, not quite aimed. Focal lengths mean nothing."""
+    """Hand-held cameras around the origin: two heights, not quite level or aimed. Ignore focal lengths."""
     rng = np.random.default_rng(seed)
     azimuth = np.arange(count) * 2 * np.pi * 2 / count + rng.normal(size=count) * 0.05
     height = (
@@ -71,8 +71,8 @@ def write_capture(
     lights: Lights | None = None,
     samples: int = 2,
 ) -> None:
-    """Photographs of `size` (height, width) before a colored, noisy background, their masks (or, `cut_out`, transparent
-    photographs and no masks), and the model."""
+    """Photographs of `size` (height, width) before a colored, noisy background, their masks (or, `cut_out`,
+    transparent photographs and no masks), and the model."""
     import pycolmap
 
     height, width = size

@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny dataset of analytic solids, a configuration that learns it in seconds, the shared data."""
+"""Shared by all tests: a tiny dataset of analytic solids, a configuration for it, the shared data."""
 
 import os
 from pathlib import Path
@@ -71,8 +71,8 @@ exploit:
 def solid_hits(
     kind: str, size: np.ndarray, origins: np.ndarray, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (inf where missed) and outward normal at which rays meet an axis-aligned ellipsoid or box with half
-    axes `size` at the origin."""
+    """Distance (inf where missed) and outward normal at which rays meet an axis-aligned ellipsoid or box with
+    half axes `size` at the origin."""
     o, d = origins / size, directions / size
     if kind == "ellipsoid":
         a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - 1
@@ -130,7 +130,7 @@ def write_solids(path: Path, pixels: int = 32, views: int = 6, held_out: tuple[i
 
 @pytest.fixture(scope="session")
 def solids_path(tmp_path_factory) -> Path:
-    """Folder of the tiny dataset: 4 training scenes and 2 new ones, 6 views of 32 pixels each, view 2 held out."""
+    """Folder of the tiny dataset: 4 training and 2 new scenes, 6 views of 32 pixels, view 2 held out."""
     return write_solids(tmp_path_factory.mktemp("data") / "solids")
 
 

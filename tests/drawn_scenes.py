@@ -1,4 +1,4 @@
-"""An ellipsoid drawn by intersecting rays with it, its cameras, and both written in the layouts that are imported."""
+"""A ray-traced ellipsoid and its cameras, written in every layout that can be imported."""
 
 import json
 import math

@@ -29,7 +29,7 @@ from latentscenes.data.transforms import make_transforms
 
 DATA = SHARED / "data"
 
-# -- ShapeNet-SRN ------------------------------------------------------------------------------------------------------
+# ShapeNet-SRN
 
 
 def test_srn_cameras_and_pixels_arrive_exactly(tmp_path):
@@ -143,7 +143,7 @@ def test_eg3d_labels(tmp_path):
         make_srn(tmp_path / "export", tmp_path / "other")
 
 
-# -- nerfstudio and Blender --------------------------------------------------------------------------------------------
+# Nerfstudio and Blender
 
 
 def test_blender_test_frames_are_held_out(tmp_path):
@@ -260,7 +260,7 @@ def test_transforms_with_absent_images_or_bad_matrices(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-# -- shared data -------------------------------------------------------------------------------------------------------
+# Shared data
 
 
 def inside_the_box(views: PosedImages, masks: np.ndarray) -> None:

@@ -32,7 +32,7 @@ def test_places_are_looked_at_without_a_trace(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="file is a file, not a folder"):
             check_place(tmp_path / place)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(UserError, match="may not be written to"):
+    with pytest.raises(UserError, match="is not writable"):
         check_place(tmp_path / "some" / "a")
 
 

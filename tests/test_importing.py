@@ -32,7 +32,7 @@ from latentscenes.data.importing import ImportOptions, choose_splits, natural_ke
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 
-# -- mistakes in files -------------------------------------------------------------------------------------------------
+# Mistakes in files
 
 
 def spoil(folder: Path, what: str) -> str:
@@ -58,7 +58,7 @@ def spoil(folder: Path, what: str) -> str:
             return "000003.png: has no pose"
         case "mixed sizes":
             Image.open(image).resize((SIDE // 2, SIDE)).save(image)
-            return rf"000003.png: is {SIDE // 2}x{SIDE} .*images before it {SIDE}x{SIDE}.*Give a size"
+            return rf"000003.png: is {SIDE // 2}x{SIDE} .*earlier images are {SIDE}x{SIDE}.*Give a size"
         case "fifteen numbers":
             pose.write_text(" ".join(numbers[:15]))
             return "000003.txt: holds 15 numbers.*16"
@@ -98,7 +98,8 @@ def spoil(folder: Path, what: str) -> str:
 
 @pytest.mark.parametrize(
     "what",
-    "truncated|no image at all|absent image|absent pose|mixed sizes|fifteen numbers|words|nan|mirrored|scaled|sheared|"
+    "truncated|no image at all|absent image|absent pose|mixed sizes|fifteen "
+    "numbers|words|nan|mirrored|scaled|sheared|"
     "transposed|no intrinsics|bad intrinsics|oblong intrinsics|no poses".split("|"),
 )  # fmt: skip
 def test_damage_is_named_and_nothing_is_left_behind(tmp_path, what):
@@ -211,7 +212,7 @@ def test_empty_and_wrong_folders(tmp_path):
         make_srn(tmp_path / "srn_cars", tmp_path / "set")
 
 
-# -- images, sizes, splits ---------------------------------------------------------------------------------------------
+# Images, sizes, splits
 
 
 def test_images_of_every_kind(tmp_path):
@@ -327,7 +328,7 @@ def test_a_split_file_says_what_it_leaves_out(tmp_path):
     assert any("1 of 3 scenes" in note for note in made.notes)
 
 
-# -- boxes -------------------------------------------------------------------------------------------------------------
+# Boxes
 
 
 def test_box_recovers_an_ellipsoid():

@@ -62,8 +62,8 @@ def test_what_cannot_be_joined_is_refused_and_nothing_is_left_behind(tmp_path):
     twin = dataset(tmp_path / "c", "a", (3,))
     for folders, message in (
         ([first, larger], "b: images of 8x8, but those of .*a are 8x6"),
-        ([first, twin], "c: scene 'a_0' is in .*a, too"),
-        ([first, first], "scene 'a_0' is in"),
+        ([first, twin], "c: scene 'a_0' is also in .*a"),
+        ([first, first], "scene 'a_0' is also in"),
         ([first], "two or more"),
         ([first, tmp_path / "nowhere"], "nowhere: no dataset here"),
     ):

@@ -386,7 +386,7 @@ def test_a_list_may_be_read_in_part(library):
         (["search", "{library}", "red_ball", "--count", "0"], "--count 0: at least 1"),
         (
             ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"],
-            "file/a.gif: cannot be made, for",
+            "file/a.gif: cannot be created:",
         ),
         (
             ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/folder.gif"],
@@ -423,7 +423,7 @@ def test_a_list_may_be_read_in_part(library):
         ),
         (
             ["export", "images", "--run", "{library}", "--match", "*", "--out", "{tmp}/file/x"],
-            "file/x: cannot be made, for",
+            "file/x: cannot be created:",
         ),
         (["library", "repack", "{tmp}", "--precision", "int8"], "no library here"),
         (["search", "{library}", "x"], "the nearest names are"),

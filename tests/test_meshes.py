@@ -1,4 +1,4 @@
-"""Ray casting and `data meshes`: pictures known by hand, both up axes, cut-outs, and every file accounted for."""
+"""Ray casting and `data meshes`: known pictures, both up axes, cut-outs, and every file accounted for."""
 
 import json
 from pathlib import Path
@@ -183,7 +183,8 @@ def test_an_obj_keeps_its_materials_and_a_lost_texture_is_remarked(tmp_path):
     (tmp_path / "paint.mtl").write_text("newmtl red\nKd 1 0 0\nnewmtl lost\nKd 0 1 0\nmap_Kd gone.png\n")
     vertices = "".join(f"v {x} {y} {z}\n" for x, y, z in [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)])
     (tmp_path / "two.obj").write_text(
-        f"mtllib paint.mtl\n{vertices}vt 0 0\nvt 1 0\nvt 0 1\nusemtl red\nf 1/1 2/2 3/3\nusemtl lost\nf 1/1 3/2 4/3\n"
+        f"mtllib paint.mtl\n{vertices}vt 0 0\nvt 1 0\nvt 0 1\nusemtl red\nf 1/1 2/2 3/3\nusemtl lost\nf 1/1 "
+        "3/2 4/3\n"
     )
     soup, remarks = read_mesh(tmp_path / "two.obj")
     assert {tuple(color) for color in soup.colors[:, 0, :3].round(2)} == {(1, 0, 0), (0, 1, 0)}

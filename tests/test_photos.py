@@ -1,5 +1,5 @@
-"""`data photos`: a made object photographed through known lenses into a world of any scale and orientation comes back
-where it is, undistorted; and every gap in a capture is named."""
+"""`data photos`: a made object photographed through known lenses into a world of any scale and orientation
+comes back where it is, undistorted; and every gap in a capture is named."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarra
 
 
 def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
-    """Imported views against the truth: cameras, known points, whole pictures. Gives the similarity from the true world."""
+    """Compares imported cameras, points and pictures with the truth. Returns the similarity to it."""
     scale, rotation, shift = similarity(
         truth.positions.double().numpy(), found.cameras.positions.double().numpy()
     )
@@ -178,7 +178,7 @@ def test_front_and_up_can_be_given(made, spoilt):
 
 
 def test_reduced_copies_and_what_is_left_out(made, spoilt):
-    """Half-size photographs serve as well; black masks and objects cut off leave photographs out, and that is said."""
+    """Half-size photographs work; black masks and cut-off objects leave photographs out, with a note."""
     for part in ("images", "masks"):
         for file in (spoilt / part).iterdir():
             with Image.open(file) as image:
@@ -229,7 +229,7 @@ def spoil(folder, what: str) -> str:
             return f"has {COUNT} of the {2 * COUNT + 1} photographs"
         case "absent photograph":
             image.unlink()
-            return "IMG_4.png: no such photograph, though .*sparse/0 lists it"
+            return "IMG_4.png: no such photograph, but .*sparse/0 lists it"
         case "cropped photograph":
             Image.new("RGB", (160, 110)).save(image)
             return "IMG_4.png: is 160x110 .*COLMAP saw 160x120"
@@ -250,7 +250,7 @@ def spoil(folder, what: str) -> str:
             )
         case "no masks":
             shutil.rmtree(folder / "masks")
-            return "IMG_0.png: nothing says what is object.*masks/IMG_0.png"
+            return "IMG_0.png: object and background are not separated.*masks/IMG_0.png"
         case "missing mask":
             mask.unlink()
             return f"masks/IMG_4.png: no such mask; 1 of {COUNT} photographs have none"
@@ -286,8 +286,9 @@ def spoil(folder, what: str) -> str:
 
 @pytest.mark.parametrize(
     "what",
-    "no photographs|no reconstruction|several models|damaged model|few placed|absent photograph|cropped photograph|unknown lens|"
-    "panorama|no masks|missing mask|mask of other size|mask of ones|inverted masks|masks of another object|unknown front|"
+    "no photographs|no reconstruction|several models|damaged model|few placed|absent photograph|cropped "
+    "photograph|unknown lens|panorama|no masks|missing mask|mask of other size|mask of ones|inverted "
+    "masks|masks of another object|unknown front|"
     "unknown key|no direction|too large".split("|"),
 )  # fmt: skip
 def test_gaps_are_named_and_nothing_is_left_behind(spoilt, what):

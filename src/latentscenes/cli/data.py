@@ -1,60 +1,48 @@
 """The command line's `data` commands: making and importing datasets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions, Up, ViewOptions
 
 if TYPE_CHECKING:
     from latentscenes.data.importing import Imported
 
+Views = Annotated[ViewOptions, tyro.conf.arg(name="")]
+VIEWS = ViewOptions()
+Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
+IMPORT = ImportOptions()
 
-def data_cars(
-    out: Path,
-    train: int = 24,
-    new: int = 8,
-    views: int = 40,
-    size: int = 128,
-    held_out: int = 4,
-    seed: int = 0,
-    box: str | None = None,
-) -> None:
-    """Make a dataset of procedural cars. No download.
+
+def data_cars(out: Path, train: int = 24, new: int = 8, options: Views = VIEWS) -> None:
+    """Make a dataset of procedural cars. Nothing is downloaded.
 
     Args:
         out: folder of the new dataset.
-        train: cars to learn from in stage 1.
+        train: cars to learn in stage 1.
         new: cars kept for stage 2.
-        views: pictures of each car.
-        size: pixels along a side.
-        held_out: views of each car kept for evaluation.
-        seed: decides cars and cameras.
-        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
     """
-    from latentscenes.data.raycast import ViewOptions
     from latentscenes.data.synthetic.cars import make_cars
 
-    make_cars(
-        out, ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box), train=train, new=new
-    )
+    make_cars(out, options, train=train, new=new)
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
-    """Join datasets into one, to learn several classes at once.
+    """Join datasets, to learn several classes at once.
 
     Args:
-        folders: the datasets, two or more. Their images must be of one size, their scenes' names must differ.
-        out: folder of the new dataset. Splits and held-out views stay as they are.
+        folders: two or more datasets with images of one size and different scene names.
+        out: folder of the new dataset. Splits and held-out views are kept.
     """
     from latentscenes.core.console import console
     from latentscenes.data.dataset import join
 
     made = join(folders, out)
-    known = "" if made.alpha is not None else "; without silhouettes, as not all parts have them"
+    note = "" if made.alpha is not None else "; without silhouettes, which some parts lack"
     console.print(
-        f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{known}.",
+        f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{note}.",
         highlight=False,
     )
 
@@ -62,71 +50,36 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
 def data_meshes(
     folder: Path,
     out: Path,
-    views: int = 40,
-    size: int = 128,
-    held_out: int = 4,
     split: Path | None = None,
     new: int = 0,
-    up: Literal["auto", "y", "z"] = "auto",
-    seed: int = 0,
-    box: str | None = None,
+    up: Up = "auto",
     limit: int | None = None,
     strict: bool = False,
+    options: Views = VIEWS,
 ) -> None:
-    """Photograph a folder of meshes (GLB, glTF, OBJ, PLY).
+    """Render a folder of meshes (GLB, glTF, OBJ, PLY).
 
     Args:
-        folder: searched with its subfolders; or one file.
+        folder: a folder, searched with its subfolders, or one file.
         out: folder of the new dataset.
-        views: pictures of each mesh.
-        size: pixels along a side.
-        held_out: views of each mesh kept for evaluation.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`: the last so many meshes, by name, are kept for stage 2.
-        up: the axis that points up in the files.
-        seed: decides the cameras.
-        box: the scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: the smallest around all.
-        limit: at most so many meshes of each split.
+        new: without `split`: keep the last meshes by name, this many, for stage 2.
+        up: the axis that points up in the files; auto: y in glTF and OBJ, z in PLY.
+        limit: use at most this many meshes of each split.
         strict: stop at the first file that cannot be read.
     """
     from latentscenes.data.meshes import make_meshes
-    from latentscenes.data.raycast import ViewOptions
 
-    options = ViewOptions(views=views, size=size, held_out=held_out, seed=seed, box=box)
     make_meshes(folder, out, options, split=split, new=new, up=up, limit=limit, strict=strict)
-
-
-@dataclass(frozen=True)
-class Import:
-    """How existing pictures become a dataset."""
-
-    size: int | None = None
-    """Pixels along each side of the stored images, reached by averaging; unset: as they are."""
-    box: str | None = None
-    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz; unset: fitted to the silhouettes."""
-    background: Literal["auto", "alpha", "white", "unknown"] = "auto"
-    """How silhouettes are known: the files' alpha, white pixels connected to the border, or not at all."""
-    held_out: int = 4
-    """Views of each scene kept for evaluation, where the source sets none apart itself."""
-    split: Path | None = None
-    """JSON file {"train": [...], "new": [...]} with names of scenes; the others are left out."""
-    new: int = 0
-    """Without `split`: the last so many scenes are kept for stage 2."""
-    limit: int | None = None
-    """Take at most the first so many scenes."""
-    axes: Literal["auto", "opencv", "opengl"] = "auto"
-    """Camera axes of the files, where they break the layout's custom."""
-
-
-ImportOptions = Annotated[Import, tyro.conf.arg(name="")]
 
 
 def data_srn(
     folder: Path,
     out: Path,
     above: bool = False,
-    intrinsics_size: int | None = None,
-    options: ImportOptions = Import(),
+    axes: Axes = "opencv",
+    intrinsics_size: int | tuple[int, int] | None = None,
+    options: Import = IMPORT,
 ) -> None:
     """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
 
@@ -134,29 +87,32 @@ def data_srn(
         folder: a folder of objects, or one object.
         out: folder of the new dataset.
         above: keep only views whose camera height is above -0.5.
-        intrinsics_size: the image size that intrinsics.txt is stated for, where its last line is wrong.
+        axes: camera axes of the files.
+        intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
     """
     from latentscenes.data.srn import make_srn
 
-    _import(make_srn, folder, out, options, "opencv", above=above, intrinsics_size=intrinsics_size)
+    _report(make_srn(folder, out, above=above, axes=axes, intrinsics_size=intrinsics_size, options=options))
 
 
 def data_transforms(
     folder: Path,
     out: Path,
-    held_out_from: Literal["test", "val", "none"] | None = None,
-    options: ImportOptions = Import(),
+    held_out_from: HeldOutFrom | None = None,
+    axes: Axes = "opengl",
+    options: Import = IMPORT,
 ) -> None:
     """Import nerfstudio or Blender transforms*.json: one scene or a folder of scenes.
 
     Args:
         folder: a folder with transforms*.json, or a folder of such folders.
         out: folder of the new dataset.
-        held_out_from: whose frames become the held-out views; unset: test where there is such a file, else val.
+        held_out_from: the file whose frames become held-out views; unset: test if it exists, else val.
+        axes: camera axes of the files.
     """
     from latentscenes.data.transforms import make_transforms
 
-    _import(make_transforms, folder, out, options, "opengl", held_out_from=held_out_from)
+    _report(make_transforms(folder, out, held_out_from=held_out_from, axes=axes, options=options))
 
 
 def data_photos(
@@ -171,40 +127,32 @@ def data_photos(
     """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
 
     Args:
-        folder: a folder of objects, each a folder with images/, sparse/0 and masks/ (unless images are transparent around the
-            object); or one of them.
+        folder: a folder of objects, or one object: a folder with images/, sparse/0 and masks/ (no masks/ if
+            images are transparent around the object).
         out: folder of the new dataset.
-        size: pixels along each side of the stored pictures.
+        size: pixels along each side of the stored images.
         held_out: views of each object kept for evaluation.
-        split: JSON file {"train": [...], "new": [...]} with names of objects; the others are left out.
-        new: without `split`: the last so many objects are kept for stage 2.
-        limit: take at most the first so many objects.
+        split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
+        new: without `split`: keep the last objects, this many, for stage 2.
+        limit: import at most this many objects.
     """
     from latentscenes.data.photos.importer import make_photos
 
-    _say_made(make_photos(folder, out, size=size, held_out=held_out, split=split, new=new, limit=limit))
+    _report(make_photos(folder, out, size=size, held_out=held_out, split=split, new=new, limit=limit))
 
 
-def _import(make: Callable, folder: Path, out: Path, chosen: Import, custom: str, **more: object) -> None:
-    from latentscenes.data.importing import ImportOptions
-
-    settings = {name: value for name, value in vars(chosen).items() if name != "axes"}
-    axes = custom if chosen.axes == "auto" else chosen.axes
-    _say_made(make(folder, out, axes=axes, options=ImportOptions(**settings), **more))
-
-
-def _say_made(made: "Imported") -> None:
+def _report(made: "Imported") -> None:
     from latentscenes.core.console import console
 
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
-    console.print(
-        f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: {made.background}.",
-        highlight=False,
-    )
-    console.print(f"Scene box: half sides {half}, {made.box_from}.", highlight=False)
-    for note in made.notes:
-        console.print(f"Note: {note}", highlight=False)
+    for line in (
+        f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: "
+        f"{made.background}.",
+        f"Scene box: half sides {half}, {made.box_from}.",
+        *(f"Note: {note}" for note in made.notes),
+    ):
+        console.print(line, highlight=False)
 
 
 DATA_COMMANDS = {

@@ -1,8 +1,7 @@
 """Posed pinhole cameras, their rays, and the box that holds an object.
 
-Notable:
-- Camera-to-world, OpenCV axes: x right, y down, z forward. World z is up.
-- Intrinsics are fractions of the image, so one camera serves images, latents and previews alike.
+- Poses are camera-to-world in OpenCV axes: x right, y down, z forward. World z is up.
+- Intrinsics are fractions of the image, so one camera serves images, latents and previews.
 - Pixel (row i, column j) of an h x w grid has its center at ((j + 1/2) / w, (i + 1/2) / h).
 """
 
@@ -19,17 +18,17 @@ from torch import Tensor
 from latentscenes.core.errors import UserError
 
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
-"""Right-multiplied to a rotation: turns y-up, looking down -z (OpenGL, Blender) into y-down, looking down +z."""
+"""Right-multiplying a rotation by this turns OpenGL axes (y up, z backward) into OpenCV axes."""
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """v pinhole cameras."""
+    """A batch of v pinhole cameras."""
 
     cam2world: Float[Tensor, "v 3 4"]
-    """Rotation and position: a point p in camera axes lies at R p + t in the world."""
+    """Rotation R and position t: a point p in camera axes lies at R p + t in the world."""
     intrinsics: Float[Tensor, "v 4"]
-    """fx, fy, cx, cy; fx and cx as fractions of the image's width, fy and cy of its height."""
+    """fx, fy, cx, cy: fx and cx as fractions of the image's width, fy and cy of its height."""
 
     @classmethod
     def from_matrices(
@@ -38,14 +37,16 @@ class Cameras:
         focal: float | tuple[float, float],
         axes: Literal["opencv", "opengl"] = "opencv",
     ) -> "Cameras":
-        """Cameras from camera-to-world matrices (v, 3 or 4, 4) of numpy, torch or lists, looking through the middle of
-        their images. `focal`: fraction of the image's width and height, one for both or one each. `axes`: those of the
-        matrices; `opengl` is y up and z backward, as in Blender and nerfstudio."""
+        """Builds cameras whose principal point is the image's center.
+
+        Args:
+            cam2world: camera-to-world matrices (v, 3 or 4, 4): numpy, torch or lists.
+            focal: focal length as a fraction of the image's width and height, one for both or one each.
+            axes: axes of the matrices; `opengl` is y up and z backward, as in Blender and nerfstudio.
+        """
         matrices = torch.as_tensor(np.asarray(cam2world), dtype=torch.float32)
         if matrices.ndim != 3 or matrices.shape[1] not in (3, 4) or matrices.shape[2] != 4:
-            raise UserError(
-                f"cameras: camera-to-world matrices must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}."
-            )
+            raise UserError(f"cam2world must be (v, 3, 4) or (v, 4, 4), not {tuple(matrices.shape)}.")
         matrices = matrices[:, :3].clone()
         if axes == "opengl":
             matrices[:, :, :3] = matrices[:, :, :3] @ OPENGL_TO_OPENCV
@@ -68,11 +69,13 @@ class Cameras:
     def rays(
         self, height: int, width: int, pixels: Int[Tensor, "v p"] | None = None
     ) -> tuple[Float[Tensor, "v p 3"], Float[Tensor, "v p 3"]]:
-        """Origins and unit directions of the rays through the centers of an h x w grid, row by row (p = h·w), or of some
-        `pixels` (row · w + column) of each view alone."""
-        chosen = (
-            torch.arange(height * width, device=self.cam2world.device)[None] if pixels is None else pixels
-        )
+        """Returns origins and unit directions of the rays through pixel centers.
+
+        Without `pixels`, these are all pixels of an h x w grid, row by row (p = h·w). `pixels` selects some
+        pixels of each view, as row · w + column.
+        """
+        every = torch.arange(height * width, device=self.cam2world.device)[None]
+        chosen = every if pixels is None else pixels
         x, y = (chosen % width + 0.5) / width, (chosen // width + 0.5) / height
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
         toward = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(self), -1)], -1)
@@ -81,11 +84,12 @@ class Cameras:
         return self.positions[:, None].expand_as(directions), directions
 
     def project(self, points: Float[Tensor, "p 3"]) -> tuple[Float[Tensor, "v p 2"], Float[Tensor, "v p"]]:
-        """Where world points appear, as fractions (x, y) of the image, and their depth along the camera's z axis.
-        Points at depth <= 0 are behind the camera and their fractions mean nothing."""
-        inside = torch.einsum(
-            "vij,vpi->vpj", self.cam2world[:, :, :3], points[None] - self.positions[:, None]
-        )
+        """Projects world points to fractions (x, y) of the image and depths along the camera's z axis.
+
+        Points at depth <= 0 are behind the camera; ignore their fractions.
+        """
+        offset = points[None] - self.positions[:, None]
+        inside = torch.einsum("vij,vpi->vpj", self.cam2world[:, :, :3], offset)
         depth = inside[..., 2]
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
         safe = torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)
@@ -94,23 +98,23 @@ class Cameras:
 
 @dataclass(frozen=True)
 class Box:
-    """An axis-aligned box in the world; tri-planes live on [-1, 1]³ stretched to it."""
+    """An axis-aligned box in the world. Tri-planes are defined on [-1, 1]³, stretched to this box."""
 
     center: tuple[float, float, float]
     half: tuple[float, float, float]
-    """Half the side along x, y and z."""
+    """Half the side lengths along x, y and z."""
 
     def normalize(
         self, origins: Float[Tensor, "*b 3"], directions: Float[Tensor, "*b 3"]
     ) -> tuple[Float[Tensor, "*b 3"], Float[Tensor, "*b 3"]]:
-        """The same rays with the box moved to [-1, 1]³. Directions lose their unit length, so that the ray
-        parameter t goes on measuring world distance."""
+        """Maps rays so that the box becomes [-1, 1]³. The ray parameter t still measures world distance, so
+        the returned directions are not of unit length."""
         center = torch.tensor(self.center, dtype=origins.dtype, device=origins.device)
         half = torch.tensor(self.half, dtype=origins.dtype, device=origins.device)
         return (origins - center) / half, directions / half
 
     def corners(self) -> Float[Tensor, "8 3"]:
-        """In the world."""
+        """Returns the corners in world coordinates."""
         signs = torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])
         return torch.tensor(self.center) + signs * torch.tensor(self.half)
 
@@ -120,12 +124,12 @@ def look_at(
     target: Float[Tensor, "3"] | None = None,
     up: tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> Float[Tensor, "v 3 4"]:
-    """Camera-to-world matrices at `eyes`, looking at `target` (default: the origin), image top toward `up`."""
+    """Returns camera-to-world matrices at `eyes`, looking at `target` (default: the origin), image top up."""
     target = torch.zeros(3) if target is None else target
     forward = torch.nn.functional.normalize(target - eyes, dim=-1)
     upward = torch.tensor(up).expand_as(forward)
     right = torch.linalg.cross(forward, upward)
-    straight = right.norm(dim=-1, keepdim=True) < 1e-6  # looking along `up`: any right will do
+    straight = right.norm(dim=-1, keepdim=True) < 1e-6  # looking along `up`: any right vector works
     right = torch.where(straight, torch.tensor([1.0, 0.0, 0.0]).expand_as(right), right)
     right = torch.nn.functional.normalize(right, dim=-1)
     down = torch.linalg.cross(forward, right)
@@ -139,9 +143,8 @@ def _around(
     focal: float | tuple[float, float],
     center: tuple[float, float, float],
 ) -> Cameras:
-    outward = torch.stack(
-        [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1
-    )
+    across = elevation.cos()
+    outward = torch.stack([across * azimuth.cos(), across * azimuth.sin(), elevation.sin()], -1)
     middle = torch.tensor(center)
     fx, fy = focal if isinstance(focal, tuple) else (focal, focal)
     intrinsics = torch.tensor([fx, fy, 0.5, 0.5]).expand(len(azimuth), 4).contiguous()
@@ -156,8 +159,16 @@ def orbit(
     center: tuple[float, float, float] = (0.0, 0.0, 0.0),
     start: float = 0.0,
 ) -> Cameras:
-    """`count` cameras once around the z axis at one elevation, the first at azimuth `start` (radians). `focal` is a
-    fraction of the image's width and height, one for both or one each."""
+    """Returns `count` cameras on a circle around the z axis, looking at `center`.
+
+    Args:
+        count: number of cameras.
+        distance: from each camera to the center, world units.
+        focal: focal length as a fraction of the image's width and height, one for both or one each.
+        elevation: of all cameras, radians.
+        center: the point they look at.
+        start: azimuth of the first camera, radians.
+    """
     azimuth = start + torch.arange(count) * (2 * math.pi / count)
     return _around(azimuth, torch.full((count,), float(elevation)), distance, focal, center)
 
@@ -165,8 +176,10 @@ def orbit(
 def upper_hemisphere(
     count: int, generator: torch.Generator, distance: float = 1.3, focal: float = 1.025, lowest: float = 0.0
 ) -> Cameras:
-    """`count` cameras uniform over the part of the sphere above elevation `lowest` (radians), looking at the origin.
-    Heights are stratified and azimuths random, so few views still cover the whole."""
+    """Samples cameras uniformly on the sphere above elevation `lowest` (radians), looking at the origin.
+
+    Heights are stratified and azimuths random, so even a few views cover the whole region.
+    """
     floor = math.sin(lowest)
     height = floor + (1 - floor) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
     azimuth = 2 * math.pi * torch.rand(count, generator=generator)
@@ -174,7 +187,7 @@ def upper_hemisphere(
 
 
 def spread_directions(count: int, lowest: float = -math.pi / 2) -> Float[Tensor, "n 3"]:
-    """Unit vectors evenly over the part of the sphere above elevation `lowest` (radians), along a golden spiral."""
+    """Returns unit vectors on a golden spiral over the sphere above elevation `lowest` (radians)."""
     place = torch.arange(count) + 0.5
     floor = math.sin(lowest)
     height = floor + (1 - floor) * place / count
@@ -185,16 +198,16 @@ def spread_directions(count: int, lowest: float = -math.pi / 2) -> Float[Tensor,
 
 @dataclass(frozen=True)
 class Viewpoint:
-    """How a dataset looks at its objects; pictures from other sides are best taken alike."""
+    """Typical image size, camera distance and focal lengths of a dataset, for rendering new views."""
 
     size: tuple[int, int]
-    """Height and width of its pictures."""
+    """Height and width of the images."""
     distance: float
-    """Of its cameras from the center (median), world units."""
+    """Median distance of the cameras from the center, world units."""
     focal: tuple[float, float]
-    """Its focal lengths (medians), fractions of the width and of the height."""
+    """Median focal lengths, as fractions of the width and of the height."""
     center: tuple[float, float, float]
-    """Of the scene box."""
+    """Center of the scene box."""
 
     @classmethod
     def of(cls, cameras: Cameras, size: tuple[int, int], box: Box) -> "Viewpoint":
@@ -203,13 +216,13 @@ class Viewpoint:
         return cls(size, distance, (fx, fy), box.center)
 
     def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
-        """`count` cameras once around the center, the first at `azimuth`; degrees."""
+        """Returns cameras on a circle around the center, the first at `azimuth`; angles in degrees."""
         return orbit(
             count, self.distance, self.focal, math.radians(elevation), self.center, math.radians(azimuth)
         )
 
     def dome(self, count: int, lowest: float = 0.0) -> Cameras:
-        """`count` cameras all around the center, evenly spread above an elevation; degrees."""
+        """Returns `count` cameras spread evenly around the center, above elevation `lowest` (degrees)."""
         center = torch.tensor(self.center)
         eyes = center + self.distance * spread_directions(count, math.radians(lowest))
         return Cameras(look_at(eyes, center), torch.tensor([*self.focal, 0.5, 0.5]).repeat(count, 1))

@@ -1,7 +1,7 @@
-"""Every setting, as frozen dataclasses with a docstring for each field.
+"""All settings of training, as frozen dataclasses with a docstring for each field.
 
-Settings that contradict each other are refused when a Config is built. `config_io` reads and writes YAML. Neither file
-loads torch.
+Building a Config with contradictory settings raises a UserError. `config_io` reads and writes YAML. Neither
+file loads torch.
 """
 
 import dataclasses
@@ -17,69 +17,70 @@ Axes = Literal["xy,xz,yz", "eg3d"]
 Kernel = Literal["auto", "native", "triton", "torch"]
 MatmulPrecision = Literal["float32", "tf32", "bfloat16"]
 StoragePrecision = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
-"""How scenes are stored in a library, from exact to coarse."""
+"""How a library stores scenes, from exact to coarse."""
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """The image autoencoder whose latent space scenes live in."""
+    """The image autoencoder. Scenes are learned in its latent space."""
 
     kind: Literal["convolutional", "identity", "diffusers", "tiny"] = "convolutional"
-    """`convolutional`: our own small one. `identity`: latents are the pixels themselves, which gives RGB tri-planes.
-    `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
+    """`convolutional`: the small built-in one. `identity`: latents are the pixels, which gives RGB
+    tri-planes. `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
     path: str | None = None
-    """Where pretrained weights lie: a folder (or hub name) for `diffusers`, a folder for `tiny`, a run that learned the
-    same codec for `convolutional` (unset: a codec stage warms it up from nothing)."""
+    """Pretrained weights: a folder or hub name for `diffusers`, a folder for `tiny`, a run with the same
+    codec for `convolutional` (unset: a codec stage trains it from scratch)."""
     subfolder: str | None = None
-    """Folder inside `path` where the autoencoder lies; a pipeline's `vae` is found by itself in local folders."""
+    """Folder of the autoencoder inside `path`. A local pipeline's `vae` is found automatically."""
     allow_download: bool = False
-    """Let `diffusers` fetch weights from the hub; without it only local files are used."""
+    """Let `diffusers` download weights from the hub; otherwise only local files are used."""
     downsampling: int = 4
     """Image pixels per latent pixel, along each side (`convolutional`: 2, 4 or 8)."""
     channels: int = 8
     """Latent channels (`convolutional`)."""
     width: int = 64
-    """Feature channels of the inner layers at latent resolution (`convolutional`)."""
+    """Channels of the inner layers at latent resolution (`convolutional`)."""
     bfloat16: bool = True
-    """Convolve in bfloat16 where the processor has it in hardware (`convolutional`)."""
+    """Convolve in bfloat16 if the processor supports it in hardware (`convolutional`)."""
 
 
 @dataclass(frozen=True)
 class NormalizerConfig:
-    """How latents are brought into (−1, 1), where the renderer's features live."""
+    """How latents are mapped to (−1, 1), the range of the renderer's features."""
 
     kind: Literal["none", "tanh", "minmax", "meanstd", "meanstd_tanh"] = "none"
-    """`none`; `tanh` of the scaled latent (published); or min and max, or mean and deviation, of recent latents."""
+    """`none`; `tanh` of the scaled latent (published); minimum and maximum, or mean and deviation, of recent
+    latents."""
     scale: float = 0.02
     """Slope of `tanh`."""
     window: int = 100
-    """Batches that the sliding statistics of the last three kinds remember."""
+    """Number of recent batches that the statistics of the last three kinds cover."""
 
 
 @dataclass(frozen=True)
 class PlanesConfig:
-    """Tri-planes: what each scene owns and what all share."""
+    """Tri-planes: the private part of each scene and the part shared by all scenes."""
 
     resolution: int = 64
     """Texels along a plane's side."""
     micro: int = 10
-    """Features of a scene's own planes; 0 leaves the weights alone (ultra-light scenes)."""
+    """Features of a scene's own planes. With 0, a scene stores only its weights (ultra-light scenes)."""
     macro: int = 22
     """Features of the shared base planes; 0 for none."""
     bases: int = 50
     """Number M of base tri-planes."""
     fusion: Literal["concat", "sum"] = "concat"
-    """How a scene's micro and macro planes meet."""
+    """How a scene's micro and macro planes are combined."""
     bias: bool = False
-    """One learned number per scene, added to its macro planes."""
+    """Add one learned number per scene to its macro planes."""
     mixing: bool = False
-    """Let each scene own a linear mixing of its fused features: features² numbers."""
+    """Give each scene its own linear map of the fused features: features² numbers."""
     aggregation: Aggregation = "sum"
-    """How a point's three plane features meet."""
+    """How the features of a point from the three planes are combined."""
     axes: Axes = "xy,xz,yz"
-    """`eg3d` reads its third plane along (z, x), as the published code does; for comparison."""
+    """`eg3d` samples the third plane at (z, x), as the published code does; for comparison only."""
     initial_std: float = 0.1
-    """Standard deviation of fresh planes (published: 1)."""
+    """Standard deviation of newly initialized planes (published: 1)."""
 
     @property
     def features(self) -> int:
@@ -89,14 +90,14 @@ class PlanesConfig:
 
 @dataclass(frozen=True)
 class FieldConfig:
-    """The tiny network from plane features to density and latent."""
+    """The small network that maps plane features to density and latent."""
 
     hidden: int = 64
     """Units of the hidden layer."""
     frequencies: int = 0
-    """Octaves of positional encoding beside the plane features."""
+    """Octaves of positional encoding, in addition to the plane features."""
     view_direction: bool = False
-    """Let features depend on where the ray comes from."""
+    """Let features depend on the ray's direction."""
 
 
 @dataclass(frozen=True)
@@ -106,100 +107,100 @@ class RenderConfig:
     coarse: int = 48
     """Stratified samples per ray."""
     fine: int = 48
-    """Further samples, placed where the first found matter."""
+    """Additional samples per ray, placed where the coarse samples found density."""
     half_side: float | None = None
-    """Half the side of a cubic scene box about the dataset's center; unset: the box fitted to the objects."""
+    """Half the side of a cubic scene box around the dataset's center; unset: the dataset's box."""
     near: float | None = None
-    """First distance of every ray; unset: where the ray enters the box."""
+    """Distance at which rays start; unset: where the ray enters the box."""
     far: float | None = None
-    """Last distance of every ray; unset: where the ray leaves the box."""
+    """Distance at which rays end; unset: where the ray leaves the box."""
     preview: bool = False
-    """Render low-resolution RGB beside the latent."""
+    """Also render low-resolution RGB."""
     kernel: Kernel = "auto"
-    """`native`: the compiled CPU kernel; `triton`: the GPU kernels; `torch`: the readable path; `auto`: the fastest that
-    serves the settings."""
+    """`native`: the compiled CPU kernel; `triton`: the GPU kernels; `torch`: the readable path; `auto`: the
+    fastest one that supports the settings."""
     precision: MatmulPrecision = "float32"
-    """Of the numbers that the GPU kernels' matrix products multiply; the other kernels know float32 alone."""
+    """Precision of the matrix products in the GPU kernels; the other kernels always use float32."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """λ of each term; 0 leaves it out. All but `edges` are means of squared errors."""
+    """Weight λ of each loss term; 0 turns it off. All except `edges` are mean squared errors."""
 
     latent: float = 0.0
-    """Rendered against encoded latents."""
+    """Rendered latents against encoded images."""
     rgb: float = 0.0
     """Decoded renders against images."""
     autoencoder: float = 0.0
-    """Decoded encodings against images."""
+    """Reconstructed (encoded, then decoded) images against images."""
     equivariance: float = 0.0
-    """Decoded rescaled and flipped encodings against rescaled and flipped images (cf. EQ-VAE, arXiv 2502.09509)."""
+    """Rescaled and flipped latents, decoded, against images treated alike (cf. EQ-VAE, arXiv 2502.09509)."""
     edges: float = 0.0
-    """Absolute error of image gradients, added to whichever of `rgb` and `autoencoder` are on."""
+    """Absolute error of image gradients, added to `rgb` and `autoencoder` if they are on."""
     tv: float = 0.0
     """Total variation of the fused planes."""
     depth_tv: float = 0.0
     """Total variation of rendered depth."""
     preview: float = 0.0
-    """Rendered low-resolution RGB against shrunken images."""
+    """Rendered low-resolution RGB against downsampled images."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates (Adam); what has rate 0 is frozen."""
+    """Learning rates (Adam). A part with rate 0 is frozen."""
 
     encoder: float = 0.0
     """The codec's encoder."""
     decoder: float = 0.0
     """The codec's decoder."""
     micro: float = 0.0
-    """Planes of the scenes themselves."""
+    """Micro planes of the scenes."""
     weights: float = 0.0
-    """Scenes' weights over the base planes, and their bias."""
+    """Mixing weights of the scenes over the base planes, and their bias."""
     mixing: float = 0.0
-    """Scenes' mixing of features."""
+    """Linear feature maps of the scenes."""
     bases: float = 0.0
-    """Base planes that all scenes share."""
+    """Base planes, shared by all scenes."""
     field: float = 0.0
     """The network from plane features to density and latent."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stretch of training: what learns, from which losses, for how long."""
+    """One stage of training: losses, learning rates and duration."""
 
     name: str
-    """Names the stage in metrics and in --set; its random numbers depend on it."""
+    """Name of the stage in metrics and in --set. Also seeds its random numbers."""
     epochs: int
-    """Passes over all fitted views of all scenes of the stage."""
+    """Passes over all training views of all scenes of the stage."""
     scenes: int
-    """Scenes in a batch."""
+    """Scenes per batch."""
     views: int
-    """Views of each scene in a batch."""
+    """Views per scene in a batch."""
     losses: LossWeights
     rates: Rates
     rays: int = 0
-    """Rays per view, drawn at random; 0: all (needed by losses that decode)."""
+    """Random rays per view; 0: all rays, as losses on decoded images require."""
     focus: float = 0.0
-    """Share of the rays that is drawn where rays were wrong before; the others are uniform."""
+    """Share of the rays sampled where the error was large before; the others are uniform."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """Course of all rates: constant; × `decay` per epoch; or half a cosine down to `decay` of themselves."""
+    """Schedule of all learning rates: constant; × `decay` per epoch; or a half cosine down to × `decay`."""
     decay: float = 1.0
-    """What `schedule` multiplies with or goes down to."""
+    """Factor used by `schedule`."""
     beta2: float = 0.999
-    """Adam's β₂: how slowly it forgets the squares of gradients."""
+    """Adam's β₂, the decay of the mean squared gradient."""
     field_epochs: int | None = None
-    """Freeze the field after so many epochs; unset: never."""
+    """Freeze the field after this many epochs; unset: never."""
     weights_epochs: int | None = None
-    """Freeze scenes' weights after so many epochs; unset: never. With frozen base planes, steps are quicker from then on."""
+    """Freeze scenes' weights after this many epochs (faster if base planes are frozen); unset: never."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes a run, beside its data."""
+    """All settings of a run except its data."""
 
     seed: int = 0
-    """Decides all random numbers of a run."""
+    """Seed of all random numbers of a run."""
     codec: CodecConfig = CodecConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
     planes: PlanesConfig = PlanesConfig()
@@ -210,137 +211,124 @@ class Config:
     exploit: tuple[StageConfig, ...] = ()
     """Stages of `latentscenes exploit`, in order."""
     exploit_fresh_field: bool = False
-    """Start new scenes with a fresh field, as published, instead of the learned one."""
+    """Start new scenes with a newly initialized field, as published, instead of the learned one."""
     exploit_start: Literal["mean", "random"] = "mean"
-    """Where new scenes start: at the mean of the learned ones, or at random, as published."""
+    """Initial parameters of new scenes: the mean of the learned scenes, or random, as published."""
     storage: Literal["auto", "memory", "disk"] = "auto"
-    """Where the micro planes of `train` and their moments lie: in memory, or in memory-mapped files of the run folder;
-    `auto` takes files where they would fill more than half of this machine's memory."""
+    """Where `train` keeps micro planes and their Adam moments: in memory, or in memory-mapped files of the
+    run folder. `auto` uses files if they would fill more than half of this machine's memory."""
 
     def __post_init__(self) -> None:
         for stages in (self.train, self.exploit):
             names = [stage.name for stage in stages]
-            _require(
-                len(set(names)) == len(names), f"stages {', '.join(map(repr, names))}: names must differ"
-            )
+            names_differ = len(set(names)) == len(names)
+            _require(names_differ, f"stages {', '.join(map(repr, names))}: names must differ")
             for stage in stages:
                 _check_stage(self, stage)
-        planes, render = self.planes, self.render
-        _require(
-            not self.exploit_fresh_field or any(stage.rates.field for stage in self.exploit),
-            "exploit_fresh_field: no stage of `exploit` has a rate for the field, so it would stay random",
-        )
-        _require(
-            min(planes.micro, planes.macro, planes.bases, self.field.frequencies) >= 0,
-            "planes and field: counts must not be negative",
-        )
-        _require(
-            planes.resolution > 0 and self.field.hidden > 0,
-            "planes.resolution and field.hidden must be at least 1",
-        )
-        _require(
-            self.codec.channels > 0 and self.codec.width > 0, "codec: channels and width must be at least 1"
-        )
-        _require(render.half_side is None or render.half_side > 0, "render.half_side must be above 0")
-        _require(
-            planes.micro + planes.macro > 0, "planes: micro and macro are both 0; a scene needs features"
-        )
-        _require(
-            planes.macro == 0 or planes.bases > 0, "planes.bases: must be at least 1 when planes.macro > 0"
-        )
-        _require(
-            planes.fusion == "concat" or planes.micro == planes.macro or 0 in (planes.micro, planes.macro),
-            f"planes.fusion: sum needs micro = macro, but they are {planes.micro} and {planes.macro}",
-        )
-        _require(
-            render.coarse >= 2 and render.fine >= 0, "render: coarse must be at least 2 and fine at least 0"
-        )
-        _require(
-            (render.near is None) == (render.far is None), "render: set near and far together, or neither"
-        )
-        _require(render.near is None or 0 <= render.near < render.far, "render: 0 <= near < far must hold")
-        _require(
-            self.codec.kind != "convolutional" or self.codec.downsampling in (2, 4, 8),
-            f"codec.downsampling: 2, 4 or 8, not {self.codec.downsampling}",
-        )
-        _require(
-            self.codec.kind not in ("diffusers", "tiny") or bool(self.codec.path),
-            f"codec.path: {self.codec.kind} needs the folder of its weights",
-        )
+        codec, planes, render, hidden = self.codec, self.planes, self.render, self.field.hidden
+        counts = (planes.micro, planes.macro, planes.bases, self.field.frequencies)
+        limits = [limit for limit in (render.near, render.far) if limit is not None]
+        summable = planes.micro == planes.macro or 0 in (planes.micro, planes.macro)
+        field_learns = any(stage.rates.field for stage in self.exploit)
+        for holds, message in (
+            (
+                field_learns or not self.exploit_fresh_field,
+                "exploit_fresh_field: no `exploit` stage has a rate for the field, so it would stay random",
+            ),
+            (min(counts) >= 0, "planes and field: counts must not be negative"),
+            (planes.resolution > 0 and hidden > 0, "planes.resolution and field.hidden must be at least 1"),
+            (codec.channels > 0 and codec.width > 0, "codec: channels and width must be at least 1"),
+            (render.half_side is None or render.half_side > 0, "render.half_side must be above 0"),
+            (any(counts[:2]), "planes: micro and macro are both 0; a scene needs features"),
+            (not planes.macro or planes.bases, "planes.bases: must be at least 1 when planes.macro > 0"),
+            (
+                planes.fusion == "concat" or summable,
+                f"planes.fusion: sum needs micro = macro, but they are {planes.micro} and {planes.macro}",
+            ),
+            (render.coarse >= 2, "render: coarse must be at least 2"),
+            (render.fine >= 0, "render: fine must be at least 0"),
+            (len(limits) != 1, "render: set near and far together, or neither"),
+            (len(limits) < 2 or 0 <= limits[0] < limits[1], "render: 0 <= near < far must hold"),
+            (
+                codec.kind != "convolutional" or codec.downsampling in (2, 4, 8),
+                f"codec.downsampling: 2, 4 or 8, not {codec.downsampling}",
+            ),
+            (
+                codec.kind not in ("diffusers", "tiny") or codec.path,
+                f"codec.path: {codec.kind} needs the folder of its weights",
+            ),
+        ):
+            _require(holds, message)
 
 
 def _check_stage(config: Config, stage: StageConfig) -> None:
-    losses, where = stage.losses, f"stage {stage.name!r}"
-    _require(
-        stage.epochs > 0 and stage.scenes > 0 and stage.views > 0,
-        f"{where}: epochs, scenes and views must be at least 1",
-    )
-    for values in (stage.rates, losses):
+    where, losses, rates = f"stage {stage.name!r}", stage.losses, stage.rates
+    for values in (rates, losses):
         for name, value in dataclasses.asdict(values).items():
-            _require(
-                math.isfinite(value) and value >= 0,
-                f"{where}: {name} is {value}, but rates and loss weights must be 0 or above",
-            )
-    _require(any(dataclasses.astuple(stage.rates)), f"{where}: all rates are 0, so nothing would be learned")
-    _require(any(dataclasses.astuple(losses)), f"{where}: all losses are 0, so nothing would be learned")
-    _require(
-        not (stage.rays and (losses.rgb or losses.depth_tv)),
-        f"{where}: rays: some rays alone make no image, but rgb or depth_tv needs one; set rays to 0",
-    )
-    _require(
-        not losses.edges or bool(losses.rgb or losses.autoencoder),
-        f"{where}: losses.edges is added to rgb or autoencoder; give one of them a weight",
-    )
-    _require(stage.rays >= 0, f"{where}: rays must not be negative")
-    _require(0 <= stage.focus <= 1, f"{where}: focus must be in [0, 1]")
-    _require(
-        not stage.focus or bool(stage.rays and losses.latent),
-        f"{where}: focus chooses rays by what they were wrong by; give rays and losses.latent",
-    )
-    _require(
-        not stage.rates.mixing or config.planes.mixing, f"{where}: rates.mixing needs planes.mixing: true"
-    )
+            fault = f"{where}: {name} is {value}, but rates and loss weights must be 0 or above"
+            _require(math.isfinite(value) and value >= 0, fault)
     codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
-    _require(
-        not codec_only or stage.rates.encoder > 0 or stage.rates.decoder > 0,
-        f"{where}: its losses reach encoder and decoder alone, but their rates are 0",
-    )
-    _require(
-        not losses.preview or config.render.preview, f"{where}: losses.preview needs render.preview: true"
-    )
-    _require(0 <= stage.beta2 < 1, f"{where}: beta2 must be in [0, 1)")
-    _require(stage.schedule == "constant" or 0 < stage.decay <= 1, f"{where}: decay must be in (0, 1]")
+    for holds, message in (
+        (min(stage.epochs, stage.scenes, stage.views) > 0, "epochs, scenes and views must be at least 1"),
+        (any(dataclasses.astuple(rates)), "all rates are 0, so nothing would be learned"),
+        (any(dataclasses.astuple(losses)), "all losses are 0, so nothing would be learned"),
+        (
+            not stage.rays or not (losses.rgb or losses.depth_tv),
+            "rays: rgb and depth_tv need whole images; set rays to 0",
+        ),
+        (
+            not losses.edges or losses.rgb or losses.autoencoder,
+            "losses.edges is added to rgb or autoencoder; give one of them a weight",
+        ),
+        (stage.rays >= 0, "rays must not be negative"),
+        (0 <= stage.focus <= 1, "focus must be in [0, 1]"),
+        (
+            not stage.focus or (stage.rays and losses.latent),
+            "focus samples rays by their latent error; give rays and losses.latent",
+        ),
+        (not rates.mixing or config.planes.mixing, "rates.mixing needs planes.mixing: true"),
+        (
+            not codec_only or rates.encoder or rates.decoder,
+            "its losses reach only encoder and decoder, but their rates are 0",
+        ),
+        (not losses.preview or config.render.preview, "losses.preview needs render.preview: true"),
+        (0 <= stage.beta2 < 1, "beta2 must be in [0, 1)"),
+        (stage.schedule == "constant" or 0 < stage.decay <= 1, "decay must be in (0, 1]"),
+    ):
+        _require(holds, f"{where}: {message}")
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: object, message: str) -> None:
     if not holds:
         raise UserError(f"configuration: {message}")
 
 
 SHARED = ("encoder", "decoder", "bases", "field")
-"""Rates of what all scenes share."""
+"""Names of the rates of shared parts."""
 
 
 def shared_rates(stages: Sequence[StageConfig]) -> list[str]:
-    """Shared parts that some of these stages learn."""
+    """Returns the names of the shared parts that any of these stages learns."""
     return [name for name in SHARED if any(getattr(stage.rates, name) for stage in stages)]
 
 
 def frozen(config: Config) -> Config:
-    """The same with shared parts frozen in all exploit stages; stages that would learn nothing are left out."""
-    still = {name: 0.0 for name in SHARED}
-    rates = [dataclasses.replace(stage.rates, **still) for stage in config.exploit]
-    stages = [
-        dataclasses.replace(stage, rates=rate, field_epochs=None)
-        for stage, rate in zip(config.exploit, rates, strict=True)
-        if rate != Rates()
-    ]
+    """Freezes shared parts in all exploit stages, and drops stages that then learn nothing."""
+    stages = []
+    for stage in config.exploit:
+        rates = dataclasses.replace(stage.rates, **dict.fromkeys(SHARED, 0.0))
+        if rates != Rates():
+            stages.append(dataclasses.replace(stage, rates=rates, field_epochs=None))
     return dataclasses.replace(config, exploit=tuple(stages), exploit_fresh_field=False)
 
 
 def learning_shared(config: Config) -> Config:
-    """As published: base planes and field learn in every exploit stage, and the decoder where images are compared, at
-    the rates of the last stage of `train`, and weights never rest. Stages that have rates for shared parts keep theirs."""
+    """Returns the configuration in which exploit stages also learn shared parts, as published.
+
+    Base planes and field learn in every exploit stage, the decoder in stages with an `rgb` loss, all at the
+    learning rates of the last `train` stage; scenes' weights are never frozen. If any exploit stage already
+    has a rate for a shared part, the configuration is returned unchanged.
+    """
     if shared_rates(config.exploit) or not config.train:
         return config
     last = config.train[-1].rates

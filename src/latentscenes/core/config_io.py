@@ -1,6 +1,6 @@
-"""Reads a Config from YAML, strictly, and writes it back.
+"""Reads a Config strictly from YAML and writes it back.
 
-An unknown key is refused with the nearest known one, and a value of the wrong type with the expected type. Overrides such
+Errors name the nearest known key for an unknown one, and the expected type for a wrong value. Overrides such
 as `planes.resolution=32` change the YAML tree before it is read.
 """
 
@@ -21,8 +21,8 @@ from latentscenes.core.errors import UserError
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or a preset by its name, and apply overrides such as `planes.resolution=32` or
-    `train.0.epochs=5` (a number picks a stage; so does its name)."""
+    """Reads a YAML file or a preset and applies overrides such as `planes.resolution=32` or
+    `train.0.epochs=5`. A stage is selected by its number or name."""
     path = Path(source)
     preset = resources.files("latentscenes") / "presets" / f"{source}.yaml"
     if path.suffix in (".yaml", ".yml"):
@@ -37,16 +37,13 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def presets() -> list[str]:
-    """Names of the configurations that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in (resources.files("latentscenes") / "presets").iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    """Returns the names of the configurations in the package."""
+    names = (entry.name for entry in (resources.files("latentscenes") / "presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """A Config from YAML text; `where` names it in errors."""
+    """Reads a Config from YAML text; `where` names the source in errors."""
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -59,7 +56,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """YAML text that `parse` reads back to an equal Config."""
+    """Returns YAML text that `parse` reads back to an equal Config."""
     return yaml.safe_dump(plain(config), sort_keys=False, width=120)
 
 
@@ -67,14 +64,14 @@ def dump(config: Config) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as dictionaries and lists."""
+    """Converts dataclasses and tuples to dictionaries and lists."""
     if is_dataclass(value):
         return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def change(tree: Any, override: str) -> None:
-    """Set one value of a tree of settings, as `key.key=value` says; in a list, a number or a name picks the entry."""
+    """Applies one override `key.key=value` to a settings tree; list entries go by number or name."""
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"--set {override}: write it as key=value, for instance planes.resolution=32.")
@@ -82,10 +79,9 @@ def change(tree: Any, override: str) -> None:
     for name in parents:
         if isinstance(tree, list):
             tree = tree[_stage_index(tree, name, override)]
-        elif tree.get(name) is None:
-            tree[name] = {}
-            tree = tree[name]
         else:
+            if tree.get(name) is None:
+                tree[name] = {}
             tree = tree[name]
         if not isinstance(tree, dict | list):
             raise UserError(f"--set {override}: {name} holds no further settings.")
@@ -107,7 +103,7 @@ def _stage_index(stages: list, name: str, override: str) -> int:
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (plain YAML) as `kind`, strictly."""
+    """Converts a plain YAML value to the type `kind`. Raises a UserError if it does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
         if not isinstance(value, dict):
@@ -117,14 +113,9 @@ def build(kind: Any, value: Any, where: str) -> Any:
             if key not in hints:
                 near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
                 raise UserError(f"{where}: unknown setting {key!r}; the nearest known is {near[0]!r}.")
-        required = [
-            entry.name
-            for entry in fields(kind)
-            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        ]
-        for name in required:
-            if name not in value:
-                raise UserError(f"{where}: {name!r} is missing.")
+        for entry in fields(kind):
+            if entry.name not in value and entry.default is entry.default_factory is dataclasses.MISSING:
+                raise UserError(f"{where}: {entry.name!r} is missing.")
         return kind(**{key: build(hints[key], item, f"{where}: {key}") for key, item in value.items()})
     if origin is tuple:
         if not isinstance(value, list):
@@ -135,9 +126,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
         return value
     if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else build(next(a for a in arguments if a is not type(None)), value, where)
-        )
+        (inner,) = set(arguments) - {type(None)}
+        return None if value is None else build(inner, value, where)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: the console, progress bars, tables, and numbers in three digits."""
+"""Terminal output: the console, progress bars, tables, and numbers with three digits."""
 
 import html
 import math
@@ -20,9 +20,18 @@ from rich.text import Text
 console = Console(stderr=True)
 
 
+def progress_bar() -> Progress:
+    """Returns a progress bar with remaining time, hidden where the output is not a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
 class StageProgress:
-    """Progress of one stage. Where the output is no terminal, one line every tenth of the way. With a label, it is one
-    of many: the bar bears the label and vanishes at the end, and there are no lines."""
+    """Shows the progress of one stage: a bar in a terminal, else a line after every tenth of the steps.
+
+    `label` marks one of several stages that run side by side: its bar is labeled and removed at the end, and
+    no lines are printed.
+    """
 
     def __init__(self, name: str, index: int, count: int, steps: int, done: int, label: str = ""):
         self.title = f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}"
@@ -44,7 +53,7 @@ class StageProgress:
         return self
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Show the current terms of the loss."""
+        """Shows the step and the current loss terms."""
         note = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         pixels = values.get("rgb", values.get("autoencoder"))
         if pixels:
@@ -60,18 +69,18 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class Table:
-    """Text in cells. The first column holds names, the others numbers."""
+    """A table of text cells. The first column holds names, the others numbers."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: tuple[int, ...] = ()
-    """Rows to stress."""
+    """Rows to highlight."""
     note: str = ""
-    """How to read it."""
+    """Explanation below the table."""
 
     def rich(self) -> RichTable:
-        """For a terminal."""
+        """Returns the table for a terminal."""
         note = Text(self.note) if self.note else None
         table = RichTable(
             title=self.title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE_HEAD
@@ -83,42 +92,31 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown."""
+        """Returns the table in GitHub's Markdown."""
 
         def line(cells: tuple[str, ...], stress: bool = False) -> str:
             shown = (cell.replace("|", "\\|") for cell in cells)
             return "| " + " | ".join(f"**{cell}**" if stress and cell else cell for cell in shown) + " |"
 
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        return (
-            "\n".join(
-                [
-                    line(self.columns),
-                    rule,
-                    *(line(row, index in self.strong) for index, row in enumerate(self.rows)),
-                ]
-            )
-            + "\n"
-        )
+        body = [line(row, index in self.strong) for index, row in enumerate(self.rows)]
+        return "\n".join([line(self.columns), rule, *body, ""])
 
     def html(self) -> str:
-        """A <figure> with a <table> that scrolls sideways where it must."""
+        """Returns a <figure> with a <table> that scrolls sideways if it is too wide."""
 
         def line(cells: tuple[str, ...], kind: str, style: str = "") -> str:
-            return (
-                f"<tr{style}>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
-            )
+            return f"<tr{style}>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
 
-        body = "".join(
-            line(row, "td", ' class="strong"' if index in self.strong else "")
-            for index, row in enumerate(self.rows)
-        )
+        styles = (' class="strong"' if index in self.strong else "" for index in range(len(self.rows)))
+        body = "".join(line(row, "td", style) for row, style in zip(self.rows, styles))
+        table = f"<table><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
         note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
-        return f'<figure><div class="wide"><table><thead>{line(self.columns, "th")}</thead><tbody>{body}</tbody></table></div>{note}</figure>'
+        return f'<figure><div class="wide">{table}</div>{note}</figure>'
 
 
 def bytes_text(count: float | int) -> str:
-    """Three digits in binary units: 0.469 MiB, 1.50 MiB, 319 MiB."""
+    """Formats bytes with three digits in binary units: 0.469 MiB, 1.50 MiB, 319 MiB."""
     for unit, size, least in (("GiB", 1 << 30, 1.0), ("MiB", 1 << 20, 0.1), ("KiB", 1 << 10, 0.1)):
         if count >= least * size:
             return f"{_three_digits(count / size)} {unit}"
@@ -126,7 +124,7 @@ def bytes_text(count: float | int) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Three digits in the unit that suits: 0.412 s, 35.0 s, 2.23 min, 4.10 h; a dash for what is not known."""
+    """Formats a duration with three digits: 0.412 s, 35.0 s, 2.23 min, 4.10 h; a dash for None."""
     if seconds is None:
         return "–"
     for unit, size in (("h", 3600), ("min", 60)):
@@ -136,17 +134,9 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def percent_text(change: float) -> str:
-    """−44 %, with a true minus."""
+    """Formats a change in percent with a true minus sign: −44 %."""
     return f"{change:+.0f} %".replace("-", "−")
 
 
 def _three_digits(value: float) -> str:
-    return (
-        f"{value:.0f}"
-        if value >= 99.95
-        else f"{value:.1f}"
-        if value >= 9.995
-        else f"{value:.2f}"
-        if value >= 0.9995
-        else f"{value:.3f}"
-    )
+    return f"{value:.{sum(value < limit for limit in (99.95, 9.995, 0.9995))}f}"

@@ -1,10 +1,10 @@
-"""The exceptions that are no faults of the program."""
+"""Exceptions that do not mean a bug in the program."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message names the file or setting, says what is wrong and
-    what to do; the command line prints it without a traceback."""
+    """An input is wrong. The message names the file or setting, the problem and the remedy; the command line
+    prints it without a traceback."""
 
 
 class Interrupted(Exception):
-    """Learning was stopped by Ctrl-C or a polite kill, after saving everything."""
+    """Learning was stopped by Ctrl-C or SIGTERM, after saving everything."""

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever happens; what cannot be written; locks; checksums."""
+"""Atomic file writes, write checks with clear errors, file locks and checksums."""
 
 import fcntl
 import hashlib
@@ -18,35 +18,37 @@ from latentscenes.core.errors import UserError
 
 @contextmanager
 def writing_to(path: str | Path) -> Iterator[None]:
-    """Say in words that something could not be written there."""
+    """Turns an OSError into a UserError that says `path` cannot be written."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). Make room, see to permissions, or name another place."
+            f"{path}: cannot be written ({error.strerror or error}). Free some disk space, fix the "
+            "permissions, or choose another path."
         ) from None
 
 
 def check_place(path: str | Path) -> None:
-    """Refuse, before any work is done, the name of a file or new folder that cannot be made.
+    """Checks, before any work is done, that a file or folder can be created at `path`. Creates nothing.
 
     Raises:
-        UserError: what is to hold it is no folder, or may not be written to.
+        UserError: the nearest existing parent is a file, or is not writable.
     """
     path = Path(path)
     with writing_to(path):
         home = next(folder for folder in path.absolute().parents if folder.exists())
     if not home.is_dir():
-        raise UserError(f"{path}: cannot be made, for {home} is a file, not a folder. Name another place.")
+        raise UserError(f"{path}: cannot be created: {home} is a file, not a folder. Choose another path.")
     if not os.access(home, os.W_OK | os.X_OK):
         raise UserError(
-            f"{path}: cannot be made, for {home} may not be written to. Name another place, or see to its permissions."
+            f"{path}: cannot be created: {home} is not writable. Fix that, or choose another path."
         )
 
 
 @contextmanager
 def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
-    """Hold a lock file. Where another holds it: wait, saying so, or refuse."""
+    """Holds a lock file. If another process holds it, waits with a message, or raises a UserError if not
+    `wait`. `holder` says who holds it."""
     with writing_to(path.parent):
         stream = open(path, "w")
     with stream:
@@ -61,17 +63,17 @@ def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is complete on the disk before it bears its name."""
+    """Writes a safetensors file atomically."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def write_json(path: Path, content: object) -> None:
-    """The same for JSON."""
+    """Writes a JSON file atomically."""
     write_bytes(path, json.dumps(content, indent=1, default=str).encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for any bytes."""
+    """Writes a file atomically: under its final name it is either complete on disk or absent."""
     partial = path.with_name(f"{path.name}.partial")
     with writing_to(path):
         try:
@@ -85,13 +87,13 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name
+            os.fsync(folder)  # makes the rename durable
         finally:
             os.close(folder)
 
 
 def payload_checksum(payload: dict[str, Tensor]) -> str:
-    """SHA-256 over names, kinds, shapes and bytes."""
+    """Returns the SHA-256 over names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(payload):
         tensor = payload[name].contiguous()
@@ -106,10 +108,10 @@ def file_checksum(path: Path) -> str:
 
 
 def folder_bytes(path: Path) -> int:
-    """Of all files below a folder."""
+    """Returns the total size of all files below a folder."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def now() -> str:
-    """The time, ISO 8601 in UTC, to the second."""
+    """Returns the current time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

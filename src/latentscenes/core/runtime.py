@@ -1,4 +1,4 @@
-"""What a process sets once at its start: threads, the allocator, the device; and the seeds of its random numbers."""
+"""Process-wide setup (threads, memory allocator, device), seeded random generators, and stop signals."""
 
 import ctypes
 import hashlib
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def set_up(threads: int | None = None, device: str = "auto") -> torch.device:
-    """Set threads and the allocator's thresholds, choose the device (`auto`: CUDA where there is one)."""
+    """Sets threads and allocator thresholds and returns the device (`auto`: CUDA if available)."""
     if threads is not None:
         torch.set_num_threads(threads)
     if sys.platform == "linux":
@@ -23,13 +23,13 @@ def set_up(threads: int | None = None, device: str = "auto") -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no CUDA device here. Use --device cpu.")
+        raise UserError(f"--device {device}: torch finds no CUDA device. Use --device cpu.")
     return torch.device(device)
 
 
 def _keep_freed_pages() -> None:
-    """Stop glibc from returning memory to the kernel at every step and asking it for zeroed pages at the next, which
-    costs close to half of a CPU step. Another C library does not know mallopt; then nothing is lost but that."""
+    """Stops glibc from returning memory to the kernel at each step and requesting zeroed pages at the next,
+    which costs almost half of a CPU step. C libraries without mallopt are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
@@ -37,19 +37,22 @@ def _keep_freed_pages() -> None:
 
 
 def machine_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Returns this machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def seeded(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator that depends on `key` alone: the randomness of a step is a function of (seed, stage, step), so
-    there is no generator state to save, and a resumed run draws what an unbroken one draws."""
+    """Returns a generator seeded by `key` alone.
+
+    With (seed, stage, step) as the key, there is no generator state to save: a resumed run draws the same
+    numbers as an uninterrupted one.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class StopFlag:
-    """True once SIGINT or SIGTERM came in; a second one has its usual effect."""
+    """Becomes true at the first SIGINT or SIGTERM; a second signal has its usual effect."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -66,7 +69,7 @@ class StopFlag:
             self._before = {
                 number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)
             }
-        except ValueError:  # not in the main thread: signals are someone else's business
+        except ValueError:  # only the main thread may handle signals
             self._before = {}
         return self
 

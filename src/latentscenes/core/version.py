@@ -1,3 +1,3 @@
-"""The version of the package, noted in everything that it writes."""
+"""The package version, which is recorded in every file the package writes."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,7 @@
-"""Cameras as people give them: numbers checked, and the usual mix-ups of conventions recognized and named."""
+"""Checks imported cameras and recognizes mixed-up conventions."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,34 +10,28 @@ from torch import Tensor
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras
 from latentscenes.core.errors import UserError
-
-Axes = Literal["opencv", "opengl"]
-"""How a file's cameras are turned. `opencv`: x right, y down, z forward. `opengl`: x right, y up, z backward."""
+from latentscenes.data.options import Axes
 
 OTHER: dict[str, Axes] = {"opencv": "opengl", "opengl": "opencv"}
 
 
 def read_matrix(numbers: Sequence[float], file: Path | str, axes: Axes) -> Float[Tensor, "3 4"]:
-    """Camera-to-world in OpenCV axes from 16 numbers, row by row."""
+    """Returns camera-to-world in OpenCV axes from 16 numbers, row by row."""
     if len(numbers) != 16:
         raise UserError(
-            f"{file}: holds {len(numbers)} numbers; a camera-to-world matrix has 16 (4 rows of 4, row by row)."
+            f"{file}: holds {len(numbers)} numbers; a camera-to-world matrix has 16 (4 rows of 4, row by "
+            "row)."
         )
     matrix = torch.tensor(numbers, dtype=torch.float64).reshape(4, 4)
     if not torch.isfinite(matrix).all():
-        raise UserError(
-            f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view."
-        )
-    if not torch.allclose(matrix[3], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64), atol=1e-4):
-        column = (
-            torch.allclose(matrix[:3, 3], torch.zeros(3, dtype=torch.float64))
+        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Correct or remove it.")
+    if not torch.allclose(matrix[3], torch.eye(4, dtype=torch.float64)[3], atol=1e-4):
+        why = "is it another kind of matrix?"
+        if (
+            torch.allclose(matrix[:3, 3], torch.zeros_like(matrix[:3, 3]))
             and matrix[3, :3].abs().max() > 1e-4
-        )
-        why = (
-            "it looks transposed: the position stands in the last row; write it row by row"
-            if column
-            else "is it another kind of matrix?"
-        )
+        ):
+            why = "it looks transposed: the position stands in the last row; write it row by row"
         raise UserError(
             f"{file}: the last row of the camera matrix is {matrix[3].tolist()} instead of 0 0 0 1; {why}"
         )
@@ -50,10 +43,16 @@ def read_matrix(numbers: Sequence[float], file: Path | str, axes: Axes) -> Float
 def check_cameras(
     cameras: Cameras, files: Sequence[Path | str], box: Box | None, axes: Axes = "opencv"
 ) -> None:
-    """Refuse cameras that cannot be right; `files` says where each came from, `axes` how it was read.
+    """Raises a UserError for cameras that cannot be right.
 
-    Numbers must be finite, rotations proper, focal lengths positive, the principal point near the image. With `box`
-    every camera must see some of it; without, cameras must look toward a common point.
+    Numbers must be finite, rotations proper, focal lengths positive and principal points near the image. With
+    a box, every camera must see some of it; without, the cameras must look toward a common point.
+
+    Args:
+        cameras: all cameras of a scene, in OpenCV axes.
+        files: origin of each camera, for the error message.
+        box: the scene box, if known.
+        axes: axes the cameras were read in, for the hint in the error message.
     """
     for place in _suspects(cameras):
         _check_rotation(cameras.cam2world[place].double(), files[place])
@@ -62,35 +61,29 @@ def check_cameras(
         blind = (~_sees(cameras, box)).nonzero().ravel().tolist()
         if not blind:
             return
-        file, wrong = (
-            files[blind[0]],
-            f"{len(blind)} of {len(files)} cameras, this one first, see nothing of the box",
+        file = files[blind[0]]
+        wrong = f"{len(blind)} of {len(files)} cameras, this one first, see nothing of the box"
+        center, half = (", ".join(f"{number:.4g}" for number in side) for side in (box.center, box.half))
+        advice = (
+            f" (center {center}, half sides {half}). Check that box and cameras share one world, and that "
+            "matrices are camera-to-world; or remove those views."
         )
     elif len(files) < 2 or _converge(cameras):
         return
     else:
-        file, wrong = (
-            files[0],
-            f"the {len(files)} cameras beginning with this one do not look toward a common point",
-        )
-    if cause := _mix_up(cameras, axes):
-        raise UserError(f"{file}: {wrong}. {cause}")
-    if box is not None:
-        raise UserError(
-            f"{file}: {wrong} (center {_short(box.center)}, half sides {_short(box.half)}). Check that box and cameras "
-            "share one world, and that matrices are camera-to-world; or remove those views."
-        )
-    raise UserError(
-        f"{file}: {wrong}, so the object's place is unknown. Check the matrices, or give the box by hand (box=…)."
-    )
+        file = files[0]
+        wrong = f"the {len(files)} cameras beginning with this one do not look toward a common point"
+        advice = ", so the object's place is unknown. Check the matrices, or give the box by hand (box=…)."
+    cause = _mix_up(cameras, axes)
+    raise UserError(f"{file}: {wrong}. {cause}" if cause else f"{file}: {wrong}{advice}")
 
 
 def converging_point(cameras: Cameras) -> tuple[np.ndarray, np.ndarray, float]:
-    """The point nearest to all optical axes, its depth in every camera, and the root mean square distance from the axes."""
+    """Returns the point nearest to all optical axes, its depths, and its RMS distance from the axes."""
     eyes = cameras.cam2world[:, :, 3].double().numpy()
     forward = cameras.cam2world[:, :, 2].double().numpy()
-    across = np.eye(3) - forward[:, :, None] * forward[:, None]  # removes the part along the axis
-    # parallel axes leave one direction free: least squares then takes the point nearest to the mean position
+    across = np.eye(3) - forward[:, :, None] * forward[:, None]  # projects out the axis
+    # For parallel axes, least squares picks the point nearest to the mean position
     middle = eyes.mean(0)
     normal, offset = across.sum(0), np.einsum("vij,vj->i", across, eyes - middle)
     point = middle + np.linalg.lstsq(normal, offset, rcond=1e-6)[0]
@@ -100,18 +93,18 @@ def converging_point(cameras: Cameras) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _converge(cameras: Cameras) -> bool:
-    """Whether cameras stand apart and look toward one point before them."""
+    """Tells whether the cameras stand apart and look toward one point in front of them."""
     _, depth, off_axis = converging_point(cameras)
     eyes = cameras.positions.double()
     apart = float((eyes - eyes.mean(0)).norm(dim=-1).mean())
     distance = float(np.abs(depth).mean())
     if distance < 1e-3 * float(eyes.norm(dim=-1).max()):
-        return False  # all at one place: what world-to-camera matrices of an orbit look like
+        return False  # all at one place, as for world-to-camera matrices of an orbit
     return bool((depth > 0).mean() >= 0.9 and off_axis < 0.4 * distance and apart > 0.02 * distance)
 
 
 def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
-    """The mix-up that, undone, makes the cameras look toward one point; None if none does, or none is needed."""
+    """Describes the mix-up whose reversal makes the cameras converge; None if there is none."""
     if _converge(cameras):
         return None
     flip = OPENGL_TO_OPENCV
@@ -119,75 +112,70 @@ def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
     turned = Cameras(torch.cat([rotation @ flip, position], -1), cameras.intrinsics)
     if _converge(turned):
         return (
-            f"They look away from the object: read as {axes} cameras, but they seem to be {OTHER[axes]} ones "
-            f"(y and z flipped). Pass axes={OTHER[axes]!r}."
+            f"They look away from the object: they were read as {axes} cameras, but seem to be "
+            f"{OTHER[axes]} ones (y and z flipped). Pass axes={OTHER[axes]!r}."
         )
-    given = rotation @ flip if axes == "opengl" else rotation  # the file's own matrix
+    given = rotation @ flip if axes == "opengl" else rotation  # as in the file
     inverse, eye = given.mT, -given.mT @ position
     for kind in (axes, OTHER[axes]):
         inverted = torch.cat([inverse @ flip if kind == "opengl" else inverse, eye], -1)
         if _converge(Cameras(inverted, cameras.intrinsics)):
             return (
-                f"They seem to be world-to-camera matrices (with {kind} axes). Invert every matrix, so that its last column "
-                "is the camera's position" + (f", and pass axes={kind!r}." if kind != axes else ".")
+                f"They seem to be world-to-camera matrices (with {kind} axes). Invert every matrix, so that "
+                "its last column is the camera's position"
+                + (f", and pass axes={kind!r}." if kind != axes else ".")
             )
     return None
 
 
 def _suspects(cameras: Cameras) -> list[int]:
-    """Views that are not plainly right, to be looked at one by one: all at once is far quicker for thousands of scenes."""
-    rotation = cameras.cam2world[:, :, :3]
+    """Returns the views that need a closer look, by one test that is fast for thousands of scenes."""
+    rotation, intrinsics = cameras.cam2world[:, :, :3], cameras.intrinsics
     skew = (rotation.mT @ rotation - torch.eye(3)).abs().amax((1, 2))
-    fine = (
-        (skew < 1e-3) & (torch.linalg.det(rotation) > 0) & torch.isfinite(cameras.cam2world).all(-1).all(-1)
-    )
-    fine &= (
-        (cameras.intrinsics > 0).all(-1)
-        & (cameras.intrinsics[:, 2:] < 1.5).all(-1)
-        & torch.isfinite(cameras.intrinsics).all(-1)
-    )
+    fine = (skew < 1e-3) & (torch.linalg.det(rotation) > 0) & cameras.cam2world.isfinite().all(-1).all(-1)
+    fine &= ((intrinsics > 0) & intrinsics.isfinite()).all(-1) & (intrinsics[:, 2:] < 1.5).all(-1)
     return (~fine).nonzero().ravel().tolist()
 
 
 def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
     if not torch.isfinite(cam2world).all():
-        raise UserError(
-            f"{file}: the camera matrix holds NaN or infinity. Estimate that camera again, or remove the view."
-        )
+        raise UserError(f"{file}: the camera matrix holds NaN or infinity. Correct or remove it.")
     rotation = cam2world[:, :3]
     gram = rotation.mT @ rotation
     scale = float(gram.diagonal().mean().sqrt())
-    if not torch.allclose(gram, torch.eye(3, dtype=torch.float64), atol=2e-3):
-        if scale > 1e-6 and torch.allclose(gram / scale**2, torch.eye(3, dtype=torch.float64), atol=2e-3):
+    identity = torch.eye(3, dtype=torch.float64)
+    if not torch.allclose(gram, identity, atol=2e-3):
+        if scale > 1e-6 and torch.allclose(gram / scale**2, identity, atol=2e-3):
             raise UserError(
-                f"{file}: the camera's rotation is scaled by {scale:.4g}; divide its nine numbers by that (keep the position)."
+                f"{file}: the camera's rotation is scaled by {scale:.4g}; divide its nine numbers by that "
+                "(keep the position)."
             )
         raise UserError(
-            f"{file}: the upper left 3x3 of the camera matrix is not a rotation (columns of length 1 at right angles). "
-            "It must be camera-to-world [R | t; 0 0 0 1] without intrinsics multiplied in."
+            f"{file}: the upper left 3x3 of the camera matrix is not a rotation (columns of length 1 at "
+            "right angles). It must be camera-to-world [R | t; 0 0 0 1] without intrinsics multiplied in."
         )
     if torch.linalg.det(rotation) < 0:
         raise UserError(
-            f"{file}: the camera's rotation mirrors (determinant -1): one axis alone was flipped. Between OpenGL and OpenCV "
-            "both the y and the z column change sign; between y-up and z-up worlds one axis is swapped and another negated."
+            f"{file}: the camera's rotation mirrors (determinant -1): only one axis was flipped. Between "
+            "OpenGL and OpenCV both the y and the z column change sign; between y-up and z-up worlds one "
+            "axis is swapped and another negated."
         )
 
 
 def _check_intrinsics(intrinsics: Float[Tensor, "4"], file: Path | str) -> None:
     fx, fy, cx, cy = intrinsics.tolist()
     if not torch.isfinite(intrinsics).all() or fx <= 0 or fy <= 0:
-        raise UserError(
-            f"{file}: focal lengths {fx:.4g}, {fy:.4g} (in image widths, heights) must be finite and above 0."
-        )
+        raise UserError(f"{file}: focal lengths {fx:.4g}, {fy:.4g} (fractions) must be finite and above 0.")
     if not (-0.5 <= cx <= 1.5 and -0.5 <= cy <= 1.5):
         raise UserError(
-            f"{file}: the principal point lies at {cx:.4g}, {cy:.4g} of the image's width and height, far outside it. "
-            "Probably the intrinsics belong to another image size than the one stated with them; state that size."
+            f"{file}: the principal point lies at {cx:.4g}, {cy:.4g} of the image's width and height, far "
+            "outside it. Probably the intrinsics belong to another image size than the stated one; state "
+            "that size."
         )
 
 
 def _sees(cameras: Cameras, box: Box) -> Tensor:
-    """For every camera, whether some of the box lies in its image (v booleans)."""
+    """Tells for every camera whether some of the box lies in its image (v booleans)."""
     side = torch.linspace(-1, 1, 7)
     grid = torch.cartesian_prod(side, side, side) * torch.tensor(box.half) + torch.tensor(box.center)
     places, depth = cameras.project(grid)
@@ -196,7 +184,3 @@ def _sees(cameras: Cameras, box: Box) -> Tensor:
     reach = torch.stack([(-1 - origins) / directions, (1 - origins) / directions])
     near, far = reach.amin(0).amax(-1), reach.amax(0).amin(-1)
     return shown.any(-1) | ((far >= near) & (far > 0)).any(-1)
-
-
-def _short(numbers: tuple[float, ...]) -> str:
-    return ", ".join(f"{number:.4g}" for number in numbers)

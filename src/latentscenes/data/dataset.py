@@ -1,13 +1,14 @@
-"""Packed posed images: the only thing training reads.
+"""Packed datasets of posed images, the input of training.
 
-A dataset is a folder of plain arrays that are memory-mapped, never decoded:
+A dataset is a folder of plain arrays that are memory-mapped:
 
     views.json    format, scenes (name, first view, number of views, split, held-out views), box, origin
     rgb.npy       uint8   (v, H, W, 3)  over white
-    alpha.npy     uint8   (v, H, W)     where the object's silhouette is known; else absent
-    cameras.npy   float32 (v, 16)       camera-to-world 3x4 row by row, then fx fy cx cy as fractions of the image
+    alpha.npy     uint8   (v, H, W)     the object's silhouette; absent if unknown
+    cameras.npy   float32 (v, 16)       camera-to-world 3x4 row by row, then fx fy cx cy as fractions of the
+    image
 
-Views of one scene lie together. Splits and held-out views are fixed when a dataset is made, and stored.
+The views of one scene are consecutive. Splits and held-out views are chosen when a dataset is made.
 """
 
 import json
@@ -33,18 +34,18 @@ Split = Literal["train", "new"]
 
 @dataclass(frozen=True)
 class Scene:
-    """One object: views first … first + count − 1 of the dataset."""
+    """One object, shown by views first … first + count − 1 of the dataset."""
 
     name: str
     first: int
     count: int
     split: Split
-    """`train`: learned together with the codec (stage 1). `new`: learned later, never seen before (stage 2)."""
+    """`train`: learned together with the codec (stage 1). `new`: unseen by stage 1, learned in stage 2."""
     held_out: tuple[int, ...]
     """Views (0 … count − 1) kept for evaluation; never trained on."""
 
     def views(self, part: Literal["fit", "held_out", "all"]) -> list[int]:
-        """Dataset indices of the views to fit, of those held out, or of all."""
+        """Returns the dataset indices of the training views, of the held-out views, or of all views."""
         held = set(self.held_out)
         keep = {"fit": lambda k: k not in held, "held_out": lambda k: k in held, "all": lambda k: True}[part]
         return [self.first + k for k in range(self.count) if keep(k)]
@@ -52,7 +53,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class PosedImages:
-    """An opened dataset. Arrays are memory-mapped; `images` copies out what is asked for."""
+    """An opened dataset. Arrays are memory-mapped; `images` and `pixels` return copies."""
 
     path: Path
     scenes: tuple[Scene, ...]
@@ -65,30 +66,28 @@ class PosedImages:
 
     @classmethod
     def open(cls, path: str | Path) -> "PosedImages":
+        """Opens a dataset folder. Raises a UserError if files are absent, damaged or of another format."""
         path = Path(path)
         index = path / "views.json"
         if not index.is_file():
-            raise UserError(
-                f"{path}: no dataset here (views.json is absent). Make one with `latentscenes data …`."
-            )
+            raise UserError(f"{path}: no dataset here (views.json is absent). Make one: latentscenes data …")
         try:
             meta = json.loads(index.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
         if meta.get("format") != FORMAT:
             raise UserError(
-                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Make the dataset again."
+                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Remake it."
             )
         try:
             scenes = tuple(
-                Scene(**{**scene, "held_out": tuple(scene["held_out"])}) for scene in meta["scenes"]
+                Scene(**scene | {"held_out": tuple(scene["held_out"])}) for scene in meta["scenes"]
             )
             height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
             box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{index}: incomplete ({type(error).__name__}: {error}). Make the dataset again."
-            ) from None
+            fault = f"{type(error).__name__}: {error}"
+            raise UserError(f"{index}: incomplete ({fault}). Make the dataset again.") from None
         count = sum(scene.count for scene in scenes)
         rgb = _open_array(path / "rgb.npy", (count, height, width, 3), np.uint8)
         alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if has_alpha else None
@@ -102,27 +101,29 @@ class PosedImages:
         return self.rgb.shape[1], self.rgb.shape[2]
 
     def images(self, index: Int[Tensor, "n"] | list[int]) -> UInt8[Tensor, "n 3 H W"]:
-        """Images by dataset index, over white."""
+        """Returns images by dataset index, over white."""
         return torch.from_numpy(self.rgb[np.asarray(index)]).permute(0, 3, 1, 2)
 
     def pixels(self, index: Int[Tensor, "n"], pixels: Int[Tensor, "n k"]) -> UInt8[Tensor, "n k 3"]:
-        """Some pixels (row · W + column) of each of some images."""
+        """Returns some pixels (row · W + column) of each of some images."""
         flat = self.rgb.reshape(len(self.rgb), -1, 3)
         return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
 
     def select(self, split: Split, names: list[str] | None = None, limit: int | None = None) -> list[Scene]:
-        """The scenes of a split in stored order, or those named, at most `limit`."""
+        """Returns the scenes of a split in stored order, or the named ones, at most `limit`."""
         chosen = [scene for scene in self.scenes if scene.split == split]
         if names:
             known = {scene.name: scene for scene in chosen}
             if missing := [name for name in names if name not in known]:
                 raise UserError(
-                    f"{self.path}: no scene {missing[0]!r} in split {split!r}. It has: {', '.join(list(known)[:8])} …"
+                    f"{self.path}: no scene {missing[0]!r} in split {split!r}. It has: "
+                    f"{', '.join(list(known)[:8])} …"
                 )
             chosen = [known[name] for name in names]
         if not chosen:
             raise UserError(
-                f"{self.path}: no scene has split {split!r}. Make the dataset again with some, see `latentscenes data --help`."
+                f"{self.path}: no scene has split {split!r}. Make the dataset again with some (see "
+                "`latentscenes data --help`)."
             )
         return chosen[:limit]
 
@@ -134,30 +135,31 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
     except (ValueError, OSError, EOFError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); it may be truncated. Make the dataset again."
+            f"{path}: unreadable ({error}); it may be truncated. Make the dataset again."
         ) from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
-            f"{path}: holds {array.dtype} {array.shape}, views.json says {np.dtype(dtype)} {shape}. Make the dataset again."
+            f"{path}: holds {array.dtype} {array.shape}, but views.json says {np.dtype(dtype)} {shape}. "
+            "Make the dataset again."
         )
     return array
 
 
 def spread(count: int, held_out: int) -> tuple[int, ...]:
-    """`held_out` of `count` views, evenly spread, deterministic."""
+    """Returns the indices of `held_out` of `count` views, evenly spread."""
     if held_out >= count:
-        raise UserError(f"{held_out} views held out of {count} leaves none to learn from; hold out fewer.")
+        raise UserError(f"{held_out} of {count} views held out leaves none to learn from; hold out fewer.")
     return tuple(sorted({int((k + 0.5) * count / held_out) for k in range(held_out)}))
 
 
 def spread_evenly(index: list[int], count: int) -> list[int]:
-    """`count` of them at most, evenly spread."""
+    """Returns at most `count` of the indices, evenly spread."""
     count = min(count, len(index))
     return [index[int((k + 0.5) * len(index) / count)] for k in range(count)]
 
 
 class DatasetWriter:
-    """Writes a dataset scene by scene; nothing appears under its final name until `finish`.
+    """Writes a dataset scene by scene. The folder gets its final name only in `finish`.
 
     with DatasetWriter("cars", size=(128, 128), alpha=True, origin="…") as writer:
         writer.add("car_0001", images, cameras, "train", held_out=spread(40, 4), alpha=alphas)
@@ -167,9 +169,7 @@ class DatasetWriter:
     def __init__(self, path: str | Path, size: tuple[int, int], alpha: bool, origin: str):
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(
-                f"{self.path}: exists and is not an empty folder. Name another, or remove it first."
-            )
+            raise UserError(f"{self.path}: exists and is not an empty folder. Remove it or choose another.")
         check_place(self.path)
         self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         self.size, self.has_alpha, self.origin = size, alpha, origin
@@ -192,15 +192,14 @@ class DatasetWriter:
         held_out: tuple[int, ...],
         alpha: UInt8[np.ndarray, "v H W"] | None = None,
     ) -> None:
-        """Append one scene."""
+        """Appends one scene. Raises a UserError if sizes, counts or the name do not fit the dataset."""
         if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
             raise UserError(
-                f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with {len(cameras)} cameras; the dataset holds {self.size[1]}x{self.size[0]}."
+                f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with "
+                f"{len(cameras)} cameras; the dataset holds images of {self.size[1]}x{self.size[0]}."
             )
         if self.has_alpha and (alpha is None or alpha.shape != images.shape[:3]):
-            raise UserError(
-                f"scene {name!r}: this dataset holds silhouettes, but this scene has none of its images' number and size."
-            )
+            raise UserError(f"scene {name!r}: silhouettes are absent, or unlike its images in shape.")
         if any(scene.name == name for scene in self.scenes):
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
@@ -208,14 +207,13 @@ class DatasetWriter:
         self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
         if self._alpha is not None:
             self._alpha.write(np.ascontiguousarray(alpha).data)
-        self.cameras.append(
-            torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1).float().numpy()
-        )
+        packed = torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1)
+        self.cameras.append(packed.float().numpy())
 
     def finish(self, box: Box) -> None:
-        """Write the index and move the folder into place."""
+        """Writes the index and gives the folder its final name."""
         if not self.scenes:
-            raise UserError(f"{self.path}: no scene was added; there is nothing to write.")
+            raise UserError(f"{self.path}: no scene was added; nothing to write.")
         count, (height, width) = sum(scene.count for scene in self.scenes), self.size
         self._close()
         _raw_to_npy(self.partial / "rgb.raw", self.partial / "rgb.npy", (count, height, width, 3))
@@ -223,14 +221,9 @@ class DatasetWriter:
             _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
         np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
         meta = {
-            "format": FORMAT,
-            "height": height,
-            "width": width,
-            "alpha": self.has_alpha,
-            "origin": self.origin,
-            "box": asdict(box),
-            "scenes": [asdict(scene) for scene in self.scenes],
-        }
+            "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha,
+            "origin": self.origin, "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
+        }  # fmt: skip
         (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
         if self.path.exists():
             self.path.rmdir()
@@ -247,7 +240,7 @@ class DatasetWriter:
 
 
 def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
-    """Give a raw dump of uint8 its npy header."""
+    """Turns a raw dump of uint8 into an npy file."""
     with open(raw, "rb") as source, open(target, "wb") as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         shutil.copyfileobj(source, out, 16 << 20)
@@ -258,32 +251,28 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
 
 
 def join(folders: Sequence[Path], out: Path) -> PosedImages:
-    """A new dataset at `out` with the scenes of all `folders`, in their order, each with its split and held-out views.
+    """Makes a dataset at `out` from all scenes of `folders`, with their splits and held-out views.
 
     Raises:
-        UserError: fewer than two datasets, images of different sizes, a scene's name in two of them, or `out` is taken.
+        UserError: fewer than two datasets, different image sizes, a repeated name, or `out` is not empty.
     """
     if len(folders) < 2:
         raise UserError(f"{len(folders)} dataset to join: name two or more.")
     parts = [PosedImages.open(folder) for folder in folders]
     _check(parts)
     alpha = all(part.alpha is not None for part in parts)
-    with DatasetWriter(
-        out, parts[0].size, alpha=alpha, origin="; ".join(part.origin for part in parts)
-    ) as writer:
+    with DatasetWriter(out, parts[0].size, alpha, "; ".join(part.origin for part in parts)) as writer:
         for part in parts:
             for scene in part.scenes:
                 views = slice(scene.first, scene.first + scene.count)
-                silhouettes = part.alpha[views] if alpha else None
-                writer.add(
-                    scene.name, part.rgb[views], part.cameras[views], scene.split, scene.held_out, silhouettes
-                )
+                rgb, masks = part.rgb[views], part.alpha[views] if alpha else None
+                writer.add(scene.name, rgb, part.cameras[views], scene.split, scene.held_out, masks)
         writer.finish(box_of([part.box for part in parts]))
     return PosedImages.open(out)
 
 
 def box_of(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of these."""
+    """Returns the smallest box that holds all boxes."""
     low = np.min([np.subtract(box.center, box.half) for box in boxes], 0)
     high = np.max([np.add(box.center, box.half) for box in boxes], 0)
     return Box(tuple(((low + high) / 2).tolist()), tuple(((high - low) / 2).tolist()))
@@ -294,12 +283,14 @@ def _check(parts: list[PosedImages]) -> None:
     for part in parts:
         if part.size != first.size:
             (height, width), (rows, columns) = part.size, first.size
-            differ = (
-                f"{part.path}: images of {width}x{height}, but those of {first.path} are {columns}x{rows}"
+            raise UserError(
+                f"{part.path}: images of {width}x{height}, but those of {first.path} are {columns}x{rows}. "
+                "Make both with the same --size."
             )
-            raise UserError(f"{differ}. Make both with the same --size.")
         for scene in part.scenes:
             if scene.name in owner:
-                twice = f"{part.path}: scene {scene.name!r} is in {owner[scene.name]}, too"
-                raise UserError(f"{twice}; names must differ. Rename it in views.json of one.")
+                raise UserError(
+                    f"{part.path}: scene {scene.name!r} is also in {owner[scene.name]}. Rename it in one "
+                    "views.json."
+                )
             owner[scene.name] = part.path

@@ -1,39 +1,36 @@
-"""A folder of meshes → a dataset: every GLB, glTF, OBJ or PLY is read, brought to one size and photographed.
+"""Renders a folder of meshes (GLB, glTF, OBJ, PLY) into a dataset.
 
-Notable:
-- What cannot be read is named with the reason; nothing is left out in silence.
-- glTF states its axes (y up) and that factors and vertex colors are linear light; both are honored.
-- Objects have the middle of their bounding box at the origin and its diagonal 1, z up.
+- Every file that cannot be read is reported with the reason.
+- glTF files have y up, and their factors and vertex colors are linear light.
+- Objects are moved and scaled: bounding box centered at the origin, with diagonal 1, z up.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import trimesh
 from jaxtyping import Float, UInt8
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latentscenes.core.console import console, progress_bar
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import DatasetWriter, Split, spread
+from latentscenes.data.dataset import DatasetWriter, Split
 from latentscenes.data.importing import choose_splits
+from latentscenes.data.options import Up, ViewOptions
 from latentscenes.data.raycast import (
     BLEND,
     DEFAULT_VIEWS,
     OPAQUE,
-    RayCaster,
     TriangleSoup,
-    ViewOptions,
+    render_object,
+    scene_box,
     soup_from_mesh,
-)
+)  # fmt: skip
 
-Up = Literal["auto", "y", "z"]
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
-"""What is read, and which axis points up where `up` is "auto"."""
+"""Readable formats, and the axis that points up if `up` is "auto"."""
 Y_TO_Z = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 
 
@@ -48,27 +45,25 @@ def make_meshes(
     limit: int | None = None,
     strict: bool = False,
 ) -> None:
-    """Photograph meshes into a new dataset.
+    """Renders meshes into a new dataset.
 
     Args:
-        folder: a folder (searched with its subfolders), or one file, of GLB, glTF, OBJ or PLY.
+        folder: a folder, searched with its subfolders, or one file.
         out: the dataset's folder; must not exist or be empty.
         options: views, size, held-out views, seed, camera distance, scene box.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`, how many meshes, the last by name, are new scenes instead of training ones.
-        up: the axis that points up in the files. auto: y in glTF and OBJ, z in PLY.
-        limit: read at most so many meshes of each split.
-        strict: stop at the first file that cannot be read, instead of reporting it at the end.
+        new: without `split`: mark the last meshes by name, this many, as new; the others as train.
+        up: the axis that points up in the files; auto: y in glTF and OBJ, z in PLY.
+        limit: read at most this many meshes of each split.
+        strict: raise a UserError for the first file that cannot be read, instead of reporting it at the end.
     """
-    console = Console(stderr=True)
     files = find_meshes(Path(folder))
     listed = choose_splits(list(files), split, new)
     splits, unlisted = _at_most(limit, listed), sorted(set(files) - set(listed))
     bounds, failed, remarks = [], {}, {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}") as writer,
-        Progress(*columns, console=console) as progress,
+        progress_bar() as progress,
     ):
         for name in progress.track(splits, description="rendering meshes"):
             try:
@@ -78,50 +73,28 @@ def make_meshes(
                     raise
                 failed[name] = str(error)
                 continue
-            options.check_fits(name, soup.bounds)
-            cameras = options.cameras(name)
-            rgb, alpha = RayCaster(soup).render(cameras, options.size, options.samples)
-            writer.add(name, rgb, cameras, splits[name], spread(options.views, options.held_out), alpha)
+            render_object(writer, name, soup, splits[name], options)
             bounds.append(soup.bounds)
         if not bounds:
-            raise UserError(
-                f"{folder}: none of {len(splits)} meshes could be read.\n" + "\n".join(failed.values())
-            )
-        writer.finish(options.scene_box(bounds))
-    _report(console, out, len(bounds), failed, remarks, unlisted)
-
-
-def _report(
-    console: Console,
-    out: Path,
-    count: int,
-    failed: dict[str, str],
-    remarks: dict[str, list[str]],
-    unlisted: list[str],
-) -> None:
-    """Say what was read and, by name, what was not."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(f"{out}: {count} scenes")
-    for name, lines in remarks.items():
-        for line in lines:
-            say(f"remark: {name}: {line}")
+            reasons = "\n".join(failed.values())
+            raise UserError(f"{folder}: none of {len(splits)} meshes could be read.\n{reasons}")
+        writer.finish(scene_box(bounds, options))
+    lines = [f"{out}: {len(bounds)} scenes"]
+    lines += [f"remark: {name}: {line}" for name in remarks for line in remarks[name]]
     if unlisted:
         some = ", ".join(unlisted[:3]) + (" …" if len(unlisted) > 3 else "")
-        say(f"{len(unlisted)} left out, as the split file does not name them: {some}")
+        lines.append(f"{len(unlisted)} left out, as the split file does not name them: {some}")
     if failed:
-        say(f"{len(failed)} of {len(failed) + count} could not be read:")
-        for reason in failed.values():
-            say(f"  {reason}")
+        lines.append(f"{len(failed)} of {len(splits)} could not be read:")
+        lines += [f"  {reason}" for reason in failed.values()]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def find_meshes(folder: Path) -> dict[str, Path]:
-    """Mesh files by name: the path inside the folder without its ending, folders joined by `__`; sorted."""
+    """Returns mesh files by name, sorted. A name is the path inside the folder, `/` as `__`, no ending."""
     if folder.is_file():
         if folder.suffix.lower() not in FORMATS:
-            raise UserError(f"{folder}: not a mesh that can be read; give {', '.join(FORMATS)}.")
+            raise UserError(f"{folder}: not a readable mesh format; give {', '.join(FORMATS)}.")
         return {folder.stem: folder}
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")
@@ -130,28 +103,21 @@ def find_meshes(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() in FORMATS and path.is_file():
             name = "__".join(path.relative_to(folder).with_suffix("").parts)
             if name in files:
-                raise UserError(
-                    f"{path} and {files[name]} would both be called {name!r}; rename or remove one."
-                )
+                raise UserError(f"{path} and {files[name]} are both named {name!r}; rename or remove one.")
             files[name] = path
     if not files:
-        raise UserError(f"{folder}: holds no mesh ({', '.join(FORMATS)}), nor do its subfolders.")
+        raise UserError(f"{folder}: holds no mesh ({', '.join(FORMATS)}), even in subfolders.")
     return files
 
 
 def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
-    """The first `limit` scenes of each split; None: all."""
-    counts = {"train": 0, "new": 0}
-    chosen = {}
-    for name, part in splits.items():
-        counts[part] += 1
-        if limit is None or counts[part] <= limit:
-            chosen[name] = part
-    return chosen
+    """Returns the first `limit` scenes of each split; None: all."""
+    kept = {name for part in ("train", "new") for name in [n for n in splits if splits[n] == part][:limit]}
+    return {name: part for name, part in splits.items() if name in kept}
 
 
 def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
-    """A mesh file as a normalized soup with z up, and the loader's remarks about it (a texture not found, say)."""
+    """Reads a mesh file as a normalized soup with z up, and the loader's remarks (a missing texture)."""
     suffix = path.suffix.lower()
     with _remarks() as remarks:
         try:
@@ -159,11 +125,10 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
             soups = [_soup(mesh, linear=suffix in (".glb", ".gltf")) for mesh in _surfaces(scene)]
         except UserError:
             raise
-        except Exception as error:  # a broken file may break its reader in any way
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise UserError(
-                f"{path}: cannot be read; it is damaged or not {suffix[1:].upper()} ({reason})."
-            ) from None
+        except Exception as error:  # damaged files can raise anything
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            kind = suffix[1:].upper()
+            raise UserError(f"{path}: cannot be read; it is damaged or not {kind} ({reason}).") from None
     if not soups:
         raise UserError(f"{path}: holds no triangles.")
     soup = TriangleSoup.joined(soups)
@@ -177,7 +142,7 @@ def read_mesh(path: Path, up: Up = "auto") -> tuple[TriangleSoup, list[str]]:
 
 
 def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
-    """Every mesh with triangles, at its place. (trimesh's own `dump` forgets vertex colors that stand beside a material.)"""
+    """Yields every mesh in scene coordinates. (trimesh's `dump` loses vertex colors beside a material.)"""
     for node in scene.graph.nodes_geometry:
         matrix, name = scene.graph[node]
         mesh = scene.geometry[name]
@@ -185,17 +150,16 @@ def _surfaces(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
             continue
         placed = mesh.copy()
         placed.apply_transform(matrix)
-        if (
-            isinstance(mesh.visual, trimesh.visual.TextureVisuals)
-            and "color" in mesh.visual.vertex_attributes
-        ):
-            placed.visual.vertex_attributes["color"] = mesh.visual.vertex_attributes["color"]
+        if isinstance(mesh.visual, trimesh.visual.TextureVisuals):
+            attributes = mesh.visual.vertex_attributes
+            if "color" in attributes:
+                placed.visual.vertex_attributes["color"] = attributes["color"]
         yield placed
 
 
 @contextmanager
 def _remarks() -> Iterator[list[str]]:
-    """Collects what trimesh would only log: warnings, and the losses that it mentions at debug level."""
+    """Collects trimesh's warnings, and its debug messages about lost content."""
     lines: list[str] = []
 
     class Collector(logging.Handler):
@@ -219,7 +183,7 @@ def _remarks() -> Iterator[list[str]]:
 
 
 def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
-    """One mesh with one material. `linear`: factors and vertex colors are linear light, not sRGB values."""
+    """Converts a mesh. `linear`: its factors and vertex colors are linear light, not sRGB."""
     uv, texture, cutoff, factor = None, None, OPAQUE, np.ones(4)
     colors = np.ones((len(mesh.vertices), 4))
     visual = mesh.visual
@@ -239,37 +203,26 @@ def _soup(mesh: trimesh.Trimesh, linear: bool) -> TriangleSoup:
     if linear:
         colors, factor = _to_srgb(colors), _to_srgb(factor)
     return soup_from_mesh(
-        mesh.vertices,
-        mesh.faces,
-        normals=_normals(mesh),
-        uv=uv,
-        colors=colors * factor,
-        texture=texture,
-        cutoff=cutoff,
-    )
+        mesh.vertices, mesh.faces,
+        normals=_normals(mesh), uv=uv, colors=colors * factor, texture=texture, cutoff=cutoff,
+    )  # fmt: skip
 
 
 def _normals(mesh: trimesh.Trimesh) -> Float[np.ndarray, "p 3"] | None:
-    """The file's own vertex normals; else None, for flat triangles."""
+    """Returns the file's vertex normals, or None if they are absent or unusable."""
     if "vertex_normals" not in mesh._cache.cache:
         return None
     normals = np.asarray(mesh.vertex_normals)
-    usable = (
-        normals.shape == mesh.vertices.shape
-        and np.isfinite(normals).all()
-        and (np.abs(normals).max(1) > 0.1).all()
-    )
-    return normals if usable else None
+    usable = normals.shape == mesh.vertices.shape and np.isfinite(normals).all()
+    return normals if usable and (np.abs(normals).max(1) > 0.1).all() else None
 
 
 def _material(material: object) -> tuple[UInt8[np.ndarray, "h w 4"] | None, Float[np.ndarray, "4"], float]:
-    """Texture, color factor and cutoff of a glTF or MTL material."""
+    """Returns texture, color factor and cutoff of a glTF or MTL material."""
     if isinstance(material, trimesh.visual.material.PBRMaterial):
         picture, factor, mode = material.baseColorTexture, material.baseColorFactor, material.alphaMode
-        cutoff = {
-            "MASK": 0.5 if material.alphaCutoff is None else float(material.alphaCutoff),
-            "BLEND": BLEND,
-        }.get(mode, OPAQUE)
+        threshold = 0.5 if material.alphaCutoff is None else float(material.alphaCutoff)
+        cutoff = {"MASK": threshold, "BLEND": BLEND}.get(mode, OPAQUE)
     else:
         picture, factor = getattr(material, "image", None), getattr(material, "diffuse", None)
         cutoff = 0.5
@@ -278,7 +231,7 @@ def _material(material: object) -> tuple[UInt8[np.ndarray, "h w 4"] | None, Floa
 
 
 def _rgba(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
-    """Colors with three or four channels, bytes, 16-bit or fractions, as fractions with alpha."""
+    """Converts colors (3 or 4 channels; bytes, 16-bit or fractions) to fractions with alpha."""
     scale = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
     values = values / scale
     if values.shape[-1] == 3:
@@ -287,9 +240,8 @@ def _rgba(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
 
 
 def _to_srgb(rgba: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n 4"]:
-    """Linear light → sRGB values; alpha stays."""
+    """Converts linear light to sRGB values (IEC 61966-2-1); alpha stays."""
     light = rgba[..., :3]
-    encoded = np.where(
-        light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055
-    )
+    curve = 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055
+    encoded = np.where(light <= 0.0031308, 12.92 * light, curve)
     return np.concatenate([encoded, rgba[..., 3:]], -1)

@@ -1,10 +1,11 @@
-"""The ShapeNet-SRN layout, and EG3D's `dataset.json`.
+"""Imports the ShapeNet-SRN layout, and EG3D's `dataset.json`.
 
     <object>/rgb/000000.png …     RGB on white, or RGBA
     <object>/pose/000000.txt …    16 numbers, camera-to-world, OpenCV axes, world z up
-    <object>/intrinsics.txt       first line: focal cx cy 0; last line: height width, the size these are stated for
+    <object>/intrinsics.txt       first line: focal cx cy 0; last line: height width, to which the first line
+    refers
 
-The size in intrinsics.txt need not be the images': the published cars state 512 px for images of 128.
+The size in intrinsics.txt may differ from the images': the published cars state 512 px for images of 128.
 """
 
 import json
@@ -16,21 +17,21 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.checks import Axes, read_matrix
+from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size
 from latentscenes.data.importing import (
     Imported,
-    ImportOptions,
     Progress,
     Source,
     import_scenes,
     natural_key,
     open_folder,
     subfolders,
-)
+)  # fmt: skip
+from latentscenes.data.options import Axes, ImportOptions
 
 ABOVE = -0.5
-"""Camera height above which a view belongs to the "Above" subset."""
+"""Least camera height of the "Above" subset."""
 IMAGES = {".png", ".jpg", ".jpeg"}
 
 
@@ -44,45 +45,44 @@ def make_srn(
     options: ImportOptions | None = None,
     progress: Progress | None = None,
 ) -> Imported:
-    """Pack objects in ShapeNet-SRN's layout, or an EG3D export with `dataset.json`, into a dataset.
+    """Packs objects in the ShapeNet-SRN layout, or an EG3D export with `dataset.json`, into a dataset.
 
     Args:
         folder: a folder of objects, one object, or a folder with EG3D's dataset.json.
-        out: the dataset to make; must not exist yet, or be an empty folder.
+        out: the dataset to make; must not exist or be an empty folder.
         above: keep only views whose camera height (world z) is above -0.5.
-        axes: `opengl` if poses look along -z with y up, against the layout's custom.
-        intrinsics_size: the size (height, width; one number if square) that intrinsics.txt is stated for, where its
+        axes: camera axes of the files; `opengl` if poses look along -z with y up.
+        intrinsics_size: the size (height, width; one number if square) that intrinsics.txt refers to, if its
             last line is wrong.
-        options: size, box, background, splits and held-out views: see `ImportOptions`.
-        progress: called after each scene.
+        options: size, box, background, splits and held-out views.
+        progress: called for each scene.
     """
     folder = open_folder(folder)
     stated = (intrinsics_size,) * 2 if isinstance(intrinsics_size, int) else intrinsics_size
-    objects = _objects(folder)
-    if objects:
-
-        def load(name: str) -> Source:
-            return _above(_read_object(objects[name], axes, stated), name, above)
-
-        names = list(objects)
-    elif (folder / "dataset.json").is_file():
+    objects, labels = _objects(folder), {}
+    if not objects and (folder / "dataset.json").is_file():
         labels = _read_labels(folder / "dataset.json")
-
-        def load(name: str) -> Source:
-            return _above(_labelled(folder, labels[name], axes), name, above)
-
-        names = list(labels)
-    else:
+    if not objects and not labels:
         nested = [entry for entry in subfolders(folder) if _objects(entry)]
-        hint = f"It holds collections: import one of them, for instance {nested[0]}." if nested else ""
+        hint = f" It holds collections: import one of them, for instance {nested[0]}." if nested else ""
         raise UserError(
-            f"{folder}: no objects in ShapeNet-SRN's layout (<object>/rgb, /pose, intrinsics.txt) and no dataset.json. {hint}"
+            f"{folder}: no objects in the ShapeNet-SRN layout (<object>/rgb, /pose, intrinsics.txt) and no "
+            f"dataset.json.{hint}"
         )
+
+    def load(name: str) -> Source:
+        if objects:
+            source = _read_object(objects[name], axes, stated)
+        else:
+            source = _labeled(folder, labels[name], axes)
+        return _above(source, name) if above else source
+
+    names = list(objects or labels)
     return import_scenes(folder, names, load, out, options or ImportOptions(), axes, progress)
 
 
 def _objects(folder: Path) -> dict[str, Path]:
-    """Objects by name, if there are any: `folder` itself or its subfolders."""
+    """Returns objects by name: `folder` itself or its subfolders; empty if there are none."""
     if (folder / "rgb").is_dir() or (folder / "pose").is_dir():
         return {folder.resolve().name: folder}
     inside = subfolders(folder)
@@ -95,25 +95,19 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
     for part in ("rgb", "pose"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"{folder / part}: no such folder, though other objects have one. Complete the object, or move it away."
+                f"{folder / part}: no such folder, but other objects have one. Complete or remove the object."
             )
-    images = sorted(
-        (p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES),
-        key=lambda p: natural_key(p.stem),
-    )
+    images = [p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES]
+    images.sort(key=lambda p: natural_key(p.stem))
     poses = {p.stem: p for p in (folder / "pose").glob("*.txt")}
     if not images:
-        raise UserError(
-            f"{folder / 'rgb'}: holds no PNG or JPEG image. Complete the object, or move it away."
-        )
+        raise UserError(f"{folder / 'rgb'}: holds no PNG or JPEG. Complete the object, or move it away.")
     if lone := [p for p in images if p.stem not in poses]:
         raise UserError(f"{lone[0]}: has no pose; {folder / 'pose' / (lone[0].stem + '.txt')} is absent.")
     if len(images) != len(poses):
         known = {p.stem for p in images}
         lone_pose = next(poses[stem] for stem in sorted(poses, key=natural_key) if stem not in known)
-        raise UserError(
-            f"{lone_pose}: has no image in {folder / 'rgb'}. Restore the image, or remove the pose."
-        )
+        raise UserError(f"{lone_pose}: has no image in {folder / 'rgb'}. Restore it, or remove the pose.")
     files = tuple(poses[p.stem] for p in images)
     matrices = torch.stack([read_matrix(_numbers(file), file, axes) for file in files])
     intrinsics = _read_intrinsics(folder / "intrinsics.txt", images[0], stated)
@@ -121,24 +115,25 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
 
 
 def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) -> Tensor:
-    """fx, fy, cx, cy as fractions of the image."""
+    """Returns fx, fy, cx, cy as fractions of the image."""
     lines = [line.split() for line in _text(file).splitlines() if line.strip()]
     try:
         focal, cx, cy = (float(part) for part in lines[0][:3])
         height, width = (float(part) for part in lines[-1]) if stated is None else stated
     except (ValueError, IndexError):
         raise UserError(
-            f"{file}: the first line must hold focal, cx and cy (in pixels), the last one height and width."
+            f"{file}: the first line must hold focal, cx and cy, the last height and width."
         ) from None
     if min(height, width) <= 0:
         raise UserError(
-            f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above 0."
+            f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above "
+            "0."
         )
     real = image_size(image)
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
-            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is {real[1]}x{real[0]}: "
-            "another shape. Correct the last line, or pass intrinsics_size."
+            f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is "
+            f"{real[1]}x{real[0]}, another shape. Correct the last line, or pass intrinsics_size."
         )
     if not (0 <= cx <= width and 0 <= cy <= height):
         raise UserError(
@@ -149,13 +144,14 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
 
 
 def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
-    """EG3D's labels by object (the images' folder), each a list of (image, 25 numbers)."""
+    """Reads EG3D's labels by object (the images' folder), each a list of (image, 25 numbers)."""
     try:
         labels = json.loads(_text(file))["labels"]
         pairs = [(str(path), [float(number) for number in numbers]) for path, numbers in labels]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        fault = f"{type(error).__name__}: {error}"
         raise UserError(
-            f'{file}: must hold {{"labels": [["image.png", [25 numbers]], …]}} ({type(error).__name__}: {error}).'
+            f'{file}: must hold {{"labels": [["image.png", [25 numbers]], …]}} ({fault}).'
         ) from None
     if not pairs:
         raise UserError(f"{file}: its list of labels is empty.")
@@ -164,18 +160,17 @@ def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
         folder = Path(path).parent
         name = (folder.parent if folder.name == "rgb" else folder).as_posix()
         if name == ".":
-            raise UserError(
-                f"{file}: {path} lies in no object's subfolder, so which images show the same object is unknown."
-            )
+            raise UserError(f"{file}: {path} must lie in the subfolder of an object.")
         if len(numbers) != 25:
             raise UserError(
-                f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 intrinsics)."
+                f"{file}: {path} has {len(numbers)} numbers; a label has 25 (16 camera-to-world, 9 "
+                "intrinsics)."
             )
         scenes.setdefault(name, []).append((path, numbers))
     return scenes
 
 
-def _labelled(folder: Path, labels: list[tuple[str, list[float]]], axes: Axes) -> Source:
+def _labeled(folder: Path, labels: list[tuple[str, list[float]]], axes: Axes) -> Source:
     labels = sorted(labels, key=lambda label: natural_key(label[0]))
     files = tuple(f"{folder / 'dataset.json'} ({path})" for path, _ in labels)
     matrices, intrinsics = [], []
@@ -183,30 +178,22 @@ def _labelled(folder: Path, labels: list[tuple[str, list[float]]], axes: Axes) -
         matrices.append(read_matrix(numbers[:16], file, axes))
         fx, skew, cx, lower, fy, cy, *last = numbers[16:]
         if abs(skew) > 1e-6 or abs(lower) > 1e-6 or last != [0, 0, 1]:
-            raise UserError(
-                f"{file}: intrinsics must be fx 0 cx 0 fy cy 0 0 1, as fractions of the image, without skew."
-            )
+            raise UserError(f"{file}: intrinsics must be fx 0 cx 0 fy cy 0 0 1 (fractions, no skew).")
         if fx > 20 or fy > 20:
             raise UserError(
-                f"{file}: intrinsics are fractions of the image in dataset.json; {fx:g} looks like pixels. Divide by the size."
+                f"{file}: intrinsics are fractions of the image in dataset.json, but {fx:g} looks like "
+                "pixels. Divide by the size."
             )
         intrinsics.append([fx, fy, cx, cy])
-    return Source(
-        tuple(folder / path for path, _ in labels),
-        Cameras(torch.stack(matrices), torch.tensor(intrinsics)),
-        files,
-    )
+    cameras = Cameras(torch.stack(matrices), torch.tensor(intrinsics))
+    return Source(tuple(folder / path for path, _ in labels), cameras, files)
 
 
-def _above(source: Source, name: str, above: bool) -> Source:
-    """Only the views from above, if wanted."""
-    if not above:
-        return source
+def _above(source: Source, name: str) -> Source:
+    """Returns the source with only the views from above."""
     keep = (source.cameras.positions[:, 2] > ABOVE).nonzero().ravel()
     if not len(keep):
-        raise UserError(
-            f"scene {name!r}: no camera is higher than z = {ABOVE}; import without above, or check that z is up."
-        )
+        raise UserError(f"scene {name!r}: no camera is above z = {ABOVE}. Check that z is up.")
     return replace(
         source,
         images=tuple(source.images[k] for k in keep),

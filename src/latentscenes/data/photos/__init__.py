@@ -1,0 +1,1 @@
+"""Import of photographs with COLMAP reconstructions and masks. Imports only core and files of data."""

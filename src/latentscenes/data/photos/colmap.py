@@ -1,10 +1,8 @@
-"""COLMAP reconstructions, read through pycolmap: photographs with their lenses and poses.
+"""Reads COLMAP reconstructions through pycolmap: photographs with their lenses and poses.
 
-Notable:
-- COLMAP's poses are world-to-camera in OpenCV axes. The corner of its first pixel is (0, 0), as ours is.
-- COLMAP reads pixels as they lie in the file, and ignores what phones note about their orientation (EXIF). So that note
-  says which side of a photograph is up.
-- pycolmap itself projects, so all its lenses that are not panoramas are understood.
+- COLMAP's poses are world-to-camera in OpenCV axes. Its first pixel has its corner at (0, 0), as here.
+- COLMAP ignores the EXIF orientation, so this says which side of a photograph is up.
+- pycolmap does the projection, so all its lens models except panoramas are supported.
 """
 
 from dataclasses import dataclass
@@ -24,18 +22,18 @@ from latentscenes.data.images import image_size
 from latentscenes.data.importing import natural_key, subfolders
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
-"""Endings by which photographs are counted."""
+"""File endings of photographs."""
 FEWEST = 10
-"""Photographs that an object needs at least."""
+"""Least number of photographs of an object."""
 WIDEST = 3.0
-"""Tangent of the largest angle from the optical axis that is looked at; a rectilinear picture of more is all rim."""
+"""Largest tangent of the angle from the optical axis; wider rectilinear images are mostly rim."""
 
 
 class Lens:
-    """Where directions appear in the photographs of one COLMAP camera."""
+    """Projection of directions into the photographs of one COLMAP camera."""
 
     def __init__(self, camera: Any, source: Path):
-        """`camera`: a pycolmap.Camera. `source`: the model it came from, for messages."""
+        """`camera`: a pycolmap.Camera. `source`: the model's folder, for messages."""
         self.camera = camera
         self.focal = float(camera.mean_focal_length()) / camera.width
         """As a fraction of the photograph's width."""
@@ -46,51 +44,55 @@ class Lens:
         rays = rays[np.isfinite(rays).all(-1)]
         if not len(rays):
             raise UserError(
-                f"{source}: the lens of camera {camera.camera_id} ({camera.model.name} {camera.params.tolist()}) cannot be "
-                "undone at the photograph's border. Run COLMAP again with a simpler lens model, SIMPLE_RADIAL say."
+                f"{source}: the lens of camera {camera.camera_id} ({camera.model.name} "
+                f"{camera.params.tolist()}) cannot be inverted at the photograph's border. Run COLMAP again "
+                "with a simpler lens model, such as SIMPLE_RADIAL."
             )
         self.reach = float(min(np.hypot(*rays.T).max(), WIDEST))
-        """Tangent of the largest angle from the optical axis at which anything is shown."""
+        """Tangent of the largest angle from the optical axis that the photograph shows."""
 
     def project(self, toward: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 2"]:
-        """Where directions in camera axes appear, as fractions (x, y) of the photograph; NaN where it does not show them.
+        """Projects directions in camera axes to fractions (x, y) of the photograph; NaN if not shown.
 
-        Distortion polynomials turn back far outside the photograph; what lies beyond its border is not asked of them.
+        Distortion polynomials are not valid beyond the photograph's border and are not used there.
         """
         ahead = toward[:, 2] > 1e-9
         plane = toward / np.where(ahead, toward[:, 2], 1)[:, None]
         places = np.asarray(self.camera.img_from_cam(plane)) / (self.camera.width, self.camera.height)
-        shown = (
-            ahead & (np.hypot(*plane[:, :2].T) <= self.reach) & (places >= 0).all(-1) & (places <= 1).all(-1)
-        )
+        shown = ahead & (np.hypot(*plane[:, :2].T) <= self.reach) & ((places >= 0) & (places <= 1)).all(-1)
         return np.where(shown[:, None], places, np.nan)
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph that COLMAP placed."""
+    """One photograph with the pose that COLMAP found."""
 
     name: str
-    """As COLMAP calls it: its path inside images/."""
+    """Its path inside images/, as in COLMAP."""
     file: Path
     lens: Lens
     rotation: Float[np.ndarray, "3 3"]
     """Camera-to-world, OpenCV axes, in COLMAP's world."""
     position: Float[np.ndarray, "3"]
     up: Float[np.ndarray, "3"]
-    """What is up in the upright photograph, in camera axes: one of ±x, ±y."""
+    """Up in the upright photograph, in camera axes: one of ±x, ±y."""
     pixel_focal: float
-    """Focal length in pixels of the file, which may be a reduced copy of what COLMAP saw."""
+    """Focal length in pixels of the file, which may be a reduced copy of COLMAP's."""
 
 
 def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
-    """The placed photographs of the capture in `folder` (images/ and sparse/), in natural order of names, and how many
-    files in images/ the reconstruction lacks."""
+    """Reads the photographs in `folder` (images/ and sparse/) that have a pose, in natural order of names,
+    and counts the files in images/ without one."""
     images = folder / "images"
     if not images.is_dir():
         raise UserError(f"{images}: no such folder. Each object's folder holds its photographs in images/.")
     source, model = _read_model(folder)
-    lenses = {number: _lens(camera, source) for number, camera in model.cameras.items()}
+    for camera in model.cameras.values():
+        if camera.model.name == "EQUIRECTANGULAR":
+            raise UserError(
+                f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR): not supported."
+            )
+    lenses = {number: Lens(camera, source) for number, camera in model.cameras.items()}
     photographs = []
     for number in model.reg_image_ids():
         image = model.image(number)
@@ -98,101 +100,77 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
         file = images / image.name
         if not file.is_file():
             raise UserError(
-                f"{file}: no such photograph, though {source} lists it. Put it back; to leave a photograph out, give it a "
-                "mask that is black all over."
+                f"{file}: no such photograph, but {source} lists it. Put it back; to leave a photograph "
+                "out, give it an entirely black mask."
             )
         lens = lenses[image.camera_id]
-        width = _checked_width(file, lens)
+        focal = lens.focal * _checked_width(file, lens)
         rotation, position = np.asarray(pose.rotation.matrix()), np.asarray(pose.translation)
         if not (np.isfinite(rotation).all() and np.isfinite(position).all()):
             raise UserError(f"{source}: the pose of {image.name} is not finite. Run COLMAP again.")
-        photographs.append(
-            Photograph(image.name, file, lens, rotation, position, _up(file), lens.focal * width)
-        )
+        photographs.append(Photograph(image.name, file, lens, rotation, position, _up(file), focal))
     present = sum(file.suffix.lower() in PHOTOGRAPHS for file in images.rglob("*"))
     if len(photographs) < max(FEWEST, present / 2):
         raise UserError(
-            f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} and half of them "
-            "are needed. Photographs that COLMAP cannot place overlap too little, are blurred, or show too little texture: "
-            "take more, with a patterned cloth or newspaper under the object, and run COLMAP again. Or move the "
-            "photographs that it left out out of images/."
+            f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} "
+            "and half of them are needed. Photographs that COLMAP cannot place overlap too little, are "
+            "blurred, or show too little texture: take more, with a patterned cloth or newspaper under the "
+            "object, and run COLMAP again. Or remove the photographs without a pose from images/."
         )
     photographs.sort(key=lambda photograph: natural_key(photograph.name))
     return photographs, present - len(photographs)
 
 
 def _read_model(folder: Path) -> tuple[Path, Any]:
-    """The capture's one model: its folder, and the pycolmap.Reconstruction."""
-    pycolmap = _pycolmap()
-    sparse = folder / "sparse"
-    found = (
-        [entry for entry in (sparse, *subfolders(sparse)) if _holds_model(entry)] if sparse.is_dir() else []
-    )
-    if not found:
-        raise UserError(
-            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in sparse/0). "
-            f"Make one: colmap automatic_reconstructor --image_path {folder / 'images'} --workspace_path {folder} --dense 0"
-        )
-    models = {}
-    for source in found:
-        try:
-            models[source] = pycolmap.Reconstruction(str(source))
-        except Exception as error:  # a broken file may break its reader in any way
-            raise UserError(
-                f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it is newer, update pycolmap."
-            ) from None
-    if len(models) > 1:
-        sizes = ", ".join(
-            f"{source.name} with {model.num_reg_images()} photographs" for source, model in models.items()
-        )
-        raise UserError(
-            f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep the right one alone "
-            "and move the others away; or add photographs that overlap both and run COLMAP again."
-        )
-    return next(iter(models.items()))
-
-
-def _pycolmap() -> Any:
+    """Returns the folder of the capture's only model, and the pycolmap.Reconstruction."""
     try:
         import pycolmap
     except ImportError:
         raise UserError(
             "COLMAP models are read by pycolmap, which is not installed: pip install 'latentscenes[photos]'"
         ) from None
-    return pycolmap
-
-
-def _holds_model(folder: Path) -> bool:
-    return any(
-        (folder / f"{name}{ending}").is_file()
-        for name in ("cameras", "images")
-        for ending in (".bin", ".txt")
-    )
-
-
-def _lens(camera: Any, source: Path) -> Lens:
-    if camera.model.name == "EQUIRECTANGULAR":
+    sparse = folder / "sparse"
+    entries = (sparse, *subfolders(sparse)) if sparse.is_dir() else ()
+    files = [f"{name}{ending}" for name in ("cameras", "images") for ending in (".bin", ".txt")]
+    found = [entry for entry in entries if any((entry / file).is_file() for file in files)]
+    if not found:
         raise UserError(
-            f"{source}: camera {camera.camera_id} takes panoramas (EQUIRECTANGULAR), which are not supported."
+            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in "
+            f"sparse/0). Make one: colmap automatic_reconstructor --image_path {folder / 'images'} "
+            f"--workspace_path {folder} --dense 0"
         )
-    return Lens(camera, source)
+    models = {}
+    for source in found:
+        try:
+            models[source] = pycolmap.Reconstruction(str(source))
+        except Exception as error:  # damaged files can raise anything
+            raise UserError(
+                f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it "
+                "is newer, update pycolmap."
+            ) from None
+    if len(models) > 1:
+        counts = {source.name: model.num_reg_images() for source, model in models.items()}
+        sizes = ", ".join(f"{name} with {count} photographs" for name, count in counts.items())
+        raise UserError(
+            f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep "
+            "only the right one; or add photographs that overlap both and run COLMAP again."
+        )
+    return next(iter(models.items()))
 
 
 def _checked_width(file: Path, lens: Lens) -> int:
-    """The photograph's width in pixels. It is the one that COLMAP saw, or a reduced copy of it."""
+    """Returns the width in pixels. Refuses a shape that differs from COLMAP's by more than rounding."""
     (height, width), (seen_height, seen_width) = image_size(file), (lens.camera.height, lens.camera.width)
-    if abs(width * seen_height - height * seen_width) > max(
-        seen_height, seen_width
-    ):  # more than rounding to whole pixels
+    if abs(width * seen_height - height * seen_width) > max(seen_height, seen_width):
         raise UserError(
-            f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}: another shape. Put the "
-            "photographs that COLMAP saw into images/, neither cropped nor turned."
+            f"{file}: is {width}x{height} (width x height), but COLMAP saw {seen_width}x{seen_height}, "
+            "another shape. Put the photographs that COLMAP saw into images/, neither cropped nor turned."
         )
     return width
 
 
 def _up(file: Path) -> Float[np.ndarray, "3"]:
-    """Up in camera axes, by the photograph's EXIF orientation (tag 274: which sides the first row and column are)."""
+    """Returns up in camera axes from the photograph's EXIF orientation (tag 274)."""
     with Image.open(file) as image:
         orientation = image.getexif().get(274, 1)
     side = {3: (0, 1), 4: (0, 1), 5: (-1, 0), 6: (-1, 0), 7: (1, 0), 8: (1, 0)}.get(orientation, (0, -1))
@@ -203,21 +181,21 @@ def _up(file: Path) -> Float[np.ndarray, "3"]:
 
 
 SAMPLES = 4
-"""SAMPLES² places of the photograph are averaged into each pixel; it is first reduced until they lie dense enough."""
+"""Each pixel averages SAMPLES² samples of the photograph, which is first reduced until they are dense."""
 Layer = tuple[Image.Image, int]
-"""A picture of the photograph's shape, and the value of what lies outside of it."""
+"""An image of the photograph's shape, and the value outside of it."""
 
 
 def retake(
     photograph: Photograph, layers: list[Layer], rotation: Float[np.ndarray, "3 3"], focal: float, size: int
 ) -> UInt8[np.ndarray, "size size c"]:
-    """What a pinhole camera sees at the photograph's place.
+    """Resamples a photograph as a pinhole camera at its position would take it.
 
     Args:
         photograph: its lens and pose.
-        layers: the photograph, its mask; their channels follow each other in the result.
-        rotation: the pinhole camera's, camera-to-world, OpenCV axes, in COLMAP's world.
-        focal: its focal length as a fraction of the picture's side; it looks through the picture's middle.
+        layers: images such as the photograph and its mask, whose channels are stacked in the result.
+        rotation: of the pinhole camera, camera-to-world, OpenCV axes, in COLMAP's world.
+        focal: of the pinhole camera, as a fraction of the image's side; the principal point is the center.
         size: pixels along each side.
     """
     turned = np.concatenate([photograph.rotation.T @ rotation, np.zeros((3, 1))], 1)
@@ -241,8 +219,8 @@ def _sampled(
     outside: int,
     factor: int,
 ) -> Float[Tensor, "c size size"]:
-    """The layer at `places` (fractions of it, within `extent`; NaN outside), averaged over blocks; the layer is first
-    reduced by `factor`."""
+    """Samples the layer at `places` (fractions of it, within `extent`; NaN outside) and averages blocks. The
+    layer is first reduced by `factor`."""
     first = np.floor(extent[0] * layer.size - factor).clip(0).astype(int)
     last = np.ceil(extent[1] * layer.size + factor).clip(None, layer.size).astype(int)
     reduced = layer.reduce(factor, (*first.tolist(), *last.tolist()))

@@ -1,13 +1,14 @@
-"""The body of a made car: what kind it is, and a smooth skin lofted along its length.
+"""The body of a procedural car: its measures, and a smooth skin lofted along its length.
 
-Notable:
-- Meters, nose toward +x, z up, the ground at z = 0. `Car` holds every number a car is made from.
-- The side silhouette is a rounded polyline from under the nose over the roof to under the tail. At each of its
-  points a cross-section starts: a cap (roof, bonnet or front face), the upper side (windows) and the lower side.
+- Units are meters; the nose points toward +x, z is up, the ground is at z = 0.
+- The side silhouette is a rounded polyline from under the nose over the roof to under the tail. A
+  cross-section starts at each of its points: a cap (roof, bonnet or front face), the upper side (windows) and
+  the lower side.
 - Cross-sections bend backward from the middle to the sides, which rounds nose, windscreen and tail in plan.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +21,7 @@ CAP, UPPER, LOWER = 30, 9, 15
 
 @dataclass(frozen=True)
 class Car:
-    """The measures of one car, in meters and radians."""
+    """The measures of one car, in meters."""
 
     kind: str
     length: float
@@ -31,25 +32,25 @@ class Car:
     belt: float
     """Height where the windows begin, at the middle of the car."""
     wedge: float
-    """How much the belt rises from front to rear, meters per meter."""
+    """Rise of the belt from front to rear, meters per meter."""
     tumblehome: float
-    """How much the windows lean inward: meters per meter of height."""
+    """Inward lean of the windows, meters per meter of height."""
     ledge: float
-    """How far the windows stand back from the shoulder."""
+    """Setback of the windows from the shoulder."""
     cap: float
     """Height of the rounding between side and top."""
     squareness: float
     """Exponent of the rounding: 2 an ellipse, 6 nearly a box."""
     bow: float
-    """How far the corners of nose and tail stand back."""
+    """Setback of the corners of nose and tail."""
     taper: float
     """Share of the width lost toward nose and tail."""
     softness: float
     """Radius of the silhouette's corners."""
     bulge: float
-    """How far wings stand above the bonnet."""
+    """Height of the wings above the bonnet."""
     flare: float
-    """How far the wheel arches stand out."""
+    """Overhang of the wheel arches."""
     wheel: float
     """Radius of the wheels."""
     front_axle: float
@@ -69,12 +70,13 @@ class Car:
         return self.belt - self.wedge * x
 
 
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(rng.uniform(low, high))
+
+
 def draw_car(rng: np.random.Generator, kind: str) -> Car:
-    """A car of this kind, every measure drawn from what is usual for it."""
-
-    def between(low: float, high: float) -> float:
-        return float(rng.uniform(low, high))
-
+    """Draws a car of this kind; every measure comes from the usual range."""
+    between = partial(_uniform, rng)
     length, width, height, wheel, sill, belt, cowl, cowl_z, lead_z, rake, tumblehome = (
         between(*pair) for pair in _MEASURES[kind]
     )
@@ -122,136 +124,55 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
     )  # fmt: skip
 
 
+# fmt: off
 _MEASURES = {
-    # length, width, height, wheel, sill, belt, cowl (share of length), cowl height, leading edge, rake, tumblehome
+    # length, width, height, wheel, sill, belt;
+    # cowl (share of length), cowl height, leading edge, rake, tumblehome
     "saloon": (
-        (4.3, 4.9),
-        (1.72, 1.86),
-        (1.38, 1.48),
-        (0.30, 0.34),
-        (0.19, 0.25),
-        (0.90, 0.97),
-        (0.26, 0.31),
-        (0.96, 1.02),
-        (0.68, 0.80),
-        (0.7, 0.95),
-        (0.28, 0.5),
+        (4.30, 4.90), (1.72, 1.86), (1.38, 1.48), (0.30, 0.34), (0.19, 0.25), (0.90, 0.97),
+        (0.26, 0.31), (0.96, 1.02), (0.68, 0.80), (0.70, 0.95), (0.28, 0.50),
     ),
     "hatchback": (
-        (3.6, 4.3),
-        (1.65, 1.80),
-        (1.42, 1.56),
-        (0.28, 0.33),
-        (0.19, 0.25),
-        (0.90, 0.99),
-        (0.22, 0.27),
-        (0.98, 1.06),
-        (0.70, 0.84),
-        (0.6, 0.9),
-        (0.22, 0.42),
+        (3.60, 4.30), (1.65, 1.80), (1.42, 1.56), (0.28, 0.33), (0.19, 0.25), (0.90, 0.99),
+        (0.22, 0.27), (0.98, 1.06), (0.70, 0.84), (0.60, 0.90), (0.22, 0.42),
     ),
     "estate": (
-        (4.4, 4.9),
-        (1.72, 1.86),
-        (1.42, 1.54),
-        (0.30, 0.34),
-        (0.19, 0.26),
-        (0.90, 0.97),
-        (0.25, 0.29),
-        (0.96, 1.03),
-        (0.68, 0.80),
-        (0.65, 0.9),
-        (0.24, 0.42),
+        (4.40, 4.90), (1.72, 1.86), (1.42, 1.54), (0.30, 0.34), (0.19, 0.26), (0.90, 0.97),
+        (0.25, 0.29), (0.96, 1.03), (0.68, 0.80), (0.65, 0.90), (0.24, 0.42),
     ),
     "suv": (
-        (4.2, 4.9),
-        (1.80, 1.95),
-        (1.65, 1.85),
-        (0.35, 0.40),
-        (0.28, 0.36),
-        (1.06, 1.16),
-        (0.24, 0.29),
-        (1.12, 1.22),
-        (0.92, 1.06),
-        (0.4, 0.75),
-        (0.14, 0.34),
+        (4.20, 4.90), (1.80, 1.95), (1.65, 1.85), (0.35, 0.40), (0.28, 0.36), (1.06, 1.16),
+        (0.24, 0.29), (1.12, 1.22), (0.92, 1.06), (0.40, 0.75), (0.14, 0.34),
     ),
     "van": (
-        (4.4, 5.4),
-        (1.78, 2.0),
-        (1.80, 2.2),
-        (0.31, 0.35),
-        (0.22, 0.30),
-        (1.06, 1.18),
-        (0.14, 0.19),
-        (1.12, 1.24),
-        (0.80, 0.98),
-        (0.55, 0.85),
-        (0.06, 0.18),
+        (4.40, 5.40), (1.78, 2.00), (1.80, 2.20), (0.31, 0.35), (0.22, 0.30), (1.06, 1.18),
+        (0.14, 0.19), (1.12, 1.24), (0.80, 0.98), (0.55, 0.85), (0.06, 0.18),
     ),
     "pickup": (
-        (4.9, 5.5),
-        (1.78, 1.95),
-        (1.68, 1.84),
-        (0.35, 0.40),
-        (0.30, 0.40),
-        (1.04, 1.12),
-        (0.25, 0.29),
-        (1.08, 1.16),
-        (0.90, 1.02),
-        (0.45, 0.7),
-        (0.2, 0.36),
+        (4.90, 5.50), (1.78, 1.95), (1.68, 1.84), (0.35, 0.40), (0.30, 0.40), (1.04, 1.12),
+        (0.25, 0.29), (1.08, 1.16), (0.90, 1.02), (0.45, 0.70), (0.20, 0.36),
     ),
     "coupe": (
-        (4.1, 4.6),
-        (1.72, 1.86),
-        (1.24, 1.36),
-        (0.31, 0.34),
-        (0.15, 0.21),
-        (0.84, 0.90),
-        (0.30, 0.35),
-        (0.90, 0.95),
-        (0.62, 0.74),
-        (0.65, 0.85),
-        (0.4, 0.65),
+        (4.10, 4.60), (1.72, 1.86), (1.24, 1.36), (0.31, 0.34), (0.15, 0.21), (0.84, 0.90),
+        (0.30, 0.35), (0.90, 0.95), (0.62, 0.74), (0.65, 0.85), (0.40, 0.65),
     ),
     "sports": (
-        (4.1, 4.6),
-        (1.80, 1.98),
-        (1.10, 1.22),
-        (0.31, 0.34),
-        (0.12, 0.17),
-        (0.74, 0.82),
-        (0.24, 0.28),
-        (0.80, 0.86),
-        (0.52, 0.60),
-        (0.85, 1.05),
-        (0.5, 0.8),
+        (4.10, 4.60), (1.80, 1.98), (1.10, 1.22), (0.31, 0.34), (0.12, 0.17), (0.74, 0.82),
+        (0.24, 0.28), (0.80, 0.86), (0.52, 0.60), (0.85, 1.05), (0.50, 0.80),
     ),
     "open": (
-        (3.9, 4.5),
-        (1.66, 1.85),
-        (1.18, 1.28),
-        (0.29, 0.33),
-        (0.15, 0.22),
-        (0.82, 0.90),
-        (0.29, 0.36),
-        (0.88, 0.94),
-        (0.62, 0.74),
-        (0.45, 0.65),
-        (0.3, 0.5),
+        (3.90, 4.50), (1.66, 1.85), (1.18, 1.28), (0.29, 0.33), (0.15, 0.22), (0.82, 0.90),
+        (0.29, 0.36), (0.88, 0.94), (0.62, 0.74), (0.45, 0.65), (0.30, 0.50),
     ),
 }
+# fmt: on
 
 
 def _rear_end(
     rng: np.random.Generator, kind: str, length: float, height: float, belt: float, brow_x: float
 ) -> tuple[float, tuple[float, float], tuple[float, float]]:
-    """Where the roof ends (x), where the rear window ends (x, z) and the upper edge of the tail (x, z)."""
-
-    def between(low: float, high: float) -> float:
-        return float(rng.uniform(low, high))
-
+    """Draws the ends of roof (x) and rear window (x, z), and the upper edge of the tail (x, z)."""
+    between = partial(_uniform, rng)
     end = -length / 2
     if kind == "saloon":
         glass = (end + between(0.14, 0.19) * length, belt + between(0.06, 0.12))
@@ -271,11 +192,8 @@ def _rear_end(
         return roof_x, (roof_x - between(0.08, 0.2), belt + 0.01), (end + 0.03, belt + 0.02)
     if kind == "coupe":
         glass = (end + between(0.1, 0.17) * length, belt + between(0.04, 0.1))
-        return (
-            min(glass[0] + between(0.65, 0.95), brow_x - 0.6),
-            glass,
-            (end + between(0.02, 0.08), belt + between(0.0, 0.08)),
-        )
+        roof_x = min(glass[0] + between(0.65, 0.95), brow_x - 0.6)
+        return roof_x, glass, (end + between(0.02, 0.08), belt + between(0.0, 0.08))
     if kind == "sports":
         glass = (end + between(0.16, 0.24) * length, belt + between(0.08, 0.14))
         return min(glass[0] + between(0.6, 0.9), brow_x - 0.6), glass, (end + 0.06, belt + between(0.02, 0.1))
@@ -285,7 +203,7 @@ def _rear_end(
 
 @dataclass(frozen=True)
 class Skin:
-    """The lofted body as a grid: s stations from nose to tail, a points across from left (+y) to right."""
+    """The lofted body as a grid: s stations from nose to tail, a points from left (+y) to right."""
 
     points: Float[np.ndarray, "s a 3"]
     normals: Float[np.ndarray, "s a 3"]
@@ -296,7 +214,7 @@ class Skin:
     def finer(
         self, rows: int, columns: int
     ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-        """Positions, normals and stations at the middles of rows x columns texels over the grid."""
+        """Returns positions, normals and stations at the centers of rows x columns texels over the grid."""
         down, across = _interpolation(rows, len(self.points)), _interpolation(columns, self.points.shape[1])
         fields = np.concatenate([self.points, self.normals], -1).astype(np.float32)
         fine = np.einsum("hs,sac->hac", down, fields, optimize=True)
@@ -306,7 +224,7 @@ class Skin:
 
 
 def _interpolation(fine: int, coarse: int) -> np.ndarray:
-    """Linear interpolation as a (fine, coarse) matrix: texel middles over grid points 0 … coarse − 1."""
+    """Returns linear interpolation from grid points 0 … coarse − 1 to texel centers, as a matrix."""
     at = (np.arange(fine) + 0.5) / fine * (coarse - 1)
     low = np.minimum(at.astype(int), coarse - 2)
     matrix = np.zeros((fine, coarse), np.float32)
@@ -316,11 +234,13 @@ def _interpolation(fine: int, coarse: int) -> np.ndarray:
 
 
 def silhouette(car: Car) -> tuple[np.ndarray, dict[str, float]]:
-    """The rounded side silhouette as STATIONS points (x, z), and the station of each knot."""
+    """Returns the rounded side silhouette as STATIONS points (x, z), and the station of each knot."""
+    # Sample the polyline densely
     corners = np.array(list(car.knots.values()))
     steps = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(corners, axis=0), axis=1))])
     dense = np.linspace(0, steps[-1], 1200)
     line = np.stack([np.interp(dense, steps, corners[:, k]) for k in (0, 1)], -1)
+    # Smooth it with a Gaussian
     sigma = car.softness / (dense[1] - dense[0])
     reach = int(3 * sigma) + 1
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -328,13 +248,14 @@ def silhouette(car: Car) -> tuple[np.ndarray, dict[str, float]]:
     after = 2 * line[-1] - line[-2 : -reach - 2 : -1]
     padded = np.concatenate([before, line, after])
     smooth = np.stack([np.convolve(padded[:, k], kernel / kernel.sum(), "valid") for k in (0, 1)], -1)
+    # Resample
     even = np.linspace(0, steps[-1], STATIONS)
     points = np.stack([np.interp(even, dense, smooth[:, k]) for k in (0, 1)], -1)
     return points, dict(zip(car.knots, steps / steps[-1] * (STATIONS - 1)))
 
 
 def _cap_curve(squareness: float) -> np.ndarray:
-    """A quarter of a superellipse from (0, 1) to (1, 0), CAP + 1 points evenly along it (three times as wide as high)."""
+    """Returns CAP + 1 points of a quarter superellipse, even if it is three times as wide as high."""
     angle = np.linspace(0, np.pi / 2, 4000)
     curve = np.stack([np.sin(angle) ** (2 / squareness), np.cos(angle) ** (2 / 2.2)], -1)
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve * [3, 1], axis=0), axis=1))])
@@ -343,7 +264,7 @@ def _cap_curve(squareness: float) -> np.ndarray:
 
 
 def half_width(car: Car, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Half the car's width at position x and height z."""
+    """Returns half the car's width at position x and height z."""
     end = np.clip((np.abs(x) - 0.22 * car.length) / (0.28 * car.length), 0, 1)
     width = car.width / 2 * (1 - car.taper * end**2.2)
     belt = car.belt_at(x)
@@ -357,7 +278,8 @@ def half_width(car: Car, x: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def loft(car: Car) -> Skin:
-    """The body's skin."""
+    """Returns the body's skin."""
+    # Heights of each cross-section
     profile, marks = silhouette(car)
     x, top = profile[:, :1], profile[:, 1:]
     ends = np.clip((np.abs(x) - 0.4 * car.length) / (0.1 * car.length), 0, 1)
@@ -374,13 +296,14 @@ def loft(car: Car) -> Skin:
         ],
         1,
     )
+    # Positions along and across
     share = np.concatenate([curve[:, 0], np.ones(UPPER + LOWER)])[None]
-    wide = _tucked(np.repeat(x, z.shape[1], 1), z, profile, marks)
-    straight = wide
+    wide = straight = _tucked(np.repeat(x, z.shape[1], 1), z, profile, marks)
     y = half_width(car, wide, z) * share
     reach = np.clip(y / (car.width / 2), 0, 1)
     along = np.linspace(1, -1, STATIONS)[:, None]
     wide = wide - car.bow * np.sign(along) * np.abs(along) ** 1.5 * reach**2.6
+    # Wheel arches and wings
     for axle in (car.front_axle, car.rear_axle):
         ring = np.hypot(wide - axle, z - car.wheel) - car.arch
         y = y + car.flare * np.exp(-((ring / 0.09) ** 2)) * (reach > 0.8)
@@ -388,20 +311,21 @@ def loft(car: Car) -> Skin:
         low = z < car.belt_at(wide) + 0.12
         z = z + car.bulge * swell**2 * (3 - 2 * swell) * np.exp(-(((wide - axle) / 0.42) ** 2)) * low
     z = _sunken(car, straight, y, z)
+    # Mirror
     left = np.stack([wide, y, z], -1)
     points = np.concatenate([left[:, :0:-1], left * [1, -1, 1]], 1)
     return Skin(points, grid_normals(points), marks)
 
 
 def _tucked(x: np.ndarray, z: np.ndarray, profile: np.ndarray, marks: dict[str, float]) -> np.ndarray:
-    """Positions x kept between the silhouette's nose and tail at their height z, so that bumpers tuck in below."""
+    """Limits positions x to nose and tail at height z, so that bumpers curve inward below."""
     nose = profile[: int(marks["bumper"]) + 1]
     tail = profile[int(marks["stern"]) :][::-1]
     return np.clip(x, np.interp(z, tail[:, 1], tail[:, 0]), np.interp(z, nose[:, 1], nose[:, 0]))
 
 
 def _sunken(car: Car, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Heights with the cockpit or load bed pressed in."""
+    """Lowers heights z to the floor of the cockpit or load bed."""
     if car.opening is None:
         return z
     rear, front, inside, floor = car.opening
@@ -412,7 +336,7 @@ def _sunken(car: Car, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray
 
 
 def grid_normals(points: Float[np.ndarray, "s a 3"]) -> Float[np.ndarray, "s a 3"]:
-    """Outward unit normals of a grid of points: the sum of the adjoining cells' normals."""
+    """Returns outward unit normals of a grid of points: normalized sums of the adjacent cells' normals."""
     one, two = points[1:, 1:] - points[:-1, :-1], points[1:, :-1] - points[:-1, 1:]
     cell = np.cross(one, two)
     normals = np.zeros_like(points)

@@ -1,12 +1,12 @@
-"""Paint for a made car: a picture wrapped round its body, drawn from signed distances at every texel's position.
+"""Paint of a procedural car: a texture of its body, drawn with signed distances at every texel.
 
-Notable:
-- Every texel knows where it lies in space (x, y, z), which way it faces and its station on the silhouette, so windows,
-  lamps, door gaps and stripes are shapes in meters, with soft edges of about a centimeter.
+- Every texel has a position (x, y, z), a normal and a station on the silhouette. So windows, lamps, door gaps
+  and stripes are shapes in meters, with soft edges of about a centimeter.
 - Wheel openings are transparent texels.
 """
 
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,50 +18,35 @@ ROWS, COLUMNS = 608, 496
 EDGE = 0.009
 """Half the width of a soft edge, meters."""
 Color = tuple[float, float, float]
+Point = tuple[float, float]
+# fmt: off
 PAINTS: tuple[Color, ...] = (
-    (0.93, 0.93, 0.92),
-    (0.90, 0.90, 0.91),
-    (0.74, 0.76, 0.78),
-    (0.62, 0.64, 0.67),
-    (0.36, 0.38, 0.41),
-    (0.11, 0.11, 0.12),
-    (0.14, 0.15, 0.18),
-    (0.74, 0.07, 0.08),
-    (0.86, 0.12, 0.08),
-    (0.52, 0.05, 0.10),
-    (0.93, 0.42, 0.06),
-    (0.97, 0.76, 0.09),
-    (0.10, 0.22, 0.58),
-    (0.13, 0.40, 0.78),
-    (0.36, 0.62, 0.86),
-    (0.05, 0.10, 0.28),
-    (0.05, 0.30, 0.17),
-    (0.25, 0.55, 0.24),
-    (0.55, 0.75, 0.15),
-    (0.10, 0.52, 0.52),
-    (0.80, 0.72, 0.58),
-    (0.46, 0.33, 0.22),
-    (0.42, 0.16, 0.48),
-    (0.85, 0.55, 0.62),
+    (0.93, 0.93, 0.92), (0.90, 0.90, 0.91), (0.74, 0.76, 0.78), (0.62, 0.64, 0.67), (0.36, 0.38, 0.41),
+    (0.11, 0.11, 0.12), (0.14, 0.15, 0.18), (0.74, 0.07, 0.08), (0.86, 0.12, 0.08), (0.52, 0.05, 0.10),
+    (0.93, 0.42, 0.06), (0.97, 0.76, 0.09), (0.10, 0.22, 0.58), (0.13, 0.40, 0.78), (0.36, 0.62, 0.86),
+    (0.05, 0.10, 0.28), (0.05, 0.30, 0.17), (0.25, 0.55, 0.24), (0.55, 0.75, 0.15), (0.10, 0.52, 0.52),
+    (0.80, 0.72, 0.58), (0.46, 0.33, 0.22), (0.42, 0.16, 0.48), (0.85, 0.55, 0.62),
 )
+# fmt: on
+UPRIGHT = ("hatchback", "estate", "van", "suv", "pickup")
 GLASS, PLASTIC, CHROME = (0.12, 0.145, 0.17), (0.13, 0.13, 0.14), (0.80, 0.81, 0.83)
 
 
 @dataclass(frozen=True)
 class Livery:
-    """What is drawn on a car, beside its measures."""
+    """Colors and details that are painted on a car."""
 
     paint: Color
     accent: Color
-    """Second color: roof, stripes, numbers."""
+    """Second color, of roof, stripes or numbers."""
     style: str
     """plain, roof, stripes, offset, flank, lower, number or checker."""
     number: int
     doors: int
     """Doors on each side, one or two."""
     lamps: tuple[float, float, float, float]
-    """Headlamps: distance of the middle from the car's middle line as a share of half the width, height share between
-    bumper and leading edge, half width and half height in meters."""
+    """Headlamps: distance of the center from the car's middle line as a share of half the width, height as a
+    share between bumper and leading edge, half width and half height in meters."""
     round_lamps: bool
     upright_tail: bool
     grille: tuple[float, float]
@@ -78,49 +63,38 @@ class Livery:
 
 
 def draw_livery(rng: np.random.Generator, car: Car) -> Livery:
-    """Everything about the paint, drawn at random."""
+    """Draws the paint at random."""
     paint = PAINTS[rng.integers(len(PAINTS))]
     others = [color for color in PAINTS if np.abs(np.subtract(color, paint)).max() > 0.35]
     styles = ["plain"] * 9 + ["roof", "stripes", "flank", "lower", "number"]
-    styles += (
-        ["stripes", "offset", "number", "number", "checker"]
-        if car.kind in ("coupe", "sports", "open", "hatchback")
-        else []
-    )
-    styles += ["flank", "lower", "flank"] if car.kind in ("van", "suv", "pickup") else []
+    if car.kind in ("coupe", "sports", "open", "hatchback"):
+        styles += ["stripes", "offset", "number", "number", "checker"]
     rugged = car.kind in ("suv", "pickup", "van")
+    styles += ["flank", "lower", "flank"] if rugged else []
+    few = car.kind in ("coupe", "sports", "open", "van")
     tint = rng.uniform(0.8, 1.5)
+
+    def chance(share: float) -> bool:
+        return bool(rng.random() < share)
+
+    def between(low: float, high: float) -> float:
+        return float(rng.uniform(low, high))
+
     return Livery(
-        paint,
-        others[rng.integers(len(others))],
-        styles[rng.integers(len(styles))],
-        int(rng.integers(1, 100)),
-        doors=1
-        if car.kind in ("coupe", "sports", "open", "van") or (car.kind == "hatchback" and rng.random() < 0.4)
-        else 2,
-        lamps=(
-            float(rng.uniform(0.66, 0.76)),
-            float(rng.uniform(0.62, 0.85)),
-            float(rng.uniform(0.12, 0.2)),
-            float(rng.uniform(0.05, 0.09)),
-        ),
-        round_lamps=bool(rng.random() < 0.25),
-        upright_tail=car.kind in ("hatchback", "estate", "van", "suv", "pickup")
-        and bool(rng.random() < 0.75),
-        grille=(float(rng.uniform(0.22, 0.46)), float(rng.uniform(0.04, 0.11)) * (1.4 if rugged else 1)),
-        chrome=bool(rng.random() < 0.5),
-        plastic_bumpers=bool(rng.random() < (0.5 if rugged else 0.25)),
-        cladding=car.kind in ("suv", "pickup") and bool(rng.random() < 0.6),
-        panel_van=car.kind == "van" and bool(rng.random() < 0.5),
-        trim=bool(rng.random() < 0.4),
-        plate=((0.95, 0.95, 0.93), (0.96, 0.82, 0.25))[int(rng.random() < 0.25)],
-        tail=(float(rng.uniform(0.6, 0.8)), 0.04, 0.05),
-        glass=tuple(float(channel * tint) for channel in GLASS),
-    )
+        paint, others[rng.integers(len(others))], styles[rng.integers(len(styles))],
+        int(rng.integers(1, 100)), doors=1 if few or car.kind == "hatchback" and chance(0.4) else 2,
+        lamps=(between(0.66, 0.76), between(0.62, 0.85), between(0.12, 0.2), between(0.05, 0.09)),
+        round_lamps=chance(0.25), upright_tail=car.kind in UPRIGHT and chance(0.75),
+        grille=(between(0.22, 0.46), between(0.04, 0.11) * (1.4 if rugged else 1)),
+        chrome=chance(0.5), plastic_bumpers=chance(0.5 if rugged else 0.25),
+        cladding=car.kind in ("suv", "pickup") and chance(0.6), panel_van=car.kind == "van" and chance(0.5),
+        trim=chance(0.4), plate=((0.95, 0.95, 0.93), (0.96, 0.82, 0.25))[chance(0.25)],
+        tail=(between(0.6, 0.8), 0.04, 0.05), glass=tuple(float(channel * tint) for channel in GLASS),
+    )  # fmt: skip
 
 
 class Canvas:
-    """The body's texture while it is painted."""
+    """The body's texture during painting."""
 
     def __init__(self, skin: Skin, base: Color):
         position, normal, self.station = skin.finer(ROWS, COLUMNS)
@@ -132,7 +106,7 @@ class Canvas:
         self.alpha = np.ones((ROWS, COLUMNS), np.float32)
 
     def fill(self, distance: np.ndarray, color: Color | np.ndarray, strength: float = 1.0) -> None:
-        """Paint where a signed distance (meters) is negative."""
+        """Paints where a signed distance (meters) is negative."""
         cover = np.clip(0.5 - distance / (2 * EDGE), 0, 1) * strength
         rows = np.flatnonzero(cover.any(1))
         if len(rows):
@@ -141,41 +115,32 @@ class Canvas:
             self.color[part] += cover[part, :, None] * (tint - self.color[part])
 
     def line(
-        self,
-        distance: np.ndarray,
-        within: np.ndarray,
-        half: float = 0.009,
-        color: Color = (0.04, 0.04, 0.05),
-        strength: float = 0.8,
-    ) -> None:
-        """Paint a thin line where `distance` is zero, inside the shape `within`."""
+        self, distance: np.ndarray, within: np.ndarray,
+        half: float = 0.009, color: Color = (0.04, 0.04, 0.05), strength: float = 0.8,
+    ) -> None:  # fmt: skip
+        """Paints a thin line where `distance` is zero, inside the shape `within`."""
         self.fill(np.maximum(np.abs(distance) - half, within), color, strength)
 
     def picture(self) -> UInt8[np.ndarray, "h w 4"]:
-        """The finished texture, first row on top: nose at the lower edge."""
+        """Returns the texture, first row on top, nose at the lower edge."""
         rgba = np.concatenate([self.color, self.alpha[..., None]], -1)
         return (np.clip(rgba[::-1], 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def rectangle(
-    u: np.ndarray, v: np.ndarray, center: tuple[float, float], half: tuple[float, float], corner: float = 0.02
-) -> np.ndarray:
-    """Signed distance to a rectangle with rounded corners."""
+def rectangle(u: np.ndarray, v: np.ndarray, center: Point, half: Point, corner: float = 0.02) -> np.ndarray:
+    """Returns the signed distance to a rectangle with rounded corners."""
     corner = min(corner, *half)
     du, dv = np.abs(u - center[0]) - half[0] + corner, np.abs(v - center[1]) - half[1] + corner
     return np.hypot(np.maximum(du, 0), np.maximum(dv, 0)) + np.minimum(np.maximum(du, dv), 0) - corner
 
 
 def both(*distances: np.ndarray) -> np.ndarray:
-    """The intersection of shapes."""
-    result = distances[0]
-    for distance in distances[1:]:
-        result = np.maximum(result, distance)
-    return result
+    """Returns the signed distance to the intersection of shapes."""
+    return reduce(np.maximum, distances)
 
 
 def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4"]:
-    """The body's texture."""
+    """Returns the body's texture."""
     canvas = Canvas(skin, livery.paint)
     _ornament(canvas, car, livery, skin)
     _lower_parts(canvas, car, livery)
@@ -184,15 +149,14 @@ def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4
         _windows(canvas, car, livery, skin)
     _front(canvas, car, livery)
     _rear(canvas, car, livery)
+    # Cockpit or load bed
     if car.opening is not None:
         rear, front, inside, _ = car.opening
-        within = both(
-            rear - canvas.x - 0.05, canvas.x - front - 0.05, canvas.aside - car.width / 2 + inside - 0.02
-        )
-        sunk = both(within, canvas.z - car.belt_at(canvas.x) + 0.01)
-        canvas.fill(
-            sunk, (0.16, 0.15, 0.15) if car.kind == "open" else tuple(0.55 * c + 0.03 for c in livery.paint)
-        )
+        along, across = both(rear - canvas.x, canvas.x - front) - 0.05, canvas.aside - car.width / 2 + inside
+        sunk = both(along, across - 0.02, canvas.z - car.belt_at(canvas.x) + 0.01)
+        dark = (0.16, 0.15, 0.15) if car.kind == "open" else tuple(0.55 * c + 0.03 for c in livery.paint)
+        canvas.fill(sunk, dark)
+    # Wheel openings
     for axle in (car.front_axle, car.rear_axle):
         ring = np.hypot(canvas.x - axle, canvas.z - car.wheel) - car.arch
         cut = both(ring, 0.5 * car.width / 2 - canvas.aside)
@@ -201,7 +165,7 @@ def paint_body(car: Car, livery: Livery, skin: Skin) -> UInt8[np.ndarray, "h w 4
 
 
 def side_glass(car: Car, livery: Livery) -> list[tuple[float, float]]:
-    """Side windows from front to rear, as (front x, rear x) at the belt, before they are cut by pillars."""
+    """Returns the side windows from front to rear as (front x, rear x) at the belt, without pillars."""
     cowl, glass = car.knots["cowl"][0], car.knots["glass"][0]
     start, end = cowl - 0.22, glass + (0.12 if car.kind in ("hatchback", "estate", "suv", "van") else 0.2)
     if livery.panel_van:
@@ -219,16 +183,16 @@ def side_glass(car: Car, livery: Livery) -> list[tuple[float, float]]:
 
 
 def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
-    """Windscreen, rear window and side windows: dark glass, a little lighter toward the sky."""
+    """Paints windscreen, rear window and side windows: dark glass, slightly lighter toward the sky."""
     z, aside = canvas.z, canvas.aside
     cowl, brow, eave, glass = (car.knots[name] for name in ("cowl", "brow", "eave", "glass"))
+    # Glass color with a reflection
     level = np.clip((z - car.belt) / (car.height - car.belt), 0, 1)[..., None]
-    tint = (
-        np.asarray(livery.glass, np.float32) * (0.9 + 0.9 * level)
-        + 0.05 * np.maximum(canvas.up, 0)[..., None]
-    )
+    tint = np.asarray(livery.glass, np.float32) * (0.9 + 0.9 * level)
+    tint = tint + 0.05 * np.maximum(canvas.up, 0)[..., None]
     streak = np.exp(-((((canvas.x + 0.6 * z + 0.35 * canvas.y) % 1.3 - 0.65) / 0.16) ** 2))
     tint += 0.12 * (streak * np.clip(level[..., 0] * 2, 0, 1))[..., None]
+    # Windscreen and rear window
     per_station = np.linalg.norm(np.subtract(brow, cowl)) / max(skin.marks["brow"] - skin.marks["cowl"], 1e-6)
     limit = car.width / 2 - car.ledge - car.tumblehome * np.maximum(z - car.belt, 0) - 0.10
     for near, far, fringe in (("cowl", "brow", 0.05), ("eave", "glass", 0.06)):
@@ -240,34 +204,33 @@ def _windows(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         screen = rectangle(aside, v, (0.0, 0.0), (10.0, max(half, 0.08)), 0.01)
         canvas.fill(both(screen - 0.02, aside - limit - 0.02), PLASTIC)
         canvas.fill(both(screen, aside - limit), tint)
+    # Side windows
     steep = np.abs(canvas.side) < 0.35
     upper = np.where(steep, 1.0, z - (car.height - car.cap * 0.62 - 0.015))
     above = car.belt_at(canvas.x) + 0.035 - z
     front = _half_plane(canvas, (cowl[0] - 0.05, cowl[1]), brow, 0.085)
     back = -_half_plane(canvas, glass, eave, -(0.10 if car.kind != "van" else 0.05))
     band = both(above, upper, front, back)
-    trim = CHROME if livery.chrome else PLASTIC
     windows = side_glass(car, livery)
     outer = both(band, windows[-1][1] - canvas.x, canvas.x - windows[0][0] - 0.3)
-    canvas.fill(outer - 0.02, trim)
+    canvas.fill(outer - 0.02, CHROME if livery.chrome else PLASTIC)
     canvas.fill(outer, PLASTIC)
     for index, (start, end) in enumerate(windows):
         first = 0.3 if index == 0 else -0.025
         canvas.fill(both(band + 0.006, canvas.x - start - first, end + 0.025 - canvas.x), tint)
 
 
-def _half_plane(
-    canvas: Canvas, low: tuple[float, float], high: tuple[float, float], inset: float
-) -> np.ndarray:
-    """Distance in side view in front of the line from `low` up to `high`, moved backward by `inset`."""
+def _half_plane(canvas: Canvas, low: Point, high: Point, inset: float) -> np.ndarray:
+    """Returns the distance in front of the line `low` to `high` (side view), moved backward by `inset`."""
     along = np.subtract(high, low)
     along = along / np.linalg.norm(along)
     return (canvas.x - low[0]) * along[1] - (canvas.z - low[1]) * along[0] + inset
 
 
 def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
-    """Gaps of doors, bonnet and boot, door handles and the strip along the doors."""
+    """Paints the gaps of doors, bonnet and boot, door handles and the strip along the doors."""
     x, z, aside = canvas.x, canvas.z, canvas.aside
+    # Doors
     side = 0.6 - np.abs(canvas.side)
     low, high = car.sill + 0.12, car.belt_at(x) + 0.02
     panel = both(low - z, z - high, side)
@@ -286,21 +249,18 @@ def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
     for end in ends:
         canvas.line(x - end, panel)
     canvas.line(z - low, both(x - ends[0], ends[-1] - x, side))
+    # Crease and strip
     crease = car.sill + 0.6 * (car.belt - car.sill)
-    canvas.line(
-        z - crease - car.wedge * -x,
-        both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side),
-        0.012,
-        (0.0, 0.0, 0.0),
-        0.22,
-    )
+    between_axles = both(x - car.front_axle - 0.3, car.rear_axle - 0.3 - x, side)
+    canvas.line(z - crease - car.wedge * -x, between_axles, 0.012, (0.0, 0.0, 0.0), 0.22)
     if livery.trim:
-        canvas.fill(
-            both(np.abs(z - crease + 0.09) - 0.028, x - ends[0] + 0.03, ends[-1] + 0.03 - x, side), PLASTIC
-        )
+        strip = np.abs(z - crease + 0.09) - 0.028
+        canvas.fill(both(strip, x - ends[0] + 0.03, ends[-1] + 0.03 - x, side), PLASTIC)
+    # Handles
     for end in ends[1:]:
         handle = rectangle(x, z, (end + 0.14, car.belt - car.wedge * end - 0.10), (0.075, 0.017), 0.012)
         canvas.fill(both(handle, side), CHROME if livery.chrome else (0.07, 0.07, 0.08))
+    # Bonnet and boot
     top = 0.55 - canvas.up
     lead, tail = skin.marks["lead"], skin.marks["glass"]
     bonnet = both(cowl - x, aside - 0.78 * car.width / 2, lead + 1.5 - canvas.station)
@@ -310,7 +270,7 @@ def _gaps(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
 
 
 def _lower_parts(canvas: Canvas, car: Car, livery: Livery) -> None:
-    """Sills, bumpers and wheel-arch cladding in dark plastic."""
+    """Paints sills, bumpers and wheel-arch cladding in dark plastic."""
     x, z = canvas.x, canvas.z
     canvas.fill(z - car.sill - 0.045, PLASTIC)
     if livery.plastic_bumpers:
@@ -321,14 +281,14 @@ def _lower_parts(canvas: Canvas, car: Car, livery: Livery) -> None:
     if livery.cladding:
         canvas.fill(z - car.sill - 0.15, PLASTIC)
         for axle in (car.front_axle, car.rear_axle):
-            canvas.fill(
-                both(np.hypot(x - axle, z - car.wheel) - car.arch - 0.07, 0.5 - np.abs(canvas.side)), PLASTIC
-            )
+            arch = np.hypot(x - axle, z - car.wheel) - car.arch - 0.07
+            canvas.fill(both(arch, 0.5 - np.abs(canvas.side)), PLASTIC)
 
 
 def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
-    """Grille, headlamps, lower intake, fog lamps and number plate."""
+    """Paints grille, headlamps, lower intake, fog lamps and number plate."""
     half, bumper, lead = car.width / 2, car.knots["bumper"], car.knots["lead"]
+    # Grille
     ahead = np.maximum(0.28 - canvas.facing, car.front_axle - canvas.x)
     wide, tall = livery.grille
     middle = lead[1] - tall - 0.035
@@ -338,6 +298,7 @@ def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
     canvas.fill(both(grille, ahead), (0.05, 0.05, 0.06))
     bars = np.abs((canvas.z - middle) % 0.05 - 0.025) - 0.006
     canvas.fill(both(grille + 0.01, bars, ahead), CHROME if livery.chrome else (0.22, 0.22, 0.23))
+    # Headlamps
     out, share, lamp_wide, lamp_tall = livery.lamps
     center = (out * half + 0.02, bumper[1] + share * (lead[1] - bumper[1]))
     reach = np.maximum(0.12 - canvas.facing, bumper[0] - 0.55 - canvas.x)
@@ -350,67 +311,48 @@ def _front(canvas: Canvas, car: Car, livery: Livery) -> None:
     canvas.fill(both(lamp, reach), (0.86, 0.89, 0.92))
     bulb = np.hypot(canvas.aside - center[0] + 0.02, canvas.z - center[1]) - lamp_tall * 0.62
     canvas.fill(both(bulb, reach), (0.62, 0.66, 0.71))
-    canvas.fill(
-        both(lamp, center[0] + lamp_wide * 0.6 - canvas.aside, reach),
-        (0.95, 0.6, 0.2),
-        0.0 if livery.round_lamps else 0.8,
-    )
+    indicator = both(lamp, center[0] + lamp_wide * 0.6 - canvas.aside, reach)
+    canvas.fill(indicator, (0.95, 0.6, 0.2), 0.0 if livery.round_lamps else 0.8)
+    # Intake and fog lamps
     low = car.sill + 0.10
-    canvas.fill(
-        both(rectangle(canvas.aside, canvas.z, (0.0, low), (0.5 * half, 0.05), 0.03), ahead),
-        (0.06, 0.06, 0.07),
-    )
-    canvas.fill(
-        both(np.hypot(canvas.aside - 0.7 * half, canvas.z - low - 0.02) - 0.05, ahead), (0.78, 0.80, 0.82)
-    )
+    intake = rectangle(canvas.aside, canvas.z, (0.0, low), (0.5 * half, 0.05), 0.03)
+    canvas.fill(both(intake, ahead), (0.06, 0.06, 0.07))
+    fog = np.hypot(canvas.aside - 0.7 * half, canvas.z - low - 0.02) - 0.05
+    canvas.fill(both(fog, ahead), (0.78, 0.80, 0.82))
     _plate(canvas, livery, bumper[1] - 0.06, ahead)
 
 
 def _rear(canvas: Canvas, car: Car, livery: Livery) -> None:
-    """Tail lamps, number plate and lower edge."""
+    """Paints tail lamps, number plate and lower edge."""
     half, stern, tail = car.width / 2, car.knots["stern"], car.knots["tail"]
     behind = np.maximum(0.25 + canvas.facing, canvas.x - car.rear_axle)
     reach = np.maximum(0.08 + canvas.facing, canvas.x - stern[0] - 0.4)
     if livery.upright_tail:
         bottom, top = stern[1] + 0.1, car.belt + (0.28 if car.kind in ("estate", "van") else 0.06)
-        lamp = rectangle(
-            canvas.aside, canvas.z, (0.90 * half, (bottom + top) / 2), (0.085, (top - bottom) / 2), 0.03
-        )
-        canvas.fill(both(lamp - 0.012, reach), (0.08, 0.05, 0.05))
-        canvas.fill(both(lamp, reach), livery.tail)
-        canvas.fill(
-            both(lamp + 0.015, np.abs(canvas.z - bottom - 0.3 * (top - bottom)) - 0.05, reach),
-            (0.92, 0.90, 0.86),
-        )
+        center, size = (0.90 * half, (bottom + top) / 2), (0.085, (top - bottom) / 2)
+        white, shade = np.abs(canvas.z - bottom - 0.3 * (top - bottom)) - 0.05, (0.92, 0.90, 0.86)
     else:
-        height = stern[1] + 0.68 * (tail[1] - stern[1])
-        lamp = rectangle(canvas.aside, canvas.z, (0.76 * half, height), (0.2 * half, 0.075), 0.03)
-        canvas.fill(both(lamp - 0.012, reach), (0.08, 0.05, 0.05))
-        canvas.fill(both(lamp, reach), livery.tail)
-        canvas.fill(both(lamp + 0.015, np.abs(canvas.aside - 0.68 * half) - 0.05, reach), (0.92, 0.88, 0.84))
+        center, size = (0.76 * half, stern[1] + 0.68 * (tail[1] - stern[1])), (0.2 * half, 0.075)
+        white, shade = np.abs(canvas.aside - 0.68 * half) - 0.05, (0.92, 0.88, 0.84)
+    lamp = rectangle(canvas.aside, canvas.z, center, size, 0.03)
+    canvas.fill(both(lamp - 0.012, reach), (0.08, 0.05, 0.05))
+    canvas.fill(both(lamp, reach), livery.tail)
+    canvas.fill(both(lamp + 0.015, white, reach), shade)
     height = stern[1] + 0.12 if livery.upright_tail or car.kind in ("saloon", "coupe") else stern[1] - 0.04
-    canvas.fill(
-        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.32, 0.08), 0.02), behind),
-        (0.1, 0.1, 0.11),
-        0.6,
-    )
+    recess = rectangle(canvas.aside, canvas.z, (0.0, height), (0.32, 0.08), 0.02)
+    canvas.fill(both(recess, behind), (0.1, 0.1, 0.11), 0.6)
     _plate(canvas, livery, height, behind)
     canvas.fill(both(canvas.z - car.sill - 0.11, behind), PLASTIC)
 
 
 def _plate(canvas: Canvas, livery: Livery, height: float, where: np.ndarray) -> None:
-    canvas.fill(
-        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.25, 0.055), 0.008), where), livery.plate
-    )
-    canvas.fill(
-        both(rectangle(canvas.aside, canvas.z, (0.0, height), (0.20, 0.026), 0.008), where),
-        (0.15, 0.15, 0.2),
-        0.55,
-    )
+    area = partial(rectangle, canvas.aside, canvas.z, (0.0, height), corner=0.008)
+    canvas.fill(both(area((0.25, 0.055)), where), livery.plate)
+    canvas.fill(both(area((0.20, 0.026)), where), (0.15, 0.15, 0.2), 0.55)
 
 
 def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
-    """Second color, stripes and numbers."""
+    """Paints second color, stripes and numbers."""
     accent, style = livery.accent, livery.style
     top = 0.45 - np.abs(canvas.up)
     if style == "roof" and car.kind != "open":
@@ -423,12 +365,11 @@ def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
         canvas.fill(both(np.abs(canvas.y - 0.12) - 0.035, np.abs(canvas.side) - 0.7), accent)
     if style in ("flank", "checker"):
         level = canvas.z - car.belt_at(canvas.x) + 0.24
-        canvas.fill(both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side)), accent)
+        band = both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side))
+        canvas.fill(band, accent)
         if style == "checker":
             odd = (np.floor(canvas.x / 0.15) + np.floor(level / 0.075)) % 2 < 1
-            canvas.fill(
-                np.where(odd, both(np.abs(level) - 0.075, 0.5 - np.abs(canvas.side)), 1.0), livery.paint
-            )
+            canvas.fill(np.where(odd, band, 1.0), livery.paint)
     if style == "lower":
         canvas.fill(canvas.z - car.sill - 0.42 * (car.belt - car.sill) - 0.1, accent)
     if style == "number":
@@ -436,7 +377,7 @@ def _ornament(canvas: Canvas, car: Car, livery: Livery, skin: Skin) -> None:
 
 
 def _roundels(canvas: Canvas, car: Car, livery: Livery, top: np.ndarray) -> None:
-    """A number in a white disc on both doors and the bonnet."""
+    """Paints a number in a white disc on both doors and the bonnet."""
     digits = _digits(livery.number)
     side_x, side_z = (car.front_axle + car.rear_axle) / 2 + 0.1, car.sill + 0.55 * (car.belt - car.sill)
     hood_x = (car.knots["cowl"][0] + car.knots["lead"][0]) / 2
@@ -446,16 +387,14 @@ def _roundels(canvas: Canvas, car: Car, livery: Livery, top: np.ndarray) -> None
     ):
         radius = 0.27
         canvas.fill(both(np.hypot(u, v) - radius, where), (0.95, 0.95, 0.94))
-        row = np.clip(((0.5 - v / (2 * radius)) * len(digits)).astype(int), 0, len(digits) - 1)
-        column = np.clip(((0.5 + u / (2 * radius)) * len(digits)).astype(int), 0, len(digits) - 1)
+        places = (0.5 + np.stack([-v, u]) / (2 * radius)) * len(digits)
+        row, column = np.clip(places.astype(int), 0, len(digits) - 1)
         ink = np.where(digits[row, column] > 127, -1.0, 1.0)
         canvas.fill(both(ink, np.hypot(u, v) - radius, where), (0.05, 0.05, 0.06))
 
 
 def _digits(number: int) -> UInt8[np.ndarray, "64 64"]:
-    """A number as a picture."""
-    image = Image.new("L", (64, 64))
-    ImageDraw.Draw(image).text(
-        (32, 32), str(number), 255, ImageFont.load_default(40), anchor="mm", stroke_width=2
-    )
+    """Returns an image of a number."""
+    image, font = Image.new("L", (64, 64)), ImageFont.load_default(40)
+    ImageDraw.Draw(image).text((32, 32), str(number), 255, font, anchor="mm", stroke_width=2)
     return np.array(image)

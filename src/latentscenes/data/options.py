@@ -1,0 +1,90 @@
+"""Options of `data` commands and of the functions behind them. Loads neither torch nor numpy."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latentscenes.core.errors import UserError
+
+Axes = Literal["opencv", "opengl"]
+"""Camera axes of a file. `opencv`: x right, y down, z forward. `opengl`: x right, y up, z backward."""
+Background = Literal["auto", "alpha", "white", "unknown"]
+HeldOutFrom = Literal["test", "val", "none"]
+Up = Literal["auto", "y", "z"]
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How the objects of a dataset are rendered."""
+
+    views: int = 40
+    """Images of each object, from cameras spread over the upper hemisphere."""
+    size: int = 128
+    """Pixels along each side of an image."""
+    held_out: int = 4
+    """Views of each object kept for evaluation, evenly spread."""
+    seed: int = 0
+    """Seed of the cameras and of procedural objects. The same seed gives the same bytes."""
+    distance: float = 1.3
+    """From camera to the object's center, in lengths of the object's bounding-box diagonal."""
+    focal: float = 1.025
+    """Focal length as a fraction of the image's width."""
+    lowest: float = 0.0
+    """Lowest camera elevation above the horizon, radians."""
+    samples: int = 3
+    """Average samples² rays per pixel."""
+    box: str | float | None = None
+    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: the smallest box
+    around all objects."""
+
+    def __post_init__(self) -> None:
+        if self.box is not None:
+            box_numbers(self.box)
+        for name in ("views", "size", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if not 0 <= self.held_out < self.views:
+            raise UserError(f"held_out = {self.held_out} of views = {self.views}: leave at least one to fit.")
+        if self.distance <= 0.5:
+            raise UserError(f"distance = {self.distance}: must be above 0.5, the radius of the object.")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How existing images become a dataset."""
+
+    size: int | tuple[int, int] | None = None
+    """Height and width of the stored images (one number if square), reached by averaging. Unset:
+    unchanged."""
+    reduce: int = 1
+    """Divide height and width by this whole number, instead of setting `size`."""
+    box: str | float | None = None
+    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: fitted to the
+    silhouettes, or, for an unknown background, the cube that the cameras see."""
+    background: Background = "auto"
+    """Source of the silhouettes. `alpha`: the files' alpha channel; `white`: white pixels connected to the
+    border; `unknown`: none (photographs); `auto`: decided by the first scene's images."""
+    alpha_from_white: bool = False
+    """Store silhouettes found from a white background as alpha."""
+    held_out: int = 4
+    """Views of each scene kept for evaluation, evenly spread, if the source does not define any."""
+    split: str | Path | None = None
+    """JSON file {"train": [...], "new": [...]} with scene names; scenes it does not list are left out."""
+    new: int = 0
+    """Without `split`: mark the last scenes, this many, as new; the others as train."""
+    limit: int | None = None
+    """Import at most this many scenes; not together with `split`."""
+
+
+def box_numbers(box: str | float) -> list[float]:
+    """Returns center and half sides (6 numbers) of a box given as a half side or as "cx,cy,cz,hx,hy,hz"."""
+    try:
+        numbers = [float(part) for part in str(box).split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers = [0.0, 0.0, 0.0, *numbers * 3]
+    if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
+        raise UserError(f"box={box!r}: give a half side above 0, or center and half sides cx,cy,cz,hx,hy,hz.")
+    return numbers
