@@ -119,17 +119,17 @@ def test_mistakes_are_explained(library, tmp_path):
     with pytest.raises(UserError, match="no library here"):
         latentscenes.open_library(tmp_path / "absent")
     with pytest.raises(UserError, match="holds a library already"):
-        latentscenes.create_library(library.path, library.store.info.parent)
+        latentscenes.create_library(library.path, library.folder.info.parent)
     with pytest.raises(UserError, match="no 'int9'; choose one of float32"):
         latentscenes.create_library.__wrapped__(
-            tmp_path / "other", library.store.info.parent, precision="int9", device="cpu"
+            tmp_path / "other", library.folder.info.parent, precision="int9", device="cpu"
         )
     with pytest.raises(UserError, match=r"\(7,\) weights given, but this library has 3 base planes"):
         library.nearest(np.zeros(7))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").touch()
     with pytest.raises(UserError, match="exists and holds no library"):
-        latentscenes.create_library(tmp_path / "full", library.store.info.parent)
+        latentscenes.create_library(tmp_path / "full", library.folder.info.parent)
 
 
 def test_what_is_known_of_a_scene(library, solids):
@@ -189,7 +189,7 @@ def test_removing_and_renaming(library):
     library.remove("scarlet ball", "brown_bar")
     library.compact()
     assert len(library) == 0 and not list((library.path / "shards").iterdir())
-    with pytest.raises(UserError, match="the library is empty"):
+    with pytest.raises(UserError, match="it holds no scenes"):
         library["red_ball"]
 
 
@@ -240,11 +240,11 @@ def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
     file = library.path / "model" / "start.safetensors"
     tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
     save_file(tables | written, file)
-    assert not library.config.planes.mixing and library.store.starting_scene().mixing.shape == (1, 0, 0)
+    assert not library.config.planes.mixing and library.folder.starting_scene().mixing.shape == (1, 0, 0)
     settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
-    mixed = LibraryFolder(library.path, settings, library.store.info, library.store.checksums)
+    mixed = LibraryFolder(library.path, settings, library.folder.info, library.folder.checksums)
     assert torch.equal(mixed.starting_scene().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
-    assert "mixing" not in pack(library.store.starting_scene(), "int8") and "mixing" in pack(
+    assert "mixing" not in pack(library.folder.starting_scene(), "int8") and "mixing" in pack(
         mixed.starting_scene(), "int8"
     )
 
@@ -301,7 +301,7 @@ def test_verify_names_what_is_damaged(library):
     ):  # what helps is never to remove the library
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
-        for ask in (library.store.model, lambda: account_learned(SceneSet.open_all(library.path))):
+        for ask in (library.folder.model, lambda: account_learned(SceneSet.open_all(library.path))):
             with pytest.raises(
                 UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"
             ):
@@ -320,8 +320,8 @@ def test_a_reader_keeps_up_with_a_writer(library):
     library.compact()
     assert reader.names == SOLIDS[1:] and torch.equal(reader["brown_bar"].rows.micro, rows.micro)
     stranger = latentscenes.open_library(library.path, device="cpu")
-    place = stranger.store.index.place
-    stale, stranger.store.index.place = (
+    place = stranger.folder.index.place
+    stale, stranger.folder.index.place = (
         place("brown_bar"),
         lambda name: stale if not asked.append(name) and len(asked) == 1 else place(name),
     )
@@ -329,12 +329,12 @@ def test_a_reader_keeps_up_with_a_writer(library):
     library.rename("green_box", "box")
     library.remove("box")
     library.compact()  # between the question where the scene lies and the opening of that shard
-    assert torch.equal(stranger.store.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
+    assert torch.equal(stranger.folder.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
 
 
 def test_two_writers_wait_or_are_told(library):
-    with library.store.writing():
-        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); lib.store.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); lib.rename('red_ball', 'ball'); print('done')"
+    with library.folder.writing():
+        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); lib.folder.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); lib.rename('red_ball', 'ball'); print('done')"
         start = [sys.executable, "-c", script, str(library.path)]
         told = subprocess.run([*start, "refuse"], capture_output=True, text=True)
         assert (
@@ -355,13 +355,13 @@ def test_a_failed_append_leaves_nothing(library, monkeypatch):
     from latentscenes.storage.index import Index
 
     again = latentscenes.storage.library.NewScene(
-        dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball")
+        dataclasses.replace(library["red_ball"].metadata, name="new"), library.folder.payload("red_ball")
     )
     twice = [
         dataclasses.replace(again, info=dataclasses.replace(again.info, name=name)) for name in ("a", "a")
     ]
     with pytest.raises(UserError, match="scene 'a' is there already"):
-        library.store.append(twice)
+        library.folder.append(twice)
 
     def crash(*_):
         raise KeyboardInterrupt
@@ -369,17 +369,17 @@ def test_a_failed_append_leaves_nothing(library, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Index, "add", crash)
         with pytest.raises(KeyboardInterrupt):
-            library.store.append([again])
+            library.folder.append([again])
     assert (
         library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
     )  # an orphan, not in the index
-    library.store.append([again])
+    library.folder.append([again])
     assert library.names == [*SOLIDS, "new"] and library.verify() == []
 
 
 def test_a_hundred_thousand_scenes_are_listed_at_once(library):
     info = library["red_ball"].metadata
-    index = library.store.index
+    index = library.folder.index
     with index.transaction():
         for shard in range(2, 102):
             index.add(
@@ -409,7 +409,7 @@ def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
     times = []
     for _ in range(20):
         begun = time.perf_counter()
-        library.store.parameters("blue_egg")
+        library.folder.parameters("blue_egg")
         times.append(time.perf_counter() - begun)
     assert sorted(times)[10] < 4e-3  # 0.7 ms on a quiet machine
 

@@ -74,7 +74,7 @@ def test_adding_a_scene_from_pictures(library, disc):
         before.items()
         <= {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}.items()
     )
-    start = library.store.starting_scene()
+    start = library.folder.starting_scene()
     assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(
         scene.rows.micro, start.micro
     )
@@ -181,7 +181,7 @@ def test_dial_and_repack(library, solids):
         info, stored = library[name].metadata, library[name].rows
         assert (
             info.precision == "int4"
-            and info.bytes == care.payload_bytes(library.store.payload(name))
+            and info.bytes == care.payload_bytes(library.folder.payload(name))
             and info.psnr_lost > 0
         )
         assert torch.equal(
@@ -199,7 +199,7 @@ def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
     psnr = [
         measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)
     ]
-    assert care.loss(library.store, model, fine, coarse, psnr[0]) == pytest.approx(
+    assert care.loss(library.folder, model, fine, coarse, psnr[0]) == pytest.approx(
         psnr[0] - psnr[1], abs=0.05
     )
 
@@ -215,7 +215,7 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
     assert two.names == ["blue_egg", "disc"] and two.verify() == []
     for name in two.names:
         assert two[name].metadata == library[name].metadata and two.thumbnail(name) == library.thumbnail(name)
-        assert two.store.index.place(name).checksum == library.store.index.place(name).checksum
+        assert two.folder.index.place(name).checksum == library.folder.index.place(name).checksum
     assert np.array_equal(two["disc"].render(two.orbit(1)).rgb, library["disc"].render(library.orbit(1)).rgb)
     assert (
         library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
@@ -241,7 +241,7 @@ def test_compact_clears_what_stopped_work_left_but_not_what_is_at_work(library):
 
     (library.path / "work" / "stale").mkdir(parents=True)
     (library.path / "work" / "stale" / "lock").touch()
-    with work_folder(library.store) as busy:
+    with work_folder(library.folder) as busy:
         library.compact()
         assert busy.is_dir()
     library.compact()
@@ -429,7 +429,7 @@ def test_a_list_may_be_read_in_part(library):
         (["search", "{library}", "x"], "the nearest names are"),
         (
             ["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"],
-            "the nearest name is 'red_ball'",
+            "the nearest names are 'red_ball'",
         ),
         (
             ["exploit", "--data", "{data}", "--out", "{tmp}/new"],
@@ -501,7 +501,7 @@ def test_readers_beside_a_writer_see_whole_scenes(library):
                 if len(weights) < 4 or not set(NAMES) <= set(reader.names):
                     problems.append((names, weights.shape))
                 for name in names:
-                    stored = reader.store.parameters(name)
+                    stored = reader.folder.parameters(name)
                     if not torch.equal(stored.micro, rows[name.split("/")[0]].micro):
                         problems.append(name)
             except UserError as error:
@@ -511,10 +511,10 @@ def test_readers_beside_a_writer_see_whole_scenes(library):
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
-    payload, info = library.store.payload("red_ball"), library["red_ball"].metadata
+    payload, info = library.folder.payload("red_ball"), library["red_ball"].metadata
     for turn in range(8):
         copies = [NewScene(dataclasses.replace(info, name=f"red_ball/{turn}/{k}"), payload) for k in range(3)]
-        library.store.append(copies)
+        library.folder.append(copies)
         if turn % 2:
             library.remove(f"red_ball/{turn}/0", f"red_ball/{turn - 1}/1")
             library.compact()

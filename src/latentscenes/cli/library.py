@@ -92,15 +92,15 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         for key, value in asdict(opened[scene].metadata).items():
             print(f"{key:10} {value}")
         return
-    opened.store.check_model()
-    info, infos = opened.store.info, opened.infos()
+    opened.folder.check_model()
+    info, infos = opened.folder.info, opened.infos()
     origins = {
         origin: sum(entry.origin == origin for entry in infos) for origin in ("stage 1", "exploit", "add")
     }
     facts = {
         "scenes": f"{len(infos)} ({', '.join(f'{count} from {origin}' for origin, count in origins.items() if count)})",
         "scenes' bytes": bytes_text(sum(entry.bytes for entry in infos)),
-        "shared bytes": bytes_text(opened.store.shared_file.stat().st_size),
+        "shared bytes": bytes_text(opened.folder.shared_file.stat().st_size),
         "new ones as": info.precision,
         "pictures": f"{info.view.size[1]}x{info.view.size[0]}",
         "made of": f"{info.parent}: {info.parent_scenes} scenes, {seconds_text(info.parent_seconds)}",

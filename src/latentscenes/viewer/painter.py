@@ -156,7 +156,7 @@ class Painter:
 
     def _mark(self, scene: str) -> str:
         """What tells a stored scene from every other one, and from itself as it was before."""
-        place = self.library.store.index.place(scene)
+        place = self.library.folder.index.place(scene)
         if place is None:
             raise UserError(f"{self.library.path}: scene {scene!r} was removed or renamed meanwhile.")
         return place.checksum

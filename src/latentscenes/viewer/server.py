@@ -87,7 +87,7 @@ class Viewer:
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
         self._server.gui.configure_theme(show_logo=False, show_share_button=False)
-        self._place_camera(library.box, 2 * math.atan(0.5 / library.store.info.view.focal[1]))
+        self._place_camera(library.box, 2 * math.atan(0.5 / library.folder.info.view.focal[1]))
         self._server.on_client_connect(self._come)
         self._server.on_client_disconnect(self._go)
 
