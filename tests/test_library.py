@@ -1,4 +1,4 @@
-"""The library: what is stored is what was learned, each scene by itself, and nothing is lost whatever happens."""
+"""Libraries: scenes are stored exactly and read one by one, and a crash loses nothing."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ from latentscenes.storage.scene_set import SceneSet
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    """A finished stage 1 of four solids that nobody learned."""
+    """Returns a finished stage 1 of four solids with random parameters."""
     return made_run(tmp_path_factory.mktemp("runs") / "run", config_io.parse(TINY, "tiny"), solids, "train")
 
 
@@ -40,7 +40,8 @@ SOLIDS = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
 
 def test_importing_the_package_loads_no_torch():
-    script = "import sys, latentscenes; print({'torch', 'numpy'} & set(sys.modules)); latentscenes.open_library; print('torch' in sys.modules)"
+    script = "import sys, latentscenes; print({'torch', 'numpy'} & set(sys.modules)); "
+    script += "latentscenes.open_library; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "True"]
     assert set(latentscenes.__all__) <= set(dir(latentscenes)) and all(
@@ -334,7 +335,9 @@ def test_a_reader_keeps_up_with_a_writer(library):
 
 def test_two_writers_wait_or_are_told(library):
     with library.folder.writing():
-        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); lib.folder.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); lib.rename('red_ball', 'ball'); print('done')"
+        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); "
+        script += "lib.folder.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); "
+        script += "lib.rename('red_ball', 'ball'); print('done')"
         start = [sys.executable, "-c", script, str(library.path)]
         told = subprocess.run([*start, "refuse"], capture_output=True, text=True)
         assert (

@@ -347,11 +347,26 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     status, out, _ = call("search", path, "blue_egg", "--data", solids_path, "--count", 1, "--device", "cpu")
     assert status == 0 and "cosine" in out
     status, _, err = call("library", "verify", path)
-    assert status == 0 and "2 scenes, all as they were written" in err
+    assert status == 0 and "2 scenes, all intact" in err
     for shard in (path / "shards").iterdir():
         shard.unlink()
     status, out, _ = call("library", "verify", path)
     assert status == 1 and "green_box: its shard" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("list",), ("show",), ("show", "red_bal"), ("rename", "red_bal", "ball"), ("export", "red_bal")],
+)
+def test_short_answers_load_no_torch(arguments, library, tmp_path):
+    command, *rest = arguments
+    words = ["latentscenes", "library", command, str(library.path), *rest]
+    words += ["--out", str(tmp_path / "out")] if command == "export" else []
+    script = f"import sys; from latentscenes.cli import main as cli; sys.argv = {words!r}\n"
+    script += "try: cli.main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert done.returncode == (2 if "red_bal" in arguments else 0), done.stderr
 
 
 def test_a_list_may_be_read_in_part(library):
@@ -377,13 +392,13 @@ def test_a_list_may_be_read_in_part(library):
         ),
         (["library", "model", "{library}", "{tmp}/file/x"], "file/x: cannot be written"),
         (["library", "remove", "{library}"], "no scenes named, so none is removed"),
-        (["library", "list", "{library}", "--limit", "-1"], "--limit -1: at least 1, or 0 for all"),
-        (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, 0 at least"),
+        (["library", "list", "{library}", "--limit", "-1"], "--limit -1: must be at least 1, or 0 for all"),
+        (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, must be at least 0"),
         (
             ["library", "repack", "{library}", "--lost", "1", "--precision", "int8"],
-            "--lost 1: goes without --precision",
+            "--lost 1: cannot be combined with --precision",
         ),
-        (["search", "{library}", "red_ball", "--count", "0"], "--count 0: at least 1"),
+        (["search", "{library}", "red_ball", "--count", "0"], "--count 0: must be at least 1"),
         (
             ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"],
             "file/a.gif: cannot be made, for",

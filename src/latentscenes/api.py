@@ -276,8 +276,8 @@ class Library:
 
     def search(self, views: PosedImages, name: str, count: int = 5) -> list[Neighbor]:
         """Returns the scenes most similar to a scene of a dataset, by the cosine between weights. Learns the
-        weights of that scene in a second or two and stores nothing. Raises a UserError if the dataset holds no
-        such scene, or if the configuration cannot learn weights from latents."""
+        weights of that scene in a second or two and stores nothing. Raises a UserError if the dataset holds
+        no such scene, or if the configuration cannot learn weights from latents."""
         return self.nearest(quick_weights(self.folder, views, name, self.device), count, "cosine")
 
     # Changes
@@ -321,8 +321,8 @@ class Library:
         self.folder.tag(name, tags)
 
     def export(self, names: Sequence[str], out: str | Path) -> int:
-        """Copies scenes to a new library or to one with the same model. Returns the number of new ones. Raises
-        a UserError if a name is unknown, or if `out` has another model or another scene of that name."""
+        """Copies scenes to a new library or to one with the same model. Returns the number of new ones.
+        Raises a UserError if a name is unknown, or if `out` has another model or another scene of that name."""
         self.folder.index.require(names)
         return maintenance.export(self.folder, names, out)
 

@@ -24,6 +24,8 @@ from latentscenes.core.errors import UserError
 
 FORMAT = "latentscenes-library-1"
 FILE = "index.sqlite"
+REQUIRED = {"box", "view", "precision", "parent", "parent_seconds", "parent_scenes"}
+"""Entries of every library.json."""
 SHARED = "shared.safetensors"
 """File of the folder `model` with the weights of the shared parts."""
 VERSION = 1
@@ -103,6 +105,8 @@ def read_description(library: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: cannot be read ({error}). Restore it from a copy.") from None
+    if content.get("format") == FORMAT and (missing := REQUIRED - content.keys()):
+        raise UserError(f"{file}: lacks {', '.join(sorted(missing))}. Restore it from a copy.")
     if content.get("format") != FORMAT:
         raise UserError(
             f"{library}: a library of format {content.get('format')!r}, but this version reads {FORMAT!r}."
