@@ -322,7 +322,7 @@ class Library:
 
     def export(self, names: Sequence[str], out: str | Path) -> int:
         """Copies scenes to a new library or to one with the same model. Returns the number of new ones.
-        Raises a UserError if a name is unknown, or if `out` has another model or another scene of that name."""
+        Raises a UserError if a name is unknown, or `out` has another model or another scene of that name."""
         self.folder.index.require(names)
         return maintenance.export(self.folder, names, out)
 

@@ -48,18 +48,10 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         _print_lines(json.dumps(asdict(info)) for info in shown)
         return
     rows = [
-        (
-            info.name,
-            info.origin,
-            info.precision,
-            bytes_text(info.bytes),
-            _decibels(info.psnr),
-            _decibels(info.psnr_lost, 3),
-            seconds_text(info.seconds),
-            info.added[:10],
-        )
+        (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr),
+         _decibels(info.psnr_lost, 3), seconds_text(info.seconds), info.added[:10])
         for info in shown
-    ]
+    ]  # fmt: skip
     known = [info.psnr for info in infos if info.psnr is not None]
     size = bytes_text(sum(info.bytes for info in infos))
     note = f"{_thousands(len(infos))} of {_thousands(len(index))} scenes, {size}"

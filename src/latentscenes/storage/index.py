@@ -91,11 +91,8 @@ class Place:
 
 
 def read_description(library: Path) -> dict[str, Any]:
-    """Returns the content of a library's library.json.
-
-    Raises:
-        UserError: there is no library, or the file is damaged or of another format.
-    """
+    """Returns the content of a library's library.json. Raises a UserError if there is no library, or the file
+    is damaged or of another format."""
     file = library / "library.json"
     if not file.is_file():
         raise UserError(
@@ -115,11 +112,8 @@ def read_description(library: Path) -> dict[str, Any]:
 
 
 def check_model_file(file: Path, use: str) -> None:
-    """Refuses a file of the folder `model` that cannot be read; `use` says what needs it.
-
-    Raises:
-        UserError: the file is absent or damaged.
-    """
+    """Refuses a file of the folder `model` that cannot be read; `use` says what needs it. Raises a UserError
+    if the file is absent or damaged."""
     try:
         with safe_open(file, "np"):
             return
@@ -143,10 +137,7 @@ class Index:
 
     def __init__(self, path: Path):
         """Opens the file `path`. In a read-only folder without a journal, the file counts as immutable.
-
-        Raises:
-            UserError: the file is absent, damaged, or of another version.
-        """
+        Raises a UserError if the file is absent, damaged, or of another version."""
         self.path = path
         self._lock = threading.RLock()
         if not path.is_file():
@@ -274,11 +265,7 @@ class Index:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits all changes of the block, or none if it raises.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Commits all changes of the block, or none on an error. Raises a UserError if it cannot write."""
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")

@@ -42,7 +42,7 @@ from latentscenes.core.files import (
     write_json,
     write_tensors,
     writing_to,
-)  # fmt: skip
+)
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.index import (
@@ -55,7 +55,7 @@ from latentscenes.storage.index import (
     check_model_file,
     read_description,
     unknown_scene,
-)  # fmt: skip
+)
 from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
 from latentscenes.storage.run import circumstances, fill_model, read_metrics
 
@@ -202,11 +202,8 @@ class LibraryFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Holds the library's lock and deletes outdated scores at the end.
-
-        Raises:
-            UserError: another process writes and `wait` is false, or the folder is read-only.
-        """
+        """Holds the library's lock and deletes outdated scores at the end. Raises a UserError if another
+        process writes and `wait` is false, or the folder is read-only."""
         holder = f"{self.path}: another process is writing to this library"
         with locked(self.path / "lock", self.wait, holder):
             yield
@@ -221,11 +218,7 @@ class LibraryFolder:
         return self.path / "model" / SHARED
 
     def model(self, device: torch.device | str = "cpu") -> Model:
-        """Returns the shared parts, frozen, on a device.
-
-        Raises:
-            UserError: their file is absent or damaged.
-        """
+        """Returns the shared parts, frozen. Raises a UserError if their file is absent or damaged."""
         model = Model(self.config, self.info.box, pretrained=False)
         self.check_model()
         fill_model(model, self.shared_file)
@@ -237,10 +230,7 @@ class LibraryFolder:
 
     def starting_scene(self) -> SceneParameters:
         """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
-
-        Raises:
-            UserError: their file is absent or damaged.
-        """
+        Raises a UserError if their file is absent or damaged."""
         file = self.path / "model" / START
         check_model_file(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
@@ -252,11 +242,8 @@ class LibraryFolder:
     # Scenes
 
     def parameters(self, name: str) -> SceneParameters:
-        """Reads one scene (n = 1) without the others.
-
-        Raises:
-            UserError: there is no such scene, or its shard cannot be read.
-        """
+        """Reads one scene (n = 1) without the others. Raises a UserError if there is no such scene, or its
+        shard cannot be read."""
         return unpack(self.payload(name), self.config.planes)
 
     def payload(self, name: str) -> Payload:
@@ -272,10 +259,7 @@ class LibraryFolder:
 
     def all_weights(self) -> tuple[list[str], Float[Tensor, "n M"]]:
         """Reads the names of all scenes, in the order of addition, and their weights over the M base planes.
-
-        Raises:
-            UserError: a shard cannot be read.
-        """
+        Raises a UserError if a shard cannot be read."""
 
         planes = self.config.planes
 

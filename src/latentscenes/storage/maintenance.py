@@ -90,12 +90,8 @@ def verify(library: LibraryFolder) -> list[Damage]:
 
 
 def compact(library: LibraryFolder) -> int:
-    """Merges small shards and removes the remains of removed scenes, crashes and stopped work. Scenes stay
-    identical.
-
-    Returns:
-        The bytes freed in shards.
-    """
+    """Merges small shards and removes what removed scenes, crashes and stopped work left. Scenes stay
+    identical. Returns the bytes freed in shards."""
     before = folder_bytes(library.path / "shards")
     with library.writing():
         shards = library.index.shards()
@@ -116,10 +112,7 @@ def _is_small(file: Path) -> bool:
 
 def repack(library: LibraryFolder, precision: str, device: torch.device | str = "cpu") -> int:
     """Stores all scenes of finer precision at `precision` and adds the measured loss to their metadata.
-
-    Returns:
-        The number of changed scenes.
-    """
+    Returns their number."""
     chosen, model = check_precision(precision), library.model(device)
     finer = set(PRECISIONS[: PRECISIONS.index(chosen)])
     names = [info.name for info in library.index.infos() if info.precision in finer]
@@ -139,11 +132,7 @@ def repack(library: LibraryFolder, precision: str, device: torch.device | str = 
 
 def dial(library: LibraryFolder, device: torch.device | str = "cpu") -> list[Setting]:
     """Measures size and loss at each precision from the finest stored one on, with up to SAMPLE of the finest
-    scenes.
-
-    Raises:
-        UserError: the library holds no scenes with a known PSNR.
-    """
+    scenes. Raises a UserError if the library holds no scenes with a known PSNR."""
     infos = [info for info in library.index.infos() if info.psnr is not None]
     if not infos:
         raise UserError(f"{library.path}: holds no scenes to measure.")
@@ -186,14 +175,9 @@ def loss(library: LibraryFolder, model: Model, fine: Payload, coarse: Payload, p
 
 
 def export(library: LibraryFolder, names: Sequence[str], out: str | Path) -> int:
-    """Copies scenes, bit for bit and with metadata, to a new library or to one with the same model.
-
-    Returns:
-        The number of scenes that `out` did not hold yet.
-
-    Raises:
-        UserError: `out` has another model, or another scene of the same name.
-    """
+    """Copies scenes, bit for bit and with metadata, to a new library or to one with the same model. Returns
+    how many `out` did not hold yet. Raises a UserError if `out` has another model or another scene of that
+    name."""
     if LibraryFolder.exists(out):
         target = LibraryFolder.open(out)
         if target.checksums[SHARED] != library.checksums[SHARED]:

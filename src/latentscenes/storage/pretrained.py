@@ -38,11 +38,7 @@ def find_model(name: Path) -> Path:
 
 
 def open_parent(path: Path) -> Run | LibraryFolder:
-    """Opens a run, a library, or a packaged model by its name.
-
-    Raises:
-        UserError: it is none of these.
-    """
+    """Opens a run, a library, or a packaged model by its name. Raises a UserError if it is none of these."""
     found = find_model(path)
     if LibraryFolder.exists(found):
         return LibraryFolder.open(found)
@@ -56,15 +52,10 @@ def open_parent(path: Path) -> Run | LibraryFolder:
 
 
 def export_model(source: LibraryFolder, out: Path) -> int:
-    """Writes the shared parts of a library, in half precision and without scenes, to a new folder.
+    """Writes the shared parts of a library, in half precision and without scenes, to a new folder. Returns
+    the size of the model files in bytes. Raises a UserError if `out` exists or cannot be written.
 
     The index is written without a journal, so that reading it leaves no files beside it.
-
-    Returns:
-        The size of the model files in bytes.
-
-    Raises:
-        UserError: `out` exists or cannot be written.
     """
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder.")

@@ -28,22 +28,15 @@ STREAM = "stream"
 
 
 def check_precision(name: str) -> StoragePrecision:
-    """Returns the precision of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Returns the precision of that name. Raises a UserError if there is none."""
     if name not in PRECISIONS:
         raise UserError(f"precision: no {name!r}; choose one of {', '.join(PRECISIONS)}.")
     return name
 
 
 def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
-    """Returns the payload of one scene (n = 1), without empty tensors.
-
-    Raises:
-        UserError: float16 cannot represent the micro planes.
-    """
+    """Returns the payload of one scene (n = 1), without empty tensors. Raises a UserError if float16 cannot
+    represent the micro planes."""
     payload = {name: table[0].detach().cpu().float().contiguous() for name, table in rows.tables().items()}
     micro = payload.pop("micro")
     if precision != "float32":

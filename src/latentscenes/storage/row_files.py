@@ -109,11 +109,8 @@ class RowFiles:
 def rows_on_disk(
     folder: Path, count: int, config: PlanesConfig, generator: torch.Generator
 ) -> tuple[SceneParameters, RowFiles]:
-    """Opens the micro planes in `folder`, or creates random ones. Weights are new random values in memory.
-
-    Returns:
-        The parameters of `count` scenes and the files.
-    """
+    """Opens the micro planes in `folder`, or creates random ones. Returns the parameters of `count` scenes,
+    with new random weights in memory, and the files."""
     small = random_parameters(count, dataclasses.replace(config, micro=0), generator)
     folder.mkdir(exist_ok=True)
     whole = folder / "complete"
@@ -129,10 +126,7 @@ def rows_on_disk(
 
 def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
     """Returns the micro planes of a stopped run, (n, 3, r, r, m). Changes to the tensor are not written.
-
-    Raises:
-        UserError: the run is in progress, or was interrupted.
-    """
+    Raises a UserError if the run is in progress, or was interrupted."""
     if any(folder.glob("journal-*.bin")):
         raise UserError(
             f"{folder.parent}: this run is in progress, or was interrupted. "

@@ -76,11 +76,8 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: Config, info: RunInfo) -> "Run":
-        """Starts a run, or opens the run in `path` if it has the same settings, scenes and box.
-
-        Raises:
-            UserError: the folder holds a different run or other files.
-        """
+        """Starts a run, or opens the run in `path` if it has the same settings, scenes and box. Raises a
+        UserError if the folder holds a different run or other files."""
         path = Path(path)
         if (path / "run.json").is_file():
             run = cls.open(path)
@@ -100,11 +97,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
-        """Opens a run.
-
-        Raises:
-            UserError: there is none, or its run.json is damaged.
-        """
+        """Opens a run. Raises a UserError if there is none, or its run.json is damaged."""
         path = Path(path)
         file = path / "run.json"
         if not file.is_file():
@@ -210,11 +203,8 @@ class Run:
             tensor.copy_(saved[name])
 
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
-        """Returns the learned model, frozen, and the scenes, on a device.
-
-        Raises:
-            UserError: nothing has been learned yet, or the checkpoint is damaged.
-        """
+        """Returns the learned model, frozen, and the scenes, on a device. Raises a UserError if nothing has
+        been learned yet, or the checkpoint is damaged."""
         model = Model(self.config, self.info.box, pretrained=False)
         fill_model(model, self.shared_file)
         tables = _load(self.rows_file)
@@ -285,11 +275,8 @@ def circumstances() -> dict[str, Any]:
 
 
 def fill_model(model: Model, path: Path) -> None:
-    """Copies the weights of a file into a model.
-
-    Raises:
-        UserError: the file is damaged, or belongs to another version or configuration.
-    """
+    """Copies the weights of a file into a model. Raises a UserError if the file is damaged, or belongs to
+    another version or configuration."""
     try:
         model.load_state_dict(_load(path))
     except RuntimeError as error:

@@ -95,10 +95,7 @@ class Painter:
         self, request: ViewRequest, side: int, is_stale: Callable[[], bool] = lambda: False
     ) -> Frame | None:
         """Draws an image whose shorter side has about `side` pixels. Returns None once `is_stale()` is true.
-
-        Raises:
-            UserError: the scene is unknown or cannot be read.
-        """
+        Raises a UserError if the scene is unknown or cannot be read."""
         model = self.library.model
         size = picture_size(request.canvas, side, model.codec.downsampling)
         background = self._background(*size)

@@ -193,11 +193,8 @@ class Datasets:
             self._open(data)
 
     def find(self, name: str) -> tuple[PosedImages, Scene]:
-        """Returns the dataset and the scene in it.
-
-        Raises:
-            UserError: the scene has no dataset, or the dataset has moved.
-        """
+        """Returns the dataset and the scene in it. Raises a UserError if the scene has no dataset, or the
+        dataset has moved."""
         info = self._library[name].metadata
         path = self._data or (info.dataset and Path(info.dataset))
         if not path:

@@ -150,11 +150,8 @@ class Viewer:
 
 
 def check_port(host: str, port: int) -> None:
-    """Checks that a port can be served at. Otherwise viser would choose another one, or hang.
-
-    Raises:
-        UserError: the port is taken or invalid, or the address is not of this machine.
-    """
+    """Checks that a port can be served at. Otherwise viser would choose another one, or hang. Raises a
+    UserError if the port is taken or invalid, or the address is not of this machine."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: must be a number up to 65535; 0 chooses any free port.")
     try:
