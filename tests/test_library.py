@@ -114,9 +114,7 @@ def test_mistakes_are_explained(library, tmp_path):
     with pytest.raises(UserError, match="size 30: must be a multiple of the codec's downsampling, 4; try 32"):
         library["red_ball"].render(library.orbit(1), size=30)
     with pytest.raises(UserError, match="must be latentscenes.Cameras, not ndarray"):
-        latentscenes.LearnedScene.render.__wrapped__(
-            library["red_ball"], np.eye(4)
-        )  # as called by those who check no types
+        latentscenes.LearnedScene.render.__wrapped__(library["red_ball"], np.eye(4))
     with pytest.raises(UserError, match="no library here"):
         latentscenes.open_library(tmp_path / "absent")
     with pytest.raises(UserError, match="holds a library already"):
@@ -169,12 +167,12 @@ def test_removing_and_renaming(library):
     )
     with pytest.raises(UserError, match="removed or renamed"):
         scene.metadata  # noqa: B018
-    for old, new, told in (
+    for old, new, message in (
         ("brown_bar", "scarlet ball", "is there already"),
         ("brown_bar", " ", "must not be empty"),
         ("green_box", "x", "no scene 'green_box'"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             library.rename(old, new)
     assert library.compact() > 0 and library.verify() == []
     assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]
@@ -184,9 +182,7 @@ def test_removing_and_renaming(library):
             for table, value in library[name].rows.tables().items()
         )
     library.compact()
-    assert [file.name for file in (library.path / "shards").iterdir()] == [
-        "000002.safetensors"
-    ]  # nothing left to do
+    assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]
     library.remove("scarlet ball", "brown_bar")
     library.compact()
     assert len(library) == 0 and not list((library.path / "shards").iterdir())
@@ -237,7 +233,7 @@ def test_ultra_light_scenes_are_tiny(tmp_path, solids, tiny):
 
 @pytest.mark.parametrize("written", [{}, {"mixing": torch.zeros(1, 5, 5)}], ids=["nothing", "zeros"])
 def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
-    """Whatever the file says of it that new scenes start from: older libraries' say nothing."""
+    """Also if start.safetensors holds a mixing; files of earlier versions hold none."""
     file = library.path / "model" / "start.safetensors"
     tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
     save_file(tables | written, file)
@@ -257,7 +253,7 @@ def test_verify_knows_where_new_scenes_start(library):
         ("model/start.safetensors", "its bytes have changed; new scenes start from it")
     ]
     facts = json.loads((library.path / "library.json").read_text())
-    facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]  # as earlier versions wrote it
+    facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]
     (library.path / "library.json").write_text(json.dumps(facts))
     assert latentscenes.open_library(library.path, device="cpu").verify() == []
     file.unlink()
@@ -296,10 +292,7 @@ def test_verify_names_what_is_damaged(library):
     model = library.path / "model" / "shared.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     assert library.verify()[0].name == "model/shared.safetensors"
-    for spoil in (
-        lambda: model.write_bytes(b"torn"),
-        model.unlink,
-    ):  # what helps is never to remove the library
+    for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
         for ask in (library.folder.model, lambda: account_learned(SceneSet.open_all(library.path))):
@@ -316,7 +309,7 @@ def test_verify_names_what_is_damaged(library):
 
 def test_a_reader_keeps_up_with_a_writer(library):
     reader = latentscenes.open_library(library.path, device="cpu")
-    rows = reader["brown_bar"].rows  # its shard is open now
+    rows = reader["brown_bar"].rows
     library.remove("red_ball")
     library.compact()
     assert reader.names == SOLIDS[1:] and torch.equal(reader["brown_bar"].rows.micro, rows.micro)
@@ -329,20 +322,19 @@ def test_a_reader_keeps_up_with_a_writer(library):
     asked = []
     library.rename("green_box", "box")
     library.remove("box")
-    library.compact()  # between the question where the scene lies and the opening of that shard
+    library.compact()
     assert torch.equal(stranger.folder.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
 
 
-def test_two_writers_wait_or_are_told(library):
+def test_two_writers_wait_or_are_refused(library):
     with library.folder.writing():
         script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); "
         script += "lib.folder.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); "
         script += "lib.rename('red_ball', 'ball'); print('done')"
         start = [sys.executable, "-c", script, str(library.path)]
-        told = subprocess.run([*start, "refuse"], capture_output=True, text=True)
-        assert (
-            told.returncode == 1 and "another process is writing to this library. Wait for it" in told.stderr
-        )
+        refused = subprocess.run([*start, "refuse"], capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "another process is writing to this library. Wait for it" in refused.stderr
         waiting = subprocess.Popen(
             [*start, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -352,6 +344,20 @@ def test_two_writers_wait_or_are_told(library):
         )
     out, _ = waiting.communicate(timeout=30)
     assert out == "done\n" and "ball" in library
+
+
+def test_a_killed_writer_frees_the_lock(library):
+    script = "import sys, time; from latentscenes.storage.library import LibraryFolder\n"
+    script += "with LibraryFolder.open(sys.argv[1]).writing(): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(library.path)]
+    library.folder.wait = False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing to this library. Wait for it"):
+            library.rename("red_ball", "ball")
+        process.kill()
+    library.rename("red_ball", "ball")
+    assert "ball" in library
 
 
 def test_a_failed_append_leaves_nothing(library, monkeypatch):
@@ -373,9 +379,7 @@ def test_a_failed_append_leaves_nothing(library, monkeypatch):
         broken.setattr(Index, "add", crash)
         with pytest.raises(KeyboardInterrupt):
             library.folder.append([again])
-    assert (
-        library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
-    )  # an orphan, not in the index
+    assert library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
     library.folder.append([again])
     assert library.names == [*SOLIDS, "new"] and library.verify() == []
 

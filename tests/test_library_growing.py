@@ -1,4 +1,4 @@
-"""Adding from pictures, search, precision, export, and the library commands."""
+"""Libraries: adding scenes from images, search, precision, export, commands, several processes."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ NAMES = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    lively = config_io.parse(TINY, "tiny", ["planes.initial_std=3"])  # so that rounding shows in pictures
+    lively = config_io.parse(TINY, "tiny", ["planes.initial_std=3"])
     return made_run(tmp_path_factory.mktemp("runs") / "run", lively, solids, "train")
 
 
@@ -42,13 +42,13 @@ def library(run, tmp_path):
 
 @pytest.fixture
 def disc():
-    """Images, cameras and silhouettes of a solid."""
+    """Returns images, silhouettes and cameras of a solid."""
     kind, size, color, _ = SOLIDS["pink_disc"]
     cameras = orbit(6)
     return *photograph(kind, size, color, cameras, 32), cameras
 
 
-# From pictures
+# Adding
 
 
 def test_adding_a_scene_from_pictures(library, disc):
@@ -78,7 +78,7 @@ def test_adding_a_scene_from_pictures(library, disc):
     assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(
         scene.rows.micro, start.micro
     )
-    # pictures over black with masks, as numbers, are the same pictures over white
+    # The same images over black, as floats with masks
     share = alpha[..., None] / 255
     over_black = np.clip(images / 255 - (1 - share), 0, 1) / np.maximum(share, 1e-9)
     again = library.add("again", over_black.clip(0, 1), cameras, masks=alpha / 255, precision="int6")
@@ -91,7 +91,7 @@ def test_pictures_that_cannot_be_learned_are_refused(library, disc):
     images, alpha, cameras = disc
 
     def refused(message, *given, name="new", masks=None):
-        add = latentscenes.Library.add.__wrapped__  # as called by those who check no types
+        add = latentscenes.Library.add.__wrapped__
         with pytest.raises(UserError, match=message):
             add(library, name, *given, masks)
 
@@ -142,7 +142,7 @@ def test_searching_for_a_scene_of_a_dataset(library, solids):
         library.search(solids, "green_bx")
 
 
-# StoragePrecision
+# Precision
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -150,7 +150,7 @@ def test_what_is_packed_is_unpacked(precision, tiny):
     generator = torch.Generator().manual_seed(3)
     planes = dataclasses.replace(tiny.planes, bias=True)
     rows = latentscenes.model.planes.random_parameters(1, planes, generator)
-    rows.micro[0, 1, :, :, 1] = 0  # a plane of zeros has no largest magnitude
+    rows.micro[0, 1, :, :, 1] = 0
     again = unpack(pack(rows, precision), planes)
     bound = {"float32": 0.0, "float16": 2**-11}.get(precision)
     worst = rows.micro.abs().amax((2, 3), keepdim=True) * (
@@ -189,8 +189,8 @@ def test_dial_and_repack(library, solids):
         ) and torch.equal(stored.weights, exact[name].weights)
 
 
-def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
-    """Against the truth, errors of rounding add to those that were there."""
+def test_the_estimated_loss_is_the_measured_one(library, solids):
+    """Errors of quantization add to those of the learned scene."""
     scene, model = solids.select("train")[0], library.model
     index = scene.views("all")
     fine, coarse = (pack(library["red_ball"].rows, precision) for precision in ("float32", "int3"))
@@ -217,9 +217,7 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
         assert two[name].metadata == library[name].metadata and two.thumbnail(name) == library.thumbnail(name)
         assert two.folder.index.place(name).checksum == library.folder.index.place(name).checksum
     assert np.array_equal(two["disc"].render(two.orbit(1)).rgb, library["disc"].render(library.orbit(1)).rgb)
-    assert (
-        library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
-    )  # what is there is not copied again
+    assert library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
     two.remove("disc")
     two.rename("blue_egg", "disc")
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
@@ -264,7 +262,7 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
         raise Crash
 
     many.remove("green_box")
-    monkeypatch.setattr(care, "SHARD_BYTES", 4000)  # a shard for each scene
+    monkeypatch.setattr(care, "SHARD_BYTES", 4000)
     with monkeypatch.context() as broken:
         commits, commit = [], care._commit
         broken.setattr(
@@ -285,7 +283,7 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Exit status, stdout and stderr of `latentscenes …`."""
+    """Returns a function that runs a command and returns exit status, stdout and stderr."""
 
     def called(*arguments):
         monkeypatch.setattr(sys, "argv", ["latentscenes", *map(str, arguments)])
@@ -380,7 +378,7 @@ def test_a_list_may_be_read_in_part(library):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["library", "list", "{tmp}/absent"], "no library here"),
         (["library", "remove", "{library}", "red_bal"], "the nearest names are 'red_ball'"),
@@ -457,7 +455,7 @@ def test_a_list_may_be_read_in_part(library):
         ),
     ],
 )
-def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids_path):
+def test_mistakes_take_one_line(arguments, message, library, tmp_path, call, solids_path):
     places = {"tmp": tmp_path, "library": library.path, "data": solids_path}
     (tmp_path / "file").touch()
     (tmp_path / "folder.gif").mkdir()
@@ -466,7 +464,7 @@ def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids
         status == 2
         and out == ""
         and err.startswith("latentscenes: ")
-        and told in err
+        and message in err
         and err.count("\n") == 1
     )
 
@@ -496,12 +494,12 @@ def test_eval_cost_and_render_read_libraries(library, call, tmp_path):
     )
     assert status == 0 and (tmp_path / "orbit.gif").stat().st_size > 100
     library.rename("red_ball", "ball")
-    assert not (library.path / "evaluation.json").exists()  # scores end with the next change
+    assert not (library.path / "evaluation.json").exists()
     status, out, _ = call("eval", "--run", library.path, "--part", "fit", "--views", 1, "--device", "cpu")
     assert status == 0 and "ball" in out and (library.path / "evaluation_fit.json").exists()
 
 
-# Others at the same time
+# Several processes
 
 
 def test_readers_beside_a_writer_see_whole_scenes(library):
@@ -520,7 +518,7 @@ def test_readers_beside_a_writer_see_whole_scenes(library):
                     if not torch.equal(stored.micro, rows[name.split("/")[0]].micro):
                         problems.append(name)
             except UserError as error:
-                if "no scene" not in str(error):  # removed between the list and the reading
+                if "no scene" not in str(error):
                     problems.append(error)
 
     threads = [threading.Thread(target=read) for _ in range(3)]
@@ -550,11 +548,11 @@ def test_what_is_kept_in_memory_is_read_anew_after_a_change(library):
         and names == NAMES
     )
     assert [name for name, _ in other.nearest("ball", 5)] == [name for name, _ in library.nearest("ball", 5)]
-    other.weights()[:] = 0  # a copy
+    other.weights()[:] = 0
     assert np.array_equal(other.weights(["blue_egg"]), before[[2]])
 
 
-# What the pages say
+# Examples in the documentation
 
 
 @pytest.mark.parametrize(

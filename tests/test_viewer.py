@@ -498,7 +498,8 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
         press("next")
         page.wait("document.body.innerText.includes('3–3 of 3')")
         page.evaluate(
-            "(e => { while (!e.querySelector('input')) e = e.parentElement; e.querySelector('input').focus() })"
+            "(e => { while (!e.querySelector('input')) e = e.parentElement;"
+            " e.querySelector('input').focus() })"
             f"({LABEL.format('Search')})"
         )
         page.type(names[2][-4:])

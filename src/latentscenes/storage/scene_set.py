@@ -74,9 +74,9 @@ class SceneSet(ABC):
         """Opens the scenes of a run, or the scenes of a library that were learned from one dataset and split.
 
         Args:
-            path: run or library folder. data: dataset folder; None: a run's dataset, or the dataset of the
-            library's newest scene outside stage 1
-                (of its newest scene if all are of stage 1).
+            path: run or library folder.
+            data: dataset folder; None: the run's dataset, or the dataset of the library's newest scene, where
+                scenes of stage 1 count only if there are no others.
             split: None: the split of the run or of that scene.
 
         Raises:
