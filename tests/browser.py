@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its DevTools protocol: what a person would see, click and drag."""
+"""A headless Chromium, controlled over its DevTools protocol."""
 
 import base64
 import contextlib
@@ -33,7 +33,7 @@ FLAGS = (
 
 
 class Page:
-    """One tab."""
+    """A tab."""
 
     def __init__(self, address: str):
         from websockets.sync.client import connect
@@ -41,9 +41,9 @@ class Page:
         self._socket = connect(address, max_size=None, compression=None)
         self._numbers = count(1)
         self.problems: list[str] = []
-        """Errors and warnings on the console, exceptions that nothing caught, requests that failed."""
+        """Console errors, uncaught exceptions and failed requests."""
         self.requests: list[str] = []
-        """Addresses asked for, those in the page itself (data:, blob:) left out."""
+        """Requested addresses, without data: and blob:."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.command(f"{domain}.enable")
 
@@ -76,17 +76,17 @@ class Page:
         self.command("Page.navigate", url=url)
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page; promises are awaited."""
+        """Returns the value of a JavaScript expression; awaits promises."""
         answer = self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = 30) -> Any:
-        """Until an expression is true."""
+        """Waits until an expression is true."""
         return until(lambda: self.evaluate(script), seconds, script)
 
     def picture(self) -> bytes:
-        """The page as it looks, PNG."""
+        """Returns a screenshot, PNG."""
         return base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"])
 
     def mouse(self, kind: str, x: float, y: float, buttons: int = 0) -> None:
@@ -102,9 +102,10 @@ class Page:
         )
 
     def click(self, selector: str) -> None:
-        """In the middle of the element that a CSS selector finds."""
+        """Clicks the middle of the element that a CSS selector finds."""
         place = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center'});"
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         self.click_at(*place)
@@ -125,7 +126,7 @@ class Page:
         self.mouse("mouseReleased", *end)
 
     def type(self, text: str) -> None:
-        """Into what has the focus."""
+        """Types into the focused element."""
         self.command("Input.insertText", text=text)
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class Page:
 
 
 def until(condition: Callable[[], Any], seconds: float = 30, what: str = "") -> Any:
-    """What `condition` gives once that is true."""
+    """Returns the value of `condition` once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -144,7 +145,7 @@ def until(condition: Callable[[], Any], seconds: float = 30, what: str = "") -> 
 
 @contextlib.contextmanager
 def browser(profile: Path, width: int = 1280, height: int = 800) -> Iterator[Callable[[], Page]]:
-    """A running Chromium; gives what opens a new tab in it."""
+    """Starts Chromium and yields a function that opens a tab."""
     process = subprocess.Popen(
         [PROGRAM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
         stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Runs that look finished without any training: random weights, made-up curves and scores."""
+"""Finished runs and libraries without training: random weights, invented curves and scores."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from latentscenes.training.append import Provenance, library_from_run, new_scene
 def made_run(
     path: Path, settings: configuration.Config, views: PosedImages, split: str, count: int | None = None
 ) -> Run:
-    """A run folder of the split's first `count` scenes, learned by nobody."""
+    """Returns a finished run of the split's first `count` scenes, with random parameters."""
     scenes, stages = views.select(split, limit=count), settings.train
     run = Run.create(
         path, settings, RunInfo("train", str(views.path), split, [scene.name for scene in scenes], views.box)
@@ -32,47 +32,36 @@ def made_run(
         Model(settings, views.box), rows, {}, Position(len(stages), 0, 30, {name: 4.5 for name in names})
     )
     for number, name in enumerate(names):
-        for step in (10, 20, 30):
-            run.log(
-                {
-                    "stage": name,
-                    "step": step,
-                    "total": 30 * number + step,
-                    "rate": 1.0,
-                    "latent": 0.1 / step,
-                    "rgb": 0.02 + 1 / step**2,
-                }
-            )
+        for line in made_curve(name, 30 * number):
+            run.log(line)
     return run
 
 
+def made_curve(stage: str, before: int = 0) -> list[dict]:
+    """Returns logged steps of a stage that starts after `before` steps."""
+    return [
+        {"stage": stage, "step": step, "total": before + step, "rate": 1.0,
+         "latent": 0.1 / step, "rgb": 0.02 + 1 / step**2}
+        for step in (10, 20, 30)
+    ]  # fmt: skip
+
+
 def made_library(path: Path, run: Run, settings: configuration.Config, views: PosedImages) -> LibraryFolder:
-    """A library of a run's scenes and the dataset's new ones, learned by nobody."""
-    store = library_from_run(path, run, views, settings, "int8", True, "cpu")
-    scenes, model = views.select("new"), store.model()
+    """Returns a library of a run's scenes and the dataset's new ones, with random parameters."""
+    library = library_from_run(path, run, views, settings, "int8", True, "cpu")
+    scenes, model = views.select("new"), library.model()
     rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(2))
-    store.append([
-        new_scene(model, one, store.info.view, views, scene, "int8", Provenance("exploit", "new", 4.5))
+    library.append([
+        new_scene(model, one, library.info.view, views, scene, "int8", Provenance("exploit", "new", 4.5))
         for one, scene in zip(rows.one_by_one(), scenes, strict=True)
     ])  # fmt: skip
-    lines = [
-        {
-            "stage": stage.name,
-            "step": step,
-            "total": step,
-            "rate": 1.0,
-            "latent": 0.1 / step,
-            "rgb": 0.02 + 1 / step**2,
-        }
-        for stage in settings.exploit
-        for step in (10, 20, 30)
-    ]
+    lines = [line for stage in settings.exploit for line in made_curve(stage.name)]
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return store
+    return library
 
 
 def made_comparison(folder: Path, settings: configuration.Config, views: PosedImages) -> Comparison:
-    """Stage 1, new scenes, and RGB tri-planes of the first new scene alone."""
+    """Returns a comparison of stage 1, new scenes, and RGB tri-planes of the first new scene."""
     train = made_run(folder / "train", settings, views, "train")
     made_library(folder / "library", train, settings, views)
     plain = dataclasses.replace(

@@ -117,7 +117,7 @@ def test_images_command(tmp_path, run, monkeypatch, capsys):
     ]
     for wrong, message in (
         (["--match", "x*"], "no scenes chosen. Name some with --scenes, or give --match"),
-        (["--scenes", "eg"], "no scene 'eg' here; the nearest name is 'egg'"),
+        (["--scenes", "eg"], "no scene 'eg' here; the nearest names are 'egg'"),
         (["--scenes", "egg"], "exists and is not an empty folder"),
         (["--scenes", "egg", "--views", "0"], "--views 0: at least 1"),
     ):

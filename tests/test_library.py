@@ -1,4 +1,4 @@
-"""The library: what is stored is what was learned, each scene by itself, and nothing is lost whatever happens."""
+"""Libraries: scenes are stored exactly and read one by one, and a crash loses nothing."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ from latentscenes.storage.scene_set import SceneSet
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    """A finished stage 1 of four solids that nobody learned."""
+    """Returns a finished stage 1 of four solids with random parameters."""
     return made_run(tmp_path_factory.mktemp("runs") / "run", config_io.parse(TINY, "tiny"), solids, "train")
 
 
@@ -40,7 +40,8 @@ SOLIDS = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
 
 def test_importing_the_package_loads_no_torch():
-    script = "import sys, latentscenes; print({'torch', 'numpy'} & set(sys.modules)); latentscenes.open_library; print('torch' in sys.modules)"
+    script = "import sys, latentscenes; print({'torch', 'numpy'} & set(sys.modules)); "
+    script += "latentscenes.open_library; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "True"]
     assert set(latentscenes.__all__) <= set(dir(latentscenes)) and all(
@@ -113,23 +114,21 @@ def test_mistakes_are_explained(library, tmp_path):
     with pytest.raises(UserError, match="size 30: must be a multiple of the codec's downsampling, 4; try 32"):
         library["red_ball"].render(library.orbit(1), size=30)
     with pytest.raises(UserError, match="must be latentscenes.Cameras, not ndarray"):
-        latentscenes.LearnedScene.render.__wrapped__(
-            library["red_ball"], np.eye(4)
-        )  # as called by those who check no types
+        latentscenes.LearnedScene.render.__wrapped__(library["red_ball"], np.eye(4))
     with pytest.raises(UserError, match="no library here"):
         latentscenes.open_library(tmp_path / "absent")
     with pytest.raises(UserError, match="holds a library already"):
-        latentscenes.create_library(library.path, library.store.info.parent)
+        latentscenes.create_library(library.path, library.folder.info.parent)
     with pytest.raises(UserError, match="no 'int9'; choose one of float32"):
         latentscenes.create_library.__wrapped__(
-            tmp_path / "other", library.store.info.parent, precision="int9", device="cpu"
+            tmp_path / "other", library.folder.info.parent, precision="int9", device="cpu"
         )
     with pytest.raises(UserError, match=r"\(7,\) weights given, but this library has 3 base planes"):
         library.nearest(np.zeros(7))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").touch()
     with pytest.raises(UserError, match="exists and holds no library"):
-        latentscenes.create_library(tmp_path / "full", library.store.info.parent)
+        latentscenes.create_library(tmp_path / "full", library.folder.info.parent)
 
 
 def test_what_is_known_of_a_scene(library, solids):
@@ -168,12 +167,12 @@ def test_removing_and_renaming(library):
     )
     with pytest.raises(UserError, match="removed or renamed"):
         scene.metadata  # noqa: B018
-    for old, new, told in (
+    for old, new, message in (
         ("brown_bar", "scarlet ball", "is there already"),
         ("brown_bar", " ", "must not be empty"),
         ("green_box", "x", "no scene 'green_box'"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             library.rename(old, new)
     assert library.compact() > 0 and library.verify() == []
     assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]
@@ -183,13 +182,11 @@ def test_removing_and_renaming(library):
             for table, value in library[name].rows.tables().items()
         )
     library.compact()
-    assert [file.name for file in (library.path / "shards").iterdir()] == [
-        "000002.safetensors"
-    ]  # nothing left to do
+    assert [file.name for file in (library.path / "shards").iterdir()] == ["000002.safetensors"]
     library.remove("scarlet ball", "brown_bar")
     library.compact()
     assert len(library) == 0 and not list((library.path / "shards").iterdir())
-    with pytest.raises(UserError, match="the library is empty"):
+    with pytest.raises(UserError, match="it holds no scenes"):
         library["red_ball"]
 
 
@@ -236,15 +233,15 @@ def test_ultra_light_scenes_are_tiny(tmp_path, solids, tiny):
 
 @pytest.mark.parametrize("written", [{}, {"mixing": torch.zeros(1, 5, 5)}], ids=["nothing", "zeros"])
 def test_scenes_own_a_mixing_only_where_the_settings_say_so(library, written):
-    """Whatever the file says of it that new scenes start from: older libraries' say nothing."""
+    """Also if start.safetensors holds a mixing; files of earlier versions hold none."""
     file = library.path / "model" / "start.safetensors"
     tables = {name: table for name, table in load_file(file).items() if name != "mixing"}
     save_file(tables | written, file)
-    assert not library.config.planes.mixing and library.store.starting_scene().mixing.shape == (1, 0, 0)
+    assert not library.config.planes.mixing and library.folder.starting_scene().mixing.shape == (1, 0, 0)
     settings = config_io.parse(TINY, "tiny", ["planes.mixing=true"])
-    mixed = LibraryFolder(library.path, settings, library.store.info, library.store.checksums)
+    mixed = LibraryFolder(library.path, settings, library.folder.info, library.folder.checksums)
     assert torch.equal(mixed.starting_scene().mixing, torch.zeros(1, 5, 5))  # 2 micro and 3 macro features
-    assert "mixing" not in pack(library.store.starting_scene(), "int8") and "mixing" in pack(
+    assert "mixing" not in pack(library.folder.starting_scene(), "int8") and "mixing" in pack(
         mixed.starting_scene(), "int8"
     )
 
@@ -256,7 +253,7 @@ def test_verify_knows_where_new_scenes_start(library):
         ("model/start.safetensors", "its bytes have changed; new scenes start from it")
     ]
     facts = json.loads((library.path / "library.json").read_text())
-    facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]  # as earlier versions wrote it
+    facts["model_checksum"] = facts.pop("checksums")["shared.safetensors"]
     (library.path / "library.json").write_text(json.dumps(facts))
     assert latentscenes.open_library(library.path, device="cpu").verify() == []
     file.unlink()
@@ -295,13 +292,10 @@ def test_verify_names_what_is_damaged(library):
     model = library.path / "model" / "shared.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     assert library.verify()[0].name == "model/shared.safetensors"
-    for spoil in (
-        lambda: model.write_bytes(b"torn"),
-        model.unlink,
-    ):  # what helps is never to remove the library
+    for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
-        for ask in (library.store.model, lambda: account_learned(SceneSet.open_all(library.path))):
+        for ask in (library.folder.model, lambda: account_learned(SceneSet.open_all(library.path))):
             with pytest.raises(
                 UserError, match=r"shared.safetensors: .* every scene needs it. Restore it from a copy"
             ):
@@ -315,31 +309,32 @@ def test_verify_names_what_is_damaged(library):
 
 def test_a_reader_keeps_up_with_a_writer(library):
     reader = latentscenes.open_library(library.path, device="cpu")
-    rows = reader["brown_bar"].rows  # its shard is open now
+    rows = reader["brown_bar"].rows
     library.remove("red_ball")
     library.compact()
     assert reader.names == SOLIDS[1:] and torch.equal(reader["brown_bar"].rows.micro, rows.micro)
     stranger = latentscenes.open_library(library.path, device="cpu")
-    place = stranger.store.index.place
-    stale, stranger.store.index.place = (
+    place = stranger.folder.index.place
+    stale, stranger.folder.index.place = (
         place("brown_bar"),
         lambda name: stale if not asked.append(name) and len(asked) == 1 else place(name),
     )
     asked = []
     library.rename("green_box", "box")
     library.remove("box")
-    library.compact()  # between the question where the scene lies and the opening of that shard
-    assert torch.equal(stranger.store.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
+    library.compact()
+    assert torch.equal(stranger.folder.parameters("brown_bar").micro, rows.micro) and len(asked) == 2
 
 
-def test_two_writers_wait_or_are_told(library):
-    with library.store.writing():
-        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); lib.store.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); lib.rename('red_ball', 'ball'); print('done')"
+def test_two_writers_wait_or_are_refused(library):
+    with library.folder.writing():
+        script = "import sys, latentscenes; lib = latentscenes.open_library(sys.argv[1], device='cpu'); "
+        script += "lib.folder.wait = sys.argv[2] == 'wait'; print(len(lib), flush=True); "
+        script += "lib.rename('red_ball', 'ball'); print('done')"
         start = [sys.executable, "-c", script, str(library.path)]
-        told = subprocess.run([*start, "refuse"], capture_output=True, text=True)
-        assert (
-            told.returncode == 1 and "another process is writing to this library. Wait for it" in told.stderr
-        )
+        refused = subprocess.run([*start, "refuse"], capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "another process is writing to this library. Wait for it" in refused.stderr
         waiting = subprocess.Popen(
             [*start, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -351,17 +346,31 @@ def test_two_writers_wait_or_are_told(library):
     assert out == "done\n" and "ball" in library
 
 
+def test_a_killed_writer_frees_the_lock(library):
+    script = "import sys, time; from latentscenes.storage.library import LibraryFolder\n"
+    script += "with LibraryFolder.open(sys.argv[1]).writing(): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(library.path)]
+    library.folder.wait = False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing to this library. Wait for it"):
+            library.rename("red_ball", "ball")
+        process.kill()
+    library.rename("red_ball", "ball")
+    assert "ball" in library
+
+
 def test_a_failed_append_leaves_nothing(library, monkeypatch):
     from latentscenes.storage.index import Index
 
     again = latentscenes.storage.library.NewScene(
-        dataclasses.replace(library["red_ball"].metadata, name="new"), library.store.payload("red_ball")
+        dataclasses.replace(library["red_ball"].metadata, name="new"), library.folder.payload("red_ball")
     )
     twice = [
         dataclasses.replace(again, info=dataclasses.replace(again.info, name=name)) for name in ("a", "a")
     ]
     with pytest.raises(UserError, match="scene 'a' is there already"):
-        library.store.append(twice)
+        library.folder.append(twice)
 
     def crash(*_):
         raise KeyboardInterrupt
@@ -369,17 +378,15 @@ def test_a_failed_append_leaves_nothing(library, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Index, "add", crash)
         with pytest.raises(KeyboardInterrupt):
-            library.store.append([again])
-    assert (
-        library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
-    )  # an orphan, not in the index
-    library.store.append([again])
+            library.folder.append([again])
+    assert library.names == SOLIDS and (library.path / "shards" / "000002.safetensors").exists()
+    library.folder.append([again])
     assert library.names == [*SOLIDS, "new"] and library.verify() == []
 
 
 def test_a_hundred_thousand_scenes_are_listed_at_once(library):
     info = library["red_ball"].metadata
-    index = library.store.index
+    index = library.folder.index
     with index.transaction():
         for shard in range(2, 102):
             index.add(
@@ -409,7 +416,7 @@ def test_reading_one_scene_is_quick(tmp_path, solids, tiny):
     times = []
     for _ in range(20):
         begun = time.perf_counter()
-        library.store.parameters("blue_egg")
+        library.folder.parameters("blue_egg")
         times.append(time.perf_counter() - begun)
     assert sorted(times)[10] < 4e-3  # 0.7 ms on a quiet machine
 

@@ -1,4 +1,4 @@
-"""Adding from pictures, search, precision, export, and the library commands."""
+"""Libraries: adding scenes from images, search, precision, export, commands, several processes."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ NAMES = ["red_ball", "green_box", "blue_egg", "brown_bar"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    lively = config_io.parse(TINY, "tiny", ["planes.initial_std=3"])  # so that rounding shows in pictures
+    lively = config_io.parse(TINY, "tiny", ["planes.initial_std=3"])
     return made_run(tmp_path_factory.mktemp("runs") / "run", lively, solids, "train")
 
 
@@ -42,13 +42,13 @@ def library(run, tmp_path):
 
 @pytest.fixture
 def disc():
-    """Images, cameras and silhouettes of a solid."""
+    """Returns images, silhouettes and cameras of a solid."""
     kind, size, color, _ = SOLIDS["pink_disc"]
     cameras = orbit(6)
     return *photograph(kind, size, color, cameras, 32), cameras
 
 
-# From pictures
+# Adding
 
 
 def test_adding_a_scene_from_pictures(library, disc):
@@ -74,11 +74,11 @@ def test_adding_a_scene_from_pictures(library, disc):
         before.items()
         <= {file.name: file.read_bytes() for file in (library.path / "shards").iterdir()}.items()
     )
-    start = library.store.starting_scene()
+    start = library.folder.starting_scene()
     assert not torch.equal(scene.rows.weights, start.weights) and not torch.equal(
         scene.rows.micro, start.micro
     )
-    # pictures over black with masks, as numbers, are the same pictures over white
+    # The same images over black, as floats with masks
     share = alpha[..., None] / 255
     over_black = np.clip(images / 255 - (1 - share), 0, 1) / np.maximum(share, 1e-9)
     again = library.add("again", over_black.clip(0, 1), cameras, masks=alpha / 255, precision="int6")
@@ -91,7 +91,7 @@ def test_pictures_that_cannot_be_learned_are_refused(library, disc):
     images, alpha, cameras = disc
 
     def refused(message, *given, name="new", masks=None):
-        add = latentscenes.Library.add.__wrapped__  # as called by those who check no types
+        add = latentscenes.Library.add.__wrapped__
         with pytest.raises(UserError, match=message):
             add(library, name, *given, masks)
 
@@ -142,7 +142,7 @@ def test_searching_for_a_scene_of_a_dataset(library, solids):
         library.search(solids, "green_bx")
 
 
-# StoragePrecision
+# Precision
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -150,7 +150,7 @@ def test_what_is_packed_is_unpacked(precision, tiny):
     generator = torch.Generator().manual_seed(3)
     planes = dataclasses.replace(tiny.planes, bias=True)
     rows = latentscenes.model.planes.random_parameters(1, planes, generator)
-    rows.micro[0, 1, :, :, 1] = 0  # a plane of zeros has no largest magnitude
+    rows.micro[0, 1, :, :, 1] = 0
     again = unpack(pack(rows, precision), planes)
     bound = {"float32": 0.0, "float16": 2**-11}.get(precision)
     worst = rows.micro.abs().amax((2, 3), keepdim=True) * (
@@ -181,7 +181,7 @@ def test_dial_and_repack(library, solids):
         info, stored = library[name].metadata, library[name].rows
         assert (
             info.precision == "int4"
-            and info.bytes == care.payload_bytes(library.store.payload(name))
+            and info.bytes == care.payload_bytes(library.folder.payload(name))
             and info.psnr_lost > 0
         )
         assert torch.equal(
@@ -189,8 +189,8 @@ def test_dial_and_repack(library, solids):
         ) and torch.equal(stored.weights, exact[name].weights)
 
 
-def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
-    """Against the truth, errors of rounding add to those that were there."""
+def test_the_estimated_loss_is_the_measured_one(library, solids):
+    """Errors of quantization add to those of the learned scene."""
     scene, model = solids.select("train")[0], library.model
     index = scene.views("all")
     fine, coarse = (pack(library["red_ball"].rows, precision) for precision in ("float32", "int3"))
@@ -199,7 +199,7 @@ def test_the_loss_that_is_estimated_is_that_which_is_measured(library, solids):
     psnr = [
         measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)
     ]
-    assert care.loss(library.store, model, fine, coarse, psnr[0]) == pytest.approx(
+    assert care.loss(library.folder, model, fine, coarse, psnr[0]) == pytest.approx(
         psnr[0] - psnr[1], abs=0.05
     )
 
@@ -215,11 +215,9 @@ def test_export_and_joining_of_libraries(library, tmp_path, run, disc):
     assert two.names == ["blue_egg", "disc"] and two.verify() == []
     for name in two.names:
         assert two[name].metadata == library[name].metadata and two.thumbnail(name) == library.thumbnail(name)
-        assert two.store.index.place(name).checksum == library.store.index.place(name).checksum
+        assert two.folder.index.place(name).checksum == library.folder.index.place(name).checksum
     assert np.array_equal(two["disc"].render(two.orbit(1)).rgb, library["disc"].render(library.orbit(1)).rgb)
-    assert (
-        library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
-    )  # what is there is not copied again
+    assert library.export(library.names, tmp_path / "two") == 3 and len(two) == 5
     two.remove("disc")
     two.rename("blue_egg", "disc")
     with pytest.raises(UserError, match="holds another scene named 'disc'"):
@@ -241,7 +239,7 @@ def test_compact_clears_what_stopped_work_left_but_not_what_is_at_work(library):
 
     (library.path / "work" / "stale").mkdir(parents=True)
     (library.path / "work" / "stale" / "lock").touch()
-    with work_folder(library.store) as busy:
+    with work_folder(library.folder) as busy:
         library.compact()
         assert busy.is_dir()
     library.compact()
@@ -264,7 +262,7 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
         raise Crash
 
     many.remove("green_box")
-    monkeypatch.setattr(care, "SHARD_BYTES", 4000)  # a shard for each scene
+    monkeypatch.setattr(care, "SHARD_BYTES", 4000)
     with monkeypatch.context() as broken:
         commits, commit = [], care._commit
         broken.setattr(
@@ -285,7 +283,7 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Exit status, stdout and stderr of `latentscenes …`."""
+    """Returns a function that runs a command and returns exit status, stdout and stderr."""
 
     def called(*arguments):
         monkeypatch.setattr(sys, "argv", ["latentscenes", *map(str, arguments)])
@@ -347,11 +345,26 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     status, out, _ = call("search", path, "blue_egg", "--data", solids_path, "--count", 1, "--device", "cpu")
     assert status == 0 and "cosine" in out
     status, _, err = call("library", "verify", path)
-    assert status == 0 and "2 scenes, all as they were written" in err
+    assert status == 0 and "2 scenes, all intact" in err
     for shard in (path / "shards").iterdir():
         shard.unlink()
     status, out, _ = call("library", "verify", path)
     assert status == 1 and "green_box: its shard" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("list",), ("show",), ("show", "red_bal"), ("rename", "red_bal", "ball"), ("export", "red_bal")],
+)
+def test_short_answers_load_no_torch(arguments, library, tmp_path):
+    command, *rest = arguments
+    words = ["latentscenes", "library", command, str(library.path), *rest]
+    words += ["--out", str(tmp_path / "out")] if command == "export" else []
+    script = f"import sys; from latentscenes.cli import main as cli; sys.argv = {words!r}\n"
+    script += "try: cli.main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert done.returncode == (2 if "red_bal" in arguments else 0), done.stderr
 
 
 def test_a_list_may_be_read_in_part(library):
@@ -365,7 +378,7 @@ def test_a_list_may_be_read_in_part(library):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["library", "list", "{tmp}/absent"], "no library here"),
         (["library", "remove", "{library}", "red_bal"], "the nearest names are 'red_ball'"),
@@ -377,13 +390,13 @@ def test_a_list_may_be_read_in_part(library):
         ),
         (["library", "model", "{library}", "{tmp}/file/x"], "file/x: cannot be written"),
         (["library", "remove", "{library}"], "no scenes named, so none is removed"),
-        (["library", "list", "{library}", "--limit", "-1"], "--limit -1: at least 1, or 0 for all"),
-        (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, 0 at least"),
+        (["library", "list", "{library}", "--limit", "-1"], "--limit -1: must be at least 1, or 0 for all"),
+        (["library", "repack", "{library}", "--lost", "-1"], "--lost -1: dB, must be at least 0"),
         (
             ["library", "repack", "{library}", "--lost", "1", "--precision", "int8"],
-            "--lost 1: goes without --precision",
+            "--lost 1: cannot be combined with --precision",
         ),
-        (["search", "{library}", "red_ball", "--count", "0"], "--count 0: at least 1"),
+        (["search", "{library}", "red_ball", "--count", "0"], "--count 0: must be at least 1"),
         (
             ["render", "--run", "{library}", "--scene", "red_ball", "--out", "{tmp}/file/a.gif"],
             "file/a.gif: cannot be created:",
@@ -429,7 +442,7 @@ def test_a_list_may_be_read_in_part(library):
         (["search", "{library}", "x"], "the nearest names are"),
         (
             ["render", "--run", "{library}", "--scene", "red_bal", "--out", "{tmp}/a.gif"],
-            "the nearest name is 'red_ball'",
+            "the nearest names are 'red_ball'",
         ),
         (
             ["exploit", "--data", "{data}", "--out", "{tmp}/new"],
@@ -442,7 +455,7 @@ def test_a_list_may_be_read_in_part(library):
         ),
     ],
 )
-def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids_path):
+def test_mistakes_take_one_line(arguments, message, library, tmp_path, call, solids_path):
     places = {"tmp": tmp_path, "library": library.path, "data": solids_path}
     (tmp_path / "file").touch()
     (tmp_path / "folder.gif").mkdir()
@@ -451,7 +464,7 @@ def test_mistakes_take_one_line(arguments, told, library, tmp_path, call, solids
         status == 2
         and out == ""
         and err.startswith("latentscenes: ")
-        and told in err
+        and message in err
         and err.count("\n") == 1
     )
 
@@ -481,12 +494,12 @@ def test_eval_cost_and_render_read_libraries(library, call, tmp_path):
     )
     assert status == 0 and (tmp_path / "orbit.gif").stat().st_size > 100
     library.rename("red_ball", "ball")
-    assert not (library.path / "evaluation.json").exists()  # scores end with the next change
+    assert not (library.path / "evaluation.json").exists()
     status, out, _ = call("eval", "--run", library.path, "--part", "fit", "--views", 1, "--device", "cpu")
     assert status == 0 and "ball" in out and (library.path / "evaluation_fit.json").exists()
 
 
-# Others at the same time
+# Several processes
 
 
 def test_readers_beside_a_writer_see_whole_scenes(library):
@@ -501,20 +514,20 @@ def test_readers_beside_a_writer_see_whole_scenes(library):
                 if len(weights) < 4 or not set(NAMES) <= set(reader.names):
                     problems.append((names, weights.shape))
                 for name in names:
-                    stored = reader.store.parameters(name)
+                    stored = reader.folder.parameters(name)
                     if not torch.equal(stored.micro, rows[name.split("/")[0]].micro):
                         problems.append(name)
             except UserError as error:
-                if "no scene" not in str(error):  # removed between the list and the reading
+                if "no scene" not in str(error):
                     problems.append(error)
 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
-    payload, info = library.store.payload("red_ball"), library["red_ball"].metadata
+    payload, info = library.folder.payload("red_ball"), library["red_ball"].metadata
     for turn in range(8):
         copies = [NewScene(dataclasses.replace(info, name=f"red_ball/{turn}/{k}"), payload) for k in range(3)]
-        library.store.append(copies)
+        library.folder.append(copies)
         if turn % 2:
             library.remove(f"red_ball/{turn}/0", f"red_ball/{turn - 1}/1")
             library.compact()
@@ -535,11 +548,11 @@ def test_what_is_kept_in_memory_is_read_anew_after_a_change(library):
         and names == NAMES
     )
     assert [name for name, _ in other.nearest("ball", 5)] == [name for name, _ in library.nearest("ball", 5)]
-    other.weights()[:] = 0  # a copy
+    other.weights()[:] = 0
     assert np.array_equal(other.weights(["blue_egg"]), before[[2]])
 
 
-# What the pages say
+# Examples in the documentation
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_orbit_frames(run, mode):
 
 def test_orbit_of_unknown_scene_or_size(run):
     learned = SceneSet.of_run(run)
-    with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest name is 'green_box'"):
+    with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest names are 'green_box'"):
         learned.check("green_bx")
     with pytest.raises(UserError, match="multiple of the codec's downsampling, 4; try 20"):
         video.orbit_frames(learned, "green_box", learned.view, size=18 + 1)

@@ -1,5 +1,4 @@
-"""The viewer: pictures are those of the library, from where the browser looks; many may look and vanish; and in a real
-browser it shows a car, turns it, and is content."""
+"""The viewer draws what the library renders; browsers may connect and vanish; a real browser turns a car."""
 
 import io
 import math
@@ -61,7 +60,7 @@ train:
 
 @pytest.fixture(scope="module")
 def solid_library(tmp_path_factory, solids):
-    """Four solids that nobody learned, in a codec's latents."""
+    """Four solids with random parameters, in a codec's latents."""
     folder = tmp_path_factory.mktemp("solids")
     run = made_run(folder / "run", config_io.parse(TINY, "tiny"), solids, "train")
     return latentscenes.create_library(folder / "library", run.path, precision="float32", device="cpu")
@@ -69,7 +68,7 @@ def solid_library(tmp_path_factory, solids):
 
 @pytest.fixture(scope="module")
 def car_library(tmp_path_factory):
-    """Three made cars, learned for three seconds."""
+    """Three procedural cars, learned for three seconds."""
     from latentscenes.data.dataset import PosedImages
     from latentscenes.data.raycast import ViewOptions
     from latentscenes.data.synthetic.cars import make_cars
@@ -86,33 +85,33 @@ def car_library(tmp_path_factory):
     return latentscenes.create_library(folder / "library", folder / "run", device="cpu")
 
 
-def wish(library, scene: str, canvas=(32, 32), **what) -> ViewRequest:
+def request(library, scene: str, canvas=(32, 32), **what) -> ViewRequest:
     return ViewRequest(scene, library.orbit(1, 25.0, 40.0), canvas, **what)
 
 
-# One picture
+# Images
 
 
 def test_pictures_are_those_of_the_library(solid_library):
     painter, camera = Painter(solid_library), solid_library.orbit(1, 25.0, 40.0)
     truth = solid_library["blue_egg"].render(camera, size=32)
     coarse = solid_library["blue_egg"].render(camera, size=32, geometry=False)
-    drawn = painter.draw(wish(solid_library, "blue_egg"), 32)
+    drawn = painter.draw(request(solid_library, "blue_egg"), 32)
     assert np.abs(drawn.picture.astype(int) - truth.images[0]).max() <= 1 and drawn.depth is None
-    opacity = painter.draw(wish(solid_library, "blue_egg", mode="opacity"), 32).picture
+    opacity = painter.draw(request(solid_library, "blue_egg", mode="opacity"), 32).picture
     assert np.abs(opacity[..., 0] - 255 * (1 - truth.opacity[0])).max() <= 1
-    latent = painter.draw(wish(solid_library, "blue_egg", mode="latent", channel=2), 32).picture
+    latent = painter.draw(request(solid_library, "blue_egg", mode="latent", channel=2), 32).picture
     assert (
         latent.shape == (32, 32, 3)
         and np.corrcoef(latent[::4, ::4, 0].ravel(), coarse.latents[0, :, :, 2].ravel())[0, 1] > 0.98
     )
-    assert painter.draw(wish(solid_library, "blue_egg", mode="depth"), 32).picture.shape == (32, 32, 3)
+    assert painter.draw(request(solid_library, "blue_egg", mode="depth"), 32).picture.shape == (32, 32, 3)
 
 
 def test_depth_is_given_where_something_solid_is(car_library):
     scene, camera = car_library[car_library.names[0]], car_library.orbit(1, 25.0, 40.0)
     truth = scene.render(camera, size=32)
-    depth = Painter(car_library).draw(wish(car_library, scene.name, depth=True), 32).depth
+    depth = Painter(car_library).draw(request(car_library, scene.name, depth=True), 32).depth
     solid = truth.opacity[0] > 0.5
     assert solid.any() and not solid.all() and np.all(depth[~solid] == np.float32(FAR_AWAY))
     assert np.allclose(
@@ -127,8 +126,8 @@ def test_depth_along_the_axis_is_what_projection_gives(solid_library):
     assert torch.allclose(along_axis(distances, camera).reshape(-1), depth[0], atol=1e-5)
 
 
-def test_a_picture_can_be_given_up(solid_library):
-    assert Painter(solid_library).draw(wish(solid_library, "red_ball"), 32, is_stale=lambda: True) is None
+def test_an_image_can_be_canceled(solid_library):
+    assert Painter(solid_library).draw(request(solid_library, "red_ball"), 32, is_stale=lambda: True) is None
 
 
 def test_blends_run_from_one_scene_to_the_other(solid_library):
@@ -143,29 +142,27 @@ def test_blends_run_from_one_scene_to_the_other(solid_library):
             torch.allclose(value, like.tables()[name], atol=1e-6) for name, value in both.tables().items()
         )
     painter = Painter(solid_library)
-    ends = [
-        painter.draw(wish(solid_library, "red_ball", blend=Blend("green_box", share, micro=True)), 32).picture
-        for share in (0.0, 1.0)
-    ]
-    alone = [painter.draw(wish(solid_library, name), 32).picture for name in ("red_ball", "green_box")]
+    blends = [Blend("green_box", share, micro=True) for share in (0.0, 1.0)]
+    ends = [painter.draw(request(solid_library, "red_ball", blend=blend), 32).picture for blend in blends]
+    alone = [painter.draw(request(solid_library, name), 32).picture for name in ("red_ball", "green_box")]
     assert all(
         np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(ends, alone, strict=True)
     ) and not np.array_equal(*alone)
 
 
-def test_what_others_change_is_seen(solid_library, tmp_path):
+def test_changes_by_other_processes_are_seen(solid_library, tmp_path):
     from latentscenes.storage.library import LibraryFolder
 
     solid_library.export(solid_library.names, tmp_path / "copy")
     library = latentscenes.open_library(tmp_path / "copy", device="cpu")
     painter, other = Painter(library), LibraryFolder.open(tmp_path / "copy")
-    before = painter.draw(wish(library, "red_ball"), 32).picture
-    box = painter.draw(wish(library, "green_box"), 32).picture
+    before = painter.draw(request(library, "red_ball"), 32).picture
+    box = painter.draw(request(library, "green_box"), 32).picture
     other.remove(["red_ball"])
     with pytest.raises(UserError, match="'red_ball' was removed or renamed meanwhile"):
-        painter.draw(wish(library, "red_ball"), 32)
+        painter.draw(request(library, "red_ball"), 32)
     other.rename("green_box", "red_ball")
-    after = painter.draw(wish(library, "red_ball"), 32).picture
+    after = painter.draw(request(library, "red_ball"), 32).picture
     assert np.array_equal(after, box) and not np.array_equal(after, before)
 
 
@@ -177,46 +174,46 @@ def test_pictures_are_shaped_like_the_window_and_no_larger(canvas, side, step, s
     assert picture_size(canvas, side, step) == size
 
 
-# All pictures
+# The drawing thread
 
 
 class Slow(Painter):
-    """A painter that takes its time and notes what it drew."""
+    """A painter that draws when `go` is released and records its images."""
 
     def __init__(self):
         self.drawn: list[tuple[str, int]] = []
         self.go = threading.Semaphore(0)
 
-    def draw(self, wish, side, is_stale=lambda: False):
+    def draw(self, request, side, is_stale=lambda: False):
         self.go.acquire(timeout=5)
-        if wish.scene == "broken":
+        if request.scene == "broken":
             raise ValueError("broken")
         if is_stale():
             return None
-        self.drawn.append((wish.scene, side))
+        self.drawn.append((request.scene, side))
         return Frame(np.zeros((1, 1, 3), np.uint8), None)
 
 
-def wish_for(name: str) -> ViewRequest:
+def request_for(name: str) -> ViewRequest:
     return ViewRequest(name, orbit(1), (64, 64))
 
 
-def test_newest_wishes_are_drawn_in_turns_and_sharper_in_the_end():
+def test_newest_requests_are_drawn_in_turn_and_sharper_at_the_end():
     painter, shown, failed = Slow(), [], []
     renderer = Renderer(painter, 10, 30)
-    for watcher in (1, 2, 3):
-        renderer.attend(watcher, shown.append, failed.append)
-    renderer.ask(1, wish_for("a0"))
-    until(lambda: not renderer._watchers[1].waits)  # it is being drawn
+    for client in (1, 2, 3):
+        renderer.add(client, shown.append, failed.append)
+    renderer.request(1, request_for("a0"))
+    until(lambda: not renderer._clients[1].pending)
     for number in (1, 2, 3):
-        renderer.ask(1, wish_for(f"a{number}"))
-        renderer.ask(2, wish_for(f"b{number}"))
-    renderer.ask(3, wish_for("broken"))
-    renderer.ask(4, wish_for("nobody's"))
+        renderer.request(1, request_for(f"a{number}"))
+        renderer.request(2, request_for(f"b{number}"))
+    renderer.request(3, request_for("broken"))
+    renderer.request(4, request_for("nobody's"))
     painter.go.release(4)
     until(lambda: len(painter.drawn) == 3 and failed)
     assert painter.drawn == [("a0", 10), ("b3", 10), ("a3", 10)] and str(failed[0]) == "broken"
-    renderer.forget(3)
+    renderer.remove(3)
     painter.go.release(10)
     until(lambda: len(shown) == 5)
     assert sorted(painter.drawn[3:]) == [("a3", 30), ("b3", 30)]
@@ -226,15 +223,15 @@ def test_newest_wishes_are_drawn_in_turns_and_sharper_in_the_end():
     renderer.close()
 
 
-def test_who_moves_comes_before_who_is_still():
+def test_moving_clients_come_before_resting_ones():
     painter = Slow()
     renderer = Renderer(painter, 10, 30)
-    for watcher in (1, 2):
-        renderer.attend(watcher, lambda _: None, lambda _: None)
-    renderer.ask(1, wish_for("still"))
+    for client in (1, 2):
+        renderer.add(client, lambda _: None, lambda _: None)
+    renderer.request(1, request_for("still"))
     painter.go.release()
-    until(lambda: painter.drawn and renderer._watchers[1].sharpen_at == math.inf)  # it is being sharpened
-    renderer.ask(2, wish_for("moving"))
+    until(lambda: painter.drawn and renderer._clients[1].sharpen_at == math.inf)
+    renderer.request(2, request_for("moving"))
     painter.go.release(10)
     until(lambda: len(painter.drawn) == 4)
     assert painter.drawn[:2] == [("still", 10), ("moving", 10)] and set(painter.drawn[2:]) == {
@@ -252,11 +249,11 @@ def test_names_are_matched_by_parts_and_patterns():
     ]
 
 
-# Many who look
+# Many browsers
 
 
-class Looker:
-    """What a browser is to the server: it says where it looks from, and is sent pictures."""
+class FakeBrowser:
+    """Speaks the protocol of viser's page: sends its camera and receives images."""
 
     def __init__(self, viewer: Viewer):
         from websockets.sync.client import connect
@@ -307,23 +304,23 @@ class Looker:
         self.socket.send(msgspec.msgpack.encode({"type": kind, **values}))
 
     def vanish(self) -> None:
-        """As when the power goes: no goodbye."""
+        """Breaks the connection without closing it, as after a power cut."""
         self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(os.dup(self.socket.socket.fileno()))
         self.socket.socket.close()
 
 
 def same_picture(found: np.ndarray, truth: np.ndarray) -> bool:
-    """But for the losses of JPEG."""
+    """Compares images up to JPEG artifacts."""
     return found.shape == truth.shape and np.abs(found.astype(float) - truth).mean() < 3
 
 
 def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
     with Viewer(car_library, port=0, moving=32, still=48) as viewer:
-        looker, camera = Looker(viewer), car_library.orbit(1, 25.0, 200.0)
-        looker.render_images(camera, (400, 600))
-        until(lambda: looker.pictures and looker.pictures[-1].shape == (48, 72, 3))
-        assert looker.pictures[0].shape == (32, 48, 3)
+        fake, camera = FakeBrowser(viewer), car_library.orbit(1, 25.0, 200.0)
+        fake.render_images(camera, (400, 600))
+        until(lambda: fake.pictures and fake.pictures[-1].shape == (48, 72, 3))
+        assert fake.pictures[0].shape == (32, 48, 3)
         intrinsics = camera.intrinsics.clone()
         intrinsics[:, 0] = intrinsics[:, 1] * 400 / 600
         truth = (
@@ -331,49 +328,48 @@ def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
             .render(Cameras(camera.cam2world, intrinsics), size=(48, 72))
             .images[0]
         )
-        assert truth.min() < 100 and same_picture(looker.pictures[-1], truth)
+        assert truth.min() < 100 and same_picture(fake.pictures[-1], truth)
 
 
-def test_twenty_look_and_half_of_them_vanish(car_library):
+def test_twenty_browsers_of_which_half_vanish(car_library):
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
-        cameras, lookers = car_library.orbit(20, 25.0), [Looker(viewer) for _ in range(20)]
-        for place, looker in enumerate(lookers):
-            looker.render_images(cameras[torch.tensor([place])], (64, 64))
-        until(lambda: viewer.sessions == 20 and all(looker.pictures for looker in lookers))
-        for looker in lookers[:10]:
-            looker.render_images(cameras[torch.tensor([0])], (64, 64))
-            looker.vanish()
-        until(lambda: viewer.sessions == viewer._renderer.watchers == 10)
-        for place, looker in enumerate(lookers[10:], 10):
-            looker.pictures.clear()
-            looker.render_images(cameras[torch.tensor([place - 5])], (64, 64))
-        until(lambda: all(looker.pictures for looker in lookers[10:]))
+        cameras, fakes = car_library.orbit(20, 25.0), [FakeBrowser(viewer) for _ in range(20)]
+        for place, fake in enumerate(fakes):
+            fake.render_images(cameras[torch.tensor([place])], (64, 64))
+        until(lambda: viewer.sessions == 20 and all(fake.pictures for fake in fakes))
+        for fake in fakes[:10]:
+            fake.render_images(cameras[torch.tensor([0])], (64, 64))
+            fake.vanish()
+        until(lambda: viewer.sessions == viewer._renderer.clients == 10)
+        for place, fake in enumerate(fakes[10:], 10):
+            fake.pictures.clear()
+            fake.render_images(cameras[torch.tensor([place - 5])], (64, 64))
+        until(lambda: all(fake.pictures for fake in fakes[10:]))
         truth = [
             car_library[car_library.names[0]].render(cameras[torch.tensor([place - 5])], size=32).images[0]
             for place in range(10, 20)
         ]
         assert all(
-            same_picture(looker.pictures[-1], image)
-            for looker, image in zip(lookers[10:], truth, strict=True)
+            same_picture(fake.pictures[-1], image) for fake, image in zip(fakes[10:], truth, strict=True)
         )
-        for looker in lookers[10:]:
-            looker.socket.close()
-        until(lambda: viewer.sessions == viewer._renderer.watchers == 0)
+        for fake in fakes[10:]:
+            fake.socket.close()
+        until(lambda: viewer.sessions == viewer._renderer.clients == 0)
 
 
 def test_no_browser_can_open_a_tunnel_to_the_outside(car_library, monkeypatch):
     import viser._viser
 
-    monkeypatch.setattr(viser._viser, "ViserTunnel", None)  # would fail if called
+    monkeypatch.setattr(viser._viser, "ViserTunnel", None)
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
-        looker = Looker(viewer)
-        looker.render_images(car_library.orbit(1), (32, 32))
-        looker.send("ShareUrlRequest")
-        until(lambda: looker.pictures)
+        fake = FakeBrowser(viewer)
+        fake.render_images(car_library.orbit(1), (32, 32))
+        fake.send("ShareUrlRequest")
+        until(lambda: fake.pictures)
         assert viewer._server.request_share_url() is None and viewer._server._share_tunnel is None
 
 
-# Mistakes
+# Errors
 
 
 def test_mistakes_are_explained(car_library, tmp_path):
@@ -386,8 +382,8 @@ def test_mistakes_are_explained(car_library, tmp_path):
             Viewer(car_library, port=taken.getsockname()[1])
     with pytest.raises(UserError, match="another --host"):
         check_port("192.0.2.1", 0)
-    for port in (-1, 65536):  # the system would take 65536 for 0
-        with pytest.raises(UserError, match="ports are numbers up to 65535"):
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match="must be a number up to 65535"):
             check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="--moving 8 --still 384"):
         Viewer(car_library, port=0, moving=8)
@@ -401,7 +397,8 @@ def test_mistakes_are_explained(car_library, tmp_path):
 
 
 def test_without_viser_the_remedy_is_named(car_library):
-    script = f"import sys; sys.modules['viser'] = None; from latentscenes.cli.main import main; sys.argv = ['l', 'view', {str(car_library.path)!r}]; main()"
+    script = "import sys; sys.modules['viser'] = None; from latentscenes.cli.main import main; "
+    script += f"sys.argv = ['l', 'view', {str(car_library.path)!r}]; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (
         done.stderr == "latentscenes: view needs viser. Run: pip install latentscenes[viewer]\n"
@@ -422,7 +419,7 @@ def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library)
         "1",
     ]
 
-    def listen() -> None:  # children of a shell's background jobs are born deaf to Ctrl-C
+    def listen() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     process = subprocess.Popen(
@@ -438,7 +435,7 @@ def test_the_command_serves_this_machine_alone_and_ends_with_ctrl_c(car_library)
         process.kill()
 
 
-# In a browser
+# A real browser
 
 LABEL = "[...document.querySelectorAll('label')].find(label => label.innerText.trim() == {!r})"
 
@@ -458,7 +455,7 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
         page.wait("document.querySelectorAll('.scenes label').length >= 2")
 
         def canvas() -> np.ndarray:
-            """What is in the middle of the page, between the panels."""
+            """Returns the middle of the page, between the panels."""
             return np.array(Image.open(io.BytesIO(page.picture())).convert("RGB"))[150:500, 330:670].astype(
                 int
             )
@@ -472,46 +469,47 @@ def test_in_a_browser(car_library, tmp_path, monkeypatch):
                 if np.abs(now - before).mean() < 0.05 and (now.min(-1) < 200).mean() > 0.02:
                     return now
                 before = now
-            raise AssertionError("no picture, or it never comes to rest")
+            raise AssertionError("no image, or it keeps changing")
 
         def differs(a: np.ndarray, b: np.ndarray) -> bool:
             return np.abs(a - b).mean() > 2
 
         def press(text: str) -> None:
-            page.evaluate(
-                f"[...document.querySelectorAll('button')].find(button => button.innerText.trim() == {text!r}).click()"
-            )
+            buttons = "[...document.querySelectorAll('button')]"
+            page.evaluate(f"{buttons}.find(button => button.innerText.trim() == {text!r}).click()")
 
-        # it shows the car: something in the middle, white above it
+        # The car is in the middle, white above it
         first = settled()
         assert (first[:20].min(-1) > 200).mean() > 0.9 and (
             first[120:230, 110:230].min(-1) < 230
         ).mean() > 0.5
 
-        # it reacts to a drag
+        # A drag turns it
         page.drag((500, 300), (400, 320))
         turned = settled()
         assert differs(first, turned)
 
-        # a thumbnail chooses
+        # A click on a thumbnail
         page.click(".scenes label:nth-child(2)")
         page.wait(f"document.body.innerText.includes({names[1]!r})")
         assert differs(turned, chosen := settled())
 
-        # pages and search
+        # Pages and search
         press("next")
         page.wait("document.body.innerText.includes('3–3 of 3')")
         page.evaluate(
-            f"(e => {{ while (!e.querySelector('input')) e = e.parentElement; e.querySelector('input').focus() }})({LABEL.format('Search')})"
+            "(e => { while (!e.querySelector('input')) e = e.parentElement;"
+            " e.querySelector('input').focus() })"
+            f"({LABEL.format('Search')})"
         )
         page.type(names[2][-4:])
         page.wait("document.body.innerText.includes('1–1 of 1')")
 
-        # cameras of photographs
+        # Cameras of photographs
         page.evaluate(f"document.getElementById({LABEL.format('Show cameras')}.htmlFor).click()")
         assert differs(chosen, settled())
 
-        # a second scene, chosen by its name among those found; it has been removed when it is chosen again
+        # A second scene, which is then removed and chosen again
         press("Choose a second scene")
         page.wait("document.body.innerText.includes('Now click a thumbnail')")
         press(names[2])

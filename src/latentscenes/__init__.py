@@ -1,6 +1,6 @@
-"""latentscenes: learn large collections of 3D objects from posed images, cheaply.
+"""latentscenes: learn large collections of 3D objects from posed images.
 
-What programs need is here, and is imported when first asked for: `import latentscenes` alone loads no torch.
+All public names are here. They are imported at first use, so `import latentscenes` alone does not load torch.
 """
 
 import importlib
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from latentscenes.core.cameras import Box, Cameras, look_at, orbit
     from latentscenes.core.errors import UserError
 
-_HOMES = {
+_MODULES = {
     "Box": "core.cameras",
     "Cameras": "core.cameras",
-    "look_at": "core.cameras",
-    "orbit": "core.cameras",
     "LearnedScene": "api",
     "Library": "api",
     "RenderedViews": "api",
-    "create_library": "api",
-    "open_library": "api",
     "UserError": "core.errors",
+    "create_library": "api",
+    "look_at": "core.cameras",
+    "open_library": "api",
+    "orbit": "core.cameras",
 }
 
 __all__ = [
@@ -42,9 +42,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'latentscenes' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"latentscenes.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"latentscenes.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

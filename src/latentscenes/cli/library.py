@@ -1,10 +1,10 @@
-"""The command line's `library` commands, and `search`."""
+"""The `library` commands and `search`. `list`, `show` and wrong names are answered without loading torch."""
 
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,10 +18,11 @@ from latentscenes.core.errors import UserError
 if TYPE_CHECKING:
     from latentscenes.api import Library
     from latentscenes.core.console import Table
+    from latentscenes.storage.index import Index
     from latentscenes.storage.maintenance import Setting
 
 MANY = 1000
-"""Rows from which a list is printed without the care that a table takes, which would be minutes for 100,000."""
+"""Longest list printed as a table; formatting 100,000 rows as a table would take minutes."""
 Folder = Annotated[Path, tyro.conf.Positional]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -32,41 +33,32 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
 
     Args:
         library: its folder.
-        match: only names like this; * and ? stand for any letters.
-        limit: show at most so many; 0 for all.
-        as_json: one JSON object per line, everything that is known of each.
+        match: only scenes whose names match this pattern (* and ?).
+        limit: maximum number of scenes; 0: all.
+        as_json: print one JSON object per line with all metadata of a scene.
     """
     from latentscenes.core.console import Table, bytes_text, seconds_text
 
     if limit < 0:
-        raise UserError(f"--limit {limit}: at least 1, or 0 for all.")
-    opened = _open(library)
-    infos = opened.infos(match)
+        raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
+    index = _index(library)
+    infos = index.infos(match)
     shown = infos[:limit] if limit else infos
     if as_json:
         _print_lines(json.dumps(asdict(info)) for info in shown)
         return
     rows = [
-        (
-            info.name,
-            info.origin,
-            info.precision,
-            bytes_text(info.bytes),
-            _decibels(info.psnr),
-            _decibels(info.psnr_lost, 3),
-            seconds_text(info.seconds),
-            info.added[:10],
-        )
+        (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr),
+         _decibels(info.psnr_lost, 3), seconds_text(info.seconds), info.added[:10])
         for info in shown
-    ]
+    ]  # fmt: skip
     known = [info.psnr for info in infos if info.psnr is not None]
-    note = f"{_thousands(len(infos))} of {_thousands(len(opened))} scenes, {bytes_text(sum(info.bytes for info in infos))}"
-    note += f"; mean {sum(known) / len(known):.2f} dB" if known else ""
-    note += (
-        f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
-        if len(shown) < len(infos)
-        else ""
-    )
+    size = bytes_text(sum(info.bytes for info in infos))
+    note = f"{_thousands(len(infos))} of {_thousands(len(index))} scenes, {size}"
+    if known:
+        note += f"; mean {sum(known) / len(known):.2f} dB"
+    if len(shown) < len(infos):
+        note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
     columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added")
     if len(rows) <= MANY:
         _print(Table(str(library), columns, tuple(rows), (), note))
@@ -79,33 +71,38 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
 
 
 def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positional] = None) -> None:
-    """Tell what is known of a library, or of one of its scenes.
+    """Show facts about a library, or the metadata of one scene.
 
     Args:
         library: its folder.
         scene: name of a scene.
     """
     from latentscenes.core.console import bytes_text, seconds_text
+    from latentscenes.storage.index import SHARED, check_model_file, read_description
 
-    opened = _open(library)
     if scene is not None:
-        for key, value in asdict(opened[scene].metadata).items():
+        index = _index(library, [scene])
+        for key, value in asdict(index.info(scene)).items():
             print(f"{key:10} {value}")
         return
-    opened.store.check_model()
-    info, infos = opened.store.info, opened.infos()
-    origins = {
-        origin: sum(entry.origin == origin for entry in infos) for origin in ("stage 1", "exploit", "add")
+    infos, about = _index(library).infos(), read_description(library)
+    shared = library / "model" / SHARED
+    check_model_file(shared, "every scene needs it")
+    counts = {
+        origin: sum(info.origin == origin for info in infos) for origin in ("stage 1", "exploit", "add")
     }
+    origins = ", ".join(f"{count} from {origin}" for origin, count in counts.items() if count)
+    height, width = about["view"]["size"]
+    duration = seconds_text(about["parent_seconds"])
     facts = {
-        "scenes": f"{len(infos)} ({', '.join(f'{count} from {origin}' for origin, count in origins.items() if count)})",
-        "scenes' bytes": bytes_text(sum(entry.bytes for entry in infos)),
-        "shared bytes": bytes_text(opened.store.shared_file.stat().st_size),
-        "new ones as": info.precision,
-        "pictures": f"{info.view.size[1]}x{info.view.size[0]}",
-        "made of": f"{info.parent}: {info.parent_scenes} scenes, {seconds_text(info.parent_seconds)}",
-        "finetuned from": info.finetuned_from,
-        "datasets": ", ".join(sorted({entry.dataset for entry in infos if entry.dataset})),
+        "scenes": f"{len(infos)} ({origins})",
+        "scenes' bytes": bytes_text(sum(info.bytes for info in infos)),
+        "shared bytes": bytes_text(shared.stat().st_size),
+        "precision": about["precision"],
+        "image size": f"{width}x{height}",
+        "made from": f"{about['parent']}: {about['parent_scenes']} scenes, {duration}",
+        "finetuned from": about.get("finetuned_from"),
+        "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
     }
     for key, value in facts.items():
         if value:
@@ -113,7 +110,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
 
 
 def library_remove(library: Folder, scenes: Names) -> None:
-    """Take scenes out. Their room comes back with `library compact`.
+    """Remove scenes. `library compact` frees their space.
 
     Args:
         library: its folder.
@@ -121,48 +118,47 @@ def library_remove(library: Folder, scenes: Names) -> None:
     """
     if not scenes:
         raise UserError(
-            f"{library}: no scenes named, so none is removed. Name some; `latentscenes library list {library}` lists them."
+            f"{library}: no scenes named, so none is removed. "
+            f"`latentscenes library list {library}` lists all scenes."
         )
-    opened = _open(library)
+    opened = _open(library, scenes)
     opened.remove(*scenes)
     _say(
-        f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. `latentscenes library compact {library}` gives their room back."
+        f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. "
+        f"`latentscenes library compact {library}` frees their space."
     )
 
 
 def library_rename(library: Folder, scene: Name, new: Name) -> None:
-    """Give a scene another name.
+    """Rename a scene.
 
     Args:
         library: its folder.
         scene: its name.
-        new: the name to be.
+        new: its new name.
     """
-    _open(library).rename(scene, new)
-    _say(f"{library}: {scene!r} is {new!r} now.")
+    _open(library, [scene]).rename(scene, new)
+    _say(f"{library}: {scene!r} is now {new!r}.")
 
 
 def library_export(library: Folder, scenes: Names = (), match: str | None = None, *, out: Path) -> None:
-    """Copy scenes, bit by bit, into a new library, or into another one of the same model.
+    """Copy scenes, bit for bit, to a new library or to one with the same model.
 
     Args:
         library: its folder.
         scenes: their names …
-        match: … or all whose names are like this; * and ? stand for any letters.
+        match: … or a pattern for names (* and ?).
         out: folder of the other library.
     """
-    opened = _open(library)
-    names = [
-        *scenes,
-        *(info.name for info in (opened.infos(match) if match else []) if info.name not in scenes),
-    ]
+    matching = _index(library, scenes).infos(match) if match else []
+    names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
-    _say(f"{out}: {opened.export(names, out)} scenes copied.")
+    _say(f"{out}: {_open(library, names).export(names, out)} scenes copied.")
 
 
 def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Write what the scenes share, without any scene, in half precision: a model to hand on, for `exploit --run`.
+    """Write the shared parts in half precision, without scenes: a pretrained model for `exploit --run`.
 
     Args:
         library: its folder.
@@ -172,13 +168,12 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
     from latentscenes.storage.library import LibraryFolder
     from latentscenes.storage.pretrained import export_model
 
-    _say(
-        f"{out}: {bytes_text(export_model(LibraryFolder.open(library), out))}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …"
-    )
+    size = bytes_text(export_model(LibraryFolder.open(library), out))
+    _say(f"{out}: {size}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
 
 
 def library_verify(library: Folder) -> None:
-    """Compare every scene with the checksum taken when it was written. Exit status 1 if something is damaged.
+    """Compare all scenes with their checksums. The exit status is 1 if any is damaged.
 
     Args:
         library: its folder.
@@ -189,11 +184,11 @@ def library_verify(library: Folder) -> None:
         print(f"{damage.name}: {damage.what}")
     if damaged:
         raise SystemExit(1)
-    _say(f"{library}: {len(opened)} scenes, all as they were written.")
+    _say(f"{library}: {len(opened)} scenes, all intact.")
 
 
 def library_compact(library: Folder) -> None:
-    """Merge small files and give back the room of removed scenes and of stopped work. Scenes keep every bit.
+    """Merge small files and free the space of removed scenes and stopped work. Scenes stay identical.
 
     Args:
         library: its folder.
@@ -209,18 +204,19 @@ def library_repack(
     lost: float | None = None,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Store scenes more coarsely. Without a choice: tell what each precision would cost and lose.
+    """Store scenes at a coarser precision. Without options, print size and loss at each precision.
 
     Args:
         library: its folder.
-        precision: how to store them; scenes that are stored so, or more coarsely, stay as they are.
-        lost: choose the smallest that loses at most so many dB in the mean.
+        precision: how to store scenes; scenes of this or a coarser precision stay as they are.
+        lost: choose the smallest precision with at most this mean loss, dB.
     """
     from latentscenes.core.console import bytes_text
 
     if lost is not None and (precision is not None or not lost >= 0):
-        raise UserError(f"--lost {lost:g}: {'goes without --precision' if precision else 'dB, 0 at least'}.")
-    opened = _open(library, machine)
+        reason = "cannot be combined with --precision" if precision else "dB, must be at least 0"
+        raise UserError(f"--lost {lost:g}: {reason}.")
+    opened = _open(library, machine=machine)
     if precision is None:
         settings = opened.dial()
         _print(dial_table(settings))
@@ -231,20 +227,20 @@ def library_repack(
     count = opened.repack(precision)
     infos = opened.infos()
     mean = sum(info.psnr_lost or 0.0 for info in infos) / max(len(infos), 1)
-    size = sum(info.bytes for info in infos) / max(len(infos), 1)
+    size = bytes_text(sum(info.bytes for info in infos) / max(len(infos), 1))
     _say(
-        f"{library}: {count} scenes stored as {precision}; now {bytes_text(size)} and {mean:.3f} dB lost a scene, in the mean over all."
+        f"{library}: {count} scenes stored as {precision}. Mean over all scenes: {size}, {mean:.3f} dB lost."
     )
 
 
 def dial_table(settings: "list[Setting]") -> "Table":
-    """Bytes against quality."""
+    """Returns a table of size and loss at each precision."""
     from latentscenes.core.console import Table, bytes_text
 
     rows = tuple(
         (setting.precision, bytes_text(setting.bytes), f"{setting.lost:.3f} dB") for setting in settings
     )
-    return Table("What precision costs and loses", ("stored as", "bytes / scene", "PSNR lost"), rows)
+    return Table("Size and loss at each precision", ("stored as", "bytes / scene", "PSNR lost"), rows)
 
 
 LIBRARY_COMMANDS = {
@@ -263,45 +259,56 @@ LIBRARY_COMMANDS = {
 def search(
     library: Folder, scene: Name, count: int = 5, data: Path | None = None, machine: MachineOptions = MACHINE
 ) -> None:
-    """Find the scenes of a library that are most like another.
+    """Find the scenes of a library that are most similar to a scene.
 
     Args:
         library: its folder.
-        scene: a scene of the library, or with `data` one of that dataset, which is learned for a second or two for this.
-        count: how many.
+        scene: a scene of the library; with `data`, a scene of that dataset, learned in a second or two.
+        count: number of scenes to find.
         data: dataset that holds the scene.
     """
     from latentscenes.core.console import Table
 
     if count < 1:
-        raise UserError(f"--count {count}: at least 1.")
-    opened = _open(library, machine)
+        raise UserError(f"--count {count}: must be at least 1.")
+    opened = _open(library, [] if data else [scene], machine)
     if data is None:
-        found = opened.nearest(scene, count)
+        found, note = opened.nearest(scene, count), "Root mean square difference of macro planes."
     else:
         from latentscenes.data.dataset import PosedImages
 
-        found = opened.search(PosedImages.open(data), scene, count)
+        found, note = opened.search(PosedImages.open(data), scene, count), "1 − cosine between weights."
     rows = tuple((neighbor.name, f"{neighbor.distance:.4f}") for neighbor in found)
-    note = "Root mean square difference of macro planes." if data is None else "1 − cosine between weights."
-    _print(Table(f"Most like {scene}", ("scene", "distance"), rows, (), note))
+    _print(Table(f"Most similar to {scene}", ("scene", "distance"), rows, (), note))
 
 
-def _open(path: Path, machine: Machine | None = None) -> "Library":
+def _index(library: Path, scenes: Sequence[str] = ()) -> "Index":
+    """Opens the index of a library without loading torch. Raises a UserError if a scene is unknown."""
+    from latentscenes.storage.index import FILE, Index, read_description
+
+    read_description(library)
+    index = Index(library / FILE)
+    index.require(scenes)
+    return index
+
+
+def _open(library: Path, scenes: Sequence[str] = (), machine: Machine | None = None) -> "Library":
+    """Opens a library. Raises a UserError, before torch is loaded, if a scene is unknown."""
+    _index(library, scenes).close()
     from latentscenes.api import Library
     from latentscenes.storage.library import LibraryFolder
 
-    return Library(LibraryFolder.open(path), set_up(machine) if machine else "cpu")
+    return Library(LibraryFolder.open(library), set_up(machine) if machine else "cpu")
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """As many as somebody reads: `head`, say, goes after some."""
+    """Prints lines until a reader such as `head` closes the pipe, which is no error."""
     try:
         for line in lines:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself still flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _thousands(count: int) -> str:
@@ -319,6 +326,8 @@ def _say(text: str) -> None:
 
 
 def _print(table: "Table") -> None:
-    from latentscenes.evaluation.tables import print_things
+    """Prints a table, 150 columns wide where the output is no terminal."""
+    from rich.console import Console
 
-    print_things(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table.rich(), highlight=False)

@@ -1,6 +1,5 @@
 """Atomic file writes, write checks with clear errors, file locks and checksums."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
@@ -47,19 +47,24 @@ def check_place(path: str | Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
-    """Holds a lock file. If another process holds it, waits with a message, or raises a UserError if not
-    `wait`. `holder` says who holds it."""
+    """Holds a lock file. If another process holds it, waits with a message, or refuses without `wait`.
+
+    Raises:
+        UserError: another process holds it, as `holder` says, or the file cannot be written.
+    """
+    lock = FileLock(path, thread_local=False)
     with writing_to(path.parent):
-        stream = open(path, "w")
-    with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(blocking=False)
+        except Timeout:
             if not wait:
                 raise UserError(f"{holder}. Wait for it and try again.") from None
             console.print(f"{holder}; waiting for it …", highlight=False, soft_wrap=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

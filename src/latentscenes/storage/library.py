@@ -1,32 +1,33 @@
-"""A library's folder: shards of learned scenes, the index that says where each lies, and the model that renders them.
+"""A library folder: shards of learned scenes, an index that locates them, and the model that renders them.
 
-    library.json                what it is: box, picture size, where the model came from, its checksum
+    library.json                box, image size, origin of the model, checksums
     config.yaml                 every setting
     model/shared.safetensors    codec, normalizer, field, base planes; never changes
-    model/start.safetensors     where new scenes start: the mean of those of stage 1
-    index.sqlite                one line per scene (index.py)
+    model/start.safetensors     initial values of new scenes: the mean of the scenes of stage 1
+    index.sqlite                one entry per scene (index.py)
     shards/000001.safetensors   scenes, stacked tensor by tensor (quantize.py); written once
-    work/                       what is being learned
-    lock                        held while somebody writes
+    work/                       runs in progress
+    lock                        held by the process that writes
 
-A shard is written under another name, brought to the disk and renamed; then one transaction enters its scenes in the
-index. What the index does not know does not exist: a kill between the two leaves an orphan that `compact` removes.
+A shard is written under a temporary name, flushed to disk, and renamed. One transaction then adds its scenes
+to the index. Only scenes in the index exist: after a kill in between, `compact` removes the unlisted shard.
 """
 
 import itertools
-import json
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
@@ -37,63 +38,67 @@ from latentscenes.core.files import (
     locked,
     now,
     payload_checksum,
+    write_bytes,
     write_json,
     write_tensors,
     writing_to,
 )
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
-from latentscenes.storage.index import FILE, Index, Place, SceneInfo
-from latentscenes.storage.quantize import STREAM, Payload, payload_kind, unpack
-from latentscenes.storage.run import circumstances, fill_model
+from latentscenes.storage.index import (
+    FILE,
+    FORMAT,
+    SHARED,
+    Index,
+    Place,
+    SceneInfo,
+    check_model_file,
+    read_description,
+    unknown_scene,
+)
+from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
+from latentscenes.storage.run import circumstances, fill_model, read_metrics
 
-FORMAT = "latentscenes-library-1"
-SHARED, START = "shared.safetensors", "start.safetensors"
-"""Files of the folder `model`."""
+T = TypeVar("T")
+
+START = "start.safetensors"
+"""File of the folder `model` with the initial values of new scenes."""
 OPEN_SHARDS = 64
 """Shards kept open for reading."""
 TRIES = 5
-"""Times that a reader asks anew where a scene lies, when it was moved between the question and the reading."""
+"""Attempts to read a scene that another process moves to a new shard meanwhile."""
 SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
-"""Scores of held-out views and of those learned from. They end with the next change of the library."""
+"""Scores on held-out and on fitted views. The next change of the library deletes them."""
 OURS = {
-    "library.json",
-    "config.yaml",
-    "model",
-    "shards",
-    "work",
-    "lock",
-    "metrics.jsonl",
-    SCORES,
-    FIT_SCORES,
-    FILE,
-    f"{FILE}-wal",
-    f"{FILE}-shm",
-}
+    "library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl",
+    SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm",
+}  # fmt: skip
+"""Names of files and folders in a library."""
 
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What a library is; fixed when it is made."""
+    """Facts about a library, fixed at its creation."""
 
     box: Box
+    """Scene box, world units."""
     view: Viewpoint
-    """How the views that its model learned from look at their objects."""
+    """Typical camera of the images that the model learned from."""
     precision: StoragePrecision
-    """Of new scenes, unless another is asked for."""
+    """Default for new scenes."""
     parent: str
-    """The run whose shared parts these are."""
+    """Folder of the run that the shared parts come from."""
     parent_seconds: float
-    """Time that run took."""
+    """Duration of that run."""
     parent_scenes: int
-    """Scenes it learned from."""
+    """Number of scenes in that run."""
     finetuned_from: str | None = None
-    """The run or library whose shared parts went on learning with this one's first scenes."""
+    """Folder of the run or library whose shared parts were finetuned with this library's first scenes."""
 
 
 @dataclass(frozen=True)
 class NewScene:
-    """A scene about to be stored."""
+    """A scene to be stored."""
 
     info: SceneInfo
     payload: Payload
@@ -102,56 +107,46 @@ class NewScene:
 
 
 class LibraryFolder:
-    """An opened library folder. Threads may share it; writers take `writing` by themselves."""
+    """An opened library folder. Threads may share it. Methods that write take the lock themselves."""
 
     def __init__(self, path: Path, config: Config, info: LibraryInfo, checksums: dict[str, str]):
-        """`checksums` are those of the files in `model`, by name."""
+        """`checksums` are the SHA-256 of the files in `model`, by file name."""
         self.path, self.config, self.info, self.checksums = path, config, info, checksums
         self.index = Index(path / FILE)
         self.wait = True
-        """Whether to wait for other writers; else they are told of by a UserError."""
+        """Whether writers wait for another process that writes; otherwise they raise a UserError."""
         self._shards: OrderedDict[int, safe_open] = OrderedDict()
         self._lock = threading.Lock()
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Whether a library lies there."""
+        """Returns whether `path` is a library."""
         return (Path(path) / "library.json").is_file()
 
     @classmethod
     def open(cls, path: str | Path) -> "LibraryFolder":
-        path = Path(path)
-        if not cls.exists(path):
-            raise UserError(
-                f"{path}: no library here (library.json is absent). Make one with `latentscenes exploit`."
-            )
+        """Opens a library. Raises a UserError if there is none, or if it is damaged or of another version."""
+        path, raw = Path(path), read_description(Path(path))
         try:
-            raw = json.loads((path / "library.json").read_text())
-            if raw.get("format") != FORMAT:
-                raise UserError(
-                    f"{path}: a library of format {raw.get('format')!r}, but this version reads {FORMAT!r}."
-                )
             values = {name: raw[name] for name in LibraryInfo.__dataclass_fields__ if name in raw}
-            tuples = {
-                part: {
-                    name: tuple(value) if isinstance(value, list) else value
-                    for name, value in raw[part].items()
-                }
-                for part in ("box", "view")
-            }
-            info = LibraryInfo(**values | {"box": Box(**tuples["box"]), "view": Viewpoint(**tuples["view"])})
-            checksums = (
-                raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}
-            )  # of earlier versions
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            for name, kind in (("box", Box), ("view", Viewpoint)):
+                values[name] = kind(**{
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in raw[name].items()
+                })  # fmt: skip
+            info = LibraryInfo(**values)
+            checksums = raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}
+        except (KeyError, TypeError) as error:
             raise UserError(
-                f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). Restore it from a copy."
+                f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). "
+                "Restore it from a copy."
             ) from None
-        if not (path / "config.yaml").is_file():
+        settings = path / "config.yaml"
+        if not settings.is_file():
             raise UserError(
-                f"{path / 'config.yaml'}: absent, and nothing here can be read without it. Restore it from a copy of this library."
+                f"{settings}: absent, but needed to read the library. Restore it from a copy of this library."
             )
-        return cls(path, config_io.load(path / "config.yaml"), info, checksums)
+        return cls(path, config_io.load(settings), info, checksums)
 
     @classmethod
     def create(
@@ -163,10 +158,13 @@ class LibraryFolder:
         start: SceneParameters,
         scenes: Sequence[NewScene] = (),
     ) -> "LibraryFolder":
-        """Make a library with some first scenes. It exists once everything is written.
+        """Creates a library with its first scenes. It exists once library.json is written, which is last.
+
+        Args:
+            start: initial values of new scenes (n = 1).
 
         Raises:
-            UserError: the folder holds something else, or a library already.
+            UserError: the folder is a library already or holds other files.
         """
         path = Path(path)
         if cls.exists(path):
@@ -174,10 +172,11 @@ class LibraryFolder:
         refuse_foreign(path)
         with writing_to(path):
             path.mkdir(parents=True, exist_ok=True)
-        with locked(path / "lock", True, f"{path}: another process is making it"):
-            if cls.exists(path):  # it was, while this one waited
+        with locked(path / "lock", True, f"{path}: another process is creating this library"):
+            if cls.exists(path):
                 raise UserError(
-                    f"{path}: another process has just made a library there. The same command again goes on with it."
+                    f"{path}: another process has just created this library. "
+                    "Run the same command again to continue."
                 )
             for leftover in (path / "shards", path / "model"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -186,29 +185,27 @@ class LibraryFolder:
                 leftover.unlink()
             write_tensors(path / "model" / SHARED, model.state_dict())
             write_tensors(path / "model" / START, start.tables())
-            (path / "config.yaml").write_text(config_io.dump(config))
+            write_bytes(path / "config.yaml", config_io.dump(config).encode())
             Index.create(path / FILE).close()
             checksums = {name: file_checksum(path / "model" / name) for name in (SHARED, START)}
-            store = cls(path, config, info, checksums)
+            library = cls(path, config, info, checksums)
             if scenes:
-                store._append(scenes)
-            write_json(
-                path / "library.json",
-                {"format": FORMAT, **asdict(info), "checksums": checksums, "made": now(), **circumstances()},
-            )
-        return store
+                library._append(scenes)
+            facts = {"checksums": checksums, "made": now(), **circumstances()}
+            write_json(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
+        return library
 
     def close(self) -> None:
-        """Let go of files."""
+        """Closes all files."""
         self.index.close()
         self._shards.clear()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only writer."""
-        with locked(
-            self.path / "lock", self.wait, f"{self.path}: another process is writing to this library"
-        ):
+        """Holds the library's lock and deletes outdated scores at the end. Raises a UserError if another
+        process writes and `wait` is false, or the folder is read-only."""
+        holder = f"{self.path}: another process is writing to this library"
+        with locked(self.path / "lock", self.wait, holder):
             yield
             for scores in (SCORES, FIT_SCORES):
                 (self.path / scores).unlink(missing_ok=True)
@@ -217,39 +214,27 @@ class LibraryFolder:
 
     @property
     def shared_file(self) -> Path:
+        """The file with the weights of the shared parts."""
         return self.path / "model" / SHARED
 
     def model(self, device: torch.device | str = "cpu") -> Model:
-        """What all scenes share, frozen."""
+        """Returns the shared parts, frozen. Raises a UserError if their file is absent or damaged."""
         model = Model(self.config, self.info.box, pretrained=False)
         self.check_model()
         fill_model(model, self.shared_file)
         return model.to(device).eval().requires_grad_(False)
 
     def check_model(self) -> None:
-        """Refuse a model that cannot be read.
-
-        Raises:
-            UserError: its file is absent or torn.
-        """
-        self._readable(self.shared_file, "every scene needs it")
-
-    def _readable(self, file: Path, why: str) -> None:
-        try:
-            with safe_open(file, "pt"):
-                return
-        except (OSError, SafetensorError) as error:
-            what = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise UserError(
-                f"{file}: {what}, and {why}. Restore it from a copy of this library, or of another one of the same model."
-            ) from None
+        """Raises a UserError if the file of the shared parts is absent or damaged."""
+        check_model_file(self.shared_file, "every scene needs it")
 
     def starting_scene(self) -> SceneParameters:
-        """Where new scenes start (n = 1): the mean of stage 1."""
+        """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
+        Raises a UserError if their file is absent or damaged."""
         file = self.path / "model" / START
-        self._readable(file, "new scenes start from it")
+        check_model_file(file, "new scenes start from it")
         tables = {name: table.float() for name, table in load_file(file).items()}
-        mixing = zero_mixing(1, self.config.planes)  # what the file holds of it, only if scenes have any
+        mixing = zero_mixing(1, self.config.planes)
         return SceneParameters(
             **tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing}
         )
@@ -257,168 +242,141 @@ class LibraryFolder:
     # Scenes
 
     def parameters(self, name: str) -> SceneParameters:
-        """A scene as it is rendered (n = 1), read without the others.
-
-        Raises:
-            UserError: there is no such scene, or its bytes cannot be read.
-        """
+        """Reads one scene (n = 1) without the others. Raises a UserError if there is no such scene, or its
+        shard cannot be read."""
         return unpack(self.payload(name), self.config.planes)
 
     def payload(self, name: str) -> Payload:
-        """A scene as it is stored."""
-        for _ in range(TRIES):  # the scene may move to another shard just now
+        """Reads one scene as stored. Raises as `parameters`."""
+
+        def read() -> Payload:
             place = self.index.place(name)
             if place is None:
-                break
-            try:
-                return self.read(place)
-            except FileNotFoundError:
-                continue
-            except SafetensorError as error:
-                raise UserError(
-                    f"{self.shard_file(place.shard)}: cannot be read ({error}). `latentscenes library verify` tells which scenes are lost."
-                ) from None
-        if self.index.place(name) is None:
-            raise UserError(f"{self.path}: no scene {name!r} here.")
-        raise UserError(
-            f"{self.shard_file(place.shard)}: absent, though the index lists it. `latentscenes library verify` tells which scenes are lost."
-        )
+                raise unknown_scene(self.path, name, self.index.names())
+            return self.read(place)
 
-    def all_weights(self) -> tuple[list[str], torch.Tensor]:
-        """Names of all scenes, in the order in which they were added, and their weights over the base planes (n, M);
-        nothing else is read."""
-        for _ in range(TRIES):  # scenes may move to another shard just now
-            places = self.index.places()
-            try:
-                return list(places), self._weights_at(list(places.values()))
-            except FileNotFoundError:
-                continue
-            except SafetensorError as error:
-                raise UserError(
-                    f"{self.path}: a shard cannot be read ({error}). `latentscenes library verify` tells which scenes are lost."
-                ) from None
-        raise UserError(
-            f"{self.path}: a shard is absent, though the index lists it. `latentscenes library verify` tells which scenes are lost."
-        )
+        return self._retried(read)
 
-    def _weights_at(self, places: Sequence[Place]) -> torch.Tensor:
+    def all_weights(self) -> tuple[list[str], Float[Tensor, "n M"]]:
+        """Reads the names of all scenes, in the order of addition, and their weights over the M base planes.
+        Raises a UserError if a shard cannot be read."""
+
         planes = self.config.planes
-        table = torch.zeros(len(places), planes.bases if planes.macro else 0)
-        by_shard: dict[int, list[tuple[int, int]]] = {}
-        for line, place in enumerate(places if table.shape[1] else ()):
-            by_shard.setdefault(place.shard, []).append((line, place.row))
-        for shard, found in by_shard.items():
-            lines, rows = zip(*found, strict=True)
-            table[list(lines)] = self._open(shard).get_tensor("weights")[list(rows)]
-        return table
+
+        def read() -> tuple[list[str], Tensor]:
+            places = self.index.places()
+            table = torch.zeros(len(places), planes.bases if planes.macro else 0)
+            by_shard: dict[int, list[tuple[int, int]]] = {}
+            for line, place in enumerate(places.values() if table.shape[1] else ()):
+                by_shard.setdefault(place.shard, []).append((line, place.row))
+            for shard, found in by_shard.items():
+                lines, rows = zip(*found, strict=True)
+                table[list(lines)] = self._open(shard).get_tensor("weights")[list(rows)]
+            return list(places), table
+
+        return self._retried(read)
+
+    def _retried(self, read: Callable[[], T]) -> T:
+        """Repeats a read if a scene moves to another shard after its lookup, before that shard is opened."""
+        problem = None
+        for _ in range(TRIES):
+            try:
+                return read()
+            except FileNotFoundError as error:
+                problem = error
+            except SafetensorError as error:
+                problem = error
+                break
+        raise UserError(f"{problem}. `latentscenes library verify` lists the lost scenes.")
 
     def append(self, scenes: Sequence[NewScene]) -> None:
-        """Store scenes, all of them or (if something fails) none.
-
-        Raises:
-            UserError: a name is taken or appears twice.
-        """
+        """Stores all scenes, or none on an error. Raises a UserError if a name is taken or appears twice."""
         with self.writing():
             self._append(scenes)
 
     def _append(self, scenes: Sequence[NewScene]) -> None:
         names = [scene.info.name for scene in scenes]
         if taken := self.index.known(names) or {name for name in names if names.count(name) > 1}:
-            raise UserError(
-                f"{self.path}: a scene {min(taken)!r} is there already. Rename or remove it first."
-            )
-        groups = [
-            list(group) for _, group in itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))
-        ]
-        first = self.index.next_shard()
-        for number, group in enumerate(groups, first):
+            raise self._taken(min(taken))
+        kinds = itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))
+        groups = list(enumerate((list(group) for _, group in kinds), self.index.next_shard()))
+        for number, group in groups:
             self.write_shard(number, [scene.payload for scene in group])
         with self.index.transaction():
-            for number, group in enumerate(groups, first):
+            for number, group in groups:
                 self.index.add(
                     number,
                     [(scene.info, payload_checksum(scene.payload), scene.thumbnail) for scene in group],
                 )
 
+    def _taken(self, name: str) -> UserError:
+        return UserError(f"{self.path}: a scene {name!r} is there already. Rename or remove it first.")
+
     def remove(self, names: Sequence[str]) -> None:
-        """Take scenes out; `compact` gives their room back."""
+        """Removes all given scenes, or none and raises a UserError. `compact` frees their space."""
         with self.writing():
-            self._check_names(names)
+            self.index.require(names)
             with self.index.transaction():
                 self.index.remove(names)
 
     def rename(self, old: str, new: str) -> None:
+        """Renames a scene. Raises a UserError if it is unknown, or if the new name is empty or taken."""
         with self.writing():
-            self._check_names([old])
+            self.index.require([old])
             if not new.strip():
                 raise UserError(f"{self.path}: a scene's name must not be empty.")
             if self.index.known([new]):
-                raise UserError(f"{self.path}: a scene {new!r} is there already. Rename or remove it first.")
+                raise self._taken(new)
             with self.index.transaction():
                 self.index.rename(old, new)
 
     def tag(self, name: str, tags: dict[str, Any]) -> None:
-        """Note something beside a scene; None takes a note away."""
+        """Sets tags of a scene; the value None removes a tag. Raises a UserError if the scene is unknown."""
         with self.writing():
-            self._check_names([name])
-            info = self.index.info(name)
-            kept = {
-                key: value for key, value in ((info.tags if info else {}) | tags).items() if value is not None
-            }
+            self.index.require([name])
+            merged = self.index.info(name).tags | tags
             with self.index.transaction():
-                self.index.tag(name, kept)
-
-    def _check_names(self, names: Sequence[str]) -> None:
-        known = self.index.known(names)
-        if missing := [name for name in names if name not in known]:
-            raise UserError(f"{self.path}: no scene {missing[0]!r} here.")
+                self.index.tag(name, {key: value for key, value in merged.items() if value is not None})
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Logged steps of the group of scenes that was learned last."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """Returns the logged steps of the last learned group of scenes."""
+        return read_metrics(self.path)
 
     # Shards
 
     def shard_file(self, shard: int) -> Path:
-        """Where a shard lies."""
+        """Returns the path of a shard."""
         return self.path / "shards" / f"{shard:06d}.safetensors"
 
     def _open(self, shard: int) -> safe_open:
         with self._lock:
             if shard not in self._shards:
-                self._shards[shard] = safe_open(self.shard_file(shard), "pt")
+                file = self.shard_file(shard)
+                try:
+                    self._shards[shard] = safe_open(file, "pt")
+                except FileNotFoundError:
+                    raise FileNotFoundError(f"{file}: absent, though the index lists it") from None
+                except SafetensorError as error:
+                    raise SafetensorError(f"{file}: cannot be read ({error})") from None
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
 
     def read(self, place: Place) -> Payload:
-        """What lies at a place. Raises FileNotFoundError or SafetensorError where nothing readable does."""
-        opened, row = self._open(place.shard), place.row
-        payload = {}
-        for name in opened.keys():  # noqa: SIM118 — not a dictionary
-            if name.endswith(STREAM):
-                ends = opened.get_tensor(f"{name}.ends")
-                payload[name] = opened.get_slice(name)[int(ends[row - 1]) if row else 0 : int(ends[row])]
-            elif not name.endswith(".ends"):
-                payload[name] = opened.get_slice(name)[row : row + 1][0]
-        return payload
+        """Reads the payload at a place.
+
+        Raises:
+            FileNotFoundError, SafetensorError: the shard is absent or damaged.
+        """
+        return payload_at(self._open(place.shard), place.row)
 
     def write_shard(self, number: int, payloads: Sequence[Payload]) -> None:
-        """Write a shard of payloads of one kind; nobody knows of it until the index does."""
-        tensors = {}
-        for name in payloads[0]:
-            values = [payload[name] for payload in payloads]
-            if name.endswith(STREAM):
-                tensors[f"{name}.ends"] = torch.tensor([len(value) for value in values]).cumsum(0)
-                tensors[name] = torch.cat(values)
-            else:
-                tensors[name] = torch.stack(values)
-        write_tensors(self.shard_file(number), tensors)
+        """Writes payloads of one kind to a shard that the index does not list yet."""
+        write_tensors(self.shard_file(number), stack_payloads(payloads))
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuse to make a library in a folder that holds something else."""
+    """Raises a UserError if `path` holds files that are no part of a library."""
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - OURS):
         raise UserError(f"{path}: exists and holds no library. Name another folder.")

@@ -1,14 +1,13 @@
-"""Scenes that do not fit in memory: their micro planes and Adam moments as memory-mapped files that survive any crash.
+"""Micro planes and Adam moments that do not fit in memory, in memory-mapped files that survive crashes.
 
-Three tables lie in files of their own and change in place while a run learns. What a checkpoint needs is that they can
-be brought back to where they were at that checkpoint, without ever being copied whole:
+Three tables lie in files of their own and change in place while a run learns:
 
     rows/micro.bin, first.bin, second.bin    float32, one row per scene; moments are sparse until first used
-    rows/journal-N.bin                       what rows were at checkpoint N, written before they first change after it
+    rows/journal-N.bin                       rows at checkpoint N, written before their first change
 
-Going back means copying the journal's rows into the tables. A row is in the journal, on the disk, before it changes; a
-checkpoint counts from the moment its folder has its name, and journals of others are then void. So a kill or a power cut
-at any point leaves either of the two checkpoints whole.
+To restore checkpoint N, the rows of its journal are copied back into the tables. A row is written to the
+journal, and flushed to disk, before it changes. A checkpoint counts once its folder has its name; other
+journals are then void. After a kill or a power cut at any point, one of the two checkpoints is complete.
 """
 
 import dataclasses
@@ -25,13 +24,13 @@ from latentscenes.core.runtime import machine_memory
 from latentscenes.model.planes import SceneParameters, random_parameters, zero_mixing
 
 TABLES = ("micro", "first", "second")
-"""Micro planes, and their Adam moments."""
+"""Micro planes and their Adam moments."""
 CHUNK = 256
-"""Scenes that fresh rows are made for at once."""
+"""Rows initialized at once."""
 
 
 class RowFiles:
-    """The files of n scenes' micro planes. Opened for writing by the one process that holds the run's lock."""
+    """The files of n scenes' micro planes. Only the process that holds the run's lock opens them."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...]):
         self.folder, self.shape = folder, shape
@@ -44,22 +43,23 @@ class RowFiles:
 
     @property
     def micro(self) -> Tensor:
-        """The table itself, (n, 3, r, r, m): what is written to it is written to the file."""
+        """Micro planes, (n, 3, r, r, m). Writing to this tensor writes to the file."""
         return torch.from_numpy(self.tables["micro"])
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
+        """First and second moments, each (n, 3, r, r, m)."""
         return torch.from_numpy(self.tables["first"]), torch.from_numpy(self.tables["second"])
 
     def clear_moments(self) -> None:
-        """All zero, and taking no space."""
+        """Sets all moments to zero; the files then use no disk space."""
         for name in ("first", "second"):
             path = self.folder / f"{name}.bin"
             os.truncate(path, 0)
             os.truncate(path, self.tables[name].nbytes)
 
     def keep(self, rows: list[int]) -> None:
-        """Write down what these rows are, if that was not done since the last checkpoint; then they may change."""
+        """Writes rows that are about to change to the journal, once per checkpoint."""
         new = [row for row in rows if not self._journaled[row]]
         if not new:
             return
@@ -72,12 +72,12 @@ class RowFiles:
         self._journaled[new] = True
 
     def flush(self) -> None:
-        """Everything on the disk. Call before a checkpoint gets its name."""
+        """Flushes all tables to disk. Call it before a checkpoint gets its name."""
         for table in self.tables.values():
             table.flush()
 
     def begin(self, total: int) -> None:
-        """A checkpoint after `total` steps counts from now on."""
+        """Starts the journal of the checkpoint after `total` steps and removes all others."""
         if self._journal is not None:
             self._journal.close()
         self._journal, self._total = None, total
@@ -86,14 +86,15 @@ class RowFiles:
             path.unlink()
 
     def go_back(self, total: int) -> None:
-        """Bring the tables to where they were at the checkpoint after `total` steps, the newest there is."""
+        """Restores the tables at the checkpoint after `total` steps, the newest one.
+
+        The last record may be incomplete after a crash; its row has not changed then.
+        """
         path = self._journal_of(total)
         size = 8 + len(TABLES) * self.tables["micro"][0].nbytes
         if path.exists():
             with open(path, "rb") as stream:
-                while (
-                    len(record := stream.read(size)) == size
-                ):  # the last one may be torn: then its row has not changed
+                while len(record := stream.read(size)) == size:
                     row = int(np.frombuffer(record, np.int64, 1)[0])
                     values = np.frombuffer(record, np.float32, offset=8).reshape(len(TABLES), *self.shape[1:])
                     for name, value in zip(TABLES, values, strict=True):
@@ -108,7 +109,8 @@ class RowFiles:
 def rows_on_disk(
     folder: Path, count: int, config: PlanesConfig, generator: torch.Generator
 ) -> tuple[SceneParameters, RowFiles]:
-    """The rows of a run whose micro planes lie in files: random ones if the files are new. Weights stay in memory."""
+    """Opens the micro planes in `folder`, or creates random ones. Returns the parameters of `count` scenes,
+    with new random weights in memory, and the files."""
     small = random_parameters(count, dataclasses.replace(config, micro=0), generator)
     folder.mkdir(exist_ok=True)
     whole = folder / "complete"
@@ -123,16 +125,18 @@ def rows_on_disk(
 
 
 def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
-    """The micro planes of a run that stands still, mapped for reading (changes to the tensor are not written)."""
+    """Returns the micro planes of a stopped run, (n, 3, r, r, m). Changes to the tensor are not written.
+    Raises a UserError if the run is in progress, or was interrupted."""
     if any(folder.glob("journal-*.bin")):
         raise UserError(
-            f"{folder.parent}: this run is being learned, or was interrupted. Run its `latentscenes train` command again first."
+            f"{folder.parent}: this run is in progress, or was interrupted. "
+            "Run its `latentscenes train` command again first."
         )
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     return torch.from_numpy(np.memmap(folder / "micro.bin", np.float32, "c", shape=shape))
 
 
 def belong_on_disk(count: int, config: Config) -> bool:
-    """Whether micro planes and moments would fill more than half of the memory, or the configuration demands files."""
+    """Returns whether micro planes and moments exceed half of the memory, or the configuration says so."""
     needed = 3 * 4 * count * 3 * config.planes.resolution**2 * config.planes.micro
     return config.storage == "disk" or config.storage == "auto" and needed > machine_memory() // 2

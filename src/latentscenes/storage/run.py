@@ -1,22 +1,21 @@
-"""A run folder: what was asked, what was learned so far, and how to go on after any crash.
+"""A run folder: configuration, learned parameters, and the state that continues learning after any crash.
 
     config.yaml        every setting
     run.json           data, scene names, box, versions, command
     metrics.jsonl      one line per logged step
-    checkpoints/N/     after N steps in all: shared.safetensors, rows.safetensors, optimizer.safetensors, state.json
+    checkpoints/N/     state after N steps: shared, rows and optimizer.safetensors, state.json
     evaluation.json    scores, once evaluated
 
-A checkpoint appears under its name only when complete. Randomness is a function of (seed, stage, step), see
-runtime.py, so a checkpoint of tensors and counters is all that an exact continuation needs.
+A checkpoint gets its name only when it is complete. Random numbers are a function of (seed, stage, step), see
+core/runtime.py, so tensors and counters suffice for an exact continuation.
 """
 
-import fcntl
 import json
-import os
 import platform
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import locked, write_bytes, write_json
 from latentscenes.core.runtime import seeded
 from latentscenes.core.version import __version__
 from latentscenes.model.model import Model
@@ -38,11 +38,11 @@ from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro,
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """The progress of a run."""
 
     stage: int = 0
     step: int = 0
-    """Steps done in that stage."""
+    """Steps done in this stage."""
     total: int = 0
     """Steps done in all stages."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -51,105 +51,106 @@ class Position:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run is about; fixed when it starts."""
+    """Facts about a run, fixed at its start."""
 
     kind: Literal["train", "exploit"]
     data: str
+    """Folder of the dataset."""
     split: str
     scenes: list[str]
     box: Box
     parent: str | None = None
-    """The run whose shared parts an `exploit` run starts from."""
+    """Folder of the run that provides the shared parts of an `exploit` run."""
     parent_seconds: float = 0.0
-    """Time spent on that run, for the cost ledger."""
+    """Duration of that run."""
 
 
 class Run:
-    """An opened run folder. `lock` before writing to it."""
+    """An opened run folder. Call `lock` before writing."""
 
     def __init__(self, path: Path, config: Config, info: RunInfo):
         self.path, self.config, self.info = path, config, info
         self.files: RowFiles | None = None
-        """Where micro planes lie that are not part of checkpoints."""
-        self._lock = None
+        """Files of the micro planes, if these are too large for checkpoints."""
+        self._lock = ExitStack()
 
     @classmethod
     def create(cls, path: str | Path, config: Config, info: RunInfo) -> "Run":
-        """Start a run, or go on with the one that lies there if it asks for the same."""
+        """Starts a run, or opens the run in `path` if it has the same settings, scenes and box. Raises a
+        UserError if the folder holds a different run or other files."""
         path = Path(path)
         if (path / "run.json").is_file():
             run = cls.open(path)
-            if run.config != config or any(
-                getattr(run.info, name) != getattr(info, name) for name in ("kind", "scenes", "box")
-            ):
+            same = all(getattr(run.info, name) == getattr(info, name) for name in ("kind", "scenes", "box"))
+            if run.config != config or not same:
                 raise UserError(
-                    f"{path}: holds a run with other settings, other scenes or another box. Name another folder, or remove this one."
+                    f"{path}: holds a run with other settings, other scenes or another box. "
+                    "Name another folder, or remove this one."
                 )
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(config_io.dump(config))
-        _write_json(path / "run.json", asdict(info) | circumstances())
+        write_bytes(path / "config.yaml", config_io.dump(config).encode())
+        write_json(path / "run.json", asdict(info) | circumstances())
         return cls(path, config, info)
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
+        """Opens a run. Raises a UserError if there is none, or its run.json is damaged."""
         path = Path(path)
-        if not (path / "run.json").is_file():
+        file = path / "run.json"
+        if not file.is_file():
             raise UserError(f"{path}: no run here (run.json is absent). Start one with `latentscenes train`.")
         try:
-            meta = json.loads((path / "run.json").read_text())
+            meta = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{path / 'run.json'}: not valid JSON ({error}). Start the run again in a new folder."
+                f"{file}: not valid JSON ({error}). Start the run again in a new folder."
             ) from None
-        box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
-        info = RunInfo(
-            **{name: meta[name] for name in ("kind", "data", "split", "scenes", "parent", "parent_seconds")},
-            box=box,
-        )
+        meta["box"] = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
+        info = RunInfo(**{name: meta[name] for name in RunInfo.__dataclass_fields__})
         return cls(path, config_io.load(path / "config.yaml"), info)
 
     def lock(self) -> None:
-        """Refuse to write beside another process."""
-        self._lock = open(self.path / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another process is working on this run. Wait for it, or name another folder."
-            ) from None
+        """Takes the run's lock. Raises a UserError if another process holds it."""
+        holder = f"{self.path}: another process is working on this run"
+        self._lock.enter_context(locked(self.path / "lock", False, holder))
 
     def unlock(self) -> None:
-        """Let others write."""
+        """Releases the lock."""
         self._lock.close()
 
     # Checkpoints
 
     def _newest(self) -> Path | None:
-        found = [
-            path for path in (self.path / "checkpoints").glob("*") if path.name.removesuffix(".old").isdigit()
-        ]
+        """Returns the newest checkpoint. `N.old` counts until `N` replaces it."""
+
+        def age(path: Path) -> tuple[int, bool]:
+            return int(path.name.removesuffix(".old")), path.suffix != ".old"
+
+        found = (self.path / "checkpoints").glob("*")
         return max(
-            found, key=lambda path: (int(path.name.removesuffix(".old")), path.suffix != ".old"), default=None
+            (path for path in found if path.name.removesuffix(".old").isdigit()), key=age, default=None
         )
 
     def save(self, model: Model, rows: SceneParameters, state: dict[str, Tensor], position: Position) -> None:
-        """Write a checkpoint and drop the one before."""
+        """Writes a checkpoint and removes the previous one.
+
+        Args:
+            state: optimizer state and other tensors of the stage.
+        """
         target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), partial / "shared.safetensors")
-        save_file(_contiguous(self._unfiled(rows.tables())), partial / "rows.safetensors")
-        save_file(_contiguous(self._unfiled(state)), partial / "optimizer.safetensors")
+        for name, tensors in (("shared", model.state_dict()), ("rows", rows.tables()), ("optimizer", state)):
+            kept = {key: value.detach().cpu().contiguous() for key, value in self._unfiled(tensors).items()}
+            save_file(kept, partial / f"{name}.safetensors")
         if self.files:
             self.files.flush()
-        _write_json(partial / "state.json", asdict(position))
-        if (
-            target.exists()
-        ):  # the end of a stage after a step that was saved already; `.old` counts until it is replaced
+        write_json(partial / "state.json", asdict(position))
+        if target.exists():
             target.rename(target.with_name(f"{target.name}.old"))
         partial.rename(target)
         if self.files:
@@ -159,13 +160,13 @@ class Run:
                 shutil.rmtree(other)
 
     def _unfiled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of a checkpoint: all, or all but the micro planes and moments that lie in files."""
+        """Removes micro planes and their moments if these are stored in files."""
         return {
             name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))
         }
 
     def begin_parameters(self, device: torch.device) -> SceneParameters:
-        """Fresh random rows for the run's scenes: in memory, or in files where they belong there."""
+        """Returns random parameters of the run's scenes, on a device or, if they are too large, in files."""
         count, generator = len(self.info.scenes), seeded("cpu", self.config.seed, "rows")
         if not belong_on_disk(count, self.config):
             return random_parameters(count, self.config.planes, generator).to(device)
@@ -174,12 +175,12 @@ class Run:
 
     @property
     def position(self) -> Position:
-        """How far the newest checkpoint is; the start if there is none."""
+        """Progress at the newest checkpoint; zero if there is none."""
         newest = self._newest()
         return Position(**json.loads((newest / "state.json").read_text())) if newest else Position()
 
     def restore(self, model: Model, rows: SceneParameters) -> None:
-        """Copy the newest checkpoint into the given model and scenes, if there is one."""
+        """Copies the newest checkpoint, if any, into the given model and parameters."""
         newest = self._newest()
         if self.files:
             self.files.go_back(self.position.total)
@@ -196,12 +197,14 @@ class Run:
         for name, tensor in self._unfiled(tensors).items():
             if name not in saved or saved[name].shape != tensor.shape:
                 raise UserError(
-                    f"{file.parent}: {name} is absent or of another shape; this checkpoint belongs to other settings."
+                    f"{file.parent}: {name} is absent or of another shape; "
+                    "this checkpoint belongs to other settings."
                 )
             tensor.copy_(saved[name])
 
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
-        """The learned model and scenes, for use."""
+        """Returns the learned model, frozen, and the scenes, on a device. Raises a UserError if nothing has
+        been learned yet, or the checkpoint is damaged."""
         model = Model(self.config, self.info.box, pretrained=False)
         fill_model(model, self.shared_file)
         tables = _load(self.rows_file)
@@ -212,49 +215,46 @@ class Run:
 
     @property
     def shared_file(self) -> Path:
-        """The newest weights of what all scenes share."""
+        """The newest weights of the shared parts."""
         return self._learned() / "shared.safetensors"
 
     @property
     def rows_file(self) -> Path:
-        """The newest state of the scenes themselves."""
+        """The newest parameters of the scenes."""
         return self._learned() / "rows.safetensors"
 
     def _learned(self) -> Path:
         newest = self._newest()
         if newest is None:
             raise UserError(
-                f"{self.path}: nothing has been learned yet. Run the command that started it again."
+                f"{self.path}: nothing has been learned yet. Run the command that started this run again."
             )
         return newest
 
     @property
     def finished(self) -> bool:
         """Whether every stage is done."""
-        return self.position.stage >= len(
-            self.config.train if self.info.kind == "train" else self.config.exploit
-        )
+        stages = self.config.train if self.info.kind == "train" else self.config.exploit
+        return self.position.stage >= len(stages)
 
     # Metrics
 
     def cut_metrics(self, total: int) -> None:
-        """Drop lines of steps that a crash undid."""
+        """Removes an incomplete last line and the lines of steps after `total`, which will be repeated."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = [
-                line
-                for line in path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["total"] <= total
-            ]
-            _write_text(path, "".join(f"{line}\n" for line in lines))
+            complete = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            kept = [line for line in complete if json.loads(line)["total"] <= total]
+            write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, entry: dict[str, Any]) -> None:
+        """Appends a line to the metrics."""
         with open(self.path / "metrics.jsonl", "a") as stream:
             stream.write(json.dumps(entry | {"time": round(time.time(), 3)}) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """Returns all logged steps."""
+        return read_metrics(self.path)
 
     @property
     def seconds(self) -> float:
@@ -262,17 +262,21 @@ class Run:
         return sum(self.position.seconds.values())
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the logged steps in a run or library folder."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def circumstances() -> dict[str, Any]:
-    """What a result was made with: versions, machine, command."""
+    """Returns versions, machine and command, to be stored beside a result."""
     versions = {"latentscenes": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {"versions": versions, "machine": platform.platform(), "command": sys.argv}
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def fill_model(model: Model, path: Path) -> None:
+    """Copies the weights of a file into a model. Raises a UserError if the file is damaged, or belongs to
+    another version or configuration."""
     try:
         model.load_state_dict(_load(path))
     except RuntimeError as error:
@@ -285,17 +289,8 @@ def fill_model(model: Model, path: Path) -> None:
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own kinds
+    except Exception as error:
         raise UserError(
-            f"{path}: cannot be read ({error}). It is the only checkpoint kept: remove the run folder and start again."
+            f"{path}: cannot be read ({error}). "
+            "Only the newest checkpoint is kept: remove the run folder and start again."
         ) from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=1, default=str))

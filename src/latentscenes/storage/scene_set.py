@@ -1,13 +1,12 @@
-"""One interface to learned scenes, whether they lie in a run folder, in a library, or in memory.
+"""One interface to learned scenes in a run folder, in a library, or in memory.
 
-Scores, pictures, reports, costs and exports all read scenes through a SceneSet:
+Evaluation, reports, costs and exports read scenes through a SceneSet:
 
     scenes = SceneSet.open("libraries/chairs")
     model.render(scenes.planes("chair_007"), …)
 """
 
 import copy
-import difflib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,23 +24,23 @@ from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.storage.index import SceneInfo
+from latentscenes.storage.index import SceneInfo, unknown_scene
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run
 
 
 class SceneSet(ABC):
-    """Learned scenes by name, and the model that renders them."""
+    """Named learned scenes and the model that renders them."""
 
     names: tuple[str, ...]
     label: str = ""
-    """How pictures and charts call these scenes."""
+    """Name of the set in images and charts."""
     model: Model
     """The shared parts, on the set's device."""
 
     @abstractmethod
     def parameters(self, name: str) -> SceneParameters:
-        """What one scene owns (n = 1), on the model's device."""
+        """Returns the parameters of one scene (n = 1) on the model's device."""
 
     @property
     def device(self) -> torch.device:
@@ -49,11 +48,11 @@ class SceneSet(ABC):
 
     @torch.no_grad()
     def planes(self, name: str) -> FusedPlanes:
-        """The tri-planes of one scene, ready to render."""
+        """Returns the fused tri-planes of one scene."""
         return self.model.compose(self.parameters(name))
 
     def labeled(self, label: str) -> "SceneSet":
-        """The same scenes under another label."""
+        """Returns the same scenes under another label."""
         other = copy.copy(self)
         other.label = label
         return other
@@ -62,7 +61,7 @@ class SceneSet(ABC):
     def of_table(
         model: Model, parameters: SceneParameters, names: Sequence[str], label: str = ""
     ) -> "SceneSet":
-        """Scenes in memory: row k of the parameters is the scene names[k]."""
+        """Returns scenes in memory; row k of the parameters is the scene names[k]."""
         return _ScenesInMemory(model, parameters, names, label)
 
     @staticmethod
@@ -72,8 +71,13 @@ class SceneSet(ABC):
         split: Split | None = None,
         device: torch.device | str = "cpu",
     ) -> "StoredScenes":
-        """Opens the scenes of a run folder, or those scenes of a library that were learned from one dataset and split:
-        from the given ones, otherwise from those of its newest scene (scenes of stage 1 only if there are no others).
+        """Opens the scenes of a run, or the scenes of a library that were learned from one dataset and split.
+
+        Args:
+            path: run or library folder.
+            data: dataset folder; None: the run's dataset, or the dataset of the library's newest scene, where
+                scenes of stage 1 count only if there are no others.
+            split: None: the split of the run or of that scene.
 
         Raises:
             UserError: there is neither a run nor a library, or it holds no scenes of that split.
@@ -83,7 +87,8 @@ class SceneSet(ABC):
             return LibraryScenes.learned_from(LibraryFolder.open(path), data, split, device)
         if not (path / "run.json").is_file():
             raise UserError(
-                f"{path}: no run and no library here (neither run.json nor library.json). Start with `latentscenes train`."
+                f"{path}: no run and no library here (neither run.json nor library.json). "
+                "Start with `latentscenes train`."
             )
         run = Run.open(path)
         if split not in (None, run.info.split):
@@ -92,7 +97,7 @@ class SceneSet(ABC):
 
     @staticmethod
     def open_all(path: str | Path, device: torch.device | str = "cpu") -> "StoredScenes":
-        """Opens all scenes of a folder, whatever they were learned from: to render them, not to score them."""
+        """Opens all scenes of a folder, of any dataset: to render them, not to score them."""
         if not LibraryFolder.exists(path):
             return SceneSet.open(path, device=device)
         library = LibraryFolder.open(path)
@@ -103,7 +108,7 @@ class SceneSet(ABC):
     def of_run(
         run: Run, data: str | Path | None = None, device: torch.device | str = "cpu"
     ) -> "StoredScenes":
-        """The scenes of an opened run."""
+        """Returns the scenes of an opened run."""
         return RunScenes(run, data, device)
 
 
@@ -117,7 +122,7 @@ class _ScenesInMemory(SceneSet):
 
 
 class StoredScenes(SceneSet):
-    """Scenes of one dataset in a folder. The model and the scenes are read when first used."""
+    """Scenes of one dataset in a folder. Model and scenes are read at first use."""
 
     def __init__(
         self,
@@ -128,100 +133,68 @@ class StoredScenes(SceneSet):
         sources: tuple[str, ...],
         device: torch.device | str,
     ):
+        """`sources` are the scenes' names in the dataset."""
         self.path, self.config, self.box = folder.path, folder.config, folder.info.box
         self.data, self.split, self.names = data, split, names
-        self._sources, self._device = sources, device
+        self._folder, self._sources, self._device = folder, sources, device
 
     path: Path
     config: Config
     box: Box
     data: str
-    """The dataset that the scenes were learned from."""
+    """Folder of the dataset that the scenes were learned from."""
     split: Split
-    """Their split in that dataset."""
+    """Split of that dataset."""
+    view: Viewpoint
+    """Typical camera of the dataset."""
+    shared_file: Path
+    """File with the weights of the shared parts. Reading this raises a UserError if it is absent."""
+    seconds: float
+    """Learning time of these scenes; for a run, including the shared parts."""
+    stage_one: tuple[float, int] | None = None
+    """Seconds and scenes of the run that learned the shared parts; None for such a run itself."""
+    scene_bytes: float
+    """Mean size of a stored scene."""
+    stored: str = ""
+    """Precision and loss of the stored scenes, in words; empty for a run."""
+    parent: Path
+    """The run that the shared parts come from. Reading this raises a UserError for a run."""
+    stage_seconds: dict[str, float]
+    """Learning time by stage; empty for a library."""
+    _facts: str
 
     def scenes(self, images: PosedImages) -> list[Scene]:
-        """Their views in the dataset, under the names that they have here."""
+        """Returns the scenes' views in the dataset, under their names in this set."""
         found = images.select(self.split, list(self._sources))
         return [replace(scene, name=name) for scene, name in zip(found, self.names, strict=True)]
 
     def check(self, name: str) -> None:
-        """Refuses an unknown name and states the nearest one."""
-        if not self.names:
-            raise UserError(f"{self.path}: no scene {name!r} here; it holds no scenes.")
+        """Raises a UserError that states the nearest names if `name` is unknown."""
         if name not in self.names:
-            near = difflib.get_close_matches(name, self.names, n=1, cutoff=0)[0]
-            raise UserError(f"{self.path}: no scene {name!r} here; the nearest name is {near!r}.")
+            raise unknown_scene(self.path, name, self.names)
 
-    @property
-    @abstractmethod
-    def view(self) -> Viewpoint:
-        """How the dataset's cameras look at its scenes."""
-
-    # Costs
-
-    @property
-    @abstractmethod
-    def shared_file(self) -> Path:
-        """The file with the weights of the shared parts.
-
-        Raises:
-            UserError: a run has learned nothing yet, or a library's file is absent or damaged.
-        """
-
-    @property
-    @abstractmethod
-    def seconds(self) -> float:
-        """Time spent on these scenes; for a run, including the shared parts."""
-
-    @property
-    @abstractmethod
-    def stage_one(self) -> tuple[float, int] | None:
-        """Seconds and scenes of the run that taught the shared parts; None for such a run itself."""
-
-    @property
-    @abstractmethod
-    def scene_bytes(self) -> float:
-        """Bytes per scene as stored."""
-
-    @property
-    @abstractmethod
-    def stored(self) -> str:
-        """How a library stores the scenes, in words; empty for a run."""
-
-    # History
-
-    @property
-    @abstractmethod
-    def parent(self) -> Path:
-        """The run whose shared parts these scenes were learned with."""
-
-    @abstractmethod
     def metrics(self) -> list[dict[str, Any]]:
-        """Logged steps of a run, or of the group that a library learned last."""
+        """Returns the logged steps of a run, or of the last group that a library learned."""
+        return self._folder.metrics()
 
     @property
-    @abstractmethod
-    def stage_seconds(self) -> dict[str, float]:
-        """Time by stage; empty for a library."""
-
-    @property
-    @abstractmethod
     def notes(self) -> dict[str, Any]:
-        """Command, versions and machine."""
+        """Command, versions and machine of the run or library."""
+        return json.loads((self.path / self._facts).read_text())
 
 
 class RunScenes(StoredScenes):
     """The scenes of a run folder."""
 
+    _facts = "run.json"
+
     def __init__(self, run: Run, data: str | Path | None, device: torch.device | str):
         names = tuple(run.info.scenes)
         super().__init__(run, str(data or run.info.data), run.info.split, names, names, device)
-        self._run = run
 
     @cached_property
     def _loaded(self) -> tuple[Model, SceneParameters]:
-        return self._run.load(self._device)
+        return self._folder.load(self._device)
 
     @property
     def model(self) -> Model:
@@ -237,57 +210,39 @@ class RunScenes(StoredScenes):
 
     @property
     def shared_file(self) -> Path:
-        return self._run.shared_file
+        return self._folder.shared_file
 
     @property
     def seconds(self) -> float:
-        return self._run.seconds
-
-    stage_one = None
-    stored = ""
+        return self._folder.seconds
 
     @property
     def scene_bytes(self) -> float:
-        return self._run.rows_file.stat().st_size / len(self.names)
+        return self._folder.rows_file.stat().st_size / len(self.names)
 
     @property
     def parent(self) -> Path:
         raise UserError(
-            f"{self.path}: this is a run of `latentscenes train`. Name the library that `latentscenes exploit` made."
+            f"{self.path}: this is a run of `latentscenes train`. "
+            "Name the library that `latentscenes exploit` made."
         )
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return self._run.metrics()
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        return self._run.position.seconds
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        return json.loads((self.path / "run.json").read_text())
+        return self._folder.position.seconds
 
 
 class LibraryScenes(StoredScenes):
     """Some scenes of a library."""
 
-    def __init__(
-        self,
-        library: LibraryFolder,
-        data: str,
-        split: Split,
-        names: tuple[str, ...],
-        sources: tuple[str, ...],
-        device: torch.device | str,
-    ):
-        super().__init__(library, data, split, names, sources, device)
-        self._library = library
+    _facts = "library.json"
+    stage_seconds: dict[str, float] = {}
 
     @classmethod
     def learned_from(
         cls, library: LibraryFolder, data: str | Path | None, split: Split | None, device: torch.device | str
     ) -> "LibraryScenes":
-        """See SceneSet.open."""
+        """Chooses the scenes as `SceneSet.open` describes."""
         known = [info for info in library.index.infos() if info.dataset and split in (None, info.split)]
         if not known:
             of_split = f" of the split {split!r}" if split else ""
@@ -301,31 +256,31 @@ class LibraryScenes(StoredScenes):
 
     @cached_property
     def model(self) -> Model:
-        return self._library.model(self._device)
+        return self._folder.model(self._device)
 
     def parameters(self, name: str) -> SceneParameters:
-        return self._library.parameters(name).to(self._device)
+        return self._folder.parameters(name).to(self._device)
 
     @property
     def view(self) -> Viewpoint:
-        return self._library.info.view
+        return self._folder.info.view
 
     @property
     def shared_file(self) -> Path:
-        self._library.check_model()
-        return self._library.shared_file
+        self._folder.check_model()
+        return self._folder.shared_file
 
     @cached_property
     def seconds(self) -> float:
         if self.stage_one is None:
-            return self._library.info.parent_seconds
+            return self._folder.info.parent_seconds
         return sum(info.seconds or 0.0 for info in self._infos)
 
     @property
     def stage_one(self) -> tuple[float, int] | None:
         if self._infos[0].origin == "stage 1":
             return None
-        return self._library.info.parent_seconds, self._library.info.parent_scenes
+        return self._folder.info.parent_seconds, self._folder.info.parent_scenes
 
     @cached_property
     def scene_bytes(self) -> float:
@@ -340,17 +295,8 @@ class LibraryScenes(StoredScenes):
     @cached_property
     def _infos(self) -> list[SceneInfo]:
         wanted = set(self.names)
-        return [info for info in self._library.index.infos() if info.name in wanted]
+        return [info for info in self._folder.index.infos() if info.name in wanted]
 
     @property
     def parent(self) -> Path:
-        return Path(self._library.info.parent)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return self._library.metrics()
-
-    stage_seconds: dict[str, float] = {}
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        return json.loads((self.path / "library.json").read_text())
+        return Path(self._folder.info.parent)

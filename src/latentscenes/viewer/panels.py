@@ -1,4 +1,4 @@
-"""The panels beside the picture: the gallery of thumbnails, and the photographs that scenes were learned from."""
+"""The panels beside the image: the gallery of thumbnails, and the photographs scenes were learned from."""
 
 import base64
 import fnmatch
@@ -26,52 +26,61 @@ from latentscenes.model import metrics
 from latentscenes.model.model import render_images, to_uint8
 from latentscenes.viewer.painter import Painter, Renderer
 
+PAGE = 24
+"""Scenes on a page of the gallery."""
+STYLE = """<style>
+.scenes { display: grid; gap: 6px; padding: 2px 10px 8px; }
+.scenes label { cursor: pointer; border-radius: 6px; padding: 3px; text-align: center; min-width: 0; }
+.scenes label:hover { background: rgba(34, 139, 230, 0.12); }
+.scenes img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 4px;
+  background: white; }
+.scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+</style>"""
+NOTE = "padding: 0 14px 7px; font-size: 12px; opacity: 0.75"
+"""Style of a line of small text."""
+CAMERAS = 32
+"""Maximum of cameras shown for a scene; of held-out cameras, a quarter."""
+SMALL = 64
+"""Pixels along the longer side of the image shown in a camera."""
+LEARNED, HELD_OUT = (34, 139, 230), (245, 124, 0)
+"""Colors of fitted and held-out cameras."""
+
 
 class Callbacks:
-    """Makes callbacks for the controls of one browser.
+    """Makes callbacks for the controls of one browser. They run one at a time.
 
-    What a control does is given without its value: it reads the newest values when its turn comes. So a slider that is
-    dragged while something else goes on is followed once, not a hundred times.
+    An action reads the current values of controls when it runs. Events that arrive while the same action
+    waits are dropped, so a dragged slider does not queue a hundred actions.
     """
 
     def __init__(self, client: ClientHandle):
-        self._client, self._turn = client, threading.Lock()
+        self._client, self._running = client, threading.Lock()
 
-    def __call__(self, act: Callable[[], None]) -> Callable[[Any], None]:
-        """A callback for viser that does `act`; changes of controls by the program itself are left alone."""
+    def __call__(self, action: Callable[[], None]) -> Callable[[Any], None]:
+        """Returns a viser callback that runs `action`, unless the program itself changed the control."""
         waiting = threading.Lock()
 
         def callback(event: Any) -> None:
             if event.client_id is None or not waiting.acquire(blocking=False):
                 return
-            with self._turn:
+            with self._running:
                 waiting.release()
                 try:
-                    act()
+                    action()
                 except UserError as error:
-                    self.tell(error)
+                    self.show_error(error)
 
         return callback
 
-    def tell(self, error: Exception) -> None:
-        """Show what went wrong in the browser."""
-        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self._client.add_notification("That did not work", what, color="red", auto_close_seconds=10)
-
-
-PAGE = 24
-"""Scenes on a page."""
-STYLE = """<style>
-.scenes { display: grid; gap: 6px; padding: 2px 10px 8px; }
-.scenes label { cursor: pointer; border-radius: 6px; padding: 3px; text-align: center; min-width: 0; }
-.scenes label:hover { background: rgba(34, 139, 230, 0.12); }
-.scenes img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 4px; background: white; }
-.scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-</style>"""
+    def show_error(self, error: Exception) -> None:
+        """Shows an error in the browser."""
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self._client.add_notification("That did not work", text, color="red", auto_close_seconds=10)
 
 
 class Thumbnails:
-    """Up to `count` scenes in rows of `across`; `pick` is called with the name of the one that is clicked."""
+    """A grid of up to `count` scenes. A click calls `select` with the scene's name."""
 
     def __init__(
         self,
@@ -79,13 +88,13 @@ class Thumbnails:
         callbacks: Callbacks,
         library: Library,
         count: int,
-        across: int,
-        pick: Callable[[str], None],
+        columns: int,
+        select: Callable[[str], None],
     ):
-        self._library, self._across, self._pick = library, across, pick
+        self._library, self._columns, self._select = library, columns, select
         self._names: list[str] = []
         self._grid = gui.add_html("")
-        self._mark = gui.add_html("")
+        self._highlight = gui.add_html("")
         with gui.add_folder("By name", expand_by_default=False) as self._folder:
             self._buttons = [gui.add_button("", visible=False, color="gray") for _ in range(count)]
         for place, button in enumerate(self._buttons):
@@ -93,10 +102,10 @@ class Thumbnails:
 
     def _clicked(self, place: int) -> None:
         if place < len(self._names):
-            self._pick(self._names[place])
+            self._select(self._names[place])
 
     def show(self, names: Sequence[str], captions: Sequence[str] = ()) -> None:
-        """These scenes, at most as many as there is room for, with a second line of text each."""
+        """Shows up to `count` scenes, each with an optional second line of text."""
         self._names = list(names)
         tiles = []
         for place, button in enumerate(self._buttons):
@@ -105,113 +114,107 @@ class Thumbnails:
                 button.label = names[place]
                 tiles.append(self._tile(button, names[place], captions[place] if captions else ""))
         self._folder.visible = bool(names)
-        self._grid.content = f'{STYLE}<div class="scenes" style="grid-template-columns: repeat({self._across}, minmax(0, 1fr))">{"".join(tiles)}</div>'
+        style = f"grid-template-columns: repeat({self._columns}, minmax(0, 1fr))"
+        self._grid.content = f'{STYLE}<div class="scenes" style="{style}">{"".join(tiles)}</div>'
 
     def _tile(self, button: GuiButtonHandle, name: str, caption: str) -> str:
+        """Returns the HTML of a scene. A scene that was just removed has an empty image."""
         try:
             picture = f"data:image/png;base64,{base64.b64encode(self._library.thumbnail(name)).decode()}"
-        except UserError:  # removed since its name was read
+        except UserError:
             picture = "data:,"
         text, second = html.escape(name), f"<div>{html.escape(caption)}</div>" if caption else ""
-        return f'<label for="{element_id(button)}" title="{text}"><img alt="" src="{picture}"><div>{text}</div>{second}</label>'
+        return (
+            f'<label for="{element_id(button)}" title="{text}">'
+            f'<img alt="" src="{picture}"><div>{text}</div>{second}</label>'
+        )
 
-    def mark(self, name: str) -> None:
-        """Put a frame around a scene, if it is here."""
+    def highlight(self, name: str) -> None:
+        """Frames a scene, if it is shown."""
         found = element_id(self._buttons[self._names.index(name)]) if name in self._names else None
         frame = "outline: 2px solid #228be6; background: rgba(34, 139, 230, 0.12);"
-        self._mark.content = f'<style>label[for="{found}"] {{ {frame} }}</style>' if found else ""
+        self._highlight.content = f'<style>label[for="{found}"] {{ {frame} }}</style>' if found else ""
 
 
 def element_id(handle: GuiButtonHandle) -> str:
-    """The id of a button's element in the page. viser has no public name for it; test_viewer.py clicks one."""
+    """Returns the id of a button's HTML element. Viser has no public name for it; a test clicks one."""
     return handle._impl.uuid
 
 
 class Gallery:
-    """All scenes of a library whose names match, a page at a time. Only the thumbnails of that page are read."""
+    """The scenes whose names match a search, in pages. Only the thumbnails of one page are read."""
 
-    def __init__(self, gui: GuiApi, callbacks: Callbacks, library: Library, pick: Callable[[str], None]):
-        self._library, self._page, self._marked = library, 0, ""
+    def __init__(self, gui: GuiApi, callbacks: Callbacks, library: Library, select: Callable[[str], None]):
+        self._library, self._page, self._highlighted = library, 0, ""
         self._search = gui.add_text("Search", "", hint="Part of a name, or a pattern with * and ?")
-        self._turn = gui.add_button_group("Page", ("previous", "next"))
+        self._step = gui.add_button_group("Page", ("previous", "next"))
         self._count = gui.add_html("")
-        self._thumbnails = Thumbnails(gui, callbacks, library, PAGE, 3, pick)
-        self._search.on_update(callbacks(lambda: self._go(0)))
-        self._turn.on_click(
-            callbacks(lambda: self._go(self._page + (1 if self._turn.value == "next" else -1)))
+        self._thumbnails = Thumbnails(gui, callbacks, library, PAGE, 3, select)
+        self._search.on_update(callbacks(lambda: self._show(0)))
+        self._step.on_click(
+            callbacks(lambda: self._show(self._page + (1 if self._step.value == "next" else -1)))
         )
-        self._go(0)
+        self._show(0)
 
-    def _go(self, page: int) -> None:
+    def _show(self, page: int) -> None:
         names = matching(self._library.names, self._search.value)
         pages = max(1, -(-len(names) // PAGE))
         self._page = page % pages
         first = self._page * PAGE
         shown = names[first : first + PAGE]
-        text = f"{first + 1:,}–{first + len(shown):,} of {len(names):,}" if shown else "No name is like that."
-        self._count.content = f'<div style="padding: 0 14px 6px; font-size: 12px; opacity: 0.75">{text}</div>'
-        self._turn.visible = pages > 1
+        text = f"{first + 1:,}–{first + len(shown):,} of {len(names):,}" if shown else "No name matches."
+        self._count.content = f'<div style="{NOTE}">{text}</div>'
+        self._step.visible = pages > 1
         self._thumbnails.show(shown)
-        self._thumbnails.mark(self._marked)
+        self._thumbnails.highlight(self._highlighted)
 
-    def mark(self, name: str) -> None:
-        """Put a frame around a scene where it is shown."""
-        self._marked = name
-        self._thumbnails.mark(name)
-
-
-def matching(names: Sequence[str], wanted: str) -> list[str]:
-    """Names that hold `wanted`, or match it if it has * or ?, whatever the case of letters."""
-    wanted = wanted.strip().casefold()
-    if any(letter in wanted for letter in "*?"):
-        return [name for name in names if fnmatch.fnmatchcase(name.casefold(), wanted)]
-    return [name for name in names if wanted in name.casefold()]
+    def highlight(self, name: str) -> None:
+        """Frames a scene wherever it is shown."""
+        self._highlighted = name
+        self._thumbnails.highlight(name)
 
 
-SHOWN = 32
-"""Cameras shown of one scene, at most; of those held out a quarter as many."""
-SMALL = 64
-"""Pixels along the longer side of a photograph shown in its camera."""
-LEARNED, HELD_OUT = (34, 139, 230), (245, 124, 0)
-"""Colors of cameras."""
+def matching(names: Sequence[str], search: str) -> list[str]:
+    """Returns names that contain `search`, or match it if it has * or ?, ignoring case."""
+    search = search.strip().casefold()
+    if any(letter in search for letter in "*?"):
+        return [name for name in names if fnmatch.fnmatchcase(name.casefold(), search)]
+    return [name for name in names if search in name.casefold()]
 
 
 class Datasets:
-    """Finds the views that a scene was learned from. Datasets are opened when first needed and shared by all."""
+    """Finds the views that a scene was learned from. All browsers share the opened datasets."""
 
     def __init__(self, library: Library, data: Path | None = None):
-        """`data`: where the scenes' dataset lies; unset: where the library says. It is opened at once."""
+        """`data` is the folder of the scenes' dataset; None: the folders that the library names."""
         self._library, self._data = library, data
         self._opened: dict[Path, tuple[PosedImages, dict[str, Scene]]] = {}
         if data is not None:
             self._open(data)
 
     def find(self, name: str) -> tuple[PosedImages, Scene]:
-        """A scene's dataset and its place there.
-
-        Raises:
-            UserError: it has none, or that is not where it was.
-        """
+        """Returns the dataset and the scene in it. Raises a UserError if the scene has no dataset, or the
+        dataset has moved."""
         info = self._library[name].metadata
         path = self._data or (info.dataset and Path(info.dataset))
         if not path:
-            raise UserError("Learned from pictures that were not kept.")
+            raise UserError("Learned from images that were not kept.")
         if not (path / "views.json").is_file():
-            raise UserError(f"They are not at {path} any more. Say where they are: --data FOLDER.")
-        views, scenes = self._open(path)
+            raise UserError(f"The dataset is no longer at {path}. State its folder with --data FOLDER.")
+        images, scenes = self._open(path)
         if info.source not in scenes:
             raise UserError(f"{path} holds no scene {info.source!r}.")
-        return views, scenes[info.source]
+        return images, scenes[info.source]
 
     def _open(self, path: Path) -> tuple[PosedImages, dict[str, Scene]]:
         if path not in self._opened:
-            views = PosedImages.open(path)
-            self._opened[path] = views, {scene.name: scene for scene in views.scenes}
+            images = PosedImages.open(path)
+            self._opened[path] = images, {scene.name: scene for scene in images.scenes}
         return self._opened[path]
 
 
 class Photographs:
-    """One browser's panel of them. `changed` is called when their cameras appear or go."""
+    """The panel of photographs in one browser. Calls `changed` when their cameras appear or disappear."""
 
     def __init__(
         self,
@@ -222,29 +225,22 @@ class Photographs:
         datasets: Datasets,
         changed: Callable[[], None],
     ):
-        self._client, self._callbacks, self._library, self._renderer, self._datasets = (
-            client,
-            callbacks,
-            library,
-            renderer,
-            datasets,
-        )
-        self._changed = changed
+        self._client, self._callbacks, self._library = client, callbacks, library
+        self._renderer, self._datasets, self._changed = renderer, datasets, changed
         self._name = ""
-        self._views: PosedImages | None = None
+        self._images: PosedImages | None = None
         self._index: list[int] = []
-        """Views that can be chosen."""
+        """Views to choose from."""
         self._held_out: set[int] = set()
         self._frusta: dict[int, CameraFrustumHandle] = {}
-        self._turn = threading.Lock()
-        """Held while cameras are hidden, shown or taken away."""
+        self._lock = threading.Lock()
+        """Protects `_frusta`."""
         self._near = 0.0
-        """Cameras nearer than this to who looks are not drawn; they would hide everything. World units."""
+        """Cameras closer to the viewer are hidden, since they would cover the image. World units."""
         gui = client.gui
         self._note = gui.add_html("", visible=False)
-        self._show = gui.add_checkbox(
-            "Show cameras", False, hint="Blue: learned from. Orange: held out. Click one to look through it."
-        )
+        hint = "Blue: fitted. Orange: held out. Click a camera to look through it."
+        self._show = gui.add_checkbox("Show cameras", False, hint=hint)
         self._which = gui.add_slider("Photograph", 1, 2, 1, 1)
         self._pair = gui.add_image(np.full((1, 2, 3), 255, np.uint8), visible=False)
         self._show.on_update(callbacks(self._toggle))
@@ -252,23 +248,20 @@ class Photographs:
 
     @property
     def shown(self) -> bool:
-        """Whether cameras are in the picture."""
+        """Whether cameras are shown."""
         return bool(self._frusta)
 
-    def follow(self, name: str) -> None:
-        """Show those of another scene."""
-        self._name, self._views, self._index = name, None, []
+    def show_scene(self, name: str) -> None:
+        """Shows the photographs of another scene."""
+        self._name, self._images, self._index = name, None, []
         try:
-            self._views, scene = self._datasets.find(name)
-            self._held_out = set(scene.views("held_out"))
-            chosen = {
-                *spread_evenly(scene.views("fit"), SHOWN),
-                *spread_evenly(scene.views("held_out"), SHOWN // 4),
-            }
-            self._index = sorted(chosen)
+            self._images, scene = self._datasets.find(name)
+            fitted, held_out = scene.views("fit"), scene.views("held_out")
+            self._held_out = set(held_out)
+            self._index = sorted({*spread_evenly(fitted, CAMERAS), *spread_evenly(held_out, CAMERAS // 4)})
             self._note.visible = False
         except UserError as error:
-            self._note.content = f'<div style="padding: 0 14px 8px; font-size: 12px; opacity: 0.75">{html.escape(str(error))}</div>'
+            self._note.content = f'<div style="{NOTE}">{html.escape(str(error))}</div>'
             self._note.visible = True
         for control in (self._show, self._which):
             control.visible = len(self._index) > 1
@@ -278,49 +271,48 @@ class Photographs:
             self._which.value = 1
         self._draw_frusta()
 
-    def moved(self, position: np.ndarray) -> None:
-        """Who looks is here now."""
-        with self._turn:
+    def camera_moved(self, position: np.ndarray) -> None:
+        """Hides cameras close to the viewer's position."""
+        with self._lock:
             for frustum in self._frusta.values():
                 frustum.visible = bool(np.linalg.norm(position - np.asarray(frustum.position)) > self._near)
 
-    # Cameras in space
+    # Cameras
 
     def _toggle(self) -> None:
-        if self._show.value:  # step back, so that they are in sight
+        """Shows or hides the cameras. Moves the viewer back, so that they are in sight."""
+        if self._show.value:
             camera, center = self._client.camera, np.array(self._library.box.center)
             outward = camera.position - center
+            reach = 2.2 * self._distances().max().item()
             with self._client.atomic():
-                camera.position = (
-                    center + outward / np.linalg.norm(outward) * 2.2 * self._distances().max().item()
-                )
+                camera.position = center + outward / np.linalg.norm(outward) * reach
                 camera.look_at = center
         self._draw_frusta()
 
     def _distances(self) -> Float[Tensor, "n"]:
-        """Of the cameras from the middle of the box."""
-        return (self._views.cameras.positions[self._index] - torch.tensor(self._library.box.center)).norm(
-            dim=1
-        )
+        """Returns the cameras' distances from the center of the box."""
+        center = torch.tensor(self._library.box.center)
+        return (self._images.cameras.positions[self._index] - center).norm(dim=1)
 
     def _draw_frusta(self) -> None:
-        with self._turn:
+        with self._lock:
             for frustum in self._frusta.values():
                 frustum.remove()
             self._frusta = {}
-        if self._show.value and self._views is not None:
+        if self._show.value and self._images is not None:
             self._near = 0.5 * self._distances().median().item()
             self._frusta = {
-                view: self._frustum(self._views, number, view) for number, view in enumerate(self._index)
+                view: self._frustum(self._images, number, view) for number, view in enumerate(self._index)
             }
-            self.moved(self._client.camera.position)
+            self.camera_moved(self._client.camera.position)
         self._changed()
 
-    def _frustum(self, views: PosedImages, number: int, view: int) -> CameraFrustumHandle:
-        matrix, (fx, fy, _, _) = (
-            views.cameras.cam2world[view].double().numpy(),
-            views.cameras.intrinsics[view].tolist(),
-        )
+    def _frustum(self, images: PosedImages, number: int, view: int) -> CameraFrustumHandle:
+        matrix = images.cameras.cam2world[view].double().numpy()
+        fx, fy, _, _ = images.cameras.intrinsics[view].tolist()
+        picture = images.rgb[view]
+        step = max(1, max(picture.shape[:2]) // SMALL)
         frustum = self._client.scene.add_camera_frustum(
             f"/photographs/{view}",
             fov=2 * math.atan(0.5 / fy),
@@ -329,7 +321,7 @@ class Photographs:
             thickness=1.5,
             thickness_units="screen",
             color=HELD_OUT if view in self._held_out else LEARNED,
-            image=_shrunk(views.rgb[view]),
+            image=np.ascontiguousarray(picture[::step, ::step]),
             wxyz=SO3.from_matrix(matrix[:, :3]).wxyz,
             position=matrix[:, 3],
             cast_shadow=False,
@@ -346,42 +338,35 @@ class Photographs:
     # One photograph
 
     def _look_through(self) -> None:
-        """Stand where the chosen photograph was taken, and show it beside what the scene shows there."""
-        if self._views is None:
+        """Moves the viewer to the chosen photograph's camera and shows photograph and render side by side."""
+        if self._images is None:
             return
-        views, view = self._views, self._index[min(self._which.value, len(self._index)) - 1]
-        self._stand(views.cameras[torch.tensor([view])])
-        picture, decibels = self._renderer.run(
-            lambda painter: compare(painter, self._name, views, view)
-        ).result()
-        part = "held out" if view in self._held_out else "learned from"
+        images, view = self._images, self._index[min(self._which.value, len(self._index)) - 1]
+        self._move_to(images.cameras[torch.tensor([view])])
+        job = self._renderer.run(lambda painter: compare(painter, self._name, images, view))
+        picture, decibels = job.result()
+        part = "held out" if view in self._held_out else "fitted"
         self._pair.image = picture
-        self._pair.label = f"Truth | scene, {decibels:.1f} dB, {part}"
+        self._pair.label = f"Photograph | render, {decibels:.1f} dB, {part}"
         self._pair.visible = True
 
-    def _stand(self, camera: Cameras) -> None:
-        """Move the browser's camera to another one, so that all that is in its picture is in sight."""
+    def _move_to(self, camera: Cameras) -> None:
+        """Moves the browser's camera to another one and fits all of that camera's image into the window."""
         position, forward = camera.positions[0].double().numpy(), camera.cam2world[0, :, 2].double().numpy()
         fx, fy = camera.intrinsics[0, :2].tolist()
-        middle = np.array(self._library.box.center)
+        center = np.array(self._library.box.center)
         with self._client.atomic():
-            self._client.camera.position = position
-            self._client.camera.look_at = position + forward * max(1e-3, float(forward @ (middle - position)))
-            self._client.camera.fov = 2 * math.atan(max(0.5 / fy, 0.5 / fx / self._client.camera.aspect))
+            own = self._client.camera
+            own.position = position
+            own.look_at = position + forward * max(1e-3, float(forward @ (center - position)))
+            own.fov = 2 * math.atan(max(0.5 / fy, 0.5 / fx / own.aspect))
 
 
-def compare(painter: Painter, name: str, views: PosedImages, view: int) -> tuple[Picture, float]:
-    """A photograph and what the scene shows there, side by side, and the PSNR (dB)."""
-    camera, truth = views.cameras[torch.tensor([view])], views.images([view])
+def compare(painter: Painter, name: str, images: PosedImages, view: int) -> tuple[Picture, float]:
+    """Returns a photograph and the render of its camera side by side, and the PSNR (dB)."""
+    camera, truth = images.cameras[torch.tensor([view])], images.images([view])
     shown = render_images(
-        painter.library.model, painter.planes(name), camera, views.size, geometry=False
+        painter.library.model, painter.planes(name), camera, images.size, geometry=False
     ).images
-    return beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]]), metrics.psnr(
-        shown, truth.float() / 255
-    ).item()
-
-
-def _shrunk(picture: Picture) -> Picture:
-    """Every so many pixels of it, about SMALL along the longer side."""
-    step = max(1, max(picture.shape[:2]) // SMALL)
-    return np.ascontiguousarray(picture[::step, ::step])
+    pair = beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]])
+    return pair, metrics.psnr(shown, truth.float() / 255).item()

@@ -1,14 +1,6 @@
-"""`latentscenes view`: a library of learned scenes in the browser.
+"""`latentscenes view`: a viser server that shows a library in browsers, and the session of one browser.
 
-    viewer_painter.py      one picture
-    viewer_renderer.py     pictures for all who look, in turns, on one thread
-    viewer_callbacks.py    one click at a time
-    viewer_gallery.py      thumbnails
-    viewer_photographs.py  what scenes were learned from
-    viewer_session.py      one browser: controls and state
-    viewer.py              the server
-
-Pictures are rendered here and sent as JPEG; the browser draws cameras over them and moves its own.
+The server renders images and sends them as JPEG. The browser moves its camera and draws other cameras on top.
 """
 
 import contextlib
@@ -34,18 +26,29 @@ from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, V
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
 
 ANGLES = math.radians(25), math.radians(40)
-"""Elevation and azimuth of the first camera: those of thumbnails."""
+"""Elevation and azimuth of the first camera; thumbnails use the same."""
 FILLED = 0.9
-"""How large the sphere around the box is at first, of what would just fit from top to bottom."""
+"""Initial size of the sphere around the box, relative to the height of the window."""
+MODES: dict[str, Mode] = {
+    "picture": "rgb",
+    "depth": "depth",
+    "opacity": "opacity",
+    "latent channel": "latent",
+}
+SIMILAR = 6
+"""Number of most similar scenes shown."""
+JPEG_QUALITY = 88
+WIDTH = 310
+"""Width of the side panels, pixels."""
 
 
 class _Server(viser.ViserServer):
     def request_share_url(self, verbose: bool = True) -> None:
-        """Would open a tunnel to the outside when any browser asks for it."""
+        """Does nothing. Without this, any browser could open a tunnel to the internet."""
 
 
 class Viewer:
-    """A running server. Use it in a `with` block, or `close` it."""
+    """A running server. Use it in a `with` block, or call `close`."""
 
     def __init__(
         self,
@@ -59,27 +62,28 @@ class Viewer:
     ):
         """
         Args:
-            host: address to listen at; 0.0.0.0 for all of this machine's.
-            port: 0 for any free one.
-            data: where the scenes' dataset lies, if not where the library says.
-            moving, still: pixels along the shorter side of pictures while the camera moves and when it is still.
+            host: address to serve at; 0.0.0.0: all addresses of this machine.
+            port: 0: any free port.
+            data: folder of the scenes' dataset; None: the folder that the library names.
+            moving, still: pixels along the shorter side of images while the camera moves and when it rests.
 
         Raises:
-            UserError: the library is empty, `data` is no dataset, or the port is taken.
+            UserError: the library is empty or damaged, `data` is no dataset, or the port is not available.
         """
         if not len(library):
             raise UserError(
-                f"{library.path}: this library is empty; there is nothing to see. Learn scenes with `latentscenes exploit`."
+                f"{library.path}: this library is empty, so there is nothing to show. "
+                "Learn scenes with `latentscenes exploit`."
             )
         if not 16 <= moving <= still:
             raise UserError(
-                f"--moving {moving} --still {still}: pixels; moving must be 16 at least, and still no less than moving."
+                f"--moving {moving} --still {still}: pixels; moving must be at least 16 and at most still."
             )
-        library.picture_size()  # reads the model, so that damage shows now
+        library.picture_size()
         datasets = Datasets(library, data)
         check_port(host, port)
-        warnings.filterwarnings("ignore", "Queued a .* on a closed connection")  # browsers go at any time
-        with contextlib.redirect_stdout(io.StringIO()):  # viser's own banner
+        warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
+        with contextlib.redirect_stdout(io.StringIO()):
             self._server = _Server(host=host, port=port, label=library.path.name, verbose=False)
         self.host, self.port = host, self._server.get_port()
         self._library, self._datasets = library, datasets
@@ -87,22 +91,22 @@ class Viewer:
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
         self._server.gui.configure_theme(show_logo=False, show_share_button=False)
-        self._place_camera(library.box, 2 * math.atan(0.5 / library.store.info.view.focal[1]))
-        self._server.on_client_connect(self._come)
-        self._server.on_client_disconnect(self._go)
+        self._place_camera(library.box, 2 * math.atan(0.5 / library.folder.info.view.focal[1]))
+        self._server.on_client_connect(self._connect)
+        self._server.on_client_disconnect(self._disconnect)
 
     @property
     def url(self) -> str:
-        """What to open in a browser of this machine."""
+        """Address for a browser on this machine."""
         return f"http://{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
 
     @property
     def sessions(self) -> int:
-        """How many browsers look."""
+        """Number of connected browsers."""
         return len(self._sessions)
 
     def close(self) -> None:
-        """Stop serving, and let all browsers go."""
+        """Disconnects all browsers and ends the server."""
         with contextlib.redirect_stdout(io.StringIO()):
             self._server.stop()
         self._renderer.close()
@@ -114,26 +118,21 @@ class Viewer:
         self.close()
 
     def _place_camera(self, box: Box, fov: float) -> None:
-        """Three-quarter view of the box; `fov` from top to bottom, radians."""
+        """Sets the initial camera: a three-quarter view of the box. `fov` is vertical, radians."""
         elevation, azimuth = ANGLES
-        outward = np.array(
-            [
-                math.cos(elevation) * math.cos(azimuth),
-                math.cos(elevation) * math.sin(azimuth),
-                math.sin(elevation),
-            ]
-        )
+        across = math.cos(elevation)
+        outward = np.array([across * math.cos(azimuth), across * math.sin(azimuth), math.sin(elevation)])
         center = np.array(box.center)
         camera = self._server.initial_camera
         camera.fov = fov
         camera.position = center + outward * float(np.linalg.norm(box.half)) / math.sin(fov / 2) / FILLED
         camera.look_at = center
 
-    def _come(self, client: viser.ClientHandle) -> None:
-        if (
-            client.camera.aspect < 1
-        ):  # a narrow window: show as much from side to side as others from top to bottom
-            client.camera.fov = 2 * math.atan(math.tan(client.camera.fov / 2) / client.camera.aspect)
+    def _connect(self, client: ClientHandle) -> None:
+        """Starts a session; widens the field of view in a narrow window. The browser may leave meanwhile."""
+        camera = client.camera
+        if camera.aspect < 1:
+            camera.fov = 2 * math.atan(math.tan(camera.fov / 2) / camera.aspect)
         session = None
         try:
             session = Session(client, self._library, self._renderer, self._datasets, self._library.names[0])
@@ -141,19 +140,20 @@ class Viewer:
             with self._lock:
                 if session is not None:
                     self._sessions[client.client_id] = session
-            if session is None or client.client_id not in self._server.get_clients():  # gone in the meantime
-                self._go(client)
+            if session is None or client.client_id not in self._server.get_clients():
+                self._disconnect(client)
 
-    def _go(self, client: viser.ClientHandle) -> None:
+    def _disconnect(self, client: ClientHandle) -> None:
         with self._lock:
             self._sessions.pop(client.client_id, None)
-        self._renderer.forget(client.client_id)
+        self._renderer.remove(client.client_id)
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port that is taken or none, or an address that is not this machine's; viser would try the next ones, or hang."""
+    """Checks that a port can be served at. Otherwise viser would choose another one, or hang. Raises a
+    UserError if the port is taken or invalid, or the address is not of this machine."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: ports are numbers up to 65535; 0 takes any free one.")
+        raise UserError(f"--port {port}: must be a number up to 65535; 0 chooses any free port.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -163,40 +163,26 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UserError(
-            f"{host}:{port}: cannot serve there ({error.strerror}). Give another --port, 0 for any free one, or another --host."
+            f"{host}:{port}: cannot serve there ({error.strerror}). "
+            "Choose another --port, 0 for any free one, or another --host."
         ) from None
 
 
 def view(library: Library, host: str, port: int, data: Path | None, moving: int, still: int) -> None:
-    """Serve a library until Ctrl-C."""
+    """Serves a library until Ctrl-C."""
     serving = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
     with contextlib.suppress(KeyboardInterrupt), serving as viewer:
         print(
-            f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; Ctrl-C ends it.",
+            f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; "
+            "press Ctrl-C to stop.",
             flush=True,
         )
         threading.Event().wait()
     print("Ended.")
 
 
-# One browser
-
-
-MODES: dict[str, Mode] = {
-    "picture": "rgb",
-    "depth": "depth",
-    "opacity": "opacity",
-    "latent channel": "latent",
-}
-ALIKE = 6
-"""Most similar scenes shown."""
-JPEG_QUALITY = 88
-WIDTH = 310
-"""Of the panels at both sides, pixels."""
-
-
 class Session:
-    """Controls of one browser, and the state behind them. The renderer knows it by the number of its client."""
+    """Controls and state of one browser. Its id in the renderer is viser's client id."""
 
     def __init__(
         self, client: ClientHandle, library: Library, renderer: Renderer, datasets: Datasets, scene: str
@@ -204,19 +190,19 @@ class Session:
         self._client, self._library, self._renderer = client, library, renderer
         self._scene, self._other, self._choosing = scene, "", False
         self._callbacks = Callbacks(client)
-        renderer.attend(client.client_id, self._display, self._callbacks.tell)
+        renderer.add(client.client_id, self._display, self._callbacks.show_error)
         with client.atomic():
             self._build(datasets)
-            self._photographs.follow(scene)
+            self._photographs.show_scene(scene)
             self._describe()
-        self._ask()
+        self._request()
 
         @client.camera.on_update
-        async def _(camera: CameraHandle) -> None:  # on the event loop, hence in order
-            self._photographs.moved(camera.position)
-            self._ask()
+        async def _(camera: CameraHandle) -> None:
+            self._photographs.camera_moved(camera.position)
+            self._request()
 
-        self._find_alike()
+        self._find_similar()
 
     def _build(self, datasets: Datasets) -> None:
         gui, library, callbacks = self._client.gui, self._library, self._callbacks
@@ -224,7 +210,7 @@ class Session:
         left.dock_left()
         left.set_width(WIDTH)
         with left.add_tab("Gallery"):
-            self._gallery = Gallery(gui, callbacks, library, self._pick)
+            self._gallery = Gallery(gui, callbacks, library, self._select)
         gui.main_panel.dock_right()
         gui.main_panel.set_width(WIDTH)
         self._about = gui.add_html("")
@@ -233,57 +219,47 @@ class Session:
             "Channel", 1, max(2, library.model.codec.channels), 1, 1, visible=False
         )
         self._mode.on_update(callbacks(self._change_mode))
-        self._channel.on_update(callbacks(self._ask))
+        self._channel.on_update(callbacks(self._request))
         planes = library.config.planes
         if planes.macro:
             with gui.add_folder("Blend"):
                 self._choose = gui.add_button("Choose a second scene")
-                self._share = gui.add_slider(
-                    "Share",
-                    0.0,
-                    1.0,
-                    0.01,
-                    0.5,
-                    visible=False,
-                    hint="Of the second scene, in the weights of the base planes.",
-                )
-                self._micro = gui.add_checkbox(
-                    "Micro planes too", False, visible=False, hint="Blend also what each scene owns alone."
-                )
+                hint = "Fraction of the second scene in the weights of the base planes."
+                self._share = gui.add_slider("Share", 0.0, 1.0, 0.01, 0.5, visible=False, hint=hint)
+                hint = "Blend the scenes' own planes too."
+                self._micro = gui.add_checkbox("Micro planes too", False, visible=False, hint=hint)
                 self._end = gui.add_button("End blending", color="gray", visible=False)
             self._choose.on_click(callbacks(self._begin_choosing))
-            self._share.on_update(callbacks(self._ask))
-            self._micro.on_update(callbacks(self._ask))
+            for control in (self._share, self._micro):
+                control.on_update(callbacks(self._request))
             self._end.on_click(callbacks(self._end_blending))
             with gui.add_folder("Most alike, by weights"):
-                self._alike = Thumbnails(gui, callbacks, library, ALIKE, 3, self._pick)
+                self._similar = Thumbnails(gui, callbacks, library, SIMILAR, 3, self._select)
         with gui.add_folder("Photographs"):
             self._photographs = Photographs(
-                self._client, callbacks, library, self._renderer, datasets, self._ask
+                self._client, callbacks, library, self._renderer, datasets, self._request
             )
 
-    # What is seen
+    # Images
 
-    def _ask(self) -> None:
-        """Wish for what is chosen, from where the browser's camera is."""
+    def _request(self) -> None:
+        """Requests the chosen image from the browser's camera."""
         camera = self._client.camera
         canvas = max(1, camera.image_height), max(1, camera.image_width)
         matrix = torch.from_numpy(SO3(camera.wxyz).as_matrix()).float()
         position = torch.from_numpy(camera.position).float()
         fy = 0.5 / math.tan(camera.fov / 2)
-        wish = ViewRequest(
+        intrinsics = torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]])
+        request = ViewRequest(
             scene=self._scene,
-            camera=Cameras(
-                torch.cat([matrix, position[:, None]], 1)[None],
-                torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]]),
-            ),
+            camera=Cameras(torch.cat([matrix, position[:, None]], 1)[None], intrinsics),
             canvas=canvas,
             mode=MODES[self._mode.value],
             channel=min(self._channel.value, self._library.model.codec.channels) - 1,
             blend=Blend(self._other, self._share.value, self._micro.value) if self._other else None,
             depth=self._photographs.shown,
         )
-        self._renderer.ask(self._client.client_id, wish)
+        self._renderer.request(self._client.client_id, request)
 
     def _display(self, frame: Frame) -> None:
         self._client.scene.set_background_image(
@@ -293,23 +269,22 @@ class Session:
 
     def _change_mode(self) -> None:
         self._channel.visible = MODES[self._mode.value] == "latent" and self._library.model.codec.channels > 1
-        self._ask()
+        self._request()
 
     # Scenes
 
-    def _pick(self, name: str) -> None:
-        """A thumbnail was clicked."""
+    def _select(self, name: str) -> None:
+        """Shows the clicked scene, or blends with it. Raises a UserError if it was removed."""
         if self._choosing:
             self._other, self._choosing = name, False
             self._describe()
-            self._ask()
+            self._request()
             return
-        self._library[name]  # it may have been removed
-        self._scene = name
-        self._photographs.follow(name)
+        self._scene = self._library[name].name
+        self._photographs.show_scene(name)
         self._describe()
-        self._ask()
-        self._find_alike()
+        self._request()
+        self._find_similar()
 
     def _begin_choosing(self) -> None:
         self._choosing = not self._choosing
@@ -318,35 +293,30 @@ class Session:
     def _end_blending(self) -> None:
         self._other, self._choosing = "", False
         self._describe()
-        self._ask()
+        self._request()
 
     def _describe(self) -> None:
-        """Say what is chosen."""
+        """Updates text and controls."""
         info = self._library[self._scene].metadata
-        facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"] + (
-            [] if info.psnr is None else [f"{info.psnr:.2f} dB"]
-        )
-        blend = (
-            f'<div style="font-size: 13px">blended with {html.escape(self._other)}</div>'
-            if self._other
-            else ""
-        )
+        facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"]
+        facts += [] if info.psnr is None else [f"{info.psnr:.2f} dB"]
+        blend = f"blended with {html.escape(self._other)}" if self._other else ""
         self._about.content = (
             '<div style="padding: 2px 14px 10px; overflow-wrap: anywhere">'
-            f'<div style="font-size: 16px; font-weight: 600">{html.escape(info.name)}</div>{blend}'
+            f'<div style="font-size: 16px; font-weight: 600">{html.escape(info.name)}</div>'
+            f'<div style="font-size: 13px">{blend}</div>'
             f'<div style="font-size: 12px; opacity: 0.7">{" · ".join(facts)}</div></div>'
         )
-        self._gallery.mark(self._scene)
+        self._gallery.highlight(self._scene)
         if self._library.config.planes.macro:
             self._choose.label = "Now click a thumbnail …" if self._choosing else "Choose a second scene"
             for control in (self._share, self._end):
                 control.visible = bool(self._other)
             self._micro.visible = bool(self._other) and self._library.config.planes.micro > 0
 
-    def _find_alike(self) -> None:
-        """Show the scenes with the nearest weights."""
+    def _find_similar(self) -> None:
+        """Shows the scenes with the most similar weights."""
         if self._library.config.planes.macro:
-            found = self._library.nearest(self._scene, ALIKE)
-            self._alike.show(
-                [neighbor.name for neighbor in found], [f"{neighbor.distance:.3f}" for neighbor in found]
-            )
+            found = self._library.nearest(self._scene, SIMILAR)
+            names, distances = [near.name for near in found], [f"{near.distance:.3f}" for near in found]
+            self._similar.show(names, distances)
