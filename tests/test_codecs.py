@@ -123,7 +123,7 @@ def saved_pair(folder, encoder, decoder):
 
 def test_tiny_infers_its_architecture(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from latentscenes.model.tiny import TinyCodec
+    from latentscenes.model.diffusers import TinyCodec
 
     torch.manual_seed(0)
     states = taesd_states()
@@ -145,7 +145,7 @@ def test_tiny_infers_its_architecture(tmp_path):
 
 def test_tiny_files_and_their_mistakes(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from latentscenes.model.tiny import TinyCodec
+    from latentscenes.model.diffusers import TinyCodec
 
     encoder, decoder = taesd_states()
 
@@ -176,8 +176,8 @@ def test_tiny_files_and_their_mistakes(tmp_path):
 
 def test_tiny_reconstructs_cars_with_real_weights():
     pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from latentscenes.model.diffusers import TinyCodec
     from latentscenes.model.metrics import psnr
-    from latentscenes.model.tiny import TinyCodec
 
     weights, pictures = SHARED / "weights" / "taef2", SHARED / "data" / "srn_sample"
     if not weights.is_dir() or not pictures.is_dir():
@@ -251,8 +251,7 @@ def test_diffusers_kl_mean_sample_and_range():
 
 
 def test_diffusers_mistakes(tmp_path):
-    from latentscenes.model.diffusers import DiffusersCodec
-    from latentscenes.model.tiny import TinyCodec
+    from latentscenes.model.diffusers import DiffusersCodec, TinyCodec
 
     if importlib.util.find_spec("diffusers") is None:
         with pytest.raises(UserError, match=r"pip install latentscenes\[diffusers\]"):

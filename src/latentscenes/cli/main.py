@@ -11,8 +11,8 @@ from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, errors_in_one
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
+from latentscenes.core.config import ExploitOptions, TrackerKind
 from latentscenes.core.errors import UserError
-from latentscenes.core.options import ExploitOptions, TrackerKind
 
 if TYPE_CHECKING:
     from latentscenes.core.config import Config

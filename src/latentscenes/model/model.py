@@ -204,7 +204,7 @@ def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
 
         return DiffusersCodec.load(config.path, config.subfolder, config.allow_download)
     if config.kind == "tiny":
-        from latentscenes.model.tiny import TinyCodec
+        from latentscenes.model.diffusers import TinyCodec
 
         return TinyCodec.from_folder(config.path)
     raise UserError(f"codec.kind: {config.kind!r} is not known.")

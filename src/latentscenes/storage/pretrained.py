@@ -1,4 +1,6 @@
-"""Models that come with the package: shared parts of a library without scenes, to learn new objects with.
+"""Parents of new libraries: models that come with the package, and the checks that a parent fits.
+
+A model is the shared parts of a library without scenes:
 
 pretrained/NAME/library.json, config.yaml, index.sqlite    as in a library
 pretrained/NAME/model/*.safetensors                        in half precision
@@ -10,11 +12,15 @@ import sqlite3
 from importlib import resources
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, now, write_bytes, write_json, write_tensors, writing_to
+from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.index import FILE, Index, read_description
 from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.run import Run
@@ -90,3 +96,54 @@ def library_from_model(
     """
     info = dataclasses.replace(source.info, precision=precision or source.info.precision)
     return LibraryFolder.create(out, config, info, source.model(), source.starting_scene())
+
+
+# Checks that a parent fits
+
+
+BOX_TOLERANCE = 1.02
+"""Factor by which new objects may exceed the learned box. Beyond it they would be cut off."""
+
+
+def refuse_no_stages(config: Config) -> None:
+    """Refuses a configuration without exploit stages."""
+    if not config.exploit:
+        raise UserError("configuration: `exploit` lists no stages, so there is nothing to learn.")
+
+
+def refuse_other_settings(theirs: Config, config: Config, where: Path) -> None:
+    """Refuses model settings other than those of the run or library `where`."""
+    for part in ("codec", "normalizer", "planes", "field", "render"):
+        if getattr(theirs, part) != getattr(config, part):
+            raise UserError(
+                f"configuration: {part} differs from {where}. New scenes need that model's settings."
+            )
+
+
+def refuse_other_model(library: LibraryFolder, parent: Run | LibraryFolder) -> None:
+    """Refuses a parent other than the one that the library was made from."""
+    with safe_open(library.shared_file, "pt") as ours, safe_open(parent.shared_file, "pt") as theirs:
+        names = set(ours.keys())
+        same = names == set(theirs.keys()) and all(
+            torch.equal(ours.get_tensor(name), theirs.get_tensor(name).to(torch.float32)) for name in names
+        )
+    if not same:
+        raise UserError(
+            f"{library.path}: this library was made from {library.info.parent}, not from {parent.path}. "
+            "Leave --run out, or name another folder with --out."
+        )
+
+
+def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
+    """Refuses objects that exceed the learned box by more than BOX_TOLERANCE."""
+    for axis, name in enumerate("xyz"):
+        reach = abs(images.box.center[axis] - box.center[axis]) + images.box.half[axis]
+        if reach > BOX_TOLERANCE * box.half[axis]:
+            learned = ",".join(f"{number:g}" for number in (*box.center, *box.half))
+            raise UserError(
+                f"{images.path}: objects reach {reach:.3f} from the center along {name}, but the box of "
+                f"{parent} ends at {box.half[axis]:.3f}, so they would be cut off. Make the dataset again at "
+                "the same scale, or train with render.half_side set. If only the box fitted to the "
+                "silhouettes is larger than the objects, give `data srn` or `data transforms` the learned "
+                f"box: --box {learned}"
+            )

@@ -16,10 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import Config, StageConfig
+from latentscenes.core.config import Config, StageConfig, TrackerKind
 from latentscenes.core.console import StageProgress
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.options import TrackerKind
 from latentscenes.core.runtime import StopFlag, machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.convolutional import ConvolutionalCodec
