@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from latentscenes.cli.common import MACHINE, MachineOptions, run_program, set_up
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.meshes import read_mesh
+from latentscenes.data.meshes.importer import read_mesh
 from latentscenes.data.raycast import RayCaster, TriangleSoup, soup_from_mesh
 from latentscenes.export.mesh import VIEWS, Mesh, random_places, scene_mesh
 from latentscenes.storage.scene_set import SceneSet

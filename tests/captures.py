@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from latentscenes.core.cameras import Cameras, look_at
-from latentscenes.data.raycast import Lights, RayCaster, TriangleSoup
+from latentscenes.data.raycast import RayCaster, TriangleSoup
+from latentscenes.data.shading import Lights
 
 LENSES = {
     "PINHOLE": (1.3, 1.25, 0.52, 0.47),

@@ -66,7 +66,7 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
-            groups = ("machine", "options", "choice")  # dataclasses, which have help of their own
+            groups = ("machine", "options", "choice", "reading")  # dataclasses, which have help of their own
             assert name in groups or f"{name}:" in explained, name
 
 

@@ -15,7 +15,8 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.photos.importer import make_photos, read_capture
-from latentscenes.data.raycast import Lights, RayCaster, TriangleSoup, soup_from_mesh
+from latentscenes.data.raycast import RayCaster, TriangleSoup, soup_from_mesh
+from latentscenes.data.shading import Lights
 
 pycolmap = pytest.importorskip("pycolmap")
 KNOWN = "EQUIRECTANGULAR" in pycolmap.CameraModelId.__members__

@@ -10,7 +10,9 @@ PACKAGE = ROOT / "src" / "latentscenes"
 FILES = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 LOOP = "_fit_stage"
 """The one function that may be long: it reads top to bottom."""
-MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES = 400, 60, 75
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+MOST_MODULES = 82
+"""Raise this on purpose only: does the new file hold an idea of its own?"""
 
 
 def name(file: Path) -> str:

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions, Up, ViewOptions
+from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions, MeshOptions, ViewOptions
 
 if TYPE_CHECKING:
     from latentscenes.data.importing import Imported
 
 Views = Annotated[ViewOptions, tyro.conf.arg(name="")]
 VIEWS = ViewOptions()
+Reading = Annotated[MeshOptions, tyro.conf.arg(name="")]
+MESHES = MeshOptions()
 Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
 IMPORT = ImportOptions()
 
@@ -52,9 +54,9 @@ def data_meshes(
     out: Path,
     split: Path | None = None,
     new: int = 0,
-    up: Up = "auto",
     limit: int | None = None,
     strict: bool = False,
+    reading: Reading = MESHES,
     options: Views = VIEWS,
 ) -> None:
     """Render a folder of meshes (GLB, glTF, OBJ, PLY).
@@ -64,13 +66,12 @@ def data_meshes(
         out: folder of the new dataset.
         split: JSON file {"train": [...], "new": [...]} with file names without their endings.
         new: without `split`: keep the last meshes by name, this many, for stage 2.
-        up: the axis that points up in the files; auto: y in glTF and OBJ, z in PLY.
         limit: use at most this many meshes of each split.
         strict: stop at the first file that cannot be read.
     """
-    from latentscenes.data.meshes import make_meshes
+    from latentscenes.data.meshes.importer import make_meshes
 
-    make_meshes(folder, out, options, split=split, new=new, up=up, limit=limit, strict=strict)
+    make_meshes(folder, out, options, split=split, new=new, reading=reading, limit=limit, strict=strict)
 
 
 def data_srn(

@@ -12,6 +12,8 @@ Axes = Literal["opencv", "opengl"]
 Background = Literal["auto", "alpha", "white", "unknown"]
 HeldOutFrom = Literal["test", "val", "none"]
 Up = Literal["auto", "y", "z"]
+Front = Literal["+x", "-x", "+y", "-y", "+z", "-z"]
+LightName = Literal["studio", "flat", "camera"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ViewOptions:
     """Focal length as a fraction of the image's width."""
     lowest: float = 0.0
     """Lowest camera elevation above the horizon, radians."""
+    fill: float | None = None
+    """Instead of `distance`: the share of the image's side that each object spans in its closest view."""
     samples: int = 3
     """Average samples² rays per pixel."""
     box: str | float | None = None
@@ -48,6 +52,33 @@ class ViewOptions:
             raise UserError(f"held_out = {self.held_out} of views = {self.views}: leave at least one to fit.")
         if self.distance <= 0.5:
             raise UserError(f"distance = {self.distance}: must be above 0.5, the radius of the object.")
+        if self.fill is not None and not 0 < self.fill <= 1:
+            raise UserError(f"fill = {self.fill}: must be above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How mesh files are read and lit."""
+
+    up: Up = "auto"
+    """The axis that points up in the files; auto: y in glTF and OBJ, z in PLY."""
+    front: Front | None = None
+    """The axis of the files that the objects face; they are turned to face +x. Unset: not turned."""
+    turn: float = 0.0
+    """Turn the objects about the vertical, degrees, counter-clockwise seen from above."""
+    scale: float = 1.0
+    """Scale of the objects, whose bounding-box diagonal is 1 otherwise."""
+    light: LightName = "studio"
+    """`studio`: bright and even; `flat`: the surface's own color; `camera`: a lamp that moves with the
+    camera."""
+    multiply_kd: bool = False
+    """Multiply OBJ textures by the material's Kd, which they replace otherwise."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf or not math.isfinite(self.turn):
+            raise UserError(
+                f"scale = {self.scale}, turn = {self.turn}: give a scale above 0 and a finite angle."
+            )
 
 
 @dataclass(frozen=True)

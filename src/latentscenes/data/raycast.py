@@ -1,15 +1,16 @@
 """Renders triangle soups by ray casting (Intel Embree): textured, two-sided, over white, anti-aliased.
 
 - Rays come from `Cameras.rays` on a grid finer than the image, so images and cameras agree.
-- Light is ambient and directional, without highlights, so that a field without view direction can learn it.
+- Light is diffuse, without highlights, so that a field without view direction can learn it (shading.py).
 - Rays continue behind transparent surfaces: up to `LAYERS` surfaces are composited front to back.
-- Colors are multiplied and averaged as sRGB values, as later resizing does too.
+- Imported colors are lit in linear light. Samples are averaged as sRGB values, as later resizing does too.
 """
 
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,38 +23,20 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import parse_box
 from latentscenes.data.dataset import DatasetWriter, Split, spread
 from latentscenes.data.options import ViewOptions
+from latentscenes.data.shading import SRGB_TO_LINEAR, Lights, to_srgb
 
 LAYERS = 12
 """Most surfaces that one ray passes."""
 STEP = 1e-4
 """Distance behind a surface at which its ray continues, world units (objects have diagonal 1)."""
+Wrap = Literal["repeat", "clamp", "mirror"]
+WRAPS = ("repeat", "clamp", "mirror")
 OPAQUE = -1.0
 """`TriangleSoup.cutoff` of a surface whose alpha is ignored."""
 BLEND = -2.0
 """`TriangleSoup.cutoff` of a surface whose alpha is its opacity."""
 DEFAULT_VIEWS = ViewOptions()
 WHITE = (1.0, 1.0, 1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Lights:
-    """Light fixed in the world. A white surface that faces the sky gets about 1."""
-
-    ambient: float = 0.52
-    """Light on every surface."""
-    sky: float = 0.12
-    """Light added to surfaces that face up and removed from surfaces that face down."""
-    directions: tuple[tuple[float, float, float], ...] = ((0.45, 0.55, 0.75), (-0.7, -0.5, 0.45))
-    """Directions toward the lamps, of any length."""
-    strengths: tuple[float, ...] = (0.36, 0.22)
-
-    def shade(self, normals: Float32[np.ndarray, "n 3"]) -> Float32[np.ndarray, "n"]:
-        """Returns the light on surfaces with these unit normals."""
-        light = self.ambient + self.sky * normals[:, 2]
-        for direction, strength in zip(self.directions, self.strengths):
-            toward = np.asarray(direction, np.float32) / np.float32(np.linalg.norm(direction))
-            light += np.float32(strength) * np.maximum(normals @ toward, 0)
-        return light
 
 
 @dataclass(frozen=True)
@@ -74,6 +57,15 @@ class TriangleSoup:
     """Alpha below which a triangle is fully transparent; or OPAQUE, or BLEND."""
     textures: tuple[UInt8[np.ndarray, "_ _ 4"], ...]
     """RGBA images, first row on top."""
+    wraps: tuple[tuple[Wrap, Wrap], ...] = ()
+    """Rule beyond the edges of each texture, along u and v; empty: all repeat."""
+    emission: Float32[np.ndarray, "f 3"] | None = None
+    """Light that triangles add."""
+    lit: Bool[np.ndarray, "f"] | None = None
+    """False for triangles whose color is shown unlit; None: all are lit."""
+    linear: bool = False
+    """Colors and light are linear, and textures are decoded from sRGB. If false, all are multiplied as sRGB
+    values."""
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -97,17 +89,22 @@ class TriangleSoup:
 
     def select(self, keep: Bool[np.ndarray, "f"]) -> "TriangleSoup":
         """Returns the soup of the triangles marked in `keep`."""
-        arrays = [entry.name for entry in fields(self) if entry.name != "textures"]
-        return replace(self, **{name: getattr(self, name)[keep] for name in arrays})
+        return replace(self, **{name: getattr(self, name)[keep] for name in self._arrays()})
+
+    def _arrays(self) -> list[str]:
+        """Names of the arrays with one row per triangle."""
+        return [entry.name for entry in fields(self) if isinstance(getattr(self, entry.name), np.ndarray)]
 
     @staticmethod
     def joined(soups: "list[TriangleSoup]") -> "TriangleSoup":
-        """Returns all soups as one."""
+        """Returns all soups as one. They must agree in `linear`, and in having `emission` and `lit`."""
         first = np.cumsum([0] + [len(soup.textures) for soup in soups])
         shifted = [replace(soup, texture=soup.texture + offset) for soup, offset in zip(soups, first)]
-        arrays = [entry.name for entry in fields(TriangleSoup) if entry.name != "textures"]
-        together = {name: np.concatenate([getattr(soup, name) for soup in shifted]) for name in arrays}
-        return TriangleSoup(**together, textures=sum((soup.textures for soup in soups), ()))
+        together = {
+            name: np.concatenate([getattr(soup, name) for soup in shifted]) for name in soups[0]._arrays()
+        }
+        lists = {name: sum((getattr(soup, name) for soup in soups), ()) for name in ("textures", "wraps")}
+        return replace(soups[0], **together, **lists)
 
 
 def soup_from_mesh(
@@ -150,6 +147,8 @@ class RayCaster:
         self.texels = np.concatenate([picture.reshape(-1, 4) for picture in soup.textures])
         self.first = np.cumsum([0, *shapes.prod(1)])[:-1].astype(np.int32)[soup.texture]
         self.height, self.width = shapes.astype(np.int32)[soup.texture].T
+        codes = [[WRAPS.index(wrap) for wrap in pair] for pair in soup.wraps] or [[0, 0]] * len(shapes)
+        self.wrap = np.array(codes, np.int8)[soup.texture] if np.any(codes) else None
 
     def render(
         self, cameras: Cameras, size: int, samples: int = 3, threads: int | None = None
@@ -232,21 +231,40 @@ class RayCaster:
         # Opacity
         cutoff = soup.cutoff[face]
         opacity = np.where(cutoff == OPAQUE, 1, np.where(cutoff == BLEND, color[:, 3], color[:, 3] >= cutoff))
-        return color[:, :3] * self.lights.shade(_unit(normal))[:, None], opacity.astype(np.float32)
+        # Light
+        light = self.lights.shade(_unit(normal), toward)
+        if soup.lit is not None:
+            light = np.where(soup.lit[face], light, np.float32(1))
+        seen = color[:, :3] * light[:, None]
+        if soup.emission is not None:
+            seen += soup.emission[face]
+        return to_srgb(seen) if soup.linear else seen, opacity.astype(np.float32)
 
     def _texel(self, face, uv):
-        """Returns RGBA in [0, 1] (n 4) of each face's texture at uv (n 2), bilinear, repeating."""
+        """Returns RGBA in [0, 1] (n 4) of each face's texture at uv (n 2), bilinear, in the soup's colors."""
         first, width, height = self.first[face], self.width[face], self.height[face]
-        uv = uv - np.floor(uv)
+        if self.wrap is None:
+            uv = uv - np.floor(uv)
         x, y = uv[:, 0] * width - 0.5, (1 - uv[:, 1]) * height - 0.5
         left, top = np.floor(x), np.floor(y)
         x, y = (x - left).astype(np.float32)[:, None], (y - top).astype(np.float32)[:, None]
         left, top = left.astype(np.int32), top.astype(np.int32)
-        columns = (left % width, (left + 1) % width)
-        rows = (first + top % height * width, first + (top + 1) % height * width)
-        above = self.texels[rows[0] + columns[0]] * (1 - x) + self.texels[rows[0] + columns[1]] * x
-        below = self.texels[rows[1] + columns[0]] * (1 - x) + self.texels[rows[1] + columns[1]] * x
-        return (above * (1 - y) + below * y) * np.float32(1 / 255)
+        wrap_u, wrap_v = (None, None) if self.wrap is None else self.wrap[face].T
+        columns = [_wrapped(left + k, width, wrap_u) for k in (0, 1)]
+        rows = [first + _wrapped(top + k, height, wrap_v) * width for k in (0, 1)]
+        above = self._decoded(rows[0] + columns[0]) * (1 - x) + self._decoded(rows[0] + columns[1]) * x
+        below = self._decoded(rows[1] + columns[0]) * (1 - x) + self._decoded(rows[1] + columns[1]) * x
+        blended = above * (1 - y) + below * y
+        return blended if self.soup.linear else blended * np.float32(1 / 255)
+
+    def _decoded(self, places):
+        """Returns texels: linear light in [0, 1] with alpha for linear soups, else bytes."""
+        texels = self.texels[places]
+        if not self.soup.linear:
+            return texels
+        values = SRGB_TO_LINEAR[texels]
+        values[:, 3] = texels[:, 3] * np.float32(1 / 255)
+        return values
 
     def reached(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"], within: float
@@ -257,12 +275,19 @@ class RayCaster:
 
 
 def render_object(
-    writer: DatasetWriter, name: str, soup: TriangleSoup, split: Split, options: ViewOptions
+    writer: DatasetWriter,
+    name: str,
+    soup: TriangleSoup,
+    split: Split,
+    options: ViewOptions,
+    lights: Lights | None = None,
 ) -> None:
     """Renders the views of one object and appends them to a dataset.
 
-    The cameras depend on the seed and the object's name, not on other objects. Raises a UserError if
-    `options.box` would cut the object off.
+    The cameras depend on the seed and the object's name, not on other objects.
+
+    Raises:
+        UserError: `options.box` would cut the object off, or no view shows it.
     """
     if options.box is not None:
         box = parse_box(options.box)
@@ -276,8 +301,24 @@ def render_object(
     # torch uses only 32 bits of a seed
     generator = torch.Generator().manual_seed(zlib.crc32(f"{options.seed} {name}".encode()))
     cameras = upper_hemisphere(options.views, generator, options.distance, options.focal, options.lowest)
-    rgb, alpha = RayCaster(soup).render(cameras, options.size, options.samples)
+    if options.fill is not None:
+        cameras = _filled(cameras, soup.bounds, options.fill)
+    rgb, alpha = RayCaster(soup, lights).render(cameras, options.size, options.samples)
+    if not alpha.any():
+        raise UserError(f"{name}: no view shows it; it is transparent, or cameras look past it.")
     writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
+
+
+def _filled(cameras: Cameras, bounds: Float32[np.ndarray, "2 3"], fill: float) -> Cameras:
+    """Returns cameras moved along their axes to one distance at which the object's bounding box spans at most
+    `fill` of every image."""
+    corners = torch.cartesian_prod(*torch.tensor(np.array(bounds, np.float32)).T)
+    turned = torch.einsum("vij,pi->vpj", cameras.cam2world[:, :, :3], corners)
+    lateral = (turned[..., :2].abs() * cameras.intrinsics[:, None, :2]).amax(-1)
+    distance = (lateral / (fill / 2) - turned[..., 2]).max()
+    cam2world = cameras.cam2world.clone()
+    cam2world[:, :, 3] = -distance * cam2world[:, :, 2]
+    return Cameras(cam2world, cameras.intrinsics)
 
 
 def scene_box(bounds: list[Float32[np.ndarray, "2 3"]], options: ViewOptions) -> Box:
@@ -291,6 +332,15 @@ def box_around(bounds: list[Float32[np.ndarray, "2 3"]], margin: float = 0.03) -
     high = np.max([bound[1] for bound in bounds], 0).astype(float)
     half = np.maximum((high - low) / 2 * (1 + margin), 1e-3)
     return Box(tuple(((low + high) / 2).tolist()), tuple(half.tolist()))
+
+
+def _wrapped(index, size, wrap):
+    """Returns texel numbers in [0, size) by each texture's rule (places in WRAPS); all repeat for None."""
+    if wrap is None:
+        return index % size
+    mirrored = index % (2 * size)
+    mirrored = np.minimum(mirrored, 2 * size - 1 - mirrored)
+    return np.where(wrap == 0, index % size, np.where(wrap == 1, np.clip(index, 0, size - 1), mirrored))
 
 
 def _unit(vectors):

@@ -1,0 +1,217 @@
+"""Compares imported furniture with the icons that another renderer made of it: colors and silhouettes.
+
+    python -m benchmarks.furniture --folder furniture --out furniture_import
+
+The folder holds a catalog (catalogue.json: id, file, icon) of OBJ models with icons of 128 pixels. For each
+object the camera whose silhouette overlaps the icon's most is searched over azimuths and elevations; boxes of
+both silhouettes are brought together first. Colors are means over the silhouette, compared after one gain for
+all objects.
+"""
+
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentscenes.cli.common import run_program
+from latentscenes.core.cameras import Cameras, orbit
+from latentscenes.core.console import Table
+from latentscenes.core.errors import UserError
+from latentscenes.data.meshes.importer import read_mesh
+from latentscenes.data.options import LightName, MeshOptions
+from latentscenes.data.raycast import RayCaster
+from latentscenes.data.shading import LIGHTS
+from latentscenes.evaluation.tables import print_things
+from latentscenes.export.sheets import beside, captioned, grid, save_image
+
+AZIMUTHS, ELEVATIONS = 24, (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
+DISTANCE, FOCAL = 2.2, 2.0
+SIDE = 48
+"""Pixels of silhouettes while the camera is searched."""
+COLOR_TOLERANCE, OVERLAP = 0.15, 0.7
+"""An object is off where its mean color differs by more of the icon's, or its silhouettes overlap less."""
+
+
+@dataclass
+class Found:
+    """One object beside its icon."""
+
+    name: str
+    error: str = ""
+    remarks: tuple[str, ...] = ()
+    overlap: float = 0.0
+    """Intersection over union of the silhouettes at the best camera."""
+    ours: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    icon: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Mean colors, 0 to 255."""
+    seconds: float = 0.0
+
+    def color_error(self, gain: float) -> float:
+        """Distance of the mean colors as a share of the icon's."""
+        difference = gain * np.array(self.ours) - np.array(self.icon)
+        return float(np.linalg.norm(difference) / max(np.linalg.norm(self.icon), 16.0))
+
+
+def compare(folder: Path, entry: dict, light: LightName, multiply: bool, pictures: Path) -> Found:
+    """Imports one object and finds the camera of its icon."""
+    begun, found = time.process_time(), Found(entry["id"])
+    icon = np.asarray(Image.open(folder / entry["icon"]).convert("RGBA"))
+    solid = icon[..., 3] > 127
+    try:
+        soup, found.remarks = read_mesh(folder / entry["file"], MeshOptions(multiply_kd=multiply))
+    except UserError as error:
+        found.error = str(error)
+        return found
+    caster, wanted = RayCaster(soup, LIGHTS[light]), _boxed(solid)
+    over_white = (icon[..., :3] * (icon[..., 3:] / 255) + 255.0 - icon[..., 3:]).astype(np.uint8)
+    colors = _boxed(solid, over_white)
+    best = None
+    for elevation in ELEVATIONS:
+        cameras = _cameras(elevation)
+        rgb, alpha = caster.render(cameras, SIDE, 1, threads=1)
+        for place, mask in enumerate(alpha > 127):
+            if mask.any():
+                score = _overlap(_boxed(mask), wanted) - 0.3 * _difference(_boxed(mask, rgb[place]), colors)
+                if best is None or score > best[0]:
+                    best = (score, cameras[place : place + 1])
+    if best is None:
+        found.error = "no view shows it"
+        return found
+    rgb, alpha = caster.render(best[1], 128, 3, threads=1)
+    found.overlap = _overlap(_boxed(alpha[0] > 127), wanted)
+    found.ours = _mean(rgb[0], alpha[0] / 255)
+    found.icon = _mean(icon[..., :3], icon[..., 3] / 255, over_white=False)
+    found.seconds = time.process_time() - begun
+    np.savez(pictures / f"{entry['id']}.npz", icon=over_white, ours=rgb[0])
+    return found
+
+
+def _cameras(elevation: float) -> Cameras:
+    return orbit(AZIMUTHS, DISTANCE, FOCAL, math.radians(elevation))
+
+
+def _boxed(mask: np.ndarray, picture: np.ndarray | None = None) -> np.ndarray:
+    """A silhouette, or a picture over white, cut to the silhouette's bounding box and centered in a square of
+    SIDE."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cut = (mask if picture is None else picture)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side = max(cut.shape[:2])
+    square = np.full((side, side, *cut.shape[2:]), 0 if picture is None else 255, cut.dtype)
+    top, left = (side - cut.shape[0]) // 2, (side - cut.shape[1]) // 2
+    square[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+    place = ((np.arange(SIDE) + 0.5) * side / SIDE).astype(int)
+    return square[place][:, place]
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of two pictures, as a share of white, after each is brought to the same
+    brightness."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.abs(a * b.mean() / max(a.mean(), 1) - b).mean() / 255)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Shared part of two silhouettes, where a pixel counts if the other one lies within one pixel: thin bars
+    that lie half a pixel apart agree."""
+    return float(((a & _grown(b)).sum() + (b & _grown(a)).sum()) / max(a.sum() + b.sum(), 1))
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1)
+    shifts = [
+        padded[1 + y : 1 + y + mask.shape[0], 1 + x : 1 + x + mask.shape[1]]
+        for y in (-1, 0, 1)
+        for x in (-1, 0, 1)
+    ]
+    return np.any(shifts, 0)
+
+
+def _mean(rgb: np.ndarray, alpha: np.ndarray, over_white: bool = True) -> tuple[float, float, float]:
+    """Mean color of the object itself, weighted by its alpha."""
+    color = rgb.astype(np.float64)
+    if over_white:
+        color = (color - 255 * (1 - alpha[..., None])) / np.maximum(alpha[..., None], 1e-3)
+    weight = alpha * (alpha > 0.5)
+    return tuple((np.clip(color, 0, 255) * weight[..., None]).sum((0, 1)) / max(weight.sum(), 1e-6))
+
+
+def main(
+    folder: Path,
+    out: Path,
+    light: LightName = "studio",
+    multiply: bool = False,
+    limit: int | None = None,
+    workers: int = 2,
+) -> None:
+    """Import all furniture of a catalog and compare it with its icons.
+
+    Args:
+        folder: of the catalog.
+        out: folder for the figures (furniture.json), the table (furniture.md) and the contact sheet
+            (furniture.png).
+        light: of the views.
+        multiply: multiply textures by Kd.
+        limit: compare only so many objects, evenly spread.
+        workers: processes.
+    """
+    torch.set_num_threads(1)
+    entries = json.loads((folder / "catalogue.json").read_text())
+    if limit:
+        entries = entries[:: max(1, len(entries) // limit)][:limit]
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    count = len(entries)
+    with ProcessPoolExecutor(workers) as pool:
+        found = list(
+            pool.map(
+                compare, *zip(*[(folder, entry, light, multiply, pictures) for entry in entries], strict=True)
+            )
+        )
+    seen = [one for one in found if not one.error]
+    gain = float(np.median([np.linalg.norm(one.icon) / max(np.linalg.norm(one.ours), 1.0) for one in seen]))
+    colors = [one for one in seen if one.color_error(gain) > COLOR_TOLERANCE]
+    shapes = [one for one in seen if one.overlap < OVERLAP]
+    off = {one.name for one in [*colors, *shapes]} | {one.name for one in found if one.error}
+    rows = (
+        ("objects", f"{count}"),
+        ("not read", f"{count - len(seen)}"),
+        (f"color off by more than {COLOR_TOLERANCE:.0%}", f"{len(colors)} ({len(colors) / count:.1%})"),
+        (f"silhouettes overlap less than {OVERLAP:.0%}", f"{len(shapes)} ({len(shapes) / count:.1%})"),
+        ("any of these", f"{len(off)} ({len(off) / count:.1%})"),
+        ("median color error", f"{np.median([one.color_error(gain) for one in seen]):.1%}"),
+        ("median overlap", f"{np.median([one.overlap for one in seen]):.1%}"),
+        ("gain of ours", f"{gain:.3f}"),
+        ("CPU seconds an object", f"{np.mean([one.seconds for one in seen]):.2f}"),
+    )
+    table = Table("Furniture beside its icons", ("", light), rows)
+    (out / "furniture.md").write_text(table.markdown())
+    figures = [asdict(one) | {"color_error": one.color_error(gain)} for one in found]
+    (out / "furniture.json").write_text(json.dumps({"gain": gain, "objects": figures}, indent=1))
+    save_sheet(out / "furniture.png", pictures, seen[:: max(1, len(seen) // 60)])
+    worst = sorted(seen, key=lambda one: -one.color_error(gain))[:60]
+    save_sheet(out / "worst_colors.png", pictures, worst, [f"{one.color_error(gain):.2f}" for one in worst])
+    worst = sorted(seen, key=lambda one: one.overlap)[:60]
+    save_sheet(out / "worst_shapes.png", pictures, worst, [f"{one.overlap:.2f}" for one in worst])
+    print_things(table)
+
+
+def save_sheet(path: Path, pictures: Path, found: list[Found], notes: list[str] | None = None) -> None:
+    """Pairs icon | ours."""
+    tiles = []
+    for place, one in enumerate(found):
+        pair = np.load(pictures / f"{one.name}.npz")
+        name = one.name.removeprefix("Blend_Swap_CC-0_").removeprefix("Scopia_")
+        tiles.append(
+            captioned(beside([pair["icon"], pair["ours"]]), f"{notes[place]} {name}" if notes else name)
+        )
+    save_image(path, grid(tiles, 6))
+
+
+if __name__ == "__main__":
+    run_program(main)

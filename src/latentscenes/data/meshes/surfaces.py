@@ -1,0 +1,218 @@
+"""Surfaces as the mesh readers deliver them: triangles of one material, corner by corner, in double
+precision.
+
+Notable:
+- Positions stay float64 until the whole object is centered, so that georeferenced coordinates keep their
+  detail.
+- Colors are linear light. A texture holds sRGB bytes and is decoded when it is read.
+- A reader states in `Remarks` every property of a file that it leaves out.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mapbox_earcut
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from latentscenes.core.errors import UserError
+from latentscenes.data.raycast import OPAQUE, TriangleSoup, Wrap
+from latentscenes.data.shading import to_linear
+
+LARGEST_TEXTURE = 4096
+"""Pixels along a texture's side. Larger ones are reduced: no rendered view shows more."""
+MOST_PIXELS = 1 << 28
+"""Pixels of an image file. A larger one is refused before it is decoded."""
+
+
+class Remarks(Counter):
+    """Notes about one file, each with the number of times that it applies."""
+
+    def add(self, text: str) -> None:
+        self[text] += 1
+
+    def lines(self) -> list[str]:
+        return [text if count == 1 else f"{text} ({count} times)" for text, count in self.items()]
+
+
+@dataclass(frozen=True)
+class Material:
+    """How a surface looks, without its highlights."""
+
+    factor: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """Linear RGB and alpha that multiply the texture and the corners' colors."""
+    texture: UInt8[np.ndarray, "h w 4"] | None = None
+    """sRGB and alpha, first row on top."""
+    wrap: tuple[Wrap, Wrap] = ("repeat", "repeat")
+    """Beyond the texture's edges, along u and v."""
+    cutoff: float = OPAQUE
+    """Alpha below which the surface is cut out; or OPAQUE, or BLEND (see TriangleSoup)."""
+    emission: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Linear light that the surface adds."""
+    lit: bool = True
+    """False: the color is shown as it is, since it holds light already."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """f triangles of one material."""
+
+    corners: Float[np.ndarray, "f 3 3"]
+    """Positions: triangle, corner, xyz; float64, in the file's units."""
+    material: Material = Material()
+    normals: Float[np.ndarray, "f 3 3"] | None = None
+    """At the corners, of any length; None: the triangles are flat."""
+    uv: Float[np.ndarray, "f 3 2"] | None = None
+    """(0, 0) is the texture's lower left corner."""
+    colors: Float[np.ndarray, "f 3 4"] | None = field(default=None)
+    """Linear RGB and alpha in [0, 1]."""
+
+
+def to_soup(path: Path, surfaces: list[Surface], matrix: Float[np.ndarray, "3 3"]) -> TriangleSoup:
+    """Joins surfaces to one soup: its bounding box centered at the origin with diagonal 1, then moved by
+    `matrix`.
+
+    Raises:
+        UserError: there are no triangles, a vertex is not finite, or the object has no extent.
+    """
+    surfaces = [surface for surface in surfaces if len(surface.corners)]
+    if not surfaces:
+        raise UserError(f"{path}: holds no triangles.")
+    if not all(np.isfinite(surface.corners).all() for surface in surfaces):
+        raise UserError(f"{path}: some vertices are not finite numbers.")
+    low = np.min([surface.corners.min((0, 1)) for surface in surfaces], 0)
+    high = np.max([surface.corners.max((0, 1)) for surface in surfaces], 0)
+    if not (high - low).max() > 0:
+        raise UserError(f"{path}: has no extent; all vertices lie in one point.")
+    matrix = matrix / np.linalg.norm(high - low)
+    return TriangleSoup.joined([_soup(surface, (low + high) / 2, matrix) for surface in surfaces])
+
+
+def _soup(surface: Surface, middle: Float[np.ndarray, "3"], matrix: Float[np.ndarray, "3 3"]) -> TriangleSoup:
+    count, material = len(surface.corners), surface.material
+    corners = (surface.corners - middle) @ matrix.T
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = np.repeat(flat[:, None], 3, 1)
+    if surface.normals is not None:
+        given = surface.normals @ matrix.T
+        usable = np.isfinite(given).all(2) & (np.abs(given).max(2) > 1e-12)
+        normals = np.where(usable[..., None], given, normals)
+    colors = np.ones((count, 3, 4)) if surface.colors is None else surface.colors
+    textured = material.texture is not None and surface.uv is not None
+    return TriangleSoup(
+        corners=corners.astype(np.float32),
+        normals=_unit(normals).astype(np.float32),
+        uv=(surface.uv if textured else np.zeros((count, 3, 2))).astype(np.float32),
+        colors=(colors * np.array(material.factor)).astype(np.float32),
+        texture=np.zeros(count, np.int64),
+        cutoff=np.full(count, material.cutoff, np.float32),
+        textures=(material.texture if textured else np.full((1, 1, 4), 255, np.uint8),),
+        wraps=(material.wrap,),
+        emission=np.tile(np.array(material.emission, np.float32), (count, 1)),
+        lit=np.full(count, material.lit),
+        linear=True,
+    )
+
+
+def corner_faces(polygons: list[list[int]], points: Float[np.ndarray, "p 3"]) -> Int[np.ndarray, "t 3"]:
+    """Cuts polygons of point numbers into triangles, by ear clipping where they are not convex.
+
+    Returns:
+        Places in the concatenated polygons, three for each triangle.
+    """
+    found, start = [], 0
+    for polygon in polygons:
+        count = len(polygon)
+        if count == 3:
+            found.append([[0, 1, 2]])
+        elif count > 3:
+            found.append(_cut(points[polygon]))
+        if count >= 3:
+            found[-1] = np.asarray(found[-1], np.int64).reshape(-1, 3) + start
+        start += count
+    return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+
+
+def _cut(corners: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, "t 3"]:
+    """Triangles of one polygon: a fan where it is convex, else ear clipping in its plane (Newell's
+    normal)."""
+    count = len(corners)
+    fan = np.stack([np.zeros(count - 2, np.int64), np.arange(1, count - 1), np.arange(2, count)], 1)
+    corners = corners - corners.mean(0)
+    following = np.roll(corners, -1, 0)
+    normal = np.cross(corners, following).sum(0)
+    turns = np.cross(following - corners, np.roll(corners, -2, 0) - following) @ normal
+    if (turns >= -1e-9 * max(np.abs(turns).max(), 1e-300)).all() and _winds_once(corners, normal):
+        return fan
+    axis = np.abs(normal).argmax()
+    flat = np.delete(corners, axis, 1)
+    cut = mapbox_earcut.triangulate_float64(np.ascontiguousarray(flat), np.array([count], np.uint32))
+    cut = cut.astype(np.int64).reshape(-1, 3)
+    if not len(cut):
+        return fan
+    edges = corners[cut[:, 1:]] - corners[cut[:, :1]]
+    turned = np.cross(edges[:, 0], edges[:, 1]) @ normal < 0
+    cut[turned] = cut[turned][:, ::-1]  # the polygon's own side stays in front
+    return cut
+
+
+def _winds_once(corners: Float[np.ndarray, "n 3"], normal: Float[np.ndarray, "3"]) -> bool:
+    """Whether a polygon whose corners all turn one way goes round only once: a star turns one way too."""
+    length = np.linalg.norm(normal)
+    if length < 1e-300:
+        return True
+    ahead = np.roll(corners, -1, 0) - corners
+    following = np.roll(ahead, -1, 0)
+    angles = np.arctan2(np.cross(ahead, following) @ (normal / length), (ahead * following).sum(1))
+    return bool(abs(angles.sum()) < 3 * np.pi)
+
+
+def smooth_normals(
+    corners: Float[np.ndarray, "f 3 3"], groups: Int[np.ndarray, "f 3"]
+) -> Float[np.ndarray, "f 3 3"]:
+    """Normals averaged over all corners of the same group, weighted by the corners' angles; a negative group
+    is flat."""
+    flat = _unit(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
+    one, two = _unit(np.roll(corners, -1, 1) - corners), _unit(np.roll(corners, 1, 1) - corners)
+    angle = np.arccos(np.clip((one * two).sum(2), -1, 1))
+    weighted = flat[:, None] * angle[..., None]
+    flat_groups = groups.reshape(-1)
+    smooth = flat_groups >= 0
+    sums = np.zeros((flat_groups.max(initial=-1) + 1, 3))
+    np.add.at(sums, flat_groups[smooth], weighted.reshape(-1, 3)[smooth])
+    found = np.repeat(flat[:, None], 3, 1).reshape(-1, 3)
+    found[smooth] = sums[flat_groups[smooth]]
+    return found.reshape(corners.shape)
+
+
+def read_texture(source: Path | object, name: str) -> UInt8[np.ndarray, "h w 4"]:
+    """Reads an image file as sRGB bytes with alpha, reduced to LARGEST_TEXTURE.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{name}: has {image.width}x{image.height} pixels, too many for a texture.")
+            image.thumbnail((LARGEST_TEXTURE, LARGEST_TEXTURE), Image.Resampling.BOX)
+            if image.mode in ("I", "I;16", "I;16B"):
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+            return np.array(image.convert("RGBA"))
+    except UserError:
+        raise
+    except Exception as error:  # a broken image may break its reader in any way
+        raise UserError(f"{name}: cannot be read as an image ({error}).") from None
+
+
+def linear_colors(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
+    """sRGB colors of three or four channels, as integers or fractions, to linear RGB with alpha 1."""
+    scale = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1.0
+    light = to_linear(np.clip(values[..., :3] / scale, 0, 1))
+    return np.concatenate([light, np.ones_like(light[..., :1])], -1)
+
+
+def _unit(vectors: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-300)
