@@ -183,6 +183,10 @@ class StageConfig:
     """Random rays per view; 0: all rays, as losses on decoded images require."""
     focus: float = 0.0
     """Share of the rays sampled where the error was large before; the others are uniform."""
+    random_background: float = 0.0
+    """Share of the rays behind which truth and render get the same random color instead of white, where the
+    dataset has silhouettes (alpha). It keeps white matter from growing around objects. Needs codec.kind:
+    identity."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
     """Schedule of all learning rates: constant; × `decay` per epoch; or a half cosine down to × `decay`."""
     decay: float = 1.0
@@ -282,6 +286,11 @@ def _check_stage(config: Config, stage: StageConfig) -> None:
         ),
         (stage.rays >= 0, "rays must not be negative"),
         (0 <= stage.focus <= 1, "focus must be in [0, 1]"),
+        (0 <= stage.random_background <= 1, "random_background must be in [0, 1]"),
+        (
+            not stage.random_background or (config.codec.kind == "identity" and stage.rays and losses.latent),
+            "random_background needs codec.kind: identity, rays and losses.latent",
+        ),
         (
             not stage.focus or (stage.rays and losses.latent),
             "focus samples rays by their latent error; give rays and losses.latent",

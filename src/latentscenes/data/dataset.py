@@ -109,6 +109,12 @@ class PosedImages:
         flat = self.rgb.reshape(len(self.rgb), -1, 3)
         return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
 
+    def pixel_alpha(self, index: Int[Tensor, "n"], pixels: Int[Tensor, "n k"]) -> UInt8[Tensor, "n k"]:
+        """Returns the alpha of some pixels (row · W + column) of each of some images that have
+        silhouettes."""
+        flat = self.alpha.reshape(len(self.alpha), -1)
+        return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
+
     def select(self, split: Split, names: list[str] | None = None, limit: int | None = None) -> list[Scene]:
         """Returns the scenes of a split in stored order, or the named ones, at most `limit`."""
         chosen = [scene for scene in self.scenes if scene.split == split]

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
+from latentscenes.model.model import LatentView
 from latentscenes.storage.library import SCORES
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
@@ -40,6 +42,8 @@ class SceneScore:
     codec_ssim: float
     codec_perceptual: float | None
     latent_error: float
+    silhouette_error: float | None = None
+    """Mean |opacity − alpha| over the pixels, where the dataset has silhouettes."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def evaluate(
             if not count:  # warm up before the first timing
                 model.decode(model.render(planes, cameras, background).image(*background.shape[1:]))
             begun = _now(device)
-            latents = model.render(planes, cameras, background).image(*background.shape[1:])
+            shown = model.render(planes, cameras, background)
+            latents = shown.image(*background.shape[1:])
             rendered = model.decode(latents)
             seconds += _now(device) - begun
             encoded = model.encode(images)
@@ -106,6 +111,7 @@ def evaluate(
                 metrics.psnr(decoded, images), metrics.ssim(decoded, images),
                 perceptual(decoded, images) if perceptual else missing,
                 (latents - encoded).square().mean((1, 2, 3)),
+                missing if views.alpha is None else _silhouette_error(shown, views, chunk),
             ])  # fmt: skip
         columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*table, strict=True)]
         means = [float(column.double().mean()) for column in columns]
@@ -113,6 +119,14 @@ def evaluate(
         count += len(index)
     kind = perceptual.name if perceptual else None
     return Evaluation(str(views.path), part, count, kind, seconds / max(count, 1), scores, mean_score(scores))
+
+
+def _silhouette_error(shown: LatentView, views: PosedImages, index: Int[Tensor, "v"]) -> Float[Tensor, "v"]:
+    """Mean |opacity − alpha| of each view, alpha averaged over each latent pixel."""
+    alpha = torch.from_numpy(views.alpha[index.numpy()]).float() / 255
+    step = round((alpha[0].numel() / shown.opacity.shape[1]) ** 0.5)
+    alpha = torch.nn.functional.avg_pool2d(alpha[:, None], step).flatten(1)
+    return (shown.opacity.cpu() - alpha).abs().mean(1)
 
 
 def _now(device: torch.device) -> float:

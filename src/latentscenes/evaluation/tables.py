@@ -74,18 +74,29 @@ def scores_table(evaluation: Evaluation) -> Table:
     shown = ordered if left_out <= 1 else [*ordered[:SHOWN_WORST], None, *ordered[-SHOWN_BEST:]]
     metrics = ["PSNR", "SSIM", *([str(evaluation.perceptual_metric)] if perceptual else [])]
     ceilings = [] if exact else [f"codec {name}" for name in metrics]
-    columns = ("scene, worst first", *metrics, *ceilings, "latent error")
+    silhouettes = evaluation.mean.silhouette_error is not None
+    columns = (
+        "scene, worst first",
+        *metrics,
+        *ceilings,
+        "latent error",
+        *(["silhouette error"] if silhouettes else []),
+    )
 
     def line(score: SceneScore | None) -> tuple[str, ...]:
         if score is None:
             return (f"… {left_out} scenes …", *[""] * (len(columns) - 1))
         ceiling = [] if exact else _quality_cells(score, perceptual, codec=True)
-        return (score.name, *_quality_cells(score, perceptual), *ceiling, f"{score.latent_error:.5f}")
+        outline = [f"{score.silhouette_error:.4f}"] if silhouettes else []
+        quality = _quality_cells(score, perceptual)
+        return (score.name, *quality, *ceiling, f"{score.latent_error:.5f}", *outline)
 
     part = {"held_out": "held-out views", "fit": "training views"}.get(evaluation.part, evaluation.part)
     note = f"Rendering and decoding took {1000 * evaluation.render_seconds:.1f} ms a view."
     if not exact:
         note += " Codec: the image encoded and decoded, which is the ceiling for renders."
+    if silhouettes:
+        note += " Silhouette error: mean |opacity − alpha|."
     if not perceptual:
         note += " No perceptual metric is installed."
     rows = tuple(line(score) for score in [*shown, evaluation.mean])

@@ -116,12 +116,14 @@ class Model(nn.Module):
         background: Float[Tensor, "c h w"],
         generator: torch.Generator | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
+        behind: Float[Tensor, "v p c"] | None = None,
     ) -> LatentView:
         """Renders views of s scenes at the background's resolution. Cameras come scene by scene,
         equally many each.
 
         With a generator, samples are jittered; without, they lie in the middle of their slices. `pixels`
-        picks the rays of each view (row · w + column); without it, all are rendered.
+        picks the rays of each view (row · w + column); without it, all are rendered. `behind` gives each ray
+        a background of its own.
         """
         settings = self.config.render
         height, width = background.shape[1:]
@@ -140,8 +142,9 @@ class Model(nn.Module):
         )  # fmt: skip
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
-        behind = background.flatten(1).t()
-        behind = behind[None] if pixels is None else behind[pixels]
+        if behind is None:
+            flat = background.flatten(1).t()
+            behind = flat[None] if pixels is None else flat[pixels]
         empty = 1 - opacity[..., None]
         channels = self.codec.channels
         return LatentView(

@@ -57,13 +57,13 @@ def learn_from_pictures(
         reason = f"a scene {name!r} is there already" if name.strip() else "the name is empty"
         raise UserError(f"{store.path}: {reason}. Choose another name.")
     model = store.model(device)
-    pictures = checked_pictures(images, masks, model.codec.downsampling)
+    pictures, alpha = checked_pictures(images, masks, model.codec.downsampling)
     _check_cameras(store, cameras, len(pictures))
     with work_folder(store) as work:
         with DatasetWriter(
-            work / "views", pictures.shape[1:3], alpha=False, origin="pictures given in Python"
+            work / "views", pictures.shape[1:3], alpha=alpha is not None, origin="pictures given in Python"
         ) as writer:
-            writer.add(name, pictures, cameras, "new", held_out=())
+            writer.add(name, pictures, cameras, "new", held_out=(), alpha=alpha)
             writer.finish(store.info.box)
         dataset = PosedImages.open(work / "views")
         chosen = check_precision(precision or store.info.precision)
@@ -85,9 +85,11 @@ def work_folder(store: LibraryFolder) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> UInt8[np.ndarray, "v H W 3"]:
-    """Returns images as bytes over white. Raises UserError if sides are not multiples of `step`, numbers are
-    out of range, or images without masks have no white border."""
+def checked_pictures(
+    images: ArrayLike, masks: ArrayLike | None, step: int
+) -> tuple[UInt8[np.ndarray, "v H W 3"], UInt8[np.ndarray, "v H W"] | None]:
+    """Returns images as bytes over white, and masks as bytes. Raises UserError if sides are not multiples of
+    `step`, numbers are out of range, or images without masks have no white border."""
     try:
         pictures = np.asarray(images)
     except ValueError:
@@ -107,11 +109,11 @@ def checked_pictures(images: ArrayLike, masks: ArrayLike | None, step: int) -> U
             raise UserError(f"masks: must be {pictures.shape[:3]} like the images; got {share.shape}.")
         share = _as_bytes(share.astype(np.float32) if share.dtype == bool else share, "masks")
         solid = share[..., None].astype(np.float32) / 255
-        return np.round(pictures * solid + 255 * (1 - solid)).astype(np.uint8)
+        return np.round(pictures * solid + 255 * (1 - solid)).astype(np.uint8), share
     edges = np.concatenate([pictures[:, [0, -1]].reshape(-1, 3), pictures[:, :, [0, -1]].reshape(-1, 3)])
     if (edges >= WHITE).all(1).mean() < LEAST_WHITE:
         raise UserError("images: their edges are not white, but scenes are learned over white. Give `masks`.")
-    return np.ascontiguousarray(pictures)
+    return np.ascontiguousarray(pictures), None
 
 
 def _as_bytes(values: np.ndarray, name: str) -> UInt8[np.ndarray, "..."]:

@@ -140,7 +140,10 @@ class BatchSource:
         latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
         missing = latents is None and bool(self.stage.losses.latent)
         images = self._images(index) if self.images_needed or missing else None
-        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels, views, cells)
+        behind = None
+        if self.stage.random_background and self.images.alpha is not None:
+            latents, behind = self._recolored(latents, background, index, pixels, step)
+        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels, views, cells, behind)
 
     def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:
         """Updates the error map of error-guided sampling from the errors of a batch's rays."""
@@ -162,6 +165,28 @@ class BatchSource:
             return (y * height).long() * width + (x * width).long(), cells
         left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
         return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long(), cells
+
+    def _recolored(
+        self,
+        latents: Float[Tensor, "v p c"],
+        background: Float[Tensor, "c h w"],
+        index: Int[Tensor, "v"],
+        pixels: Int[Tensor, "v p"],
+        step: int,
+    ) -> tuple[Float[Tensor, "v p c"], Float[Tensor, "v p c"]]:
+        """Puts random colors, uniform in (−1, 1), behind some rays. Returns the targets over them, and the
+        colors.
+
+        Stored images are over white: c + (1 − α). The identity codec is linear, so the background can be
+        replaced.
+        """
+        generator = seeded("cpu", self.seed, self.stage.name, "behind", step)
+        white = background.flatten(1).t()[pixels]
+        colors = 2 * torch.rand(white.shape, generator=generator).to(self.device) - 1
+        chosen = torch.rand(pixels.shape, generator=generator).to(self.device) < self.stage.random_background
+        behind = torch.where(chosen[..., None], colors, white)
+        clear = 1 - self.images.pixel_alpha(index, pixels.cpu()).to(self.device).float()[..., None] / 255
+        return latents + clear * (behind - white), behind
 
     @torch.no_grad()
     def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:

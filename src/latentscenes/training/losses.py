@@ -44,6 +44,8 @@ class Batch:
     """Rows of the views in the error map of error-guided sampling, None without it."""
     cells: Int[Tensor, "v p"] | None = None
     """Cells of that map that the pixels lie in."""
+    behind: Float[Tensor, "v p c"] | None = None
+    """Latents behind each ray, which `latents` show too. None: those of `background`."""
 
 
 def needs_images(weights: LossWeights) -> bool:
@@ -81,7 +83,7 @@ def terms(
 
     # Renders against their targets
     if needs_render(weights):
-        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels)
+        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, batch.behind)
         height, width = batch.background.shape[1:]
         if weights.latent:
             target = at_pixels(encoded, batch.pixels) if cached is None else cached

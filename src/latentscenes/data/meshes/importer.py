@@ -57,6 +57,8 @@ def make_meshes(
     files = find_meshes(Path(folder))
     listed = choose_splits(list(files), split, new)
     splits, unlisted = _at_most(limit, listed), sorted(set(files) - set(listed))
+    for suffix in {path.suffix.lower() for path in files.values()}:
+        _matrix(suffix, reading)  # refuses a wrong axis before anything is rendered
     bounds, failed, remarks = [], {}, {}
     with (
         DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}") as writer,
@@ -140,8 +142,12 @@ def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, 
             surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    return to_soup(path, surfaces, _matrix(suffix, reading)), remarks.lines()
+
+
+def _matrix(suffix: str, reading: MeshOptions) -> Float[np.ndarray, "3 3"]:
     up = FORMATS[suffix] if reading.up == "auto" else reading.up
-    return to_soup(path, surfaces, reading.scale * rotation(up, reading.front, reading.turn)), remarks.lines()
+    return reading.scale * rotation(up, reading.front, reading.turn)
 
 
 def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3"]:
