@@ -14,6 +14,8 @@ from latentscenes.core.errors import UserError
 
 WHITE = 250
 """A pixel counts as white if all its channels reach this value."""
+ORIENTATION = 274
+"""EXIF tag that says how to turn the stored pixels."""
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -31,6 +33,23 @@ def image_size(path: Path) -> tuple[int, int]:
     """Reads height and width from the file's header."""
     with _opened(path) as image:
         return image.height, image.width
+
+
+def require_upright(path: Path) -> None:
+    """Raises a UserError if the file's EXIF orientation turns or mirrors the picture.
+
+    Programs disagree on such files: some turn the picture before they find its camera, others do not.
+    """
+    with _opened(path) as image:
+        deferred = image.format == "PNG" and "exif" not in image.info  # Pillow would decode it to search on
+        orientation = 1 if deferred else image.getexif().get(ORIENTATION, 1)
+    if orientation not in (0, 1):  # writers of 0 mean "unknown"
+        raise UserError(
+            f"{path}: its EXIF orientation ({orientation}) turns the picture, so it is unclear whether the "
+            "camera is that of the picture as stored or as shown. Turn the pixels and remove the tag (such "
+            "as by ImageMagick's mogrify -auto-orient) if the camera is that of the picture as shown; else "
+            "remove the tag alone (exiftool -Orientation=)."
+        )
 
 
 def read_image(

@@ -31,7 +31,7 @@ from latentscenes.data.boxes import (
 )  # fmt: skip
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import DatasetWriter, Split, spread
-from latentscenes.data.images import border_is_white, image_size, in_parallel, read_image, white_background
+from latentscenes.data.images import border_is_white, image_size, in_parallel, read_image, require_upright, white_background
 from latentscenes.data.options import Axes, Background, ImportOptions
 
 Progress = Callable[[int, int, str], None]
@@ -136,8 +136,12 @@ def import_scenes(
 def subfolders(folder: Path) -> list[Path]:
     """Returns the folders inside in natural order of names, without hidden ones and archive leftovers."""
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    shown = (name for name in names if not name.startswith((".", "__MACOSX")))
-    return [folder / name for name in sorted(shown, key=natural_key)]
+    return [folder / name for name in sorted(names, key=natural_key) if not is_leftover(name)]
+
+
+def is_leftover(name: str) -> bool:
+    """Tells hidden files, and what archives of a Mac leave behind: `._NAME` and `__MACOSX`."""
+    return name.startswith((".", "__MACOSX"))
 
 
 def open_folder(folder: str | Path) -> Path:
@@ -153,7 +157,7 @@ def open_folder(folder: str | Path) -> Path:
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises a UserError that names the file if it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8-sig"))  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error}).") from None
 
@@ -233,6 +237,7 @@ def _read(
 
     def read(place: int) -> None:
         path = source.images[place]
+        require_upright(path)
         rgb, opacity = read_image(path, resize)
         if rgb.shape[:2] != size:
             raise UserError(

@@ -18,12 +18,13 @@ from torch import Tensor
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import read_matrix
-from latentscenes.data.images import image_size
+from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
     Imported,
     Progress,
     Source,
     import_scenes,
+    is_leftover,
     natural_key,
     open_folder,
     subfolders,
@@ -97,9 +98,9 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
             raise UserError(
                 f"{folder / part}: no such folder, but other objects have one. Complete or remove the object."
             )
-    images = [p for p in (folder / "rgb").iterdir() if p.suffix.lower() in IMAGES]
+    images = [p for p in _files(folder / "rgb") if p.suffix.lower() in IMAGES]
     images.sort(key=lambda p: natural_key(p.stem))
-    poses = {p.stem: p for p in (folder / "pose").glob("*.txt")}
+    poses = {p.stem: p for p in _files(folder / "pose") if p.suffix == ".txt"}
     if not images:
         raise UserError(f"{folder / 'rgb'}: holds no PNG or JPEG. Complete the object, or move it away.")
     if lone := [p for p in images if p.stem not in poses]:
@@ -112,6 +113,10 @@ def _read_object(folder: Path, axes: Axes, stated: tuple[int, int] | None) -> So
     matrices = torch.stack([read_matrix(_numbers(file), file, axes) for file in files])
     intrinsics = _read_intrinsics(folder / "intrinsics.txt", images[0], stated)
     return Source(tuple(images), Cameras(matrices, intrinsics.expand(len(images), 4).contiguous()), files)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if not is_leftover(entry.name)]
 
 
 def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) -> Tensor:
@@ -129,6 +134,7 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
             f"{file}: the last line states an image of {width:g}x{height:g}; height and width must be above "
             "0."
         )
+    require_upright(image)
     real = image_size(image)
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
@@ -211,7 +217,7 @@ def _numbers(file: Path) -> list[float]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file. Complete the object, or move it away.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -9,12 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.checks import read_matrix
-from latentscenes.data.images import image_size
+from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
     Imported,
     Progress,
@@ -30,6 +31,11 @@ from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 """Tried in this order if file_path has none."""
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
+OTHER_LENSES = (
+    "is_fisheye", "fisheye_crop_radius", "ftheta_p0", "ftheta_p1", "ftheta_p2", "ftheta_p3", "ftheta_p4",
+    "latlong", "equirectangular", "orthographic", "distortion_params",
+)  # fmt: skip
+"""Keys of instant-ngp and nerfstudio that, unless false or zero, describe lenses without pinhole cameras."""
 PINHOLES = {"", "OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE"}
 
 
@@ -117,6 +123,7 @@ def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, not
             merged = {**meta, **frame}
             _refuse_distortion(merged, label)
             image = _image_path(folder, frame["file_path"])
+            require_upright(image)
             if held or frame["file_path"] in named_test:
                 held_out.append(len(images))
             images.append(image)
@@ -151,8 +158,10 @@ def _flat(matrix: Any, label: str) -> list[float]:
 
 
 def _image_path(folder: Path, file_path: str) -> Path:
-    """Returns the image that a frame names with or without its extension."""
+    """Returns the image that a frame names, with or without its extension, maybe in the style of Windows."""
     path = folder / file_path
+    if "\\" in file_path and not path.is_file():
+        path = folder / file_path.replace("\\", "/")
     if path.is_file() or path.suffix in EXTENSIONS:
         return path
     for extension in EXTENSIONS:
@@ -162,6 +171,11 @@ def _image_path(folder: Path, file_path: str) -> Path:
 
 
 def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
+    if other := [key for key in OTHER_LENSES if np.any(frame.get(key))]:
+        raise UserError(
+            f"{label}: {other[0]} = {frame[other[0]]} says that the camera is no pinhole camera. Undistort "
+            f"the images first (such as by OpenCV's fisheye module), and remove {', '.join(other)}."
+        )
     model = str(frame.get("camera_model", "")).upper()
     if model not in PINHOLES:
         raise UserError(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from latentscenes.core.console import console, progress_bar
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter, Split
-from latentscenes.data.importing import choose_splits
+from latentscenes.data.importing import choose_splits, is_leftover
 from latentscenes.data.meshes.gltf import read_gltf
 from latentscenes.data.meshes.obj import read_obj
 from latentscenes.data.meshes.ply import read_ply
@@ -27,8 +27,6 @@ from latentscenes.data.shading import LIGHTS
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
 """Readable formats, and the axis that points up if `up` is "auto"."""
 MESHES = MeshOptions()
-JUNK = ("__MACOSX", "._", ".")
-"""Names that begin like this are leftovers of archives and systems, never data."""
 
 
 def make_meshes(
@@ -113,12 +111,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Yields the files below a folder, without leftovers; linked folders are followed, each once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(JUNK)]
+        folders[:] = [name for name in folders if not is_leftover(name)]
         if (real := os.path.realpath(place)) in seen:
             folders[:] = []
             continue
         seen.add(real)
-        yield from (Path(place) / name for name in names if not name.startswith(JUNK))
+        yield from (Path(place) / name for name in names if not is_leftover(name))
 
 
 def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:

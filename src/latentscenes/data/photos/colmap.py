@@ -5,6 +5,9 @@
 - pycolmap does the projection, so all its lens models except panoramas are supported.
 """
 
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from torch.nn.functional import avg_pool2d, grid_sample
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.images import image_size
-from latentscenes.data.importing import natural_key, subfolders
+from latentscenes.data.importing import is_leftover, natural_key, subfolders
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 """File endings of photographs."""
@@ -97,7 +100,8 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
     for number in model.reg_image_ids():
         image = model.image(number)
         pose = image.cam_from_world().inverse()
-        file = images / image.name
+        name = image.name.replace("\\", "/")  # COLMAP on Windows
+        file = images / name
         if not file.is_file():
             raise UserError(
                 f"{file}: no such photograph, but {source} lists it. Put it back; to leave a photograph "
@@ -107,9 +111,10 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
         focal = lens.focal * _checked_width(file, lens)
         rotation, position = np.asarray(pose.rotation.matrix()), np.asarray(pose.translation)
         if not (np.isfinite(rotation).all() and np.isfinite(position).all()):
-            raise UserError(f"{source}: the pose of {image.name} is not finite. Run COLMAP again.")
-        photographs.append(Photograph(image.name, file, lens, rotation, position, _up(file), focal))
-    present = sum(file.suffix.lower() in PHOTOGRAPHS for file in images.rglob("*"))
+            raise UserError(f"{source}: the pose of {name} is not finite. Run COLMAP again.")
+        photographs.append(Photograph(name, file, lens, rotation, position, _up(file), focal))
+    files = (file for file in images.rglob("*") if not is_leftover(file.name))
+    present = sum(file.suffix.lower() in PHOTOGRAPHS for file in files)
     if len(photographs) < max(FEWEST, present / 2):
         raise UserError(
             f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} "
@@ -129,10 +134,15 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
         raise UserError(
             "COLMAP models are read by pycolmap, which is not installed: pip install 'latentscenes[photos]'"
         ) from None
-    sparse = folder / "sparse"
-    entries = (sparse, *subfolders(sparse)) if sparse.is_dir() else ()
+    places = [place for place in (folder / "sparse", folder / "colmap" / "sparse") if place.is_dir()]
+    sparse = places[0] if places else folder / "sparse"
     files = [f"{name}{ending}" for name in ("cameras", "images") for ending in (".bin", ".txt")]
-    found = [entry for entry in entries if any((entry / file).is_file() for file in files)]
+    found = [
+        entry
+        for place in places
+        for entry in (place, *subfolders(place))
+        if any((entry / file).is_file() for file in files)
+    ]
     if not found:
         raise UserError(
             f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in "
@@ -142,7 +152,7 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
     models = {}
     for source in found:
         try:
-            models[source] = pycolmap.Reconstruction(str(source))
+            models[source] = _open_model(source, pycolmap.Reconstruction)
         except Exception as error:  # damaged files can raise anything
             raise UserError(
                 f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it "
@@ -156,6 +166,18 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
             "only the right one; or add photographs that overlap both and run COLMAP again."
         )
     return next(iter(models.items()))
+
+
+def _open_model(source: Path, opened: Callable[[str], Any]) -> Any:
+    """Returns the pycolmap.Reconstruction in `source`, whose points, unused here, may be absent."""
+    for ending in (".bin", ".txt"):
+        if (source / f"images{ending}").is_file() and not (source / f"points3D{ending}").is_file():
+            with tempfile.TemporaryDirectory() as copy:
+                for file in source.glob(f"*{ending}"):
+                    shutil.copy(file, copy)
+                (Path(copy) / f"points3D{ending}").write_bytes(bytes(8) if ending == ".bin" else b"")
+                return opened(copy)
+    return opened(str(source))
 
 
 def _checked_width(file: Path, lens: Lens) -> int:
