@@ -1,4 +1,4 @@
-"""Captures as strangers' programs leave them: captures of the shared cases, each against one that is clean."""
+"""Captures as strangers' programs leave them: shared cases, each against one that is clean."""
 
 import re
 import shutil
@@ -49,7 +49,9 @@ def test_fisheye_lenses_are_refused(case, tmp_path):
         make_transforms(CASES / case, tmp_path / "out")
 
 
-@pytest.mark.parametrize("key, value", [("latlong", True), ("ftheta_p1", 0.3), ("distortion_params", [0, 0.1])])
+@pytest.mark.parametrize(
+    "key, value", [("latlong", True), ("ftheta_p1", 0.3), ("distortion_params", [0, 0.1])]
+)
 def test_other_lenses_are_refused_too(key, value, tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(CASES / "11-transforms" / "backslash", folder)

@@ -93,7 +93,7 @@ def test_colors_without_a_texture(tmp_path):
     assert seen(write_obj(tmp_path, "Ka 1 1 1")) == pytest.approx((255, 255, 255))
     path = write_obj(tmp_path, "Kd 0.1 0.1 0.8\nmap_Kd gone.png")
     assert seen(path) == pytest.approx(BLUE, abs=1.5)
-    assert read_mesh(path)[1] == ["the texture 'gone.png' is not there"]
+    assert read_mesh(path)[1] == ("the texture 'gone.png' is not there",)
 
 
 @pytest.mark.parametrize(
@@ -484,3 +484,19 @@ def test_case_broken_files_are_listed_and_the_others_come_in(tmp_path, capsys):
 @needs_cases
 def test_case_macos_leftovers_are_no_meshes():
     assert list(find_meshes(CASES / "13-macos" / "meshes")) == ["chair_a", "chair_b", "chair_c"]
+
+
+def test_what_obj_leaves_out_is_named_once(tmp_path, capfd):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.obj").write_text(
+            f"mtllib {name}.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 1\nusemtl wood\nf 1 2 3\nusemtl iron\nf 3 2 1\n"
+        )
+        iron = "newmtl iron\nKs 0.5 0.5 0.5\nbump relief.png\n"
+        (tmp_path / "in" / f"{name}.mtl").write_text(f"newmtl wood\nKs 0 0 0\nmap_Kd wood.png\n{iron}")
+        Image.new("RGB", (2, 2), "red").save(tmp_path / "in" / "wood.png")
+    make_meshes(tmp_path / "in", tmp_path / "out", ViewOptions(views=4, held_out=1, size=16))
+    told = capfd.readouterr().err
+    assert told.count("remark: highlights (Ks) are left out: a, b") == 1
+    assert told.count("remark: relief (bump and normal maps) is left out: a, b") == 1
+    assert told.count("faces without texture coordinates have the plain color of material 'wood': a, b") == 1

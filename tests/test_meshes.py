@@ -182,7 +182,7 @@ def test_an_obj_keeps_its_materials_and_a_lost_texture_is_remarked(tmp_path):
     )
     soup, remarks = read_mesh(tmp_path / "two.obj")
     assert {tuple(color) for color in soup.colors[:, 0, :3].round(2)} == {(1, 0, 0), (0, 1, 0)}
-    assert remarks == ["the texture 'gone.png' is not there"]
+    assert remarks == ("the texture 'gone.png' is not there",)
 
 
 def test_silhouettes_agree_with_projected_vertices():

@@ -53,6 +53,7 @@ def render(
         path: nerfstudio camera path (JSON), used instead of an orbit.
         fps: frames per second; unset: as in the camera path, 20 for an orbit.
     """
+    from latentscenes.core.console import tracked
     from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
     check_film(out)
@@ -73,7 +74,7 @@ def render(
         wanted = scaled(film.size, size or max(step, round(max(film.size) / step) * step), step)
         cameras, speed = film.at(wanted), fps or film.fps
     pictures = camera_frames(learned, scene, cameras, wanted, mode)
-    save_frames(out, _counted(pictures, len(cameras), "rendering"), speed)
+    save_frames(out, tracked(pictures, "rendering", len(cameras)), speed)
     rate = f", {speed:g} per second" if out.suffix.lower() in (".mp4", ".gif") else ""
     say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{rate}.")
 
@@ -152,6 +153,7 @@ def export_images(
         lowest: elevation in degrees at which the dome ends; -90 for a whole sphere.
         elevation: elevation of the orbit in degrees.
     """
+    from latentscenes.core.console import tracked
     from latentscenes.export.pages import write_views
     from latentscenes.export.video import check_elevation, scaled
 
@@ -163,7 +165,7 @@ def export_images(
     learned, names = _chosen(run, choice, set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
-    write_views(out, learned, _counted(names, len(names), "exporting"), cameras, wanted)
+    write_views(out, learned, tracked(names, "exporting"), cameras, wanted)
     say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
 
 
@@ -187,12 +189,13 @@ def export_page(
         size: pixels along the wider side of a picture; unset: as in the data.
         elevations: elevations in degrees; with more than one, dragging up and down changes the elevation.
     """
+    from latentscenes.core.console import tracked
     from latentscenes.export.mesh import check_ending
     from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
     learned, names = _chosen(run, choice, set_up(machine))
-    listed = _counted(names, len(names), "rendering")
+    listed = tracked(names, "rendering")
     options = {"title": title or run.resolve().name, "frames": frames, "size": size, "elevations": elevations}
     written = write_page(out, learned, learned.view, listed, **options)
     say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
@@ -227,15 +230,6 @@ def _chosen(run: Path, choice: Choice, device: "torch.device") -> "tuple[StoredS
             f"{run}: no scenes chosen. Name some with --scenes, or give --match, for instance --match '*'."
         )
     return learned, names
-
-
-def _counted(items, count: int, label: str):
-    """Yields the items and shows a progress bar if the output is a terminal."""
-    from rich.progress import track
-
-    from latentscenes.core.console import console
-
-    return track(items, label, total=count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _bytes(count: int) -> str:

@@ -2,7 +2,10 @@
 
 import html
 import math
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -17,13 +20,33 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+Item = TypeVar("Item")
 console = Console(stderr=True)
+LINE_EVERY = 30.0
+"""Seconds between lines about progress where the output is not a terminal."""
 
 
-def progress_bar() -> Progress:
-    """Returns a progress bar with remaining time, hidden where the output is not a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+def tracked(items: Iterable[Item], doing: str, count: int | None = None) -> Iterator[Item]:
+    """Yields the items. Meanwhile shows a bar with the time left in a terminal, else a line every LINE_EVERY
+    seconds.
+
+    `doing` is what happens to each item, such as "rendering meshes"; `count` their number if they have no
+    length.
+    """
+    count = len(items) if count is None else count
+    if console.is_terminal:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as progress:
+            yield from progress.track(items, count, description=doing)
+        return
+    begun = shown = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - shown >= LINE_EVERY:
+            left = f"; about {seconds_text((now - begun) / done * (count - done))} left" if done else ""
+            console.print(f"{doing}: {done} of {count} done{left}", highlight=False)
+            shown = now
+        yield item
 
 
 class StageProgress:

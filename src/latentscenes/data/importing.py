@@ -19,6 +19,7 @@ import torch
 from jaxtyping import UInt8
 
 from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import (
     Extent,
@@ -31,11 +32,15 @@ from latentscenes.data.boxes import (
 )  # fmt: skip
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import DatasetWriter, Split, spread
-from latentscenes.data.images import border_is_white, image_size, in_parallel, read_image, require_upright, white_background
+from latentscenes.data.images import (
+    border_is_white,
+    image_size,
+    in_parallel,
+    read_image,
+    require_upright,
+    white_background,
+)
 from latentscenes.data.options import Axes, Background, ImportOptions
-
-Progress = Callable[[int, int, str], None]
-"""Called during an import with (scenes done, scenes in all, name of the next scene)."""
 
 IN_MEMORY = 512 << 20
 """Scenes with more bytes of pixels than this are gathered in a temporary file."""
@@ -78,7 +83,6 @@ def import_scenes(
     out: str | Path,
     options: ImportOptions,
     axes: Axes,
-    progress: Progress | None = None,
     notes: Sequence[str] = (),
 ) -> Imported:
     """Packs scenes into a dataset at `out`.
@@ -90,7 +94,6 @@ def import_scenes(
         out: the dataset to make; must not exist or be an empty folder.
         options: size, box, background, splits and held-out views.
         axes: camera axes of the files, for error messages.
-        progress: called before each scene and at the end.
         notes: remarks to return in the result.
     """
     splits = _choose(origin, names, options)
@@ -102,9 +105,7 @@ def import_scenes(
     resize = None if options.size is None and options.reduce == 1 else size
     extents, views = [], 0
     with DatasetWriter(out, size, has_alpha, f"{origin}") as writer:
-        for place, (name, split) in enumerate(splits.items()):
-            if progress:
-                progress(place, len(splits), name)
+        for place, (name, split) in enumerate(tracked(splits.items(), "importing scenes")):
             source = load(name) if place else first
             _check_source(name, source, box, axes)
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
@@ -125,8 +126,6 @@ def import_scenes(
             found = "fitted to the silhouettes"
         box = box or union_box(extents)
         writer.finish(box)
-    if progress:
-        progress(len(splits), len(splits), "")
     if left_out := 0 if options.limit else len(names) - len(splits):
         omitted = f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"
         notes = [*notes, omitted]

@@ -21,7 +21,6 @@ from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
     Imported,
-    Progress,
     Source,
     import_scenes,
     is_leftover,
@@ -44,7 +43,6 @@ def make_srn(
     axes: Axes = "opencv",
     intrinsics_size: int | tuple[int, int] | None = None,
     options: ImportOptions | None = None,
-    progress: Progress | None = None,
 ) -> Imported:
     """Packs objects in the ShapeNet-SRN layout, or an EG3D export with `dataset.json`, into a dataset.
 
@@ -56,7 +54,6 @@ def make_srn(
         intrinsics_size: the size (height, width; one number if square) that intrinsics.txt refers to, if its
             last line is wrong.
         options: size, box, background, splits and held-out views.
-        progress: called for each scene.
     """
     folder = open_folder(folder)
     stated = (intrinsics_size,) * 2 if isinstance(intrinsics_size, int) else intrinsics_size
@@ -79,7 +76,7 @@ def make_srn(
         return _above(source, name) if above else source
 
     names = list(objects or labels)
-    return import_scenes(folder, names, load, out, options or ImportOptions(), axes, progress)
+    return import_scenes(folder, names, load, out, options or ImportOptions(), axes)
 
 
 def _objects(folder: Path) -> dict[str, Path]:

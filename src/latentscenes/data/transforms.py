@@ -18,7 +18,6 @@ from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
     Imported,
-    Progress,
     Source,
     import_scenes,
     natural_key,
@@ -46,7 +45,6 @@ def make_transforms(
     held_out_from: HeldOutFrom | None = None,
     axes: Axes = "opengl",
     options: ImportOptions | None = None,
-    progress: Progress | None = None,
 ) -> Imported:
     """Packs one scene, or a folder of scenes, described by transforms*.json into a dataset.
 
@@ -59,7 +57,6 @@ def make_transforms(
             such a file, else `val`, else `none`. Other parts are not read.
         axes: camera axes of the files; `opencv` if matrices look along +z with y down.
         options: size, box, background, splits, held-out views.
-        progress: called for each scene.
     """
     folder = open_folder(folder)
     if _described(folder):
@@ -82,7 +79,7 @@ def make_transforms(
     def load(name: str) -> Source:
         return _read_scene(scenes[name], held_out_from, axes, notes)
 
-    return import_scenes(folder, list(scenes), load, out, options or ImportOptions(), axes, progress, notes)
+    return import_scenes(folder, list(scenes), load, out, options or ImportOptions(), axes, notes)
 
 
 def _described(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from latentscenes.core.console import console, progress_bar
+from latentscenes.core.console import console, tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter, Split
 from latentscenes.data.importing import choose_splits, is_leftover
@@ -27,6 +27,8 @@ from latentscenes.data.shading import LIGHTS
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
 """Readable formats, and the axis that points up if `up` is "auto"."""
 MESHES = MeshOptions()
+NAMED = 8
+"""Objects that a remark names; of more it gives the number."""
 
 
 def make_meshes(
@@ -58,11 +60,9 @@ def make_meshes(
     for suffix in {path.suffix.lower() for path in files.values()}:
         _matrix(suffix, reading)  # refuses a wrong axis before anything is rendered
     bounds, failed, remarks = [], {}, {}
-    with (
-        DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}") as writer,
-        progress_bar() as progress,
-    ):
-        for name in progress.track(splits, description="rendering meshes"):
+    size = options.size, options.size
+    with DatasetWriter(out, size, alpha=True, origin=f"meshes {folder}") as writer:
+        for name in tracked(splits, "rendering meshes"):
             try:
                 soup, remarks[name] = read_mesh(files[name], reading)
                 render_object(writer, name, soup, splits[name], options, LIGHTS[reading.light])
@@ -77,7 +77,7 @@ def make_meshes(
             raise UserError(f"{folder}: none of {len(splits)} meshes could be read.\n{reasons}")
         writer.finish(scene_box(bounds, options))
     lines = [f"{out}: {len(bounds)} scenes"]
-    lines += [f"remark: {name}: {line}" for name in remarks for line in remarks[name]]
+    lines += _grouped(remarks)
     if unlisted:
         some = ", ".join(unlisted[:3]) + (" …" if len(unlisted) > 3 else "")
         lines.append(f"{len(unlisted)} left out, as the split file does not name them: {some}")
@@ -85,6 +85,19 @@ def make_meshes(
         lines.append(f"{len(failed)} of {len(splits)} could not be read:")
         lines += [f"  {reason}" for reason in failed.values()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _grouped(remarks: dict[str, tuple[str, ...]]) -> list[str]:
+    """One line for each kind of remark, with the objects it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, lines in remarks.items():
+        for line in lines:
+            names.setdefault(line, []).append(name)
+    shown = {
+        line: ", ".join(group[:NAMED]) + (f" and {len(group) - NAMED} more" if len(group) > NAMED else "")
+        for line, group in names.items()
+    }
+    return [f"remark: {line}: {group}" for line, group in shown.items()]
 
 
 def find_meshes(folder: Path) -> dict[str, Path]:
@@ -125,7 +138,7 @@ def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
     return {name: part for name, part in splits.items() if name in kept}
 
 
-def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, list[str]]:
+def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, tuple[str, ...]]:
     """Reads a mesh file as a soup with z up, centered, of bounding-box diagonal `scale`. Also returns what
     the reader left out or did not find.
 
@@ -140,7 +153,7 @@ def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, 
             surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    return to_soup(path, surfaces, _matrix(suffix, reading)), remarks.lines()
+    return to_soup(path, surfaces, _matrix(suffix, reading)), tuple(remarks)
 
 
 def _matrix(suffix: str, reading: MeshOptions) -> Float[np.ndarray, "3 3"]:

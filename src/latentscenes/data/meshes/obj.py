@@ -40,6 +40,12 @@ OPTIONS = {
 }
 """Options of a texture with a fixed number of arguments; -mm has two, -o, -s and -t have one to three
 numbers."""
+LEFT_OUT = (
+    (("ks", "map_ks"), "highlights (Ks) are"),
+    (("bump", "map_bump", "norm", "disp"), "relief (bump and normal maps) is"),
+    (("map_ke",), "emission textures are"),
+)
+"""Statements of MTL that are left out, and how the remark begins."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
@@ -97,6 +103,8 @@ def read_obj(path: Path, remarks: Remarks, multiply: bool = False) -> list[Surfa
     surfaces = []
     for name, group in faces.items():
         if group.points:
+            if materials.get(name, _Painted()).textured and min(group.uv) < 0:
+                remarks.add(f"faces without texture coordinates have the plain color of material {name!r}")
             surfaces += _surfaces(path, tables, group, materials.get(name, _Painted()))
     return surfaces
 
@@ -257,6 +265,9 @@ def _material(
     file: Path, obj: Path, name: str, entry: dict[str, str], remarks: Remarks, multiply: bool
 ) -> _Painted:
     alpha = _alpha(entry, name, remarks)
+    for keys, meaning in LEFT_OUT:
+        if any(entry.get(key) and (key != "ks" or any(_color(entry[key], (0.0, 0.0, 0.0)))) for key in keys):
+            remarks.add(f"{meaning} left out")
     color, emission = (
         tuple(to_linear(np.clip(_color(entry.get(key), default), 0, 1)).tolist())
         for key, default in (("kd", (1.0, 1.0, 1.0)), ("ke", (0.0, 0.0, 0.0)))

@@ -8,7 +8,6 @@ Notable:
 - A reader states in `Remarks` every property of a file that it leaves out.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,14 +26,11 @@ MOST_PIXELS = 1 << 28
 """Pixels of an image file. A larger one is refused before it is decoded."""
 
 
-class Remarks(Counter):
-    """Notes about one file, each with the number of times that it applies."""
+class Remarks(dict[str, None]):
+    """Notes about one file in the order in which they came, each once."""
 
     def add(self, text: str) -> None:
-        self[text] += 1
-
-    def lines(self) -> list[str]:
-        return [text if count == 1 else f"{text} ({count} times)" for text, count in self.items()]
+        self[text] = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from latentscenes.core.cameras import Cameras, look_at
-from latentscenes.core.console import progress_bar
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import GRID, standing_bounds, union_box
 from latentscenes.data.dataset import DatasetWriter, spread
@@ -89,11 +89,8 @@ def make_photos(
         raise UserError(f"size={size} must be at least 1, and held_out={held_out} at least 0.")
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
     notes, halves, views = [], [], 0
-    with (
-        DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer,
-        progress_bar() as progress,
-    ):
-        for name, part in progress.track(splits.items(), description="reading photographs"):
+    with DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer:
+        for name, part in tracked(splits.items(), "reading photographs"):
             capture = read_capture(places[name], size)
             held = spread(len(capture.images), held_out)
             writer.add(name, capture.images, capture.cameras, part, held, capture.alpha)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from latentscenes.core.console import console, progress_bar
+from latentscenes.core.console import console, tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter
 from latentscenes.data.options import ViewOptions
@@ -44,11 +44,8 @@ def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 4
     if train < 0 or new < 0 or train + new == 0:
         raise UserError(f"train = {train}, new = {new}: ask for at least one car.")
     size, bounds = (options.size, options.size), []
-    with (
-        DatasetWriter(out, size, alpha=True, origin=f"made cars, seed {options.seed}") as writer,
-        progress_bar() as progress,
-    ):
-        for number in progress.track(range(train + new), description="making cars"):
+    with DatasetWriter(out, size, alpha=True, origin=f"made cars, seed {options.seed}") as writer:
+        for number in tracked(range(train + new), "making cars"):
             soup = make_car(number, options.seed)
             split = "train" if number < train else "new"
             render_object(writer, f"car_{number:04d}", soup, split, options)
