@@ -8,6 +8,7 @@ pretrained/NAME/CARD.md                                    training data, method
 """
 
 import dataclasses
+import math
 import sqlite3
 from importlib import resources
 from pathlib import Path
@@ -135,15 +136,45 @@ def refuse_other_model(library: LibraryFolder, parent: Run | LibraryFolder) -> N
 
 
 def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
-    """Refuses objects that exceed the learned box by more than BOX_TOLERANCE."""
-    for axis, name in enumerate("xyz"):
-        reach = abs(images.box.center[axis] - box.center[axis]) + images.box.half[axis]
-        if reach > BOX_TOLERANCE * box.half[axis]:
-            learned = ",".join(f"{number:g}" for number in (*box.center, *box.half))
-            raise UserError(
-                f"{images.path}: objects reach {reach:.3f} from the center along {name}, but the box of "
-                f"{parent} ends at {box.half[axis]:.3f}, so they would be cut off. Make the dataset again at "
-                "the same scale, or train with render.half_side set. If only the box fitted to the "
-                "silhouettes is larger than the objects, give `data srn` or `data transforms` the learned "
-                f"box: --box {learned}"
-            )
+    """Refuses objects that exceed the learned box by more than BOX_TOLERANCE, and says what would fit."""
+    scale = _largest_scale(images.box, box)
+    if scale >= 1:
+        return
+    reaches = _reaches(images.box, box)
+    axis = max(range(3), key=lambda one: reaches[one] / box.half[one])
+    learned = ",".join(f"{number:g}" for number in (*box.center, *box.half))
+    turned = _largest_scale(_quarter_turned(images.box), box)
+    smaller = math.floor(100 * max(scale, turned)) / 100
+    if turned >= 1:
+        remedy = "Turned by a quarter they fit: data meshes --turn 90, or -90 if that turns their front to -x"
+    elif turned > scale:
+        remedy = f"Turned by a quarter and smaller they fit: data meshes --turn 90 --scale {smaller:g}"
+    else:
+        remedy = f"Smaller they fit: data meshes --scale {smaller:g}"
+    raise UserError(
+        f"{images.path}: objects reach {reaches[axis]:.3f} from the center along {'xyz'[axis]}, but the box "
+        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. {remedy}. (A scale multiplies "
+        "the one the dataset was made with.) If only the box fitted to the silhouettes is larger than the "
+        f"objects, give `data srn` or `data transforms` the learned box: --box {learned}. Or train a model "
+        "of these objects."
+    )
+
+
+def _reaches(part: Box, box: Box) -> list[float]:
+    """Returns how far `part` reaches from the center of `box` along each axis."""
+    return [
+        abs(inner - center) + half
+        for inner, center, half in zip(part.center, box.center, part.half, strict=True)
+    ]
+
+
+def _largest_scale(part: Box, box: Box) -> float:
+    """Returns the largest scale about the center of `box` at which `part` fits, BOX_TOLERANCE included."""
+    reaches = _reaches(part, box)
+    return min(BOX_TOLERANCE * half / reach for half, reach in zip(box.half, reaches, strict=True))
+
+
+def _quarter_turned(box: Box) -> Box:
+    """Returns the box after a quarter turn about the vertical axis through the origin."""
+    (x, y, z), (a, b, c) = box.center, box.half
+    return Box((-y, x, z), (b, a, c))
