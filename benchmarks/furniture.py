@@ -5,7 +5,7 @@
 The folder holds a catalog (catalogue.json: id, file, icon) of OBJ models with icons of 128 pixels. For each
 object the camera whose silhouette overlaps the icon's most is searched over azimuths and elevations; boxes of
 both silhouettes are brought together first. Colors are means over the silhouette, compared after one gain for
-all objects.
+all objects; and after a gain for each object, which leaves differences of hue and takes out those of light.
 """
 
 import json
@@ -56,6 +56,11 @@ class Found:
         """Distance of the mean colors as a share of the icon's."""
         difference = gain * np.array(self.ours) - np.array(self.icon)
         return float(np.linalg.norm(difference) / max(np.linalg.norm(self.icon), 16.0))
+
+    def hue_error(self) -> float:
+        """The error after the gain that fits this object best."""
+        ours, icon = np.array(self.ours), np.array(self.icon)
+        return self.color_error(float(ours @ icon / max(ours @ ours, 1e-9)))
 
 
 def compare(folder: Path, entry: dict, light: LightName, multiply: bool, pictures: Path) -> Found:
@@ -153,8 +158,8 @@ def main(
 
     Args:
         folder: of the catalog.
-        out: folder for the figures (furniture.json), the table (furniture.md) and the contact sheet
-            (furniture.png).
+        out: folder for the figures (furniture.json), the table (furniture.md) and contact sheets: of 60
+            objects under CC0 (furniture.png), and of the 60 worst.
         light: of the views.
         multiply: multiply textures by Kd.
         limit: compare only so many objects, evenly spread.
@@ -178,10 +183,12 @@ def main(
     colors = [one for one in seen if one.color_error(gain) > COLOR_TOLERANCE]
     shapes = [one for one in seen if one.overlap < OVERLAP]
     off = {one.name for one in [*colors, *shapes]} | {one.name for one in found if one.error}
+    hues = [one for one in seen if one.hue_error() > COLOR_TOLERANCE]
     rows = (
         ("objects", f"{count}"),
         ("not read", f"{count - len(seen)}"),
         (f"color off by more than {COLOR_TOLERANCE:.0%}", f"{len(colors)} ({len(colors) / count:.1%})"),
+        ("… after a gain for each object", f"{len(hues)} ({len(hues) / count:.1%})"),
         (f"silhouettes overlap less than {OVERLAP:.0%}", f"{len(shapes)} ({len(shapes) / count:.1%})"),
         ("any of these", f"{len(off)} ({len(off) / count:.1%})"),
         ("median color error", f"{np.median([one.color_error(gain) for one in seen]):.1%}"),
@@ -193,7 +200,8 @@ def main(
     (out / "furniture.md").write_text(table.markdown())
     figures = [asdict(one) | {"color_error": one.color_error(gain)} for one in found]
     (out / "furniture.json").write_text(json.dumps({"gain": gain, "objects": figures}, indent=1))
-    save_sheet(out / "furniture.png", pictures, seen[:: max(1, len(seen) // 60)])
+    free = [one for one, entry in zip(found, entries) if entry["licence"].startswith("CC0") and not one.error]
+    save_sheet(out / "furniture.png", pictures, free[:: max(1, len(free) // 60)][:60])
     worst = sorted(seen, key=lambda one: -one.color_error(gain))[:60]
     save_sheet(out / "worst_colors.png", pictures, worst, [f"{one.color_error(gain):.2f}" for one in worst])
     worst = sorted(seen, key=lambda one: one.overlap)[:60]

@@ -91,7 +91,7 @@ def test_srn_intrinsics_count_for_the_size_they_state(tmp_path):
     )
     # a last line that is wrong is noticed, and can be overruled
     (tmp_path / "one" / "intrinsics.txt").write_text(text.replace("512 512", "128 128"))
-    with pytest.raises(UserError, match=r"intrinsics.txt: the principal point.*intrinsics_size"):
+    with pytest.raises(UserError, match=r"intrinsics.txt: the principal point.*--intrinsics-size"):
         make_srn(tmp_path / "one", tmp_path / "wrong")
     make_srn(tmp_path / "one", tmp_path / "right", intrinsics_size=512)
     assert torch.allclose(

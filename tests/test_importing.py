@@ -115,7 +115,7 @@ def test_damage_is_named_and_nothing_is_left_behind(tmp_path, what):
 @pytest.mark.parametrize("box", [None, 0.5])
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("opengl", "seem to be opengl ones.*axes='opengl'"), ("inverse", r"world-to-camera matrices.*Invert")],
+    [("opengl", "seem to be opengl ones.*--axes opengl"), ("inverse", r"world-to-camera matrices.*Invert")],
 )
 def test_cameras_by_another_convention_are_recognized(tmp_path, what, message, box):
     cameras = around(10)
@@ -134,7 +134,7 @@ def test_opengl_poses_can_be_declared(tmp_path):
 def test_opencv_matrices_in_transforms_are_recognized(tmp_path):
     cameras = around(10)
     write_transforms(tmp_path / "one", converted(cameras, "opengl"), pictures(cameras))
-    with pytest.raises(UserError, match=r"frame 0 .*axes='opencv'"):
+    with pytest.raises(UserError, match=r"frame 0 .*--axes opencv"):
         make_transforms(tmp_path / "one", tmp_path / "set")
     make_transforms(tmp_path / "one", tmp_path / "set", axes="opencv")
     same_cameras(PosedImages.open(tmp_path / "set"), list(range(10)), cameras)
@@ -160,7 +160,7 @@ def test_opaque_alpha_is_no_silhouette(tmp_path):
     images[..., :3] = 90
     write_object(tmp_path / "photo", cameras, images)
     assert make_srn(tmp_path / "photo", tmp_path / "other").background == "unknown"
-    with pytest.raises(UserError, match="do not bound the object.*box="):
+    with pytest.raises(UserError, match="do not bound the object.*--box"):
         make_srn(tmp_path / "photo", tmp_path / "forced", options=ImportOptions(background="alpha"))
 
 

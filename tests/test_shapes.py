@@ -90,7 +90,7 @@ def test_a_box_can_be_chosen_but_must_hold_every_object(tmp_path):
     options = ViewOptions(views=2, size=16, held_out=1, samples=1, box="0,0,0,0.49,0.25,0.3")
     make_cars(tmp_path / "cars", options, train=1, new=0)
     assert PosedImages.open(tmp_path / "cars").box.half == (0.49, 0.25, 0.3)
-    with pytest.raises(UserError, match=r"box='0.3': car_0000 reaches 0\.4\d+, .* would be cut off"):
+    with pytest.raises(UserError, match=r"--box 0.3: car_0000 reaches 0\.4\d+, .* would be cut off"):
         make_cars(tmp_path / "small", dataclasses.replace(options, box="0.3"), train=1, new=0)
     assert not (tmp_path / "small").exists()
     with pytest.raises(UserError, match="give a half side above 0"):

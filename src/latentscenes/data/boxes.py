@@ -113,7 +113,7 @@ def fit_extent(masks: Bool[np.ndarray, "v h w"], cameras: Cameras, name: str) ->
     else:
         raise UserError(
             f"scene {name!r}: its {len(masks)} silhouettes do not bound the object (few views, or images "
-            "that cut it off). Give the box by hand (box=…)."
+            "that cut it off). Give the box by hand (--box)."
         )
     voxel = (high - low).max() / GRID
     low, high = _bounds(masks, cameras, low - voxel, high + voxel, name)
@@ -147,8 +147,8 @@ def _bounds(
         raise UserError(
             f"scene {name!r}: no place in space lies within the object's silhouette in all of its "
             f"{len(masks)} views. Either cameras and images do not belong together (order? axes? "
-            "world-to-camera matrices?), or the background was guessed wrongly: pass background='unknown' "
-            "and box=…, or leave the scene out (with a split file)."
+            "world-to-camera matrices?), or the background was guessed wrongly: pass --background unknown "
+            "and --box, or leave the scene out (with a split file)."
         )
     return left.min(0) - voxel / 2, left.max(0) + voxel / 2
 

@@ -73,7 +73,7 @@ def check_cameras(
     else:
         file = files[0]
         wrong = f"the {len(files)} cameras beginning with this one do not look toward a common point"
-        advice = ", so the object's place is unknown. Check the matrices, or give the box by hand (box=…)."
+        advice = ", so the object's place is unknown. Check the matrices, or give the box by hand (--box)."
     cause = _mix_up(cameras, axes)
     raise UserError(f"{file}: {wrong}. {cause}" if cause else f"{file}: {wrong}{advice}")
 
@@ -113,7 +113,7 @@ def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
     if _converge(turned):
         return (
             f"They look away from the object: they were read as {axes} cameras, but seem to be "
-            f"{OTHER[axes]} ones (y and z flipped). Pass axes={OTHER[axes]!r}."
+            f"{OTHER[axes]} ones (y and z flipped). Pass --axes {OTHER[axes]}."
         )
     given = rotation @ flip if axes == "opengl" else rotation  # as in the file
     inverse, eye = given.mT, -given.mT @ position
@@ -123,7 +123,7 @@ def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
             return (
                 f"They seem to be world-to-camera matrices (with {kind} axes). Invert every matrix, so that "
                 "its last column is the camera's position"
-                + (f", and pass axes={kind!r}." if kind != axes else ".")
+                + (f", and pass --axes {kind}." if kind != axes else ".")
             )
     return None
 

@@ -165,14 +165,14 @@ def _choose(origin: Path, names: list[str], options: ImportOptions) -> dict[str,
     """Returns the scenes to import with their splits."""
     if options.limit is not None:
         if options.split is not None:
-            raise UserError("limit cannot be combined with a split file; shorten the file's lists instead.")
+            raise UserError("--limit cannot be combined with a split file; shorten the file's lists instead.")
         if options.limit < 1:
-            raise UserError(f"limit={options.limit}: must be at least one scene.")
+            raise UserError(f"--limit {options.limit}: must be at least one scene.")
         names = sorted(names, key=natural_key)[: options.limit]
     if not names:
         raise UserError(f"{origin}: no scene found.")
     if options.held_out < 0:
-        raise UserError(f"held_out={options.held_out}: give 0 or more views.")
+        raise UserError(f"--held-out {options.held_out}: give 0 or more views.")
     return choose_splits(names, options.split, options.new)
 
 
@@ -182,17 +182,19 @@ def _target_size(image: Path, options: ImportOptions) -> tuple[int, int]:
     if options.size is None:
         if not 1 <= options.reduce <= min(height, width):
             raise UserError(
-                f"reduce={options.reduce}: give a whole number from 1 to {min(height, width)}, the image's "
+                f"--reduce {options.reduce}: give a whole number from 1 to {min(height, width)}, the image's "
                 "smaller side."
             )
         return height // options.reduce, width // options.reduce
     if options.reduce != 1:
-        raise UserError(f"size={options.size} and reduce={options.reduce} are both given; give one of them.")
+        raise UserError(
+            f"--size {options.size} and --reduce {options.reduce} are both given; give one of them."
+        )
     if isinstance(options.size, int) and height != width:
         raise UserError(f"{image}: is {width}x{height} (width x height), not square; give height and width.")
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
     if min(size) < 1:
-        raise UserError(f"size={options.size}: sides must be at least 1.")
+        raise UserError(f"--size {options.size}: sides must be at least 1.")
     return size
 
 
@@ -216,7 +218,7 @@ def _check_source(name: str, source: Source, box: Box | None, axes: Axes) -> Non
     if box is None and len(source.images) < 2:
         raise UserError(
             f"{source.images[0]}: is the only view of scene {name!r}; a box cannot be fitted to one view. "
-            "Give box=…."
+            "Give --box."
         )
 
 
@@ -248,7 +250,7 @@ def _read(
             if opacity is None:
                 raise UserError(
                     f"{path}: has no alpha channel, but silhouettes are read from alpha. Add it, or pass "
-                    "background=…."
+                    "--background."
                 )
             alpha[place] = opacity
 
@@ -330,9 +332,9 @@ def choose_splits(names: Sequence[str], split: str | Path | None = None, new: in
     ordered = sorted(names, key=natural_key)
     if split is not None:
         if new:
-            raise UserError(f"split={split} and new={new} are both given; give one of them.")
+            raise UserError(f"--split {split} and --new {new} are both given; give one of them.")
         return read_split(split, ordered)
     if not 0 <= new <= len(ordered):
-        raise UserError(f"new={new}, but there are {len(ordered)} scenes; give at most that many.")
+        raise UserError(f"--new {new}, but there are {len(ordered)} scenes; give at most that many.")
     first_new = len(ordered) - new
     return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}

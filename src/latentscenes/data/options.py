@@ -117,5 +117,5 @@ def box_numbers(box: str | float) -> list[float]:
     if len(numbers) == 1:
         numbers = [0.0, 0.0, 0.0, *numbers * 3]
     if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
-        raise UserError(f"box={box!r}: give a half side above 0, or center and half sides cx,cy,cz,hx,hy,hz.")
+        raise UserError(f"--box {box}: give a half side above 0, or center and half sides cx,cy,cz,hx,hy,hz.")
     return numbers

@@ -295,7 +295,7 @@ def render_object(
         if (reach > np.array(box.half) + 1e-6).any():
             sides = ", ".join(f"{side:.3f}" for side in reach)
             raise UserError(
-                f"box={options.box!r}: {name} reaches {sides} from the box's center along x, y and z and "
+                f"--box {options.box}: {name} reaches {sides} from the box's center along x, y and z and "
                 "would be cut off. Give a larger box."
             )
     # torch uses only 32 bits of a seed

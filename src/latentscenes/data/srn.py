@@ -136,12 +136,12 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
     if abs(width * real[0] / (height * real[1]) - 1) > 0.01:
         raise UserError(
             f"{file}: is stated for {width:g}x{height:g} (width x height), but {image.name} is "
-            f"{real[1]}x{real[0]}, another shape. Correct the last line, or pass intrinsics_size."
+            f"{real[1]}x{real[0]}, another shape. Correct the last line, or pass --intrinsics-size."
         )
     if not (0 <= cx <= width and 0 <= cy <= height):
         raise UserError(
             f"{file}: the principal point {cx:g}, {cy:g} lies outside the stated {width:g}x{height:g} image; "
-            f"if the first line is for another size, pass intrinsics_size (perhaps {round(2 * cx)})."
+            f"if the first line is for another size, pass --intrinsics-size (perhaps {round(2 * cx)})."
         )
     return torch.tensor([focal / width, focal / height, cx / width, cy / height])
 

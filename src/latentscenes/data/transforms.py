@@ -98,7 +98,7 @@ def _parts(folder: Path, held_out_from: HeldOutFrom | None) -> list[tuple[Path, 
         return [(train, False)]
     held = folder / f"transforms_{held_out_from}.json"
     if not held.is_file():
-        raise UserError(f"{held}: no such file. Add it, or choose another held_out_from.")
+        raise UserError(f"{held}: no such file. Add it, or choose another --held-out-from.")
     return [(train, False), (held, True)]
 
 

@@ -153,10 +153,10 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
         remedy = f"Smaller they fit: data meshes --scale {smaller:g}"
     raise UserError(
         f"{images.path}: objects reach {reaches[axis]:.3f} from the center along {'xyz'[axis]}, but the box "
-        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. {remedy}. (A scale multiplies "
-        "the one the dataset was made with.) If only the box fitted to the silhouettes is larger than the "
-        f"objects, give `data srn` or `data transforms` the learned box: --box {learned}. Or train a model "
-        "of these objects."
+        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. {remedy}. (Turn and scale come "
+        "on top of those the dataset was made with.) If only the box fitted to the silhouettes is larger "
+        "than the objects, give `data srn` or `data transforms` the learned box: --box "
+        f"{learned}. Or train a model of these objects."
     )
 
 

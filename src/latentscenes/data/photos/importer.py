@@ -84,9 +84,11 @@ def make_photos(
     if not places:
         raise UserError(f"{folder}: holds no object folders (with images/, sparse/0 and masks/).")
     if limit is not None and (limit < 1 or split is not None):
-        raise UserError(f"limit={limit}: at least 1, and not together with a split file; shorten its lists.")
+        raise UserError(
+            f"--limit {limit}: at least 1, and not together with a split file; shorten its lists."
+        )
     if size < 1 or held_out < 0:
-        raise UserError(f"size={size} must be at least 1, and held_out={held_out} at least 0.")
+        raise UserError(f"--size {size} must be at least 1, and --held-out {held_out} at least 0.")
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
     notes, halves, views = [], [], 0
     with DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer:
