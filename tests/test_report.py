@@ -16,6 +16,7 @@ from latentscenes.evaluation.charts import Series, line_chart, smooth
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.evaluation.report import write_report
 from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
+from latentscenes.model.metrics import PSNR_CAP
 
 
 def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: float = 30.0) -> Evaluation:
@@ -221,6 +222,16 @@ def test_report_without_baseline(content, tmp_path):
         "r.md",
         "r.png",
     ]
+
+
+def test_a_model_in_pixels_has_no_latent_space(page, content, tmp_path):
+    assert "Inside the latent space" in page
+    exact = [dataclasses.replace(score, codec_psnr=PSNR_CAP) for score in content.evaluation_new.scenes]
+    scores = dataclasses.replace(content.evaluation_new, scenes=exact, mean=mean_score(exact))
+    told = dataclasses.replace(content, introduction="", evaluation_new=scores)
+    text = write_report(tmp_path / "r.html", told).read_text()
+    assert "Channels of the render" in text and "learned with the base planes of" in text
+    assert "latent space" not in re.sub(r'"data:[^"]*"', "", text)
 
 
 def test_chart_places_points():

@@ -53,11 +53,13 @@ def write_report(path: str | Path, content: Comparison) -> Path:
     save_image(path.with_suffix(".png"), contact_sheet(content))
     ours = cost.account_learned(content.new)
     rgb = cost.account_learned(content.rgb) if content.rgb else cost.account(config_io.load("rgb"))
+    in_pixels = is_exact(content.mean(content.evaluation_new))
     page = templates.get_template("report.html").render(
         title=content.title,
         lead=content.introduction
-        or f"{len(content.new.names)} new objects, learned in the latent space and with the base planes of "
-        f"{len(content.train.names)} earlier objects.",
+        or f"{len(content.new.names)} new objects, learned {'' if in_pixels else 'in the latent space and '}"
+        f"with the base planes of {len(content.train.names)} earlier objects.",
+        in_pixels=in_pixels,
         tiles=_tiles(content, ours, rgb),
         summary=summary_table(content),
         orbits=_orbits(content),
