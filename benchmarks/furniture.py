@@ -171,13 +171,9 @@ def main(
         entries = entries[:: max(1, len(entries) // limit)][:limit]
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    count = len(entries)
+    count, each = len(entries), [(folder, entry, light, multiply, pictures) for entry in entries]
     with ProcessPoolExecutor(workers) as pool:
-        found = list(
-            pool.map(
-                compare, *zip(*[(folder, entry, light, multiply, pictures) for entry in entries], strict=True)
-            )
-        )
+        found = list(pool.map(compare, *zip(*each, strict=True)))
     seen = [one for one in found if not one.error]
     gain = float(np.median([np.linalg.norm(one.icon) / max(np.linalg.norm(one.ours), 1.0) for one in seen]))
     colors = [one for one in seen if one.color_error(gain) > COLOR_TOLERANCE]

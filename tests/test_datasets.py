@@ -302,3 +302,28 @@ def test_srn_sample(tmp_path):
     )
     inside_the_box(views, ~white_background(views.rgb))
     assert 0.4 < views.box.half[0] < 0.52 and max(views.box.half[1:]) < 0.3  # bounding-box diagonal 1
+
+
+def test_lists_of_nerfstudio_mean_what_they_mean_there(tmp_path):
+    cameras = around(14)
+    lists = {
+        "train_filenames": [f"images/r_{k}" for k in range(8)],
+        "val_filenames": ["images\\r_8"],
+        "test_filenames": ["./images/r_9", "./images/r_12"],
+    }
+    lens = {"camera_angle_x": 2 * math.atan(0.5 / 1.025)}
+    write_transforms(tmp_path / "one", cameras, pictures(cameras), **lens, **lists)
+    made = make_transforms(tmp_path / "one", tmp_path / "set")
+    views = PosedImages.open(tmp_path / "set")
+    assert views.scenes[0].count == 10 and views.scenes[0].held_out == (8, 9)
+    same_cameras(views, views.scenes[0].views("all"), cameras[torch.tensor([*range(8), 9, 12])])
+    assert any("4 frames are in no list that is used" in note for note in made.notes)
+    make_transforms(tmp_path / "one", tmp_path / "val", held_out_from="val")
+    assert PosedImages.open(tmp_path / "val").scenes[0].held_out == (8,)
+
+    write_transforms(tmp_path / "two", cameras, pictures(cameras), **lens, val_filenames=["images/r_99"])
+    with pytest.raises(UserError, match=r"val_filenames lists images/r_99, which is no frame's file_path"):
+        make_transforms(tmp_path / "two", tmp_path / "no")
+    write_transforms(tmp_path / "three", cameras, pictures(cameras), **lens, val_filenames=["images/r_3"])
+    with pytest.raises(UserError, match="has no test_filenames"):
+        make_transforms(tmp_path / "three", tmp_path / "no", held_out_from="test")

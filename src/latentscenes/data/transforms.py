@@ -1,8 +1,8 @@
 """Imports transforms*.json of nerfstudio and Blender (such as NeRF-synthetic).
 
-A scene has one file (transforms.json), or one per part (transforms_train.json, _val, _test); the test frames
-then become held-out views. Cameras are camera-to-world in OpenGL axes (x right, y up, looking along -z),
-world z up.
+A scene has one file (transforms.json), perhaps with lists of its parts (train_filenames, val_filenames,
+test_filenames), or one file per part (transforms_train.json, …). The test frames then become held-out views.
+Cameras are camera-to-world in OpenGL axes (x right, y up, looking along -z), world z up.
 """
 
 import math
@@ -52,9 +52,9 @@ def make_transforms(
         folder: a folder with transforms*.json, or a folder of such folders (one scene each, named after
             them).
         out: the dataset to make; must not exist or be an empty folder.
-        held_out_from: for scenes with a file per part, the part whose frames become held-out views: `test`,
-            `val`, or `none` (then `options.held_out` training frames are held out). Unset: `test` if there is
-            such a file, else `val`, else `none`. Other parts are not read.
+        held_out_from: for scenes with parts, the part whose frames become held-out views: `test`, `val`, or
+            `none` (then `options.held_out` training frames are held out). Unset: `test` if there is such a
+            part, else `val`, else `none`. Other parts are not read.
         axes: camera axes of the files; `opencv` if matrices look along +z with y down.
         options: size, box, background, splits, held-out views.
     """
@@ -111,8 +111,9 @@ def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, not
         meta = read_json(file)
         if not isinstance(meta, dict):
             raise UserError(f"{file}: must hold an object with a list of frames.")
-        named_test = set(map(str, meta.get("test_filenames") or []))
-        frames = _frames(meta, file)
+        frames, marked = _frames(meta, file), set()
+        if len(parts) == 1:
+            frames, marked = _listed(meta, frames, file, held_out_from, notes)
         if any("mask_path" in frame for frame in frames):
             notes.append(f"{file}: masks named by its frames (mask_path) are not used")
         for place, frame in enumerate(frames):
@@ -121,13 +122,13 @@ def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, not
             _refuse_distortion(merged, label)
             image = _image_path(folder, frame["file_path"])
             require_upright(image)
-            if held or frame["file_path"] in named_test:
+            if held or _plain(frame["file_path"]) in marked:
                 held_out.append(len(images))
             images.append(image)
             files.append(label)
             matrices.append(read_matrix(_flat(frame.get("transform_matrix"), label), label, axes))
             intrinsics.append(_intrinsics(merged, image, label))
-    if held_out and len(held_out) == len(images):
+    if len(held_out) == len(images):
         raise UserError(f"{parts[0][0]}: every frame is held out; none is left to learn from.")
     cameras = Cameras(torch.stack(matrices), torch.tensor(intrinsics, dtype=torch.float64).float())
     return Source(tuple(images), cameras, tuple(files), tuple(held_out) if held_out else None)
@@ -142,6 +143,43 @@ def _frames(meta: dict[str, Any], file: Path) -> list[dict[str, Any]]:
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise UserError(f"{file}: frame {place} has no file_path.")
     return sorted(frames, key=lambda frame: natural_key(frame["file_path"]))
+
+
+def _listed(
+    meta: dict[str, Any],
+    frames: list[dict[str, Any]],
+    file: Path,
+    held_out_from: HeldOutFrom | None,
+    notes: list[str],
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Returns the frames to use, and the images of those held out, by nerfstudio's lists train_filenames,
+    val_filenames and test_filenames. Without any list, all frames and none."""
+    parts = ("train", "val", "test")
+    lists = {part: {_plain(str(name)) for name in meta.get(f"{part}_filenames") or []} for part in parts}
+    if not any(lists.values()):
+        return frames, set()
+    images = {_plain(frame["file_path"]) for frame in frames}
+    for part, names in lists.items():
+        if unknown := sorted(names - images):
+            raise UserError(
+                f"{file}: {part}_filenames lists {unknown[0]}, which is no frame's file_path. Correct it."
+            )
+    if held_out_from is None:
+        held = lists["test"] or lists["val"]
+    else:
+        held = set() if held_out_from == "none" else lists[held_out_from]
+        if not held and held_out_from != "none":
+            raise UserError(f"{file}: has no {held_out_from}_filenames. Choose another --held-out-from.")
+    used = (lists["train"] or images - lists["val"] - lists["test"]) | held
+    kept = [frame for frame in frames if _plain(frame["file_path"]) in used]
+    if len(kept) < len(frames):
+        notes.append(f"{file}: {len(frames) - len(kept)} frames are in no list that is used: left out")
+    return kept, held
+
+
+def _plain(path: str) -> str:
+    """Returns a path in one spelling, without a leading ./ and with / between folders."""
+    return Path(path.replace("\\", "/")).as_posix()
 
 
 def _flat(matrix: Any, label: str) -> list[float]:
