@@ -24,6 +24,7 @@ def images(folder):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
+    pytest.importorskip("pycolmap")
     out = tmp_path_factory.mktemp("plain") / "out"
     make_photos(CASES / "16-colmap" / "plain", out, size=48)
     return images(out)

@@ -115,7 +115,9 @@ def test_pictures_that_cannot_be_learned_are_refused(library, disc):
     refused("5 of them for 6 images", images, cameras[:5])
     flipped = cameras.cam2world.clone()
     flipped[:, :, 1:3] *= -1
-    refused("Pass axes='opengl'", images, latentscenes.Cameras(flipped, cameras.intrinsics))
+    refused(
+        "Pass --axes opengl; from Python, negate", images, latentscenes.Cameras(flipped, cameras.intrinsics)
+    )
     assert library.names == NAMES and not list((library.path / "work").glob("*/"))
 
 

@@ -108,7 +108,7 @@ def data_transforms(
     Args:
         folder: a folder with transforms*.json, or a folder of such folders.
         out: folder of the new dataset.
-        held_out_from: the file whose frames become held-out views; unset: test if it exists, else val.
+        held_out_from: the part whose frames become held-out views; unset: test if it exists, else val.
         axes: camera axes of the files.
     """
     from latentscenes.data.transforms import make_transforms
