@@ -113,8 +113,8 @@ def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
     if _converge(turned):
         return (
             f"They look away from the object: they were read as {axes} cameras, but seem to be "
-            f"{OTHER[axes]} ones (y and z flipped). Pass --axes {OTHER[axes]}; from Python, negate the second "
-            "and third column of each rotation."
+            f"{OTHER[axes]} ones (y and z flipped). Pass --axes {OTHER[axes]}; from Python, negate the "
+            "second and third column of each rotation."
         )
     given = rotation @ flip if axes == "opengl" else rotation  # as in the file
     inverse, eye = given.mT, -given.mT @ position
