@@ -2,12 +2,13 @@
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, locked, write_bytes
+from latentscenes.core.files import check_place, locked, partial_path, write_bytes
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -43,3 +44,26 @@ def test_a_lock_that_cannot_be_made_is_told(tmp_path):
         locked(tmp_path / "file" / "lock", True, "nobody"),
     ):
         pass
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, capfd):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    own = partial_path(tmp_path / "cars")
+    begin = own.name.removesuffix(str(os.getpid()))
+    dead, alive = tmp_path / f"{begin}{process.pid}", tmp_path / f"{begin}{os.getppid()}"
+    others = [
+        tmp_path / f"cars.partial-elsewhere-{process.pid}",
+        tmp_path / f"{begin}notes",
+        tmp_path / "cars2",
+    ]
+    for folder in (dead, own, alive, *others):
+        folder.mkdir()
+        (folder / "rgb.raw").write_bytes(b"1")
+    film = partial_path(tmp_path / "cars.mp4")
+    assert film.suffix == ".mp4" and dead.is_dir()
+    film.write_bytes(b"1")
+    assert partial_path(tmp_path / "cars") == own
+    assert sorted(tmp_path.iterdir()) == sorted([alive, *others, film])
+    assert capfd.readouterr().err.count("left by a process that was killed") == 2
+    assert partial_path(tmp_path / "cars.mp4") == film and not film.exists()

@@ -1,8 +1,12 @@
 """Atomic file writes, write checks with clear errors, file locks and checksums."""
 
+import glob
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,6 +18,9 @@ from torch import Tensor
 
 from latentscenes.core.console import console
 from latentscenes.core.errors import UserError
+
+FILE_ENDINGS = {".mp4", ".gif", ".png"}
+"""Endings that a partial file keeps, since its format is told by them."""
 
 
 @contextmanager
@@ -43,6 +50,36 @@ def check_place(path: str | Path) -> None:
         raise UserError(
             f"{path}: cannot be created: {home} is not writable. Fix that, or choose another path."
         )
+
+
+def partial_path(path: Path) -> Path:
+    """Returns where to write `path` until it is complete: STEM.partial-HOST-PID with its ending, beside it.
+
+    First removes what processes of this machine left there when they were killed. Other machines may share
+    the folder, so what they write is left alone.
+    """
+    stem, ending = (path.stem, path.suffix) if path.suffix.lower() in FILE_ENDINGS else (path.name, "")
+    begin = f"{stem}.partial-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
+    for entry in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
+        number = entry.name.removeprefix(begin).removesuffix(ending)
+        if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
+            console.print(
+                f"{entry}: left by a process that was killed; removed.", highlight=False, markup=False
+            )
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return path.with_name(f"{begin}{os.getpid()}{ending}")
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where a signal 0 is not a mere question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 @contextmanager

@@ -12,7 +12,6 @@ The views of one scene are consecutive. Splits and held-out views are chosen whe
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, writing_to
+from latentscenes.core.files import check_place, partial_path, writing_to
 
 FORMAT = "latentscenes-views-1"
 Split = Literal["train", "new"]
@@ -177,7 +176,7 @@ class DatasetWriter:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path}: exists and is not an empty folder. Remove it or choose another.")
         check_place(self.path)
-        self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
+        self.partial = partial_path(self.path)
         self.size, self.has_alpha, self.origin = size, alpha, origin
         self.scenes: list[Scene] = []
         self.cameras: list[np.ndarray] = []

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, writing_to
+from latentscenes.core.files import check_place, partial_path, writing_to
 from latentscenes.data.images import white_background
 from latentscenes.export.sheets import save_file
 from latentscenes.export.video import check_elevation, scaled
@@ -170,7 +169,7 @@ def write_views(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder. Name another folder, or remove it first.")
     check_place(out)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial = partial_path(out)
     with writing_to(out):
         try:
             for scene in scenes:

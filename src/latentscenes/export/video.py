@@ -7,7 +7,6 @@ resolution. The density is a function of space, so it can be rendered at any res
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from PIL import Image
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Cameras, Viewpoint
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, writing_to
+from latentscenes.core.files import check_place, partial_path, writing_to
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.export.sheets import (
     Picture,
@@ -166,7 +165,7 @@ def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 
     files into a new folder (a name without an ending)."""
     path = Path(path)
     check_film(path)
-    kind, partial = path.suffix.lower(), path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
+    kind, partial = path.suffix.lower(), partial_path(path)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
