@@ -36,6 +36,14 @@ def test_colmap_models_of_every_origin_give_the_same_pictures(case, plain, tmp_p
     assert np.array_equal(images(tmp_path / "out"), plain)
 
 
+def test_a_second_copy_of_the_model_in_another_place_is_passed_over(plain, tmp_path):
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    home = tmp_path / "in" / "thing"
+    shutil.copytree(home / "sparse", home / "colmap" / "sparse")
+    make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    assert np.array_equal(images(tmp_path / "out"), plain)
+
+
 def test_transforms_of_windows_are_read(tmp_path):
     for case in ("backslash", "backslash_dot", "bom"):
         make_transforms(CASES / "11-transforms" / case, tmp_path / case)

@@ -134,18 +134,15 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
         raise UserError(
             "COLMAP models are read by pycolmap, which is not installed: pip install 'latentscenes[photos]'"
         ) from None
-    places = [place for place in (folder / "sparse", folder / "colmap" / "sparse") if place.is_dir()]
-    sparse = places[0] if places else folder / "sparse"
     files = [f"{name}{ending}" for name in ("cameras", "images") for ending in (".bin", ".txt")]
-    found = [
-        entry
-        for place in places
-        for entry in (place, *subfolders(place))
-        if any((entry / file).is_file() for file in files)
-    ]
+    for sparse in (folder / "sparse", folder / "colmap" / "sparse"):
+        entries = (sparse, *subfolders(sparse)) if sparse.is_dir() else ()
+        found = [entry for entry in entries if any((entry / file).is_file() for file in files)]
+        if found:
+            break
     if not found:
         raise UserError(
-            f"{sparse}: no COLMAP model here (cameras, images and points3D as .bin or .txt, usually in "
+            f"{folder / 'sparse'}: no COLMAP model here (cameras and images as .bin or .txt, usually in "
             f"sparse/0). Make one: colmap automatic_reconstructor --image_path {folder / 'images'} "
             f"--workspace_path {folder} --dense 0"
         )
