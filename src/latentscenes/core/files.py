@@ -63,9 +63,8 @@ def partial_path(path: Path) -> Path:
     for entry in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
         number = entry.name.removeprefix(begin).removesuffix(ending)
         if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
-            console.print(
-                f"{entry}: left by a process that was killed; removed.", highlight=False, markup=False
-            )
+            said = f"{entry}: left by a process that was killed; removed."
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return path.with_name(f"{begin}{os.getpid()}{ending}")
 
