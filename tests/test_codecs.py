@@ -181,7 +181,7 @@ def test_tiny_reconstructs_cars_with_real_weights():
 
     weights, pictures = SHARED / "weights" / "taef2", SHARED / "data" / "srn_sample"
     if not weights.is_dir() or not pictures.is_dir():
-        pytest.skip("pretrained weights or car pictures are absent")
+        pytest.skip(f"{weights} or {pictures} is absent")
     codec = TinyCodec.from_folder(weights)
     assert (codec.channels, codec.downsampling) == (32, 8)
     files = [min((car / "rgb").glob("*.png")) for car in sorted(pictures.iterdir())]

@@ -327,3 +327,6 @@ def test_lists_of_nerfstudio_mean_what_they_mean_there(tmp_path):
     write_transforms(tmp_path / "three", cameras, pictures(cameras), **lens, val_filenames=["images/r_3"])
     with pytest.raises(UserError, match="has no test_filenames"):
         make_transforms(tmp_path / "three", tmp_path / "no", held_out_from="test")
+    write_transforms(tmp_path / "four", cameras, pictures(cameras), **lens, train_filenames=7)
+    with pytest.raises(UserError, match="train_filenames must be a list"):
+        make_transforms(tmp_path / "four", tmp_path / "no")

@@ -155,7 +155,11 @@ def _listed(
     """Returns the frames to use, and the images of those held out, by nerfstudio's lists train_filenames,
     val_filenames and test_filenames. Without any list, all frames and none."""
     parts = ("train", "val", "test")
-    lists = {part: {_plain(str(name)) for name in meta.get(f"{part}_filenames") or []} for part in parts}
+    given = {part: meta.get(f"{part}_filenames") or [] for part in parts}
+    for part, names in given.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{file}: {part}_filenames must be a list of the frames' file_path.")
+    lists = {part: set(map(_plain, names)) for part, names in given.items()}
     if not any(lists.values()):
         return frames, set()
     images = {_plain(frame["file_path"]) for frame in frames}
