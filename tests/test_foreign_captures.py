@@ -86,3 +86,31 @@ def test_leftovers_of_a_mac_are_no_pictures(case, tmp_path):
     make_srn(CASES / "13-macos" / "srn", tmp_path / "clean")
     make_srn(CASES / "13-macos" / case, tmp_path / "out")
     assert np.array_equal(images(tmp_path / "out"), images(tmp_path / "clean"))
+
+
+def test_a_model_whose_points_were_cut_off_is_read(plain, tmp_path):
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    (tmp_path / "in" / "thing" / "sparse" / "0" / "points3D.bin").write_bytes(b"")
+    make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    assert np.array_equal(images(tmp_path / "out"), plain)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ('"is_fisheye": "false", "k1": "0.0", "distortion_params": {"k1": 0.0}', None),
+        ('"distortion_params": [[0], [0, 1]]', "distortion_params = "),
+        ('"fl_x": 1' + "0" * 400, "intrinsics must be numbers"),
+        ('"fl_x": 1' + "0" * 5000, "not a readable JSON file"),
+    ],
+)
+def test_odd_values_are_read_or_named(entry, message, tmp_path):
+    shutil.copytree(CASES / "11-transforms" / "backslash", tmp_path / "in")
+    file = tmp_path / "in" / "transforms.json"
+    text = file.read_text().replace('"fl_x"', '"was"', 1) if "fl_x" in entry else file.read_text()
+    file.write_text(f"{{{entry}, {text.lstrip()[1:]}")
+    if message is None:
+        make_transforms(tmp_path / "in", tmp_path / "out")
+        return
+    with pytest.raises(UserError, match=message):
+        make_transforms(tmp_path / "in", tmp_path / "out")

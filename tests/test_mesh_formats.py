@@ -500,3 +500,13 @@ def test_what_obj_leaves_out_is_named_once(tmp_path, capfd):
     assert told.count("remark: highlights (Ks) are left out: a, b") == 1
     assert told.count("remark: relief (bump and normal maps) is left out: a, b") == 1
     assert told.count("faces without texture coordinates have the plain color of material 'wood': a, b") == 1
+
+
+def test_odd_lines_of_obj_do_not_stop_it(tmp_path):
+    path = tmp_path / "a.obj"
+    path.write_text(
+        "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 1 # top\ns ²\nusemtl wood\nf 1 2 3 # x y\n", encoding="utf-8"
+    )
+    (tmp_path / "a.mtl").write_text(f"newmtl wood\nKd 0.8, 0.6, 0.4\nmap_Kd {'n' * 300}\n")
+    soup, remarks = read_mesh(path)
+    assert soup.bounds.shape == (2, 3) and "is not there" in remarks[0]

@@ -157,7 +157,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises a UserError that names the file if it cannot be read."""
     try:
         return json.loads(path.read_text("utf-8-sig"))  # editors on Windows write a byte order mark
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error}).") from None
 
 

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from latentscenes.core.cameras import Cameras
@@ -189,7 +188,7 @@ def _plain(path: str) -> str:
 def _flat(matrix: Any, label: str) -> list[float]:
     try:
         rows = [[float(number) for number in row] for row in matrix]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = [[]]
     if any(len(row) != 4 for row in rows):
         raise UserError(f"{label}: transform_matrix must be 4 rows of 4 numbers.")
@@ -203,14 +202,14 @@ def _image_path(folder: Path, file_path: str) -> Path:
         path = folder / file_path.replace("\\", "/")
     if path.is_file() or path.suffix in EXTENSIONS:
         return path
-    for extension in EXTENSIONS:
+    for extension in EXTENSIONS if path.name else ():
         if (found := path.with_name(path.name + extension)).is_file():
             return found
     raise UserError(f"{path}: no such image, also not as .png or .jpg. Restore it, or remove the frame.")
 
 
 def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
-    if other := [key for key in OTHER_LENSES if np.any(frame.get(key))]:
+    if other := [key for key in OTHER_LENSES if _is_set(frame.get(key))]:
         raise UserError(
             f"{label}: {other[0]} = {frame[other[0]]} says that the camera is no pinhole camera. Undistort "
             f"the images first (such as by OpenCV's fisheye module), and remove {', '.join(other)}."
@@ -221,7 +220,7 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
             f"{label}: camera_model {model!r} is no pinhole camera. Undistort the images first (for "
             "instance with COLMAP's image_undistorter)."
         )
-    if bent := [key for key in DISTORTION if frame.get(key)]:
+    if bent := [key for key in DISTORTION if _is_set(frame.get(key))]:
         raise UserError(
             f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), but cameras must be pinhole "
             "cameras. Undistort the images (COLMAP's image_undistorter, or OpenCV's undistort), write the "
@@ -229,12 +228,24 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
         )
 
 
+def _is_set(value: Any) -> bool:
+    """Tells whether the value of a lens key is anything but false or zero: a number, text, or list of them."""
+    if isinstance(value, dict | list):
+        return any(map(_is_set, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        try:
+            return float(value) != 0
+        except ValueError:
+            return value.lower() not in ("", "false", "none")
+    return bool(value)
+
+
 def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
     """Returns fx, fy, cx, cy as fractions. Pixels refer to the stated w and h, or else to the image."""
     keys = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
     try:
         given = {key: float(frame[key]) for key in keys if frame.get(key) is not None}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{label}: intrinsics must be numbers ({error}).") from None
     height, width = real = image_size(image)
     if "w" in given and "h" in given:

@@ -7,6 +7,7 @@ catalogs ignore. `multiply` multiplies instead, as the format's text says. Witho
 Wavefront's "Object Files" (Advanced Visualizer, appendix B1) and "MTL material format".
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Fac
     faces: dict[str, _Faces] = {"": _Faces()}
     current, group, libraries = faces[""], 0, []
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.split()
+        words = line.partition(" #")[0].split()
         if not words:
             continue
         key = words[0]
@@ -136,7 +137,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Fac
         elif key == "f":
             sizes = len(points), len(uv), len(normals)
             try:
-                corners = [_corner(word, sizes) for word in words[1:] if not word.startswith("#")]
+                corners = [_corner(word, sizes) for word in words[1:]]
             except (ValueError, IndexError):
                 raise UserError(
                     f"{path}: line {number}: {line.strip()[:60]!r} is no face of vertices that exist."
@@ -150,7 +151,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Fac
         elif key == "mtllib" and len(words) > 1:
             libraries.append(line.split(None, 1)[1].strip())
         elif key == "s" and len(words) > 1:
-            group = 0 if words[1] in ("off", "0") else int(words[1]) if words[1].isdigit() else 1
+            group = 0 if words[1] in ("off", "0") else int(words[1]) if words[1].isdecimal() else 1
     table = _numbers(points, path, "v")
     tables = {"v": table[:, :3], "vt": _numbers(uv, path, "vt", 2), "vn": _numbers(normals, path, "vn", 3)}
     if table.shape[1] >= 6:
@@ -302,7 +303,7 @@ def _masked(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
 
 def _color(text: str | None, default: tuple[float, float, float]) -> tuple[float, float, float]:
     """Three numbers, or one for all three."""
-    numbers = [float(word) for word in (text or "").split() if NUMBER.match(word)]
+    numbers = [float(word) for word in (text or "").replace(", ", " ").split() if NUMBER.match(word)]
     return tuple(numbers[:3]) if len(numbers) >= 3 else (numbers[0],) * 3 if numbers else default
 
 
@@ -391,7 +392,7 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 def _entry(folder: Path, name: str) -> Path | None:
     """An entry of a folder by its name; if there is none, by its name in other letters' case."""
-    if (folder / name).exists():
+    if os.path.exists(folder / name):  # False also for a name that is too long
         return folder / name
     if not folder.is_dir():
         return None

@@ -168,11 +168,13 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
 def _open_model(source: Path, opened: Callable[[str], Any]) -> Any:
     """Returns the pycolmap.Reconstruction in `source`, whose points, unused here, may be absent."""
     for ending in (".bin", ".txt"):
-        if (source / f"images{ending}").is_file() and not (source / f"points3D{ending}").is_file():
+        points = source / f"points3D{ending}"
+        unread = not points.is_file() or (ending == ".bin" and points.stat().st_size < 8)  # no count in it
+        if (source / f"images{ending}").is_file() and unread:
             with tempfile.TemporaryDirectory() as copy:
                 for file in source.glob(f"*{ending}"):
                     shutil.copy(file, copy)
-                (Path(copy) / f"points3D{ending}").write_bytes(bytes(8) if ending == ".bin" else b"")
+                (Path(copy) / points.name).write_bytes(bytes(8) if ending == ".bin" else b"")
                 return opened(copy)
     return opened(str(source))
 
