@@ -229,7 +229,7 @@ def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
 
 
 def _is_set(value: Any) -> bool:
-    """Tells whether the value of a lens key is anything but false or zero: a number, text, or list of them."""
+    """Tells whether the value of a lens key is not false or zero, as a number, a text, or a list of them."""
     if isinstance(value, dict | list):
         return any(map(_is_set, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):
