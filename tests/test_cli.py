@@ -146,6 +146,14 @@ def test_misspelled_options_are_refused(monkeypatch, capsys):
     assert status == 2 and "trian" in err
 
 
+def test_repeated_options_are_refused(monkeypatch, capsys):
+    words = ["train", "--print-config", "--config", "small", "--set", "seed=1", "--set", "storage=disk"]
+    status, out, err = call(monkeypatch, capsys, *words)
+    assert (status, out) == (2, "")
+    assert err == "latentscenes: --set: given 2 times. Write it once, with all its values.\n"
+    assert call(monkeypatch, capsys, *words[:6], "storage=disk")[0] == 0
+
+
 @pytest.mark.parametrize("preset", config_io.presets())
 def test_printed_settings_read_back(preset, monkeypatch, capsys, tmp_path):
     base = ["train", "--data", tmp_path, "--out", tmp_path / "run", "--print-config"]

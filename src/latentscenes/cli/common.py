@@ -46,9 +46,20 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+def refuse_repeated(arguments: list[str]) -> None:
+    """Raises a UserError if an option is given twice: only its last values would count."""
+    options = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    for option in options:
+        if options.count(option) > 1:
+            raise UserError(
+                f"{option}: given {options.count(option)} times. Write it once, with all its values."
+            )
+
+
 def run_program(command: Callable[..., None]) -> None:
     """Runs a function as a program. Its parameters are the options, and errors of the user print one line."""
     with errors_in_one_line():
+        refuse_repeated(sys.argv[1:])
         tyro.cli(command, description=command.__doc__)
 
 

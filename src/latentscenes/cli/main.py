@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, errors_in_one_line, say, set_up
+from latentscenes.cli.common import (
+    FLAT,
+    MACHINE,
+    MachineOptions,
+    errors_in_one_line,
+    refuse_repeated,
+    say,
+    set_up,
+)
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
@@ -286,6 +294,7 @@ def _arguments() -> list[str]:
 
 
 def run_commands(prog: str, commands: dict, description: str, arguments: list[str]) -> None:
+    refuse_repeated(arguments)
     tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=arguments)
 
 
