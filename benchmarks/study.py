@@ -39,7 +39,7 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
-from latentscenes.evaluation.tables import print_things
+from latentscenes.evaluation.tables import has_ceiling, print_things
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.library import SCORES, LibraryFolder
 from latentscenes.storage.pretrained import open_parent
@@ -254,7 +254,7 @@ def _measured(label: str, seed: int, learned: StoredScenes, views: PosedImages) 
         seconds=time.scene or 0.0, stage_one_seconds=time.stage_one,
         scene_bytes=account.memory.scene, stored_bytes=learned.scene_bytes,
         shared_bytes=account.memory.shared, view_ms=1000 * evaluation.render_seconds,
-        codec_psnr=mean.codec_psnr if mean.codec_psnr < 99 else None,
+        codec_psnr=mean.codec_psnr if has_ceiling(mean) else None,
         perceptual_metric=evaluation.perceptual_metric,
     )  # fmt: skip
 

@@ -219,3 +219,65 @@ def test_a_frozen_codec_gives_latents_and_background_one_normalizer(solids, tiny
     model, batch = batches.model, batches.batch(0)
     assert not model.normalizer.untouched
     torch.testing.assert_close(batch.background, model.background(32, 32))
+
+
+def crops(config, views, **changes):
+    """Returns batches of crops of 2 x 2 latents, of 4 x 4 pixels each."""
+    settings = ["codec.kind=guided", "codec.channels=5"]
+    guided = config_io.parse(config_io.dump(config), "tiny", settings)
+    losses = configuration.LossWeights(rgb=1.0)
+    return source(guided, views, "joint", losses=losses, crop=2, **changes)
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_crops_belong_to_their_pixels_and_cells(solids, tiny, focus):
+    batches, height, width = crops(tiny, solids, focus=focus), *(side // 4 for side in solids.size)
+    places = set()
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        assert batch.grid == (2, 2) and batch.images.shape == (4, 3, 8, 8)
+        corners = window(batch.cameras, batches.model.box, height, width)
+        for view, camera in enumerate(batch.cameras.cam2world):
+            row, column = divmod(int(batch.pixels[view, 0]), width)
+            assert batch.pixels[view].tolist() == [
+                (row + down) * width + column + across for down in (0, 1) for across in (0, 1)
+            ]
+            places.add((row, column))
+            left, right, top, bottom = corners[view].tolist()
+            assert left <= column and column + 2 <= right and top <= row and row + 2 <= bottom
+            index = next(
+                index
+                for scene in solids.select("train")
+                for index in scene.views("fit")
+                if batch.scenes[view // 2] == solids.select("train").index(scene)
+                and torch.equal(solids.cameras.cam2world[index], camera)
+            )
+            image = solids.images([index])[0].float() / 255
+            rows, columns = slice(4 * row, 4 * row + 8), slice(4 * column, 4 * column + 8)
+            torch.testing.assert_close(batch.images[view], image[:, rows, columns])
+            if focus:
+                down = int((row + 0.5 - top) / (bottom - top) * batches_module.SIDE)
+                across = int((column + 0.5 - left) / (right - left) * batches_module.SIDE)
+                assert batch.cells[view, 0] == down * batches_module.SIDE + across
+    assert len(places) > 4
+
+
+def test_crops_are_drawn_where_errors_were(solids, tiny):
+    batches = crops(tiny, solids, focus=1.0)
+    batches.focus.errors[:] = 0
+    batches.focus.errors[:, -1] = 1  # the lower right cell of each view
+    batch = batches.batch(0)
+    corners = window(batch.cameras, batches.model.box, *batch.background.shape[1:])
+    width = batch.background.shape[2]
+    for pixels, (_, right, _, bottom) in zip(batch.pixels, corners.tolist(), strict=True):
+        assert int(pixels[-1]) == (bottom - 1) * width + right - 1
+
+
+def test_crops_larger_than_the_view_are_the_view(solids, tiny):
+    whole = crops(tiny, solids)
+    whole.stage = dataclasses.replace(whole.stage, crop=100)
+    height, width = (side // 4 for side in solids.size)
+    batch = whole.batch(0)
+    assert batch.grid == (height, width)
+    assert batch.pixels[0].tolist() == list(range(height * width))
+    assert batch.images.shape[2:] == solids.size

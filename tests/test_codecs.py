@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from latentscenes.core.errors import UserError
 from latentscenes.model.codec import Codec, IdentityCodec, read_weights
+from latentscenes.model.guided import GuidedCodec
 
 
 def check_contract(codec: Codec, size: int = 32):
@@ -49,6 +50,29 @@ def test_identity():
     images = torch.rand(2, 3, 5, 7)
     torch.testing.assert_close(codec.decode(codec.encode(images)), images)
     assert torch.equal(codec.background(2, 3), torch.ones(3, 2, 3))
+
+
+@pytest.mark.parametrize("downsampling", [2, 4, 8])
+def test_guided(downsampling):
+    torch.manual_seed(0)
+    codec = GuidedCodec(downsampling, 5, 8, bfloat16=False)
+    images = torch.rand(2, 3, 32, 48)
+    latents = codec.encode(images)
+    side = downsampling
+    colors = images.reshape(2, 3, 32 // side, side, 48 // side, side).mean((3, 5))
+    torch.testing.assert_close(latents, torch.cat([2 * colors - 1, torch.zeros_like(colors[:, :2])], 1))
+
+    # A new decoder enlarges the colors
+    enlarged = functional.interpolate(colors, scale_factor=side, mode="bilinear")
+    torch.testing.assert_close(codec.decode(latents), enlarged)
+
+    # Learned weights: white stays white
+    for parameter in codec.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    check_contract(codec)
+    with pytest.raises(UserError, match="sides that divide by"):
+        codec.encode(torch.rand(1, 3, 31, 32))
+    torch.testing.assert_close(codec.decode(codec.background(32, 48)[None]), torch.ones(1, 3, 32, 48))
 
 
 def taesd_states(inputs: int = 3, width: int = 8, channels: int = 5) -> tuple[dict, dict]:

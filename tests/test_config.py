@@ -82,6 +82,13 @@ MISTAKES = {
     STAGE.replace("latent: 1", "edges: 1"): "stage 'a': losses.edges is added to rgb or autoencoder",
     STAGE.replace("latent: 1", "preview: 1"): "stage 'a': losses.preview needs render.preview",
     STAGE.replace("latent: 1}", "rgb: 1}, rays: 5"): "stage 'a': rays",
+    STAGE.replace("latent: 1}", "latent: 1}, rays: 5, crop: 4"): "stage 'a': rays",
+    STAGE.replace("latent: 1", "color: 1"): "losses.color needs codec.kind",
+    STAGE.replace("latent: 1}", "latent: 1, color: 1}, rays: 5")
+    + "\ncodec: {kind: identity}": "those of latent and preview do not",
+    STAGE.replace("latent: 1}", "latent: 1}, crop: 4, focus: 1"): "focus samples by errors",
+    STAGE.replace("latent: 1}", "latent: 1}, rays: 4, random_background: 1"): "random_background needs rays",
+    "codec: {kind: guided, channels: 3}": "guided has 3 colors, and features",
     STAGE.replace("views: 1", "views: 1, decay: 2, schedule: cosine"): r"decay must be in \(0, 1\]",
     STAGE[:-1] + ", " + STAGE[8:]: "names must differ",
 }

@@ -122,6 +122,39 @@ def test_some_rays_are_compared_with_their_own_pixels(model):
     assert float(found["latent"].detach()) == pytest.approx(expected / (6 * 5 * 4), rel=1e-5)
 
 
+def test_crops_are_compared_with_their_part_of_the_images(tiny):
+    model = guided(tiny)
+    pixels = torch.tensor([[0, 1, 4, 5]] * 6)  # 2 x 2 of 4 x 4 latents, at the upper left
+    crops = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    batch, planes = made_batch(model, images=crops, pixels=pixels, grid=(2, 2)), made_planes(model)
+    found, errors = terms(model, planes, batch, LossWeights(color=1.0, rgb=1.0), step())
+    view = model.render(planes, batch.cameras, batch.background, step(), pixels).image(2, 2)
+    squares = (model.decode(view) - crops).square().detach()
+    assert float(found["rgb"].detach()) == pytest.approx(float(squares.mean()), rel=1e-5)
+    torch.testing.assert_close(errors, squares.reshape(6, 3, 2, 4, 2, 4).mean((1, 3, 5)).flatten(1))
+    small = 2 * crops.reshape(6, 3, 2, 4, 2, 4).mean((3, 5)) - 1
+    assert float(found["color"].detach()) == pytest.approx(square(view[:, :3], small), rel=1e-5)
+
+
+def test_scattered_colors_are_compared_with_pixels_of_the_image(tiny):
+    model = guided(tiny)
+    pixels = torch.randint(SIZE**2, (6, 5), generator=torch.Generator().manual_seed(5))
+    colors = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(7))
+    full = model.background(4 * SIZE, 4 * SIZE)  # as many latents as the image has pixels
+    batch = made_batch(model, images=None, pixels=pixels, colors=colors, background=full)
+    planes = made_planes(model)
+    found, errors = terms(model, planes, batch, LossWeights(color=1.0), step())
+    view = model.render(planes, batch.cameras, full, step(), pixels)
+    torch.testing.assert_close(errors, (view.latents[..., :3] - colors).square().mean(-1).detach())
+    assert float(found["color"].detach()) == pytest.approx(float(errors.mean()), rel=1e-6)
+
+
+def guided(tiny):
+    settings = ["codec.kind=guided", "codec.channels=5"]
+    config = config_io.parse(config_io.dump(tiny), "tiny", settings)
+    return Model(config, Box((0.0, 0.0, 0.0), (0.45, 0.45, 0.45)))
+
+
 def test_total_is_the_weighted_sum(model):
     weights = LossWeights(latent=1.0, rgb=0.25, tv=1e-4)
     found, _ = terms(model, made_planes(model), made_batch(model), weights, step())

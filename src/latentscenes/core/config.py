@@ -5,11 +5,11 @@ file loads torch.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from latentscenes.core.config_checks import refuse_contradictions
 from latentscenes.core.errors import UserError
 
 Aggregation = Literal["sum", "product"]
@@ -24,24 +24,25 @@ StoragePrecision = Literal["float32", "float16", "int8", "int6", "int5", "int4",
 class CodecConfig:
     """The image autoencoder. Scenes are learned in its latent space."""
 
-    kind: Literal["convolutional", "identity", "diffusers", "tiny"] = "convolutional"
-    """`convolutional`: the small built-in one. `identity`: latents are the pixels, which gives RGB
+    kind: Literal["convolutional", "guided", "identity", "diffusers", "tiny"] = "convolutional"
+    """`guided`: the built-in one whose latents start with colors. `convolutional`: the built-in one that
+    starts with principal components. `identity`: latents are the pixels, which gives RGB
     tri-planes. `diffusers`: AutoencoderKL or AutoencoderTiny. `tiny`: a TAESD-like pair of weight files."""
     path: str | None = None
     """Pretrained weights: a folder or hub name for `diffusers`, a folder for `tiny`, a run with the same
-    codec for `convolutional` (unset: a codec stage trains it from scratch)."""
+    codec for the built-in ones (unset: stages train it from scratch)."""
     subfolder: str | None = None
     """Folder of the autoencoder inside `path`. A local pipeline's `vae` is found automatically."""
     allow_download: bool = False
     """Let `diffusers` download weights from the hub; otherwise only local files are used."""
     downsampling: int = 4
-    """Image pixels per latent pixel, along each side (`convolutional`: 2, 4 or 8)."""
+    """Image pixels per latent pixel, along each side (built-in: 2, 4 or 8)."""
     channels: int = 8
-    """Latent channels (`convolutional`)."""
+    """Latent channels (built-in). With `guided`, 3 of them are colors."""
     width: int = 64
-    """Channels of the inner layers at latent resolution (`convolutional`)."""
+    """Channels of the inner layers at latent resolution (built-in)."""
     bfloat16: bool = True
-    """Convolve in bfloat16 if the processor supports it in hardware (`convolutional`)."""
+    """Convolve in bfloat16 if the processor supports it in hardware (built-in)."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ class LossWeights:
 
     latent: float = 0.0
     """Rendered latents against encoded images."""
+    color: float = 0.0
+    """Rendered colors against images, where latents start with colors. With `rays`, the rays go through
+    pixels of the image."""
     rgb: float = 0.0
     """Decoded renders against images."""
     autoencoder: float = 0.0
@@ -180,13 +184,16 @@ class StageConfig:
     losses: LossWeights
     rates: Rates
     rays: int = 0
-    """Random rays per view; 0: all rays, as losses on decoded images require."""
+    """Random rays per view; 0: those of `crop`."""
+    crop: int = 0
+    """Side, in latent pixels, of the random square of each view that is rendered and decoded; 0: whole
+    views."""
     focus: float = 0.0
-    """Share of the rays sampled where the error was large before; the others are uniform."""
+    """Share of the rays or crops sampled where the error was large before; the others are uniform."""
     random_background: float = 0.0
     """Share of the rays behind which truth and render get the same random color instead of white, where the
-    dataset has silhouettes (alpha). It keeps white matter from growing around objects. Needs codec.kind:
-    identity."""
+    dataset has silhouettes (alpha). It keeps white matter from growing around objects. Needs rays whose
+    targets are colors."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
     """Schedule of all learning rates: constant; × `decay` per epoch; or a half cosine down to × `decay`."""
     decay: float = 1.0
@@ -223,93 +230,7 @@ class Config:
     run folder. `auto` uses files if they would fill more than half of this machine's memory."""
 
     def __post_init__(self) -> None:
-        for stages in (self.train, self.exploit):
-            names = [stage.name for stage in stages]
-            names_differ = len(set(names)) == len(names)
-            _require(names_differ, f"stages {', '.join(map(repr, names))}: names must differ")
-            for stage in stages:
-                _check_stage(self, stage)
-        codec, planes, render, hidden = self.codec, self.planes, self.render, self.field.hidden
-        counts = (planes.micro, planes.macro, planes.bases, self.field.frequencies)
-        limits = [limit for limit in (render.near, render.far) if limit is not None]
-        summable = planes.micro == planes.macro or 0 in (planes.micro, planes.macro)
-        field_learns = any(stage.rates.field for stage in self.exploit)
-        for holds, message in (
-            (
-                field_learns or not self.exploit_fresh_field,
-                "exploit_fresh_field: no `exploit` stage has a rate for the field, so it would stay random",
-            ),
-            (min(counts) >= 0, "planes and field: counts must not be negative"),
-            (planes.resolution > 0 and hidden > 0, "planes.resolution and field.hidden must be at least 1"),
-            (codec.channels > 0 and codec.width > 0, "codec: channels and width must be at least 1"),
-            (render.half_side is None or render.half_side > 0, "render.half_side must be above 0"),
-            (any(counts[:2]), "planes: micro and macro are both 0; a scene needs features"),
-            (not planes.macro or planes.bases, "planes.bases: must be at least 1 when planes.macro > 0"),
-            (
-                planes.fusion == "concat" or summable,
-                f"planes.fusion: sum needs micro = macro, but they are {planes.micro} and {planes.macro}",
-            ),
-            (render.coarse >= 2, "render: coarse must be at least 2"),
-            (render.fine >= 0, "render: fine must be at least 0"),
-            (len(limits) != 1, "render: set near and far together, or neither"),
-            (len(limits) < 2 or 0 <= limits[0] < limits[1], "render: 0 <= near < far must hold"),
-            (
-                codec.kind != "convolutional" or codec.downsampling in (2, 4, 8),
-                f"codec.downsampling: 2, 4 or 8, not {codec.downsampling}",
-            ),
-            (
-                codec.kind not in ("diffusers", "tiny") or codec.path,
-                f"codec.path: {codec.kind} needs the folder of its weights",
-            ),
-        ):
-            _require(holds, message)
-
-
-def _check_stage(config: Config, stage: StageConfig) -> None:
-    where, losses, rates = f"stage {stage.name!r}", stage.losses, stage.rates
-    for values in (rates, losses):
-        for name, value in dataclasses.asdict(values).items():
-            fault = f"{where}: {name} is {value}, but rates and loss weights must be 0 or above"
-            _require(math.isfinite(value) and value >= 0, fault)
-    codec_only = not any((losses.latent, losses.rgb, losses.tv, losses.depth_tv, losses.preview))
-    for holds, message in (
-        (min(stage.epochs, stage.scenes, stage.views) > 0, "epochs, scenes and views must be at least 1"),
-        (any(dataclasses.astuple(rates)), "all rates are 0, so nothing would be learned"),
-        (any(dataclasses.astuple(losses)), "all losses are 0, so nothing would be learned"),
-        (
-            not stage.rays or not (losses.rgb or losses.depth_tv),
-            "rays: rgb and depth_tv need whole images; set rays to 0",
-        ),
-        (
-            not losses.edges or losses.rgb or losses.autoencoder,
-            "losses.edges is added to rgb or autoencoder; give one of them a weight",
-        ),
-        (stage.rays >= 0, "rays must not be negative"),
-        (0 <= stage.focus <= 1, "focus must be in [0, 1]"),
-        (0 <= stage.random_background <= 1, "random_background must be in [0, 1]"),
-        (
-            not stage.random_background or (config.codec.kind == "identity" and stage.rays and losses.latent),
-            "random_background needs codec.kind: identity, rays and losses.latent",
-        ),
-        (
-            not stage.focus or (stage.rays and losses.latent),
-            "focus samples rays by their latent error; give rays and losses.latent",
-        ),
-        (not rates.mixing or config.planes.mixing, "rates.mixing needs planes.mixing: true"),
-        (
-            not codec_only or rates.encoder or rates.decoder,
-            "its losses reach only encoder and decoder, but their rates are 0",
-        ),
-        (not losses.preview or config.render.preview, "losses.preview needs render.preview: true"),
-        (0 <= stage.beta2 < 1, "beta2 must be in [0, 1)"),
-        (stage.schedule == "constant" or 0 < stage.decay <= 1, "decay must be in (0, 1]"),
-    ):
-        _require(holds, f"{where}: {message}")
-
-
-def _require(holds: object, message: str) -> None:
-    if not holds:
-        raise UserError(f"configuration: {message}")
+        refuse_contradictions(self)
 
 
 SHARED = ("encoder", "decoder", "bases", "field")

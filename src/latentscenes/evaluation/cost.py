@@ -137,7 +137,8 @@ def field_parameters(config: Config) -> int:
 
 def latent_channels(config: Config) -> int:
     """Number of latent channels according to the configuration; 4 for pretrained codecs."""
-    return {"convolutional": config.codec.channels, "identity": 3}.get(config.codec.kind, 4)
+    channels = config.codec.channels
+    return {"convolutional": channels, "guided": channels, "identity": 3}.get(config.codec.kind, 4)
 
 
 def codec_parameters(config: CodecConfig) -> int:
@@ -145,7 +146,7 @@ def codec_parameters(config: CodecConfig) -> int:
     from their weights if these are on disk, and otherwise looked up by name."""
     from latentscenes.model.model import build_codec
 
-    if config.kind in ("convolutional", "identity"):
+    if config.kind in ("convolutional", "guided", "identity"):
         with torch.device("meta"):  # shapes without memory
             return sum(parameter.numel() for parameter in build_codec(config, pretrained=False).parameters())
     if not Path(config.path or "").expanduser().is_dir():

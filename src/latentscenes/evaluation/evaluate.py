@@ -21,7 +21,7 @@ from torch import Tensor
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
-from latentscenes.model.model import LatentView
+from latentscenes.model.model import LatentView, Model
 from latentscenes.storage.library import SCORES
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
@@ -31,17 +31,19 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Means over one scene's views, or over scenes. PSNR in dB. None if the perceptual metric is not
-    installed."""
+    """Means over one scene's views, or over scenes. PSNR in dB. Perceptual distances are None if the
+    metric is not installed."""
 
     name: str
     psnr: float
     ssim: float
     perceptual: float | None
-    codec_psnr: float
-    codec_ssim: float
+    codec_psnr: float | None
+    """Of images encoded and decoded, as are the next two and the latent error. None if the codec does not
+    encode all channels."""
+    codec_ssim: float | None
     codec_perceptual: float | None
-    latent_error: float
+    latent_error: float | None
     silhouette_error: float | None = None
     """Mean |opacity − alpha| over the pixels, where the dataset has silhouettes."""
 
@@ -102,15 +104,11 @@ def evaluate(
             latents = shown.image(*background.shape[1:])
             rendered = model.decode(latents)
             seconds += _now(device) - begun
-            encoded = model.encode(images)
-            decoded = model.decode(encoded)
             missing = torch.full((len(chunk),), math.nan)
             table.append([
                 metrics.psnr(rendered, images), metrics.ssim(rendered, images),
                 perceptual(rendered, images) if perceptual else missing,
-                metrics.psnr(decoded, images), metrics.ssim(decoded, images),
-                perceptual(decoded, images) if perceptual else missing,
-                (latents - encoded).square().mean((1, 2, 3)),
+                *(_of_codec(model, images, latents, perceptual) or [missing] * 4),
                 missing if views.alpha is None else _silhouette_error(shown, views, chunk),
             ])  # fmt: skip
         columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*table, strict=True)]
@@ -119,6 +117,23 @@ def evaluate(
         count += len(index)
     kind = perceptual.name if perceptual else None
     return Evaluation(str(views.path), part, count, kind, seconds / max(count, 1), scores, mean_score(scores))
+
+
+def _of_codec(
+    model: Model,
+    images: Float[Tensor, "v 3 H W"],
+    latents: Float[Tensor, "v c h w"],
+    perceptual: metrics.Perceptual | None,
+) -> list[Tensor] | None:
+    """PSNR, SSIM and perceptual distance of images encoded and decoded, and the squared error of rendered
+    latents, of each view; None if the codec does not encode all channels."""
+    if not model.codec.encodes_all:
+        return None
+    encoded = model.encode(images)
+    decoded = model.decode(encoded)
+    distance = perceptual(decoded, images) if perceptual else torch.full((len(images),), math.nan)
+    error = (latents - encoded).square().mean((1, 2, 3))
+    return [metrics.psnr(decoded, images), metrics.ssim(decoded, images), distance, error]
 
 
 def _silhouette_error(shown: LatentView, views: PosedImages, index: Int[Tensor, "v"]) -> Float[Tensor, "v"]:

@@ -66,34 +66,35 @@ def print_scores(evaluation: Evaluation) -> None:
 
 
 def scores_table(evaluation: Evaluation) -> Table:
-    """Scenes from worst to best, and their mean. If the codec is not exact, its scores are added
-    as the ceiling."""
-    perceptual, exact = evaluation.mean.perceptual is not None, is_exact(evaluation.mean)
+    """Scenes from worst to best, and their mean. The codec's scores are added if they are a ceiling."""
+    perceptual, ceiling = evaluation.mean.perceptual is not None, has_ceiling(evaluation.mean)
+    latents = evaluation.mean.latent_error is not None
     ordered = sorted(evaluation.scenes, key=lambda score: score.psnr)
     left_out = len(ordered) - SHOWN_WORST - SHOWN_BEST
     shown = ordered if left_out <= 1 else [*ordered[:SHOWN_WORST], None, *ordered[-SHOWN_BEST:]]
     metrics = ["PSNR", "SSIM", *([str(evaluation.perceptual_metric)] if perceptual else [])]
-    ceilings = [] if exact else [f"codec {name}" for name in metrics]
+    ceilings = [f"codec {name}" for name in metrics] if ceiling else []
     silhouettes = evaluation.mean.silhouette_error is not None
     columns = (
         "scene, worst first",
         *metrics,
         *ceilings,
-        "latent error",
+        *(["latent error"] if latents else []),
         *(["silhouette error"] if silhouettes else []),
     )
 
     def line(score: SceneScore | None) -> tuple[str, ...]:
         if score is None:
             return (f"… {left_out} scenes …", *[""] * (len(columns) - 1))
-        ceiling = [] if exact else _quality_cells(score, perceptual, codec=True)
+        of_codec = _quality_cells(score, perceptual, codec=True) if ceiling else []
+        error = [f"{score.latent_error:.5f}"] if latents else []
         outline = [f"{score.silhouette_error:.4f}"] if silhouettes else []
         quality = _quality_cells(score, perceptual)
-        return (score.name, *quality, *ceiling, f"{score.latent_error:.5f}", *outline)
+        return (score.name, *quality, *of_codec, *error, *outline)
 
     part = {"held_out": "held-out views", "fit": "training views"}.get(evaluation.part, evaluation.part)
     note = f"Rendering and decoding took {1000 * evaluation.render_seconds:.1f} ms a view."
-    if not exact:
+    if ceiling:
         note += " Codec: the image encoded and decoded, which is the ceiling for renders."
     if silhouettes:
         note += " Silhouette error: mean |opacity − alpha|."
@@ -116,8 +117,13 @@ def _quality_cells(score: SceneScore, perceptual: bool, codec: bool = False) -> 
 
 
 def is_exact(score: SceneScore) -> bool:
-    """Whether the codec reproduces every image exactly, so that its own score carries no information."""
-    return score.codec_psnr >= PSNR_CAP - 0.5
+    """Whether the codec reproduces every image exactly: latents are the pixels."""
+    return score.codec_psnr is not None and score.codec_psnr >= PSNR_CAP - 0.5
+
+
+def has_ceiling(score: SceneScore) -> bool:
+    """Whether the codec bounds the quality of renders: it encodes all channels, but not exactly."""
+    return score.codec_psnr is not None and not is_exact(score)
 
 
 # Costs
@@ -264,7 +270,7 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     trained = content.evaluation_train
     cells = _quality_cells(trained.mean, perceptual)
     rows.append(("… scenes of stage 1", *cells, *empty, _milliseconds(trained)))
-    if not is_exact(scores):
+    if has_ceiling(scores):
         rows.append(("… codec alone (ceiling)", *_quality_cells(scores, perceptual, codec=True), *empty, ""))
     shown, learned = len(content.common), len(content.evaluation_new.scenes)
     note = f"Means over {shown}{f' of {learned}' if shown < learned else ''} new scenes, held-out views."

@@ -143,7 +143,7 @@ def comparison_sheet(
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
         truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
         columns = [("truth", truth)]
-        if model.codec.downsampling > 1:
+        if model.codec.downsampling > 1 and model.codec.encodes_all:
             with torch.no_grad():
                 columns.append(("codec", model.decode(model.encode(truth.to(ours.device))).cpu()))
         for loaded in (ours, *others):

@@ -6,7 +6,8 @@ Notable:
   images clamps.
 - Each parameter belongs to the encoder or to the decoder, so that a stage can train or freeze either.
 
-Other codecs: convolutional (our own), tiny (TAESD weight files), diffusers (Stable Diffusion's and others).
+Other codecs: guided and convolutional (our own), tiny (TAESD weight files), diffusers (Stable Diffusion's
+and others).
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from latentscenes.core.errors import UserError
 
+COLORS = 3
+"""Channels of a color."""
+
 
 class Codec(nn.Module, ABC):
     """An image autoencoder with c latent channels at 1/f of the image's height and width."""
@@ -28,6 +32,11 @@ class Codec(nn.Module, ABC):
     """c, latent channels."""
     downsampling: int
     """f, image pixels per latent pixel along one side."""
+    leading_colors: bool = False
+    """Whether the first 3 latent channels are 2 · color − 1, so that they can be rendered at any
+    resolution."""
+    encodes_all: bool = True
+    """Whether `encode` computes all channels, so that decoding its result is a ceiling for renders."""
 
     @abstractmethod
     def encode(
@@ -76,6 +85,7 @@ class IdentityCodec(Codec):
 
     channels = 3
     downsampling = 1
+    leading_colors = True
 
     def __init__(self):
         super().__init__()

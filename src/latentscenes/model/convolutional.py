@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from latentscenes.model.codec import Codec
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(layer.weight)
     return layer
 
@@ -33,10 +33,32 @@ class Residual(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.first, self.second = _convolution(width, width), _zeroed(_convolution(width, width))
+        self.first, self.second = convolution(width, width), zeroed(convolution(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(nn.functional.silu(self.first(nn.functional.silu(x))))
+
+
+def _widths(downsampling: int, width: int) -> list[int]:
+    """Returns the channels of a network's layers at 1/2, 1/4 and 1/8 of the image's resolution."""
+    levels = {2: 1, 4: 2, 8: 3}[downsampling]
+    return [max(min(width, 32), width >> level) for level in range(levels)][::-1]
+
+
+def decoder_network(downsampling: int, width: int, channels: int) -> nn.Sequential:
+    """Returns layers from latents to 1 − image. Zero maps to zero, and at the start all maps to zero."""
+    widths = _widths(downsampling, width)
+    layers: list[nn.Module] = [convolution(channels, width), *(Residual(width) for _ in range(3))]
+    for coarser, finer in zip(widths[:0:-1], widths[-2::-1], strict=True):
+        layers += [convolution(coarser, 4 * finer), nn.PixelShuffle(2), Residual(finer)]
+    layers += [nn.SiLU(), zeroed(convolution(widths[0], 12)), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)
+
+
+def fast_autocast(x: Tensor, wanted: bool) -> torch.autocast:
+    """Lets layers compute in bfloat16 if `wanted`, on hardware that is faster at it."""
+    fast = x.is_cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=wanted and fast)
 
 
 class ConvolutionalCodec(Codec):
@@ -47,20 +69,13 @@ class ConvolutionalCodec(Codec):
         super().__init__()
         self.downsampling, self.channels = downsampling, channels
         self.bfloat16 = bfloat16
-        levels = {2: 1, 4: 2, 8: 3}[downsampling]
-        widths = [max(min(width, 32), width >> level) for level in range(levels)][::-1]  # finest first
-
-        encoder: list[nn.Module] = [nn.PixelUnshuffle(2), _convolution(12, widths[0])]
+        widths = _widths(downsampling, width)
+        encoder: list[nn.Module] = [nn.PixelUnshuffle(2), convolution(12, widths[0])]
         for finer, coarser in zip(widths, widths[1:], strict=False):
-            encoder += [Residual(finer), _convolution(finer, coarser, stride=2)]
-        encoder += [Residual(width), Residual(width), nn.SiLU(), _zeroed(_convolution(width, channels))]
+            encoder += [Residual(finer), convolution(finer, coarser, stride=2)]
+        encoder += [Residual(width), Residual(width), nn.SiLU(), zeroed(convolution(width, channels))]
         self.encoder = nn.Sequential(*encoder)
-
-        decoder: list[nn.Module] = [_convolution(channels, width), *(Residual(width) for _ in range(3))]
-        for coarser, finer in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            decoder += [_convolution(coarser, 4 * finer), nn.PixelShuffle(2), Residual(finer)]
-        decoder += [nn.SiLU(), _zeroed(_convolution(widths[0], 12)), nn.PixelShuffle(2)]
-        self.decoder = nn.Sequential(*decoder)
+        self.decoder = decoder_network(downsampling, width, channels)
 
         basis = torch.linalg.qr(torch.randn(3 * downsampling**2, channels))[0]
         self.analysis = nn.Parameter(basis.t().contiguous()[:, :, None, None])
@@ -83,12 +98,6 @@ class ConvolutionalCodec(Codec):
         self.synthesis.copy_(largest.float()[:, :, None, None])
         self.analysis.copy_(largest.t().float()[:, :, None, None])
 
-    def _autocast(self, x: Tensor) -> torch.autocast:
-        fast = (
-            x.is_cuda or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and fast)
-
     def encode(
         self, images: Float[Tensor, "n 3 H W"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "n c h w"]:
@@ -96,7 +105,7 @@ class ConvolutionalCodec(Codec):
         linear = nn.functional.conv2d(
             nn.functional.pixel_unshuffle(ink, self.downsampling), self.analysis * self.scale
         )
-        with self._autocast(ink):
+        with fast_autocast(ink, self.bfloat16):
             return linear + self.encoder(ink).float() * self.scale
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
@@ -104,7 +113,7 @@ class ConvolutionalCodec(Codec):
         linear = nn.functional.pixel_shuffle(
             nn.functional.conv2d(latents, self.synthesis / self.scale), self.downsampling
         )
-        with self._autocast(latents):
+        with fast_autocast(latents, self.bfloat16):
             return 1 - linear - self.decoder(latents / (self.scale * self.downsampling)).float()
 
     def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:

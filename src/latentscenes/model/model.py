@@ -198,6 +198,13 @@ def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
         if config.path and pretrained:
             _load_from_run(codec, Path(config.path))
         return codec
+    if config.kind == "guided":
+        from latentscenes.model.guided import GuidedCodec
+
+        codec = GuidedCodec(config.downsampling, config.channels, config.width, config.bfloat16)
+        if config.path and pretrained:
+            _load_from_run(codec, Path(config.path))
+        return codec
     if config.kind == "identity":
         from latentscenes.model.codec import IdentityCodec
 

@@ -15,6 +15,7 @@ from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import StageConfig
 from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene
+from latentscenes.model.codec import COLORS
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.training.losses import Batch, at_pixels, needs_images
@@ -45,7 +46,7 @@ class BatchSource:
         self._slot = torch.full((len(images.rgb),), -1)  # rank of each fitted view among all fitted views
         self._slot[every] = torch.arange(len(every))
         self.focus = ErrorGuidedSampling(len(every), stage.focus, self.device) if stage.focus else None
-        self.images_needed = needs_images(stage.losses)
+        self.images_needed = needs_images(stage.losses) or stage.losses.color and not stage.rays
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         only_latents = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
         self._latents = None
@@ -55,7 +56,11 @@ class BatchSource:
         elif frozen and model.normalizer.untouched:
             chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
             self._settle(chunks[:: 1 + len(chunks) // model.normalizer.window])
-        self._background = model.background(*images.size) if frozen else None
+        self._pixelwise = bool(stage.rays and stage.losses.color)
+        self._size = images.size
+        if self._pixelwise:  # as many rays as pixels, though a codec has fewer latents
+            self._size = tuple(side * model.codec.downsampling for side in images.size)
+        self._background = model.background(*self._size) if frozen else None
         self.steps_per_epoch = len(self._order(0))
         self._epoch: tuple[int, list] = (-1, [])
 
@@ -127,23 +132,35 @@ class BatchSource:
         index = torch.cat(chunks)
         background = self._background
         if background is None:
-            background = self.model.background(*self.images.size)
+            background = self.model.background(*self._size)
         cameras = self.images.cameras[index].to(self.device)
 
         # Rays
-        views = self._slot[index].to(self.device) if self.focus else None
-        pixels, cells = None, None
-        if self.stage.rays:
+        stage, views = self.stage, self._slot[index].to(self.device) if self.focus else None
+        pixels, cells, grid = None, None, None
+        if stage.rays:
             pixels, cells = self._pixels(cameras, *background.shape[1:], step, views)
+        elif stage.crop:
+            pixels, cells, grid = self._crops(cameras, *background.shape[1:], step, views)
 
         # Targets
-        latents = self._targets(index, pixels) if self._frozen and self.stage.losses.latent else None
-        missing = latents is None and bool(self.stage.losses.latent)
-        images = self._images(index) if self.images_needed or missing else None
-        behind = None
-        if self.stage.random_background and self.images.alpha is not None:
-            latents, behind = self._recolored(latents, background, index, pixels, step)
-        return Batch(torch.tensor(scenes), cameras, background, images, latents, pixels, views, cells, behind)
+        images = latents = colors = behind = None
+        if self._frozen and stage.losses.latent:
+            latents = self._targets(index, pixels)
+        if self._pixelwise:
+            colors = self._colors(index, pixels)
+        if self.images_needed or latents is None and stage.losses.latent:
+            images = self._images(index) if grid is None else self._cropped(index, pixels, grid)
+        if stage.random_background and self.images.alpha is not None:
+            behind, change = self._recoloring(background, index, pixels, step)
+            if self._pixelwise:
+                colors = colors + change
+            else:
+                latents = latents + change
+        return Batch(
+            torch.tensor(scenes), cameras, background, images, latents, pixels, grid, colors, views, cells,
+            behind,
+        )  # fmt: skip
 
     def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:
         """Updates the error map of error-guided sampling from the errors of a batch's rays."""
@@ -166,27 +183,73 @@ class BatchSource:
         left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
         return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long(), cells
 
-    def _recolored(
+    def _crops(
+        self, cameras: Cameras, height: int, width: int, step: int, views: Int[Tensor, "v"] | None
+    ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None, tuple[int, int]]:
+        """Draws a square of each view inside the rectangle around the scene box, or over it where that is
+        smaller. Returns its pixels, their cells with error-guided sampling, and its rows and columns."""
+        generator = seeded("cpu", self.seed, self.stage.name, "crops", step)
+        x, y = torch.rand(2, len(cameras), 1, generator=generator).to(self.device)
+        if self.focus:
+            u = torch.rand(len(cameras), 1, generator=generator).to(self.device)
+            x, y, _ = self.focus.draw(views, x, y, u)
+        grid = (min(self.stage.crop, height), min(self.stage.crop, width))
+        left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
+
+        def placed(low: Tensor, high: Tensor, place: Tensor, side: int, most: int) -> Tensor:
+            middle = low + place * (high - low)
+            least = low.minimum((low + high - side) / 2)
+            start = (middle - side / 2).maximum(least).minimum((high - side).maximum(least))
+            return start.round().long().clamp(0, most - side) + torch.arange(side, device=low.device)
+
+        rows = placed(top, bottom, y, grid[0], height)
+        columns = placed(left, right, x, grid[1], width)
+        pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+        if not self.focus:
+            return pixels, None, grid
+        down, across = (
+            ((places + 0.5 - low) / (high - low) * SIDE).long().clamp(0, SIDE - 1)
+            for places, low, high in ((rows, top, bottom), (columns, left, right))
+        )
+        return pixels, (down[:, :, None] * SIDE + across[:, None, :]).flatten(1), grid
+
+    def _cropped(
+        self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"], grid: tuple[int, int]
+    ) -> Float[Tensor, "v 3 H W"]:
+        """Returns the part of images that the latents of a crop stand for."""
+        step, width = self.model.codec.downsampling, self.images.size[1]
+        first = pixels[:, :1].cpu()
+        top, left = first // (width // step) * step, first % (width // step) * step
+        rows = top + torch.arange(grid[0] * step)
+        columns = left + torch.arange(grid[1] * step)
+        found = self.images.pixels(index, (rows[:, :, None] * width + columns[:, None, :]).flatten(1))
+        sides = (grid[0] * step, grid[1] * step)
+        return found.to(self.device).float().div(255).transpose(1, 2).unflatten(2, sides).contiguous()
+
+    def _colors(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"]) -> Float[Tensor, "v p 3"]:
+        """Returns 2 · color − 1 of some pixels of images."""
+        return 2 * (self.images.pixels(index, pixels.cpu()).to(self.device).float() / 255) - 1
+
+    def _recoloring(
         self,
-        latents: Float[Tensor, "v p c"],
         background: Float[Tensor, "c h w"],
         index: Int[Tensor, "v"],
         pixels: Int[Tensor, "v p"],
         step: int,
-    ) -> tuple[Float[Tensor, "v p c"], Float[Tensor, "v p c"]]:
-        """Puts random colors, uniform in (−1, 1), behind some rays. Returns the targets over them, and the
-        colors.
+    ) -> tuple[Float[Tensor, "v p c"], Float[Tensor, "v p 3"]]:
+        """Puts random colors, uniform in (−1, 1), behind some rays. Returns what is behind the rays, and by
+        how much the colors of their pixels change.
 
-        Stored images are over white: c + (1 − α). The identity codec is linear, so the background can be
-        replaced.
+        Stored images are over white: c + (1 − α). So the background can be replaced.
         """
         generator = seeded("cpu", self.seed, self.stage.name, "behind", step)
-        white = background.flatten(1).t()[pixels]
+        behind = background.flatten(1).t()[pixels]
+        white = behind[..., :COLORS]
         colors = 2 * torch.rand(white.shape, generator=generator).to(self.device) - 1
         chosen = torch.rand(pixels.shape, generator=generator).to(self.device) < self.stage.random_background
-        behind = torch.where(chosen[..., None], colors, white)
+        seen = torch.where(chosen[..., None], colors, white)
         clear = 1 - self.images.pixel_alpha(index, pixels.cpu()).to(self.device).float()[..., None] / 255
-        return latents + clear * (behind - white), behind
+        return torch.cat([seen, behind[..., COLORS:]], -1), clear * (seen - white)
 
     @torch.no_grad()
     def _targets(self, index: Int[Tensor, "v"], pixels: Int[Tensor, "v p"] | None) -> Float[Tensor, "v p c"]:

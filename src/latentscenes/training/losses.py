@@ -1,6 +1,7 @@
 """The objective: a weighted sum of mean squared errors. x are images, E and D the codec, z̃ rendered latents.
 
     latent        ‖E(x) − z̃‖²            both normalized
+    color         ‖x↓ − z̃_rgb‖²           the first 3 channels, where they are colors
     rgb           ‖x − D(z̃)‖²
     autoencoder   ‖x − D(E(x))‖²
     equivariance  ‖τ(x) − D(τ(E(x)))‖²    τ: a random rotation, zoom and mirror of the image plane
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import LossWeights
+from latentscenes.model.codec import COLORS
 from latentscenes.model.model import Model
 from latentscenes.rendering.field import FusedPlanes
 from latentscenes.rendering.kernels import native
@@ -35,11 +37,16 @@ class Batch:
     cameras: Cameras
     background: Float[Tensor, "c h w"]
     images: Float[Tensor, "v 3 H W"] | None
-    """In [0, 1]. None if no term needs images."""
+    """In [0, 1], whole or cropped. None if no term needs images."""
     latents: Float[Tensor, "v p c"] | None
     """Normalized, of the rays' pixels. None if the encoder learns or no term needs latents."""
     pixels: Int[Tensor, "v p"] | None
-    """Latent pixels whose rays are rendered. None: all."""
+    """Pixels of the background whose rays are rendered. None: all."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the crop that the rays of a view form. None: whole views, or scattered rays."""
+    colors: Float[Tensor, "v p 3"] | None = None
+    """Target of rendered colors, 2 · color − 1, where rays are scattered. None: `images`, as coarse as the
+    grid."""
     views: Int[Tensor, "v"] | None = None
     """Rows of the views in the error map of error-guided sampling, None without it."""
     cells: Int[Tensor, "v p"] | None = None
@@ -53,14 +60,15 @@ def needs_images(weights: LossWeights) -> bool:
 
 
 def needs_render(weights: LossWeights) -> bool:
-    return any((weights.latent, weights.rgb, weights.depth_tv, weights.preview))
+    return any((weights.latent, weights.color, weights.rgb, weights.depth_tv, weights.preview))
 
 
 def terms(
     model: Model, planes: FusedPlanes | None, batch: Batch, weights: LossWeights, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Float[Tensor, "v p"] | None]:
     """Computes every term that has a weight. Returns unweighted terms by their names in LossWeights, and the
-    mean squared error of each ray if there is a latent term. Planes may be None if no term needs a render."""
+    mean squared error of each ray in the last of the terms latent, color and rgb. Planes may be None if no
+    term needs a render."""
     found: dict[str, Tensor] = {}
     errors = None
     decoded: list[Tensor] = []
@@ -84,19 +92,25 @@ def terms(
     # Renders against their targets
     if needs_render(weights):
         view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, batch.behind)
-        height, width = batch.background.shape[1:]
+        grid = batch.grid or tuple(batch.background.shape[1:])
+        pixels = None if batch.grid else batch.pixels  # images are cropped as the grid is
         if weights.latent:
-            target = at_pixels(encoded, batch.pixels) if cached is None else cached
+            target = at_pixels(encoded, pixels) if cached is None else cached
             errors = (view.latents - target).square().mean(-1)
             found["latent"] = errors.mean()
+        if weights.color:
+            target = at_pixels(_coarser(images, grid)) if batch.colors is None else batch.colors
+            errors = (view.latents[..., :COLORS] - target).square().mean(-1)
+            found["color"] = errors.mean()
         if weights.rgb:
-            decoded.append(model.decode(view.image(height, width)))
-            found["rgb"] = mean_square(decoded[-1] - images)
+            decoded.append(model.decode(view.image(*grid)))
+            squares = (decoded[-1] - images).square()
+            errors = at_pixels(nn.functional.interpolate(squares.detach(), size=grid, mode="area")).mean(-1)
+            found["rgb"] = squares.mean()
         if weights.preview:
-            small = nn.functional.interpolate(images, size=(height, width), mode="area")
-            found["preview"] = mean_square(view.preview - at_pixels(2 * small - 1, batch.pixels))
+            found["preview"] = mean_square(view.preview - at_pixels(_coarser(images, grid), pixels))
         if weights.depth_tv:
-            depth = view.depth.unflatten(1, (height, width))
+            depth = view.depth.unflatten(1, grid)
             found["depth_tv"] = mean_square(depth.diff(dim=1)) + mean_square(depth.diff(dim=2))
 
     # Edges and smoothness
@@ -106,6 +120,11 @@ def terms(
         part = planes.texels if planes.own is None else planes.own
         found["tv"] = total_variation(part) * (part.shape[-1] / planes.texels.shape[-1])
     return found, errors if errors is None else errors.detach()
+
+
+def _coarser(images: Float[Tensor, "v 3 H W"], size: tuple[int, int]) -> Float[Tensor, "v 3 h w"]:
+    """Returns 2 · color − 1 of images at another size, each pixel the mean of its area."""
+    return 2 * nn.functional.interpolate(images, size=size, mode="area") - 1
 
 
 def at_pixels(
