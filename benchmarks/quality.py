@@ -41,8 +41,10 @@ class Point:
     """A training with some number of epochs."""
 
     epochs: int
-    seconds: float
+    cpu_seconds: float
     """Per scene."""
+    seconds: float
+    """Per scene, by the clock."""
     psnr: float
     ssim: float
 
@@ -74,7 +76,7 @@ def time_to_quality(
     for name, points in curves.items():
         for point in points:
             score = f"{point.psnr:.2f} dB, SSIM {point.ssim:.4f}"
-            result.add(f"{name}, {point.epochs} epochs", f"{point.seconds:.2f} s", score)
+            result.add(f"{name}, {point.epochs} epochs", f"{point.cpu_seconds:.2f} CPU s", score)
             result.figures |= {
                 f"{name}.{point.epochs}.{key}": value for key, value in dataclasses.asdict(point).items()
             }
@@ -117,8 +119,9 @@ def lengthened(config: Config, part: str, epochs: int) -> Config:
 
 def _point(learned: StoredScenes, views: PosedImages, epochs: int) -> Point:
     score = evaluate_stored(learned, views).mean
-    point = Point(epochs, learned.seconds / len(learned.names), score.psnr, score.ssim)
-    console.print(f"{epochs} epochs: {point.seconds:.2f} s a scene, {point.psnr:.2f} dB", highlight=False)
+    spent = learned.spent.times(1 / len(learned.names))
+    point = Point(epochs, spent.cpu, spent.wall, score.psnr, score.ssim)
+    console.print(f"{epochs} epochs: {spent} a scene, {point.psnr:.2f} dB", highlight=False)
     return point
 
 
@@ -126,7 +129,7 @@ def nearly(points: list[Point], level: float) -> Point | None:
     """The fastest training within NEAR of a PSNR level; None if there is none."""
     return min(
         (point for point in points if point.psnr >= level - NEAR),
-        key=lambda point: point.seconds,
+        key=lambda point: point.cpu_seconds,
         default=None,
     )
 
@@ -137,18 +140,20 @@ def _conclude(result: Result, curves: dict[str, list[Point]]) -> None:
     for name, point in near.items():
         result.add(
             f"{name}: within {NEAR} dB of its converged {best[name]:.2f} dB",
-            f"{point.seconds:.2f} s",
+            f"{point.cpu_seconds:.2f} CPU s",
             f"{point.epochs} epochs",
         )
-    result.figures["speedup to own convergence"] = near["RGB"].seconds / near["ours"].seconds
-    result.add("RGB's time over ours, each to its own", f"{near['RGB'].seconds / near['ours'].seconds:.1f}x")
+    result.figures["speedup to own convergence"] = near["RGB"].cpu_seconds / near["ours"].cpu_seconds
+    result.add(
+        "RGB's time over ours, each to its own", f"{near['RGB'].cpu_seconds / near['ours'].cpu_seconds:.1f}x"
+    )
     same = nearly(curves["ours"], best["RGB"])
     if same:
-        result.figures["speedup at RGB's quality"] = near["RGB"].seconds / same.seconds
+        result.figures["speedup at RGB's quality"] = near["RGB"].cpu_seconds / same.cpu_seconds
         result.add(
             "RGB's time over ours, both to RGB's level",
-            f"{near['RGB'].seconds / same.seconds:.1f}x",
-            f"ours takes {same.seconds:.2f} s",
+            f"{near['RGB'].cpu_seconds / same.cpu_seconds:.1f}x",
+            f"ours takes {same.cpu_seconds:.2f} CPU s",
         )
     else:
         result.add("ours does not reach RGB's level", "", f"{best['ours']:.2f} against {best['RGB']:.2f} dB")

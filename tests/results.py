@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from latentscenes.core import config as configuration
+from latentscenes.core.console import Spent
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate
 from latentscenes.evaluation.tables import Comparison
@@ -29,7 +30,10 @@ def made_run(
     names = [stage.name for stage in stages]
     rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(1))
     run.save(
-        Model(settings, views.box), rows, {}, Position(len(stages), 0, 30, {name: 4.5 for name in names})
+        Model(settings, views.box),
+        rows,
+        {},
+        Position(len(stages), 0, 30, dict.fromkeys(names, 4.5), dict.fromkeys(names, 2.5)),
     )
     for number, name in enumerate(names):
         for line in made_curve(name, 30 * number):
@@ -51,8 +55,9 @@ def made_library(path: Path, run: Run, settings: configuration.Config, views: Po
     library = library_from_run(path, run, views, settings, "int8", True, "cpu")
     scenes, model = views.select("new"), library.model()
     rows = random_parameters(len(scenes), settings.planes, torch.Generator().manual_seed(2))
+    origin = Provenance("exploit", "new", Spent(4.5, 2.5))
     library.append([
-        new_scene(model, one, library.info.view, views, scene, "int8", Provenance("exploit", "new", 4.5))
+        new_scene(model, one, library.info.view, views, scene, "int8", origin)
         for one, scene in zip(rows.one_by_one(), scenes, strict=True)
     ])  # fmt: skip
     lines = [line for stage in settings.exploit for line in made_curve(stage.name)]

@@ -149,10 +149,10 @@ def test_cases_run_in_order_with_their_threads(tmp_path, monkeypatch):
 
 def test_the_fastest_training_near_the_level_counts():
     points = [
-        Point(10, 1.0, 25.0, 0.9),
-        Point(40, 4.0, 29.8, 0.9),
-        Point(20, 2.0, 29.75, 0.9),
-        Point(80, 8.0, 30.0, 0.9),
+        Point(10, 1.0, 1.0, 25.0, 0.9),
+        Point(40, 4.0, 1.5, 29.8, 0.9),  # on more cores
+        Point(20, 2.0, 2.0, 29.75, 0.9),
+        Point(80, 8.0, 8.0, 30.0, 0.9),
     ]
     assert nearly(points, 30.0).epochs == 20
     assert nearly(points, 31.0) is None

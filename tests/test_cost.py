@@ -8,6 +8,7 @@ import torch
 from results import made_library, made_run
 
 from latentscenes.core import config, config_io
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import MIB, MemoryCost, TimeCost
@@ -57,12 +58,26 @@ def test_published_memory():
 
 def test_published_time():
     """Scaled-IG: 2.23 min per scene against 16.02 at N = 1000 is −86 %, for any share of stage 1."""
-    ours, rgb = TimeCost(1000.0, 500, 1.23), TimeCost(0.0, 0, 16.02)
-    assert round(cost.saving(ours.per_scene(1000), rgb.per_scene(1000))) == -86
-    assert ours.per_scene_counting(1000) == pytest.approx((1000 + 500 * 1.23) / 1000)
-    assert ours.per_scene_counting(100) == pytest.approx(10)  # all of them are in stage 1
+    ours, rgb = time_cost(1000.0, 500, 1.23), time_cost(0.0, 0, 16.02)
+    assert round(cost.saving(ours.per_scene(1000).cpu, rgb.per_scene(1000).cpu)) == -86
+    assert ours.per_scene_counting(1000).cpu == pytest.approx((1000 + 500 * 1.23) / 1000)
+    assert ours.per_scene_counting(100).cpu == pytest.approx(10)  # all of them are in stage 1
     assert cost.time_break_even(ours, rgb) == pytest.approx(1000 / (16.02 - 1.23))
-    assert TimeCost(10.0, 5, None).per_scene(7) is None
+    assert TimeCost(Spent(10.0, 10.0), 5, None).per_scene(7) is None
+
+
+def time_cost(stage_one: float, scenes: int, scene: float) -> TimeCost:
+    """CPU times, with the wall times of a machine that is busy in stage 2."""
+    return TimeCost(Spent(stage_one, stage_one), scenes, Spent(10 * scene, scene))
+
+
+def test_times_compare_by_cpu_where_both_sides_know_it():
+    ours, rgb = time_cost(100.0, 10, 2.0), time_cost(0.0, 0, 4.0)
+    assert cost.clock(ours, rgb) == "cpu" and cost.time_break_even(ours, rgb) == 100 / 2
+    old = dataclasses.replace(rgb, scene=Spent(40.0, None))
+    assert cost.clock(ours, old) == "wall" and cost.time_break_even(ours, old) == 100 / 20
+    assert ours.per_scene(100) == Spent(1.0 + 20.0, 1.0 + 2.0)
+    assert old.per_scene(100) == Spent(40.0, None)
 
 
 def test_break_even_is_where_the_costs_meet():
@@ -96,7 +111,7 @@ def test_memory_equals_that_of_a_real_model(change, solids):
 def test_account_of_runs(tmp_path, tiny, solids):
     train = made_run(tmp_path / "train", tiny, solids, "train")
     stage_one = cost.account_learned(SceneSet.of_run(train))
-    assert stage_one.time == TimeCost(13.5, 4, None)
+    assert stage_one.time == TimeCost(Spent(13.5, 7.5), 4, None)
     assert stage_one.memory == cost.account(tiny).memory
     shared, scene = stage_one.stored
     assert (
@@ -105,20 +120,20 @@ def test_account_of_runs(tmp_path, tiny, solids):
     )
     made_library(tmp_path / "library", train, tiny, solids)
     ours = cost.account_learned(SceneSet.open(tmp_path / "library"))
-    assert ours.time == TimeCost(13.5, 4, 4.5) and ours.time.per_scene(10) == 1.35 + 4.5
+    assert ours.time == TimeCost(Spent(13.5, 7.5), 4, Spent(4.5, 2.5))
+    assert ours.time.per_scene(10) == Spent(1.35 + 4.5, 0.75 + 2.5)
     assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
-    assert cost.account_learned(SceneSet.open(tmp_path / "library", split="train")).time == TimeCost(
-        13.5, 4, None
-    )
+    old = cost.account_learned(SceneSet.open(tmp_path / "library", split="train"))
+    assert old.time == TimeCost(Spent(13.5, 7.5), 4, None)
 
     plain = dataclasses.replace(
         tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0)
     )
     rgb = made_run(tmp_path / "rgb", plain, solids, "new")
-    assert cost.account_learned(SceneSet.of_run(rgb)).time == TimeCost(0.0, 0, 13.5 / 2)
-    empty = Run.create(tmp_path / "empty", tiny, train.info)
-    with pytest.raises(UserError, match="nothing has been learned"):
-        cost.account_learned(SceneSet.of_run(empty))
+    assert cost.account_learned(SceneSet.of_run(rgb)).time == TimeCost(Spent(0.0, 0.0), 0, Spent(6.75, 3.75))
+    begun = Run.create(tmp_path / "begun", tiny, train.info)
+    with pytest.raises(UserError, match="not finished.*The command that began it continues it: .+"):
+        cost.account_learned(SceneSet.of_run(begun))
 
 
 def test_unknown_codec_is_refused():

@@ -54,3 +54,5 @@ def test_libraries_grow(kept):
     index = views.select("new")[0].views("all")
     library.add("again", views.rgb[index], views.cameras[index])
     assert library.names[-1] == "again" and library.verify() == []
+    *old, new = (info.cpu_seconds for info in library.infos())  # the first change adds them to the index
+    assert old == [None] * 5 and new > 0

@@ -480,7 +480,7 @@ def test_eval_cost_and_render_read_libraries(library, call, tmp_path):
         and (library.path / "evaluation.json").exists()
     )
     status, out, _ = call("cost", "--run", library.path)
-    assert status == 0 and "as stored" in out and "Stage 1 took 13.5 s for 4 scenes" in out
+    assert status == 0 and "as stored" in out and "Stage 1 took 7.50 s CPU, 13.5 s wall for 4 scenes" in out
     status, _, _ = call(
         "render",
         "--run",

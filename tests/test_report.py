@@ -25,7 +25,7 @@ def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: floa
         for k in range(count)
     ]
     kind = "ST-LPIPS" if perceptual else None
-    return Evaluation("data", "held_out", 4 * count, kind, 0.0123, scores, mean_score(scores))
+    return Evaluation("data", "held_out", 4 * count, kind, 0.0123, scores, mean_score(scores), 0.0456)
 
 
 def test_units():
@@ -38,7 +38,7 @@ def test_units():
     ]
     assert bytes_text(3 * 2**30) == "3.00 GiB"
     assert [seconds_text(s) for s in (0.0123, 5.0, 133.8, 9000.0, None)] == [
-        "0.012 s",
+        "12.3 ms",
         "5.00 s",
         "2.23 min",
         "2.50 h",
@@ -81,7 +81,7 @@ def test_scores_show_the_worst_first():
         and many.rows[8][0] == "… 88 scenes …"
         and many.rows[12][0] == "scene99"
     )
-    assert "12.3 ms" in many.note
+    assert "a view took 45.6 ms CPU, 12.3 ms wall." in many.note
 
 
 def test_scores_without_perceptual_or_codec():
@@ -91,7 +91,7 @@ def test_scores_without_perceptual_or_codec():
 
 def test_print_scores(capsys):
     print_scores(made_evaluation(2))
-    assert "ST-LPIPS" in (out := capsys.readouterr().out) and "scene1" in out and "12.3 ms a view" in out
+    assert "ST-LPIPS" in (out := capsys.readouterr().out) and "scene1" in out and "12.3 ms wall" in out
 
 
 def test_print_cost_of_the_published_setting(capsys):
@@ -122,8 +122,8 @@ def test_print_cost_of_runs(content, capsys):
     assert (
         "counting" in out
         and "as stored" in out
-        and "Stage 1 took 13.5 s for 4 scenes (3.38 s each)." in out
-        and "One new scene took 4.50 s." in out
+        and "Stage 1 took 7.50 s CPU, 13.5 s wall for 4 scenes (each 1.88 s CPU, 3.38 s wall)." in out
+        and "One new scene took 2.50 s CPU, 4.50 s wall." in out
     )
     print_cost(content.train.path, None, "rgb", ("planes.bases=7",))
     assert "is known once" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A run that is stopped anywhere, by any signal, ends exactly like one that is not stopped."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.storage import run as run_module
 from latentscenes.storage.run import Run
@@ -36,13 +38,16 @@ def learn_all(config, solids, folder):
     return parent, exploit(folder / "new", solids, config, parent, ExploitOptions(precision="float32"), CPU)
 
 
+def without_times(lines):
+    times = ("time", "seconds", "cpu_seconds")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
 def assert_same_library(a, b):
     assert a.index.names() == b.index.names() and a.checksums == b.checksums
     for name in a.index.names():
         assert a.index.place(name) == b.index.place(name)  # checksums among them
-    assert [{k: v for k, v in line.items() if k != "time"} for line in a.metrics()] == [
-        {k: v for k, v in line.items() if k != "time"} for line in b.metrics()
-    ]
+    assert without_times(a.metrics()) == without_times(b.metrics())
 
 
 def assert_same_run(a, b):
@@ -54,11 +59,9 @@ def assert_same_run(a, b):
         assert set(mine) == set(other)
         for name, value in mine.items():
             assert torch.equal(value, other[name]), name
-    without_time = [
-        [{k: v for k, v in line.items() if k != "time"} for line in run.metrics()] for run in (a, b)
-    ]
-    assert without_time[0] == without_time[1] and without_time[0]
-    assert dataclasses.replace(a.position, seconds={}) == dataclasses.replace(b.position, seconds={})
+    assert without_times(a.metrics()) == without_times(b.metrics()) != []
+    spent = {"seconds": {}, "cpu_seconds": {}}
+    assert dataclasses.replace(a.position, **spent) == dataclasses.replace(b.position, **spent)
 
 
 class Crash(Exception):
@@ -228,6 +231,50 @@ def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeyp
     assert_same_run(
         train(tiny, solids, tmp_path / "whole", device=CPU), train(tiny, solids, tmp_path / "run", device=CPU)
     )
+
+
+def test_times_add_up_over_stops(solids, tiny, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny, train=tiny.train[:1])
+    clock = itertools.count(0.0)
+    monkeypatch.setattr(Spent, "so_far", lambda: Spent(tick := next(clock), 3.0 * tick))  # three busy threads
+    true_terms, calls = loop.terms, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true_terms(*arguments)
+
+    monkeypatch.setattr(loop, "terms", interrupted)
+    with pytest.raises(loop.Interrupted):
+        train(config, solids, tmp_path / "run", device=CPU)
+    assert Run.open(tmp_path / "run").spent == Spent(4.0, 12.0)  # a reading at the start, one after each step
+    run = train(config, solids, tmp_path / "run", device=CPU)
+    assert run.spent == Spent(4.0 + 3.0, 12.0 + 9.0)  # two steps, and the end of the stage
+    last = run.metrics()[-1]
+    assert (last["step"], last["seconds"], last["cpu_seconds"]) == (6, 6.0, 18.0)
+
+
+def test_a_stage_that_an_earlier_version_began_has_no_cpu_time(solids, tiny, tmp_path, monkeypatch):
+    true_terms, calls = loop.terms, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 9:  # in the second stage
+            os.kill(os.getpid(), signal.SIGINT)
+        return true_terms(*arguments)
+
+    monkeypatch.setattr(loop, "terms", interrupted)
+    with pytest.raises(loop.Interrupted):
+        train(tiny, solids, tmp_path / "run", device=CPU)
+    state = tmp_path / "run" / "checkpoints" / "9" / "state.json"
+    known = json.loads(state.read_text())
+    assert set(known.pop("cpu_seconds")) == {"codec", "scenes"}
+    state.write_text(json.dumps(known))  # as written by a version without CPU times
+    run = train(tiny, solids, tmp_path / "run", device=CPU)
+    times = {stage: run.position.spent(stage) for stage in run.position.seconds}
+    assert times["codec"].cpu is None and times["scenes"].cpu is None and times["joint"].cpu > 0
+    assert run.spent.cpu is None and run.spent.wall > 0 and str(run.spent).startswith("– CPU, ")
 
 
 def test_a_folder_holds_one_run(solids, tiny, tmp_path):

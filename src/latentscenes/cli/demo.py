@@ -1,7 +1,6 @@
 """The whole pipeline on procedural cars: data, stage 1, stage 2, the same new cars with the pretrained model
 and as RGB tri-planes, and a report."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from latentscenes.cli.common import say
 from latentscenes.core import config_io
 from latentscenes.core.config import ExploitOptions
-from latentscenes.core.console import console
+from latentscenes.core.console import Spent, console
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars
@@ -27,7 +26,7 @@ TRAIN_CARS, NEW_CARS = 24, 8
 def run_demo(out: Path, device: torch.device) -> None:
     """Makes cars, learns them, learns new cars, compares them with RGB tri-planes and writes a report. Keeps
     everything in `out` and skips the parts that are already there."""
-    begun = time.monotonic()
+    begun = Spent.so_far()
     _announce(f"Making {TRAIN_CARS + NEW_CARS} cars")
     cars = out / "cars"
     if not cars.exists():
@@ -60,7 +59,7 @@ def run_demo(out: Path, device: torch.device) -> None:
     )  # fmt: skip
     report = write_report(out / "report.html", content)
     print_summary(content)
-    say(f"\n{report}: open it in a browser. The demo took {(time.monotonic() - begun) / 60:.1f} minutes.")
+    say(f"\n{report}: open it in a browser. The demo took {Spent.so_far() - begun}.")
 
 
 def _announce(text: str) -> None:

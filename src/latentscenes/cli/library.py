@@ -49,7 +49,8 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         return
     rows = [
         (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr),
-         _decibels(info.psnr_lost, 3), seconds_text(info.seconds), info.added[:10])
+         _decibels(info.psnr_lost, 3), seconds_text(info.cpu_seconds), seconds_text(info.seconds),
+         info.added[:10])
         for info in shown
     ]  # fmt: skip
     known = [info.psnr for info in infos if info.psnr is not None]
@@ -59,7 +60,7 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         note += f"; mean {sum(known) / len(known):.2f} dB"
     if len(shown) < len(infos):
         note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
-    columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "learned in", "added")
+    columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
     if len(rows) <= MANY:
         _print(Table(str(library), columns, tuple(rows), (), note))
         return
@@ -77,13 +78,13 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         library: its folder.
         scene: name of a scene.
     """
-    from latentscenes.core.console import bytes_text, seconds_text
+    from latentscenes.core.console import Spent, bytes_text
     from latentscenes.storage.index import SHARED, check_model_file, read_description
 
     if scene is not None:
         index = _index(library, [scene])
         for key, value in asdict(index.info(scene)).items():
-            print(f"{key:10} {value}")
+            print(f"{key:11} {value}")
         return
     infos, about = _index(library).infos(), read_description(library)
     shared = library / "model" / SHARED
@@ -93,14 +94,14 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     }
     origins = ", ".join(f"{count} from {origin}" for origin, count in counts.items() if count)
     height, width = about["view"]["size"]
-    duration = seconds_text(about["parent_seconds"])
+    spent = Spent(about["parent_seconds"], about.get("parent_cpu_seconds"))
     facts = {
         "scenes": f"{len(infos)} ({origins})",
         "scenes' bytes": bytes_text(sum(info.bytes for info in infos)),
         "shared bytes": bytes_text(shared.stat().st_size),
         "precision": about["precision"],
         "image size": f"{width}x{height}",
-        "made from": f"{about['parent']}: {about['parent_scenes']} scenes, {duration}",
+        "made from": f"{about['parent']}: {about['parent_scenes']} scenes, {spent}",
         "finetuned from": about.get("finetuned_from"),
         "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
     }

@@ -59,7 +59,7 @@ def train(
 
     views = PosedImages.open(data)
     run = run_training(settings, views, out, split=split, limit=limit, device=device, track=track)
-    learned = f"{len(run.info.scenes)} scenes learned in {run.seconds:.0f} s"
+    learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
     say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
 
 

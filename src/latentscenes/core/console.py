@@ -1,4 +1,4 @@
-"""Terminal output: the console, progress bars, tables, and numbers with three digits."""
+"""Terminal output: the console, progress bars, tables, times, and numbers with three digits."""
 
 import html
 import math
@@ -91,6 +91,36 @@ class StageProgress:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Time that some work took, in seconds."""
+
+    wall: float
+    """By the clock. On a busy machine, it says little about the work."""
+    cpu: float | None
+    """Of the processor: over all threads of the process that did the work. None where an earlier version did
+    the work, which did not record it."""
+
+    @classmethod
+    def so_far(cls) -> "Spent":
+        """Reads both clocks of this process. Only the difference of two readings means anything."""
+        return cls(time.monotonic(), time.process_time())
+
+    def __add__(self, other: "Spent") -> "Spent":
+        unknown = self.cpu is None or other.cpu is None
+        return Spent(self.wall + other.wall, None if unknown else self.cpu + other.cpu)
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return self + other.times(-1)
+
+    def times(self, factor: float | int) -> "Spent":
+        """Returns the time of `factor` such works."""
+        return Spent(factor * self.wall, None if self.cpu is None else factor * self.cpu)
+
+    def __str__(self) -> str:
+        return f"{seconds_text(self.cpu)} CPU, {seconds_text(self.wall)} wall"
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of text cells. The first column holds names, the others numbers."""
 
@@ -147,9 +177,11 @@ def bytes_text(count: float | int) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Formats a duration with three digits: 0.412 s, 35.0 s, 2.23 min, 4.10 h; a dash for None."""
+    """Formats a duration with three digits: 12.3 ms, 0.412 s, 35.0 s, 2.23 min, 4.10 h; a dash for None."""
     if seconds is None:
         return "–"
+    if 0 < seconds < 0.0995:
+        return f"{_three_digits(1000 * seconds)} ms"
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{_three_digits(seconds / size)} {unit}"

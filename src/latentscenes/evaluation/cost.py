@@ -1,4 +1,5 @@
-"""Memory and time per scene in a collection of N scenes, including a share of the common parts.
+"""Memory and time per scene in a collection of N scenes, including a share of the common parts. Times are
+CPU times, with wall times beside them.
 
 There are two published conventions:
 - `amortized`, the default: shared / N + per scene (3Da-AE, arXiv 2403.11678).
@@ -8,12 +9,15 @@ There are two published conventions:
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 
 from latentscenes.core.config import CodecConfig, Config, PlanesConfig
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.storage.scene_set import StoredScenes
 
@@ -53,23 +57,24 @@ class MemoryCost:
 
 @dataclass(frozen=True)
 class TimeCost:
-    """Learning time of a collection in seconds."""
+    """Learning time of a collection."""
 
-    stage_one: float
+    stage_one: Spent
     """Time of stage 1; 0 if scenes share nothing that is learned first."""
     stage_one_scenes: int
-    scene: float | None
+    scene: Spent | None
     """Time of one new scene; None if no new scene has been learned."""
 
-    def per_scene(self, count: int) -> float | None:
-        """Seconds per scene if `count` new scenes share the time of stage 1 (`amortized`)."""
-        return None if self.scene is None else self.stage_one / count + self.scene
+    def per_scene(self, count: int) -> Spent | None:
+        """Time per scene if `count` new scenes share the time of stage 1 (`amortized`)."""
+        return None if self.scene is None else self.stage_one.times(1 / count) + self.scene
 
-    def per_scene_counting(self, count: int) -> float | None:
-        """Seconds per scene if the `count` scenes include those of stage 1 (`counting`)."""
+    def per_scene_counting(self, count: int) -> Spent | None:
+        """Time per scene if the `count` scenes include those of stage 1 (`counting`)."""
         if self.scene is None:
             return None
-        return (self.stage_one + max(0, count - self.stage_one_scenes) * self.scene) / count
+        later = self.scene.times(max(0, count - self.stage_one_scenes))
+        return (self.stage_one + later).times(1 / count)
 
 
 @dataclass(frozen=True)
@@ -90,18 +95,20 @@ def account(config: Config) -> Account:
 
 def account_learned(learned: StoredScenes, config: Config | None = None) -> Account:
     """Computes the cost of learned scenes. With `config`, computes memory for that configuration instead of
-    their own."""
+    their own. Raises a UserError if their run is not finished."""
+    learned.require_finished()
     used = memory_cost(
         config or learned.config,
         codec_parameters(config.codec) if config else stored_codec_parameters(learned.shared_file),
     )
     count = len(learned.names)
+    each = learned.spent.times(1 / count)
     if learned.stage_one:
-        time = TimeCost(*learned.stage_one, learned.seconds / count)
+        time = TimeCost(*learned.stage_one, each)
     elif not used.codec and not used.bases:
-        time = TimeCost(0.0, 0, learned.seconds / count)
+        time = TimeCost(Spent(0.0, 0.0), 0, each)
     else:
-        time = TimeCost(learned.seconds, count, None)
+        time = TimeCost(learned.spent, count, None)
     stored = learned.shared_file.stat().st_size, learned.scene_bytes
     return Account(config or learned.config, used, time, stored)
 
@@ -177,11 +184,20 @@ def memory_break_even(ours: MemoryCost, other: MemoryCost) -> float | None:
     return break_even(ours.shared - other.shared, ours.scene, other.scene)
 
 
+def clock(*times: TimeCost) -> Literal["cpu", "wall"]:
+    """The clock by which times compare: CPU time, or wall time where a time of one side was recorded without
+    CPU time."""
+    spent = [one for time in times for one in (time.stage_one, time.scene) if one]
+    return "wall" if any(one.cpu is None for one in spent) else "cpu"
+
+
 def time_break_even(ours: TimeCost, other: TimeCost) -> float | None:
-    """The break-even N in time, by the amortized convention; None if a side has learned no new scene."""
+    """The break-even N in time, by the amortized convention and `clock`; None if there is none, or a side has
+    learned no new scene."""
     if ours.scene is None or other.scene is None:
         return None
-    return break_even(ours.stage_one - other.stage_one, ours.scene, other.scene)
+    seconds = attrgetter(clock(ours, other))
+    return break_even(seconds(ours.stage_one - other.stage_one), seconds(ours.scene), seconds(other.scene))
 
 
 def saving(ours: float | int, other: float | int) -> float:

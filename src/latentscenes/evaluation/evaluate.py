@@ -9,7 +9,6 @@ mean squared error between rendered and encoded latents.
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentscenes.core.console import Spent
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
@@ -59,9 +59,16 @@ class Evaluation:
     perceptual_metric: str | None
     """Name of the perceptual metric."""
     render_seconds: float
-    """Time to render and decode one view."""
+    """Wall time to render and decode one view."""
     scenes: list[SceneScore]
     mean: SceneScore
+    render_cpu_seconds: float | None = None
+    """CPU time to render and decode one view; None in files of earlier versions."""
+
+    @property
+    def render_spent(self) -> Spent:
+        """Time to render and decode one view."""
+        return Spent(self.render_seconds, self.render_cpu_seconds)
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -88,7 +95,7 @@ def evaluate(
     perceptual = metrics.Perceptual.find()
     model, device = loaded.model, loaded.device
     background = model.background(*views.size)
-    scores, seconds, count = [], 0.0, 0
+    scores, spent, count = [], Spent(0.0, 0.0), 0
     for scene in scenes:
         index = scene.views(part)
         if limit is not None and limit < len(index):
@@ -103,7 +110,7 @@ def evaluate(
             shown = model.render(planes, cameras, background)
             latents = shown.image(*background.shape[1:])
             rendered = model.decode(latents)
-            seconds += _now(device) - begun
+            spent += _now(device) - begun
             missing = torch.full((len(chunk),), math.nan)
             table.append([
                 metrics.psnr(rendered, images), metrics.ssim(rendered, images),
@@ -116,7 +123,8 @@ def evaluate(
         scores.append(SceneScore(scene.name, *(None if math.isnan(value) else value for value in means)))
         count += len(index)
     kind = perceptual.name if perceptual else None
-    return Evaluation(str(views.path), part, count, kind, seconds / max(count, 1), scores, mean_score(scores))
+    view = spent.times(1 / max(count, 1))
+    return Evaluation(str(views.path), part, count, kind, view.wall, scores, mean_score(scores), view.cpu)
 
 
 def _of_codec(
@@ -144,11 +152,11 @@ def _silhouette_error(shown: LatentView, views: PosedImages, index: Int[Tensor, 
     return (shown.opacity.cpu() - alpha).abs().mean(1)
 
 
-def _now(device: torch.device) -> float:
-    """Monotonic time in seconds after the device has finished its work."""
+def _now(device: torch.device) -> Spent:
+    """Both clocks after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.monotonic()
+    return Spent.so_far()
 
 
 def evaluate_stored(learned: StoredScenes, views: PosedImages) -> Evaluation:

@@ -4,7 +4,6 @@ scripts. report.html holds the markup."""
 import base64
 import io
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from latentscenes.evaluation.charts import Series, line_chart, smooth, templates
 from latentscenes.evaluation.cost import Account
 from latentscenes.evaluation.tables import (
     Comparison,
+    cost_tables,
     has_ceiling,
     is_exact,
     ledger_sentences,
-    ledger_table,
-    parts_table,
     scores_table,
     summary_table,
 )
@@ -36,6 +34,7 @@ from latentscenes.export.sheets import (
     save_image,
 )
 from latentscenes.export.video import gif_bytes, orbit_frames
+from latentscenes.storage.run import command_text
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHEET_SCENES, DASHBOARD_SCENES = 8, 4
@@ -86,10 +85,12 @@ def _tiles(content: Comparison, ours: Account, rgb: Account) -> list[tuple[str, 
         note += f", codec ceiling {scores.codec_psnr:.1f} dB"
     tiles = [(f"{scores.psnr:.1f} dB", "PSNR of new scenes", note)]
     if ours.time and ours.time.scene:
-        note = f"stage 1: {seconds_text(ours.time.stage_one)}"
-        if rgb.time and rgb.time.scene:
-            note = f"RGB {seconds_text(rgb.time.scene)}"
-        tiles.append((seconds_text(ours.time.scene), "to learn a new scene", note))
+        compared = [ours.time, rgb.time] if rgb.time and rgb.time.scene else [ours.time]
+        clock = cost.clock(*compared)
+        mine = seconds_text(getattr(ours.time.scene, clock))
+        note = f"RGB {rgb.time.scene}" if len(compared) == 2 else f"stage 1: {ours.time.stage_one}"
+        name = {"cpu": "of CPU time", "wall": "by the clock"}[clock]
+        tiles.append((mine, f"{name} to learn a new scene", f"ours {ours.time.scene}; {note}"))
     mine, theirs = ours.memory.per_scene(MANY), rgb.memory.per_scene(MANY)
     change = percent_text(cost.saving(mine, theirs))
     note = f"{bytes_text(mine)} against {bytes_text(theirs)}"
@@ -163,13 +164,15 @@ def _costs(ours: Account, rgb: Account) -> dict[str, Any]:
     charts = [chart("Memory", "MiB", memory, cost.memory_break_even(ours.memory, rgb.memory))]
     if ours.time and ours.time.scene:
         timed = {name: side.time for name, side in sides if side.time and side.time.scene}
-        seconds = {name: [time.per_scene(n) or 0.0 for n in counts] for name, time in timed.items()}
+        clock = cost.clock(*timed.values())
+        seconds = {name: [getattr(time.per_scene(n), clock) for n in counts] for name, time in timed.items()}
         meeting = cost.time_break_even(*timed.values()) if len(timed) == 2 else None
-        charts.append(chart("Time to learn", "seconds", seconds, meeting))
+        unit = {"cpu": "CPU seconds", "wall": "seconds"}[clock]
+        charts.append(chart("Time to learn", unit, seconds, meeting))
     return {
         "cost_sentences": ledger_sentences(ours, rgb),
         "cost_charts": charts,
-        "cost_tables": [ledger_table(ours, rgb), parts_table(ours, rgb)],
+        "cost_tables": cost_tables(ours, rgb),
     }
 
 
@@ -178,11 +181,7 @@ def _trainings(content: Comparison) -> list[tuple[str, list[str]]]:
     new = "New scenes, the group learned last" if content.new.stage_one else "New scenes"
     trainings = {"Stage 1": content.train, new: content.new, "RGB tri-planes": content.rgb}
     charts = {title: (learned, stage_charts(learned)) for title, learned in trainings.items() if learned}
-    return [
-        (f"{title}: {seconds_text(learned.seconds)}", drawn)
-        for title, (learned, drawn) in charts.items()
-        if drawn
-    ]
+    return [(f"{title}: {learned.spent}", drawn) for title, (learned, drawn) in charts.items() if drawn]
 
 
 def stage_charts(learned: StoredScenes) -> list[str]:
@@ -203,7 +202,7 @@ def stage_charts(learned: StoredScenes) -> list[str]:
             ):
                 label = {"autoencoder": "codec alone", "color": "colors"}.get(term, "renders")
                 ratios.append(Series(label, steps, tuple(smooth(_psnr(values, term))), color))
-        took = f"; {seconds_text(learned.stage_seconds[stage])}" if stage in learned.stage_seconds else ""
+        took = f"; {learned.stage_spent[stage]}" if stage in learned.stage_spent else ""
         charts.append(line_chart(f"{stage}: losses", losses, "step", f"logarithmic{took}", log_y=True))
         if ratios:
             charts.append(line_chart(f"{stage}: PSNR", ratios, "step", "dB on training batches"))
@@ -271,7 +270,8 @@ def _details(content: Comparison) -> dict[str, Any]:
     views, (height, width) = content.views, content.views.size
     return {
         "scores": [(name, scores_table(found)) for name, found in evaluations.items() if found],
-        "commands": content.commands or dict.fromkeys(_command(note.get("command", [])) for note in notes),
+        "commands": content.commands
+        or dict.fromkeys(command_text(note.get("command", [])) for note in notes),
         "data": f"{views.origin}: {len(views.scenes)} scenes, {len(views.cameras)} views of {width}×{height}",
         "versions": ", ".join(f"{name} {version}" for name, version in notes[0].get("versions", {}).items()),
         "machine": notes[0].get("machine", ""),
@@ -279,10 +279,6 @@ def _details(content: Comparison) -> dict[str, Any]:
             (name, config_io.dump(learned.config)) for name, learned in trainings.items() if learned
         ],
     }
-
-
-def _command(arguments: Sequence[str]) -> str:
-    return shlex.join([Path(arguments[0]).name, *arguments[1:]]) if arguments else ""
 
 
 # Pictures as text

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from latentscenes.core.console import Table, bytes_text, percent_text, seconds_t
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
-from latentscenes.evaluation.cost import Account
+from latentscenes.evaluation.cost import Account, TimeCost
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.model.metrics import PSNR_CAP
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
@@ -93,7 +94,7 @@ def scores_table(evaluation: Evaluation) -> Table:
         return (score.name, *quality, *of_codec, *error, *outline)
 
     part = {"held_out": "held-out views", "fit": "training views"}.get(evaluation.part, evaluation.part)
-    note = f"Rendering and decoding took {1000 * evaluation.render_seconds:.1f} ms a view."
+    note = f"Rendering and decoding a view took {evaluation.render_spent}."
     if ceiling:
         note += " Codec: the image encoded and decoded, which is the ceiling for renders."
     if silhouettes:
@@ -154,7 +155,7 @@ def print_cost(
         other = cost.account_learned(SceneSet.open(baseline))
     else:
         other = cost.account(config_io.load(baseline))
-    print_things(parts_table(ours, other), ledger_table(ours, other), *ledger_sentences(ours, other))
+    print_things(*cost_tables(ours, other), *ledger_sentences(ours, other))
 
 
 def parts_table(ours: Account, other: Account) -> Table:
@@ -177,52 +178,77 @@ def parts_table(ours: Account, other: Account) -> Table:
     return Table("Memory", columns, tuple(row[: len(columns)] for row in rows), (3, 4))
 
 
-def ledger_table(ours: Account, other: Account, counts: Sequence[int] = cost.COUNTS) -> Table:
-    """Memory and time per scene in collections of several sizes."""
-    timed = ours.time if ours.time is not None and ours.time.scene is not None else None
-    times = _comparable_times(ours, other)
-    columns = ["scenes N", "bytes, ours", "RGB", "change"]
-    note = "Amortized: shared / N + own."
-    if timed:
-        columns += ["time, ours", *(["RGB", "change"] if times else []), "counting"]
-        note += (
-            f" Counting: the N scenes include the {timed.stage_one_scenes} of stage 1, (t₁ + (N − N₁) τ) / N."
-        )
+def cost_tables(ours: Account, other: Account, counts: Sequence[int] = cost.COUNTS) -> list[Table]:
+    """Bytes of each part, and bytes and time per scene in collections of several sizes. Without a learned new
+    scene, there is no table of times."""
+    tables = [parts_table(ours, other), bytes_table(ours, other, counts)]
+    if ours.time is not None and ours.time.scene is not None:
+        tables.append(time_table(ours.time, other.time, counts))
+    return tables
+
+
+def bytes_table(ours: Account, other: Account, counts: Sequence[int]) -> Table:
+    """Bytes per scene in collections of several sizes."""
     rows = []
     for count in counts:
         mine, theirs = ours.memory.per_scene(count), other.memory.per_scene(count)
-        cells = [bytes_text(mine), bytes_text(theirs), percent_text(cost.saving(mine, theirs))]
-        if timed:
-            cells.append(seconds_text(timed.per_scene(count)))
-            if times:
-                mine, theirs = (time.per_scene(count) for time in times)
-                cells += [seconds_text(theirs), percent_text(cost.saving(mine, theirs))]
-            cells.append(seconds_text(timed.per_scene_counting(count)) if timed.stage_one_scenes else "–")
-        rows.append((f"{count:,}".replace(",", " "), *cells))
-    return Table("Cost per scene", tuple(columns), tuple(rows), (), note)
+        change = percent_text(cost.saving(mine, theirs))
+        rows.append((_with_spaces(count), bytes_text(mine), bytes_text(theirs), change))
+    columns, note = ("scenes N", "ours", "RGB", "change"), "Amortized: shared / N + own."
+    return Table("Bytes per scene", columns, tuple(rows), (), note)
+
+
+def time_table(ours: TimeCost, other: TimeCost | None, counts: Sequence[int]) -> Table:
+    """Time per scene in collections of several sizes. Without times of the other side, there is one side."""
+    sides = [ours] if other is None or other.scene is None else [ours, other]
+    columns = ["scenes N", "CPU, ours"]
+    columns += ["RGB", "change"] if len(sides) == 2 else []
+    columns += ["CPU, counting", "wall, ours", "RGB"][: 1 + len(sides)]
+    clock, rows = attrgetter(cost.clock(*sides)), []
+    for count in counts:
+        spent = [side.per_scene(count) for side in sides]
+        cpu, wall = ([seconds_text(getattr(one, name)) for one in spent] for name in ("cpu", "wall"))
+        change = [percent_text(cost.saving(*map(clock, spent)))] if len(spent) == 2 else []
+        counting = seconds_text(ours.per_scene_counting(count).cpu) if ours.stage_one_scenes else "–"
+        rows.append((_with_spaces(count), *cpu, *change, counting, *wall))
+    note = (
+        "Amortized: stage 1 / N + own. Counting: the N scenes include the "
+        f"{ours.stage_one_scenes} of stage 1, (t₁ + (N − N₁) τ) / N."
+    )
+    return Table("Time per scene", tuple(columns), tuple(rows), (), note)
+
+
+def _with_spaces(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
 
 
 def ledger_sentences(ours: Account, other: Account) -> list[str]:
     """Sentences on the break-even and on the measured times."""
     found = [f"Memory: {_break_even_text(cost.memory_break_even(ours.memory, other.memory))}."]
     if (time := ours.time) is not None:
-        if time.stage_one:
-            took, count = seconds_text(time.stage_one), time.stage_one_scenes
-            each = f"{count} scenes ({seconds_text(time.stage_one / count)} each)" if count else "its scenes"
-            found.append(f"Stage 1 took {took} for {each}.")
+        if time.stage_one.wall:
+            count = time.stage_one_scenes
+            each = f"{count} scenes (each {time.stage_one.times(1 / count)})" if count else "its scenes"
+            found.append(f"Stage 1 took {time.stage_one} for {each}.")
         if time.scene is None:
             found.append("The time of a new scene is known once `latentscenes exploit` has learned some.")
         else:
-            found.append(f"One new scene took {seconds_text(time.scene)}.")
+            found.append(f"One new scene took {time.scene}.")
     times = _comparable_times(ours, other)
     if times:
-        found.append(f"Time: {_break_even_text(cost.time_break_even(*times))}.")
+        found.append(f"{_clock_text(*times)}: {_break_even_text(cost.time_break_even(*times))}.")
     elif ours.time is not None and other.time is None:
         found.append("Name a run of RGB tri-planes as the baseline to compare times.")
     return found
 
 
-def _comparable_times(ours: Account, other: Account) -> tuple[cost.TimeCost, cost.TimeCost] | None:
+def _clock_text(*times: TimeCost) -> str:
+    if cost.clock(*times) == "cpu":
+        return "CPU time"
+    return "Wall time (the CPU time of a side was not recorded)"
+
+
+def _comparable_times(ours: Account, other: Account) -> tuple[TimeCost, TimeCost] | None:
     if ours.time is None or other.time is None or ours.time.scene is None or other.time.scene is None:
         return None
     return ours.time, other.time
@@ -246,32 +272,33 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     perceptual = scores.perceptual is not None and (rgb is None or rgb.perceptual is not None)
     metrics = ["PSNR", "SSIM", *([str(content.evaluation_new.perceptual_metric)] if perceptual else [])]
     at = f"at N = {count}"
-    columns = ("", *metrics, "time / scene", at, "bytes / scene", at, "ms / view")
+    columns = (
+        "", *metrics, "CPU / scene", at, "wall / scene", "bytes / scene", at, "CPU / view", "wall / view",
+    )  # fmt: skip
 
     def line(label: str, learned: StoredScenes, evaluation: Evaluation) -> tuple[str, ...]:
         account = cost.account_learned(learned)
-        seconds = (account.time.scene, account.time.per_scene(count))
+        own, amortized = account.time.scene, account.time.per_scene(count)
+        seconds = (own.cpu, amortized.cpu, own.wall) if own else (None, None, None)
         sizes = (account.memory.scene, account.memory.per_scene(count))
+        quality = _quality_cells(content.mean(evaluation), perceptual)
         costs = [*map(seconds_text, seconds), *map(bytes_text, sizes)]
-        return (
-            label,
-            *_quality_cells(content.mean(evaluation), perceptual),
-            *costs,
-            _milliseconds(evaluation),
-        )
+        return (label, *quality, *costs, *_view_cells(evaluation))
 
     rows = []
     if content.rgb and content.evaluation_rgb:
         rows.append(line("RGB tri-planes", content.rgb, content.evaluation_rgb))
     rows.append(line("latentscenes, new scenes", content.new, content.evaluation_new))
-    stressed, empty = len(rows) - 1, [""] * 4
+    stressed, empty = len(rows) - 1, [""] * 5
     if content.pretrained and content.evaluation_pretrained:
         rows.append(line("… on the shipped model", content.pretrained, content.evaluation_pretrained))
     trained = content.evaluation_train
     cells = _quality_cells(trained.mean, perceptual)
-    rows.append(("… scenes of stage 1", *cells, *empty, _milliseconds(trained)))
+    rows.append(("… scenes of stage 1", *cells, *empty, *_view_cells(trained)))
     if has_ceiling(scores):
-        rows.append(("… codec alone (ceiling)", *_quality_cells(scores, perceptual, codec=True), *empty, ""))
+        rows.append(
+            ("… codec alone (ceiling)", *_quality_cells(scores, perceptual, codec=True), *empty, "", "")
+        )
     shown, learned = len(content.common), len(content.evaluation_new.scenes)
     note = f"Means over {shown}{f' of {learned}' if shown < learned else ''} new scenes, held-out views."
     if content.new.stored:
@@ -280,8 +307,9 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     return Table("Ours against RGB tri-planes", columns, tuple(rows), (stressed,), note)
 
 
-def _milliseconds(evaluation: Evaluation) -> str:
-    return f"{1000 * evaluation.render_seconds:.1f}"
+def _view_cells(evaluation: Evaluation) -> list[str]:
+    """CPU and wall time of a view."""
+    return [seconds_text(evaluation.render_spent.cpu), seconds_text(evaluation.render_spent.wall)]
 
 
 def print_summary(content: Comparison) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.config import StoragePrecision
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 
 FORMAT = "latentscenes-library-1"
@@ -30,6 +31,9 @@ SHARED = "shared.safetensors"
 """File of the folder `model` with the weights of the shared parts."""
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
+ADDED = "cpu_seconds"
+"""A column that indexes of earlier versions lack. The first change of such an index adds it, empty; versions
+without it still read and write the index."""
 
 Origin = Literal["stage 1", "exploit", "add"]
 
@@ -40,7 +44,7 @@ CREATE TABLE scenes (
   shard INTEGER NOT NULL, row INTEGER NOT NULL, checksum TEXT NOT NULL,
   precision TEXT NOT NULL, bytes INTEGER NOT NULL, origin TEXT NOT NULL,
   dataset TEXT, split TEXT, source TEXT NOT NULL, added TEXT NOT NULL,
-  seconds REAL, psnr REAL, psnr_lost REAL, tags TEXT NOT NULL
+  seconds REAL, {ADDED} REAL, psnr REAL, psnr_lost REAL, tags TEXT NOT NULL
 );
 CREATE INDEX scenes_shard ON scenes (shard);
 CREATE TABLE thumbnails (
@@ -69,7 +73,11 @@ class SceneInfo:
     added: str
     """Time of storage, ISO 8601."""
     seconds: float | None
-    """Learning time; None for scenes of stage 1, which are learned together with the shared parts."""
+    """Learning time by the clock; None for scenes of stage 1, which are learned together with the shared
+    parts."""
+    cpu_seconds: float | None
+    """Learning time of the processor, over all threads; None for scenes of stage 1 and of earlier
+    versions."""
     psnr: float | None
     """Mean PSNR as learned, dB, on a few held-out views (on fitted views if none is held out)."""
     psnr_lost: float | None
@@ -77,8 +85,10 @@ class SceneInfo:
     tags: dict[str, Any] = field(default_factory=dict)
     """Notes of the user."""
 
-
-INFO_COLUMNS = ", ".join(SceneInfo.__dataclass_fields__)
+    @property
+    def spent(self) -> Spent | None:
+        """Learning time; None for scenes of stage 1."""
+        return None if self.seconds is None else Spent(self.seconds, self.cpu_seconds)
 
 
 @dataclass(frozen=True)
@@ -206,13 +216,21 @@ class Index:
 
     def infos(self, match: str = "*") -> list[SceneInfo]:
         """Returns the metadata of scenes whose names match a pattern (* and ?), in the order of addition."""
-        found = self._ask(f"SELECT {INFO_COLUMNS} FROM scenes ORDER BY id")
+        found = self._ask(f"SELECT {self._info_columns()} FROM scenes ORDER BY id")
         return [_info(row) for row in found if match == "*" or fnmatch.fnmatchcase(row[0], match)]
 
     def info(self, name: str) -> SceneInfo | None:
         """Returns the metadata of one scene; None if there is no such scene."""
-        found = self._ask(f"SELECT {INFO_COLUMNS} FROM scenes WHERE name = ?", name)
+        found = self._ask(f"SELECT {self._info_columns()} FROM scenes WHERE name = ?", name)
         return _info(found[0]) if found else None
+
+    def _info_columns(self) -> str:
+        columns = ", ".join(SceneInfo.__dataclass_fields__)
+        return columns if self._is_complete() else columns.replace(ADDED, f"NULL AS {ADDED}")
+
+    def _is_complete(self) -> bool:
+        """Whether the index has every column."""
+        return ADDED in self._column("SELECT name FROM pragma_table_info('scenes')")
 
     def place(self, name: str) -> Place | None:
         """Returns the place of one scene; None if there is no such scene."""
@@ -275,6 +293,8 @@ class Index:
                     "Check the permissions of the folder and its files."
                 ) from None
             try:
+                if not self._is_complete():
+                    self._connection.execute(f"ALTER TABLE scenes ADD COLUMN {ADDED} REAL")
                 yield
             except BaseException:
                 self._connection.execute("ROLLBACK")

@@ -32,6 +32,7 @@ from torch import Tensor
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import (
     file_checksum,
@@ -89,11 +90,18 @@ class LibraryInfo:
     parent: str
     """Folder of the run that the shared parts come from."""
     parent_seconds: float
-    """Duration of that run."""
+    """Wall time of that run."""
     parent_scenes: int
     """Number of scenes in that run."""
     finetuned_from: str | None = None
     """Folder of the run or library whose shared parts were finetuned with this library's first scenes."""
+    parent_cpu_seconds: float | None = None
+    """CPU time of that run; None if an earlier version learned it."""
+
+    @property
+    def parent_spent(self) -> Spent:
+        """Time of that run."""
+        return Spent(self.parent_seconds, self.parent_cpu_seconds)
 
 
 @dataclass(frozen=True)

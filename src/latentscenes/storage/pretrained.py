@@ -28,7 +28,8 @@ from latentscenes.storage.run import Run
 
 MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
 KEPT = (
-    "format", "box", "view", "precision", "parent_seconds", "parent_scenes", "finetuned_from", "versions",
+    "format", "box", "view", "precision", "parent_seconds", "parent_cpu_seconds", "parent_scenes",
+    "finetuned_from", "versions",
 )  # fmt: skip
 """Entries of library.json that `export_model` copies."""
 
@@ -79,7 +80,7 @@ def export_model(source: LibraryFolder, out: Path) -> int:
     write_bytes(out / "config.yaml", (source.path / "config.yaml").read_bytes())
     known = read_description(source.path)
     checksums = {file.name: file_checksum(file) for file in files}
-    facts = {key: known[key] for key in KEPT}
+    facts = {key: known[key] for key in KEPT if key in known}
     write_json(out / "library.json", facts | {"parent": out.name, "checksums": checksums, "made": now()})
     return sum(file.stat().st_size for file in files)
 

@@ -12,9 +12,11 @@ core/runtime.py, so tensors and counters suffice for an exact continuation.
 
 import json
 import platform
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, write_bytes, write_json
 from latentscenes.core.runtime import seeded
@@ -46,7 +49,19 @@ class Position:
     total: int = 0
     """Steps done in all stages."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent, by stage name."""
+    """Wall time spent, by stage name."""
+    cpu_seconds: dict[str, float | None] = field(default_factory=dict)
+    """CPU time spent, by stage name; None for a stage that an earlier version began."""
+
+    def spent(self, stage: str) -> Spent:
+        """Returns the time spent on a stage so far."""
+        if stage not in self.seconds:
+            return Spent(0.0, 0.0)
+        return Spent(self.seconds[stage], self.cpu_seconds.get(stage))
+
+    def spend(self, stage: str, spent: Spent) -> None:
+        """Notes the time spent on a stage so far."""
+        self.seconds[stage], self.cpu_seconds[stage] = spent.wall, spent.cpu
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,6 @@ class RunInfo:
     box: Box
     parent: str | None = None
     """Folder of the run that provides the shared parts of an `exploit` run."""
-    parent_seconds: float = 0.0
-    """Duration of that run."""
 
 
 class Run:
@@ -237,6 +250,14 @@ class Run:
         stages = self.config.train if self.info.kind == "train" else self.config.exploit
         return self.position.stage >= len(stages)
 
+    def require_finished(self) -> None:
+        """Raises a UserError that names the command that continues this run if it is not finished."""
+        if not self.finished:
+            command = command_text(json.loads((self.path / "run.json").read_text()).get("command", []))
+            raise UserError(
+                f"{self.path}: this run is not finished. The command that began it continues it: {command}"
+            )
+
     # Metrics
 
     def cut_metrics(self, total: int) -> None:
@@ -257,15 +278,25 @@ class Run:
         return read_metrics(self.path)
 
     @property
-    def seconds(self) -> float:
+    def spent(self) -> Spent:
         """Time spent on all stages so far."""
-        return sum(self.position.seconds.values())
+        position = self.position
+        return sum(map(position.spent, position.seconds), Spent(0.0, 0.0))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the logged steps in a run or library folder."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """Formats a command noted in a run or library as it is typed; empty for none."""
+    if not arguments:
+        return ""
+    program = Path(arguments[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return " ".join([name, *map(shlex.quote, arguments[1:])])
 
 
 def circumstances() -> dict[str, Any]:

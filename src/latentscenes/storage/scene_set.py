@@ -19,6 +19,7 @@ import torch
 
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
@@ -149,17 +150,17 @@ class StoredScenes(SceneSet):
     """Typical camera of the dataset."""
     shared_file: Path
     """File with the weights of the shared parts. Reading this raises a UserError if it is absent."""
-    seconds: float
+    spent: Spent
     """Learning time of these scenes; for a run, including the shared parts."""
-    stage_one: tuple[float, int] | None = None
-    """Seconds and scenes of the run that learned the shared parts; None for such a run itself."""
+    stage_one: tuple[Spent, int] | None = None
+    """Time and scenes of the run that learned the shared parts; None for such a run itself."""
     scene_bytes: float
     """Mean size of a stored scene."""
     stored: str = ""
     """Precision and loss of the stored scenes, in words; empty for a run."""
     parent: Path
     """The run that the shared parts come from. Reading this raises a UserError for a run."""
-    stage_seconds: dict[str, float]
+    stage_spent: dict[str, Spent]
     """Learning time by stage; empty for a library."""
     _facts: str
 
@@ -172,6 +173,9 @@ class StoredScenes(SceneSet):
         """Raises a UserError that states the nearest names if `name` is unknown."""
         if name not in self.names:
             raise unknown_scene(self.path, name, self.names)
+
+    def require_finished(self) -> None:
+        """Raises a UserError for a run whose stages are not all done. Libraries hold finished scenes only."""
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the logged steps of a run, or of the last group that a library learned."""
@@ -208,13 +212,16 @@ class RunScenes(StoredScenes):
         images = PosedImages.open(self.data)
         return Viewpoint.of(images.cameras, images.size, self.box)
 
+    def require_finished(self) -> None:
+        self._folder.require_finished()
+
     @property
     def shared_file(self) -> Path:
         return self._folder.shared_file
 
     @property
-    def seconds(self) -> float:
-        return self._folder.seconds
+    def spent(self) -> Spent:
+        return self._folder.spent
 
     @property
     def scene_bytes(self) -> float:
@@ -228,15 +235,16 @@ class RunScenes(StoredScenes):
         )
 
     @property
-    def stage_seconds(self) -> dict[str, float]:
-        return self._folder.position.seconds
+    def stage_spent(self) -> dict[str, Spent]:
+        position = self._folder.position
+        return {stage: position.spent(stage) for stage in position.seconds}
 
 
 class LibraryScenes(StoredScenes):
     """Some scenes of a library."""
 
     _facts = "library.json"
-    stage_seconds: dict[str, float] = {}
+    stage_spent: dict[str, Spent] = {}
 
     @classmethod
     def learned_from(
@@ -271,16 +279,16 @@ class LibraryScenes(StoredScenes):
         return self._folder.shared_file
 
     @cached_property
-    def seconds(self) -> float:
+    def spent(self) -> Spent:
         if self.stage_one is None:
-            return self._folder.info.parent_seconds
-        return sum(info.seconds or 0.0 for info in self._infos)
+            return self._folder.info.parent_spent
+        return sum((info.spent for info in self._infos if info.spent), Spent(0.0, 0.0))
 
     @property
-    def stage_one(self) -> tuple[float, int] | None:
+    def stage_one(self) -> tuple[Spent, int] | None:
         if self._infos[0].origin == "stage 1":
             return None
-        return self._folder.info.parent_seconds, self._folder.info.parent_scenes
+        return self._folder.info.parent_spent, self._folder.info.parent_scenes
 
     @cached_property
     def scene_bytes(self) -> float:

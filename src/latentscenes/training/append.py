@@ -12,7 +12,7 @@ from rich.progress import track
 
 from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.core.config import Config, StoragePrecision
-from latentscenes.core.console import console
+from latentscenes.core.console import Spent, console
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
 from latentscenes.model import metrics
@@ -42,10 +42,7 @@ def library_from_run(
         UserError: the run is not finished, or `out` already holds a library.
     """
     chosen = check_precision(precision)
-    if not run.finished:
-        raise UserError(
-            f"{run.path}: this run is not finished. Continue it with the same `latentscenes train` command."
-        )
+    run.require_finished()
     if LibraryFolder.exists(out):
         raise UserError(f"{out}: holds a library already. Name another folder.")
     model, rows = run.load(device)
@@ -63,8 +60,9 @@ def library_info(run: Run, images: PosedImages, precision: StoragePrecision) -> 
     """Describes a library with a run's model."""
     view = Viewpoint.of(images.cameras, images.size, run.info.box)
     return LibraryInfo(
-        run.info.box, view, precision, str(run.path.resolve()), run.seconds, len(run.info.scenes)
-    )
+        run.info.box, view, precision, str(run.path.resolve()), run.spent.wall, len(run.info.scenes),
+        parent_cpu_seconds=run.spent.cpu,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,8 @@ class Provenance:
     origin: Origin
     split: Split | None
     """Its split in the dataset; None if the dataset is not kept."""
-    seconds: float | None = None
-    """Learning time."""
+    spent: Spent | None = None
+    """Learning time; None for scenes of stage 1."""
     tags: dict[str, Any] | None = None
 
 
@@ -102,9 +100,11 @@ def new_scene(
     before = measure(model, parameters, images, index)
     lost = 0.0 if precision == "float32" else before - measure(model, stored, images, index)
     dataset = str(images.path.resolve()) if provenance.split else None
+    spent = provenance.spent
     info = SceneInfo(
         scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split,
-        scene.name, now(), provenance.seconds, round(before, 3), round(lost, 4), provenance.tags or {},
+        scene.name, now(), spent and spent.wall, spent and spent.cpu, round(before, 3), round(lost, 4),
+        provenance.tags or {},
     )  # fmt: skip
     return NewScene(info, payload, thumbnail(model, stored, view))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StageConfig, TrackerKind
-from latentscenes.core.console import StageProgress
+from latentscenes.core.console import Spent, StageProgress
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.runtime import StopFlag, machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene, Split
@@ -115,7 +115,7 @@ class Trainer:
 
     def _fit_stage(self, stages: Sequence[StageConfig], position: Position, stopped: StopFlag) -> None:
         run, model, stage, seed = self.run, self.model, stages[position.stage], self.run.config.seed
-        begun = saved = time.monotonic()
+        begun, saved = Spent.so_far(), time.monotonic()
 
         # Optimizers and batches, restored
         learner = StageLearner(model, self.scenes.parameters, stage, run.files)
@@ -130,7 +130,7 @@ class Trainer:
         with StageProgress(
             stage.name, position.stage, len(stages), source.steps, position.step, self.label
         ) as bar:
-            spent = position.seconds.get(stage.name, 0.0)
+            before = position.spent(stage.name)
             while position.step < source.steps:
                 # One step
                 batch = source.batch(position.step)
@@ -143,6 +143,7 @@ class Trainer:
                 position.total += 1
 
                 # Log
+                spent = before + (Spent.so_far() - begun)
                 last, stop = position.step == source.steps, bool(stopped)
                 save = stop or time.monotonic() - saved > SAVE_SECONDS
                 logged = position.step % LOG_EVERY == 0 or last
@@ -151,18 +152,18 @@ class Trainer:
                 if logged:
                     bar.show(position.step, values)
                     where = {"stage": stage.name, "step": position.step, "total": position.total}
-                    run.log({**where, "rate": factor, **values})
+                    took = {"seconds": round(spent.wall, 3), "cpu_seconds": spent.cpu and round(spent.cpu, 3)}
+                    run.log({**where, "rate": factor, **values, **took})
                     self.tracker.log(position.total, {f"{stage.name}/{k}": v for k, v in values.items()})
 
                 # Save
-                now = time.monotonic()
-                position.seconds[stage.name] = spent + now - begun
                 if save:
+                    position.spend(stage.name, spent)
                     run.save(model, self.scenes.parameters, state, position)
-                    saved = now
+                    saved = time.monotonic()
                 if stop:
                     raise Interrupted
-            position.seconds[stage.name] = spent + time.monotonic() - begun
+            position.spend(stage.name, before + (Spent.so_far() - begun))
         position.stage, position.step = position.stage + 1, 0
         run.save(model, self.scenes.parameters, {}, position)
 
