@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from latentscenes.core.cameras import Box, Cameras, look_at, spread_directions
+from latentscenes.core.cameras import Box, Cameras, spread_directions
 from latentscenes.core.errors import UserError
 from latentscenes.data.images import white_background
 from latentscenes.model.model import Model
@@ -81,33 +81,55 @@ def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y
 
 
 def most_light(
-    density: Float[Tensor, "x y z"], step: float, directions: Float[Tensor, "n 3"]
-) -> Float[Tensor, "x y z"]:
+    density: Float[np.ndarray, "x y z"], step: float, directions: Float[np.ndarray, "n 3"]
+) -> Float[np.ndarray, "x y z"]:
     """Returns, for each cell of side `step`, the largest share of light in [0, 1] that reaches its middle
     from any of the directions (unit vectors toward the light): max exp(−∫ σ), as in eq. 1 of NeRF (arXiv
     2003.08934)."""
-    size = step * torch.tensor(density.shape, dtype=density.dtype, device=density.device)
-    found = torch.zeros_like(density)
-    for toward in directions:
-        right, down, forward = look_at(toward[None])[0, :, :3].unbind(1)
-        axes = torch.stack([right, down, -forward]).to(density.device)
-        count = ((axes.abs() @ size) / step).ceil().int().add(2).tolist()
-        turned_size = step * torch.tensor(count).to(size)
-        turned = _resampled(density, axes.T * turned_size / size[:, None], count)
-        passed = turned.flip(2).cumsum(2).flip(2) - turned / 2
-        light = torch.exp(-step * passed)
-        light = _resampled(light, axes * size / turned_size[:, None], list(density.shape))
-        found = torch.maximum(found, light)
+    found = np.zeros_like(density)
+    steepest = np.abs(directions).argmax(1)
+    for axis in range(3):
+        order = np.roll(np.arange(3), -axis)
+        turned, most = np.ascontiguousarray(density.transpose(order)), np.zeros_like(density.transpose(order))
+        for toward in directions[steepest == axis][:, order]:
+            _shine(turned, most, step, toward)
+        np.maximum(found, most.transpose(np.argsort(order)), out=found)
     return found
 
 
-def _resampled(
-    values: Float[Tensor, "x y z"], matrix: Float[Tensor, "3 3"], count: list[int]
-) -> Float[Tensor, "a b c"]:
-    """Resamples values on another grid. `matrix` maps its coordinates, in (−1, 1)³, to those of `values`."""
-    theta = torch.nn.functional.pad(matrix.flip(0, 1), (0, 1))[None]  # torch orders coordinates z, y, x
-    places = torch.nn.functional.affine_grid(theta, [1, 1, *count], align_corners=False)
-    return torch.nn.functional.grid_sample(values[None, None], places, align_corners=False)[0, 0]
+def _shine(
+    density: Float[np.ndarray, "x y z"],
+    most: Float[np.ndarray, "x y z"],
+    step: float,
+    toward: Float[np.ndarray, "3"],
+) -> None:
+    """Raises `most` to the light of one direction, which is steepest along x.
+
+    Parallel rays start in a plane of cells and drift by at most a cell from one plane to the next. So each
+    plane is read between four neighboring cells with the same weights everywhere, as in the shear-warp
+    factorization (Lacroute and Levoy, SIGGRAPH 1994).
+    """
+    # Turned so that light meets the planes in order, and rays drift to higher rows and columns
+    turned = tuple(slice(None, None, -1 if back else 1) for back in (toward[0] > 0, *(toward[1:] < 0)))
+    density, most = density[turned], most[turned]
+    drift = np.abs(toward[1:] / toward[0])
+    height, width = density.shape[1:]
+    reach = np.ceil((len(density) - 1) * drift).astype(int) + 1
+    passed = np.zeros((height + reach[0], width + reach[1]), density.dtype)  # −∫ σ of each ray so far
+    half = density.dtype.type(-0.5 * step / abs(toward[0]))
+    for place, (plane, lightest) in enumerate(zip(density, most, strict=True)):
+        (top, low), (left, right) = ((int(way), way % 1) for way in (place * drift).tolist())
+        rays = passed[top : top + height + 1, left : left + width + 1]
+        met = _between(np.pad(half * plane, 1), 1 - low, 1 - right)
+        rays += met
+        np.maximum(lightest, _between(np.exp(rays), low, right), out=lightest)
+        rays += met
+
+
+def _between(values: Float[np.ndarray, "a b"], down: float, right: float) -> Float[np.ndarray, "c d"]:
+    """Reads values between four neighbors, `down` rows and `right` columns (in [0, 1]) from the first."""
+    rows = values[:-1] + down * (values[1:] - values[:-1])
+    return rows[:, :-1] + right * (rows[:, 1:] - rows[:, :-1])
 
 
 class Surface(NamedTuple):
@@ -151,15 +173,19 @@ def surface(
             f"{model.config.planes.resolution} texels a side."
         )
     try:
+        from scipy.ndimage import binary_dilation  # comes with scikit-image
         from skimage.measure import marching_cubes
     except ImportError:
         raise UserError(
             "meshes and points need scikit-image. Run: pip install latentscenes[export]"
         ) from None
     grid = Grid.filling(model.box, cells)
-    light = most_light(density(model, planes, grid), grid.step, spread_directions(DIRECTIONS)).cpu()
-    light[seen_as_ground(grid, pictures, cameras) > GROUND] = 1.0
-    light = np.pad(light.numpy(), 1, constant_values=1.0)
+    found = density(model, planes, grid).cpu().numpy()
+    light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
+    near = np.argwhere(binary_dilation(light < REACHED))  # other cells do not touch the surface
+    ground = seen_as_ground(grid.points()[tuple(near.T)], pictures, cameras) > GROUND
+    light[tuple(near[ground].T)] = 1.0
+    light = np.pad(light, 1, constant_values=1.0)
     solid = large_parts(light < REACHED)
     if not solid.any():
         raise UserError(
@@ -175,19 +201,19 @@ def surface(
 
 
 def seen_as_ground(
-    grid: Grid, pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras
-) -> Float[Tensor, "x y z"]:
-    """Returns the share of pictures in which each cell's middle projects onto white that is connected to the
+    points: Float[Tensor, "n 3"], pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras
+) -> Float[np.ndarray, "n"]:
+    """Returns the share of pictures in which each point projects onto white that is connected to the
     border."""
     ground = torch.from_numpy(white_background(pictures)).float()
-    points, total = grid.points().reshape(-1, 3), torch.zeros(grid.count)
+    total = torch.zeros(len(points))
     for view in range(len(cameras)):
         places, depth = cameras[view : view + 1].project(points)
         shown = torch.nn.functional.grid_sample(
             ground[view][None, None], 2 * places[None] - 1, align_corners=False
         )
-        total += ((shown[0, 0, 0] > 0.5) & (depth[0] > 0)).reshape(grid.count)
-    return total / len(cameras)
+        total += (shown[0, 0, 0] > 0.5) & (depth[0] > 0)
+    return (total / len(cameras)).numpy()
 
 
 def large_parts(cells: Bool[np.ndarray, "x y z"], smallest: float = SMALLEST) -> Bool[np.ndarray, "x y z"]:
