@@ -209,6 +209,19 @@ def test_operators_are_well_formed():
 
 
 @needs_compiler
+def test_without_gradients_no_operator_is_called(monkeypatch):
+    """An operator imports torch._dynamo at its first call, which takes seconds."""
+    arguments = problem()
+    with_gradients = run_native(*arguments)
+    assert with_gradients[0].requires_grad
+    monkeypatch.setattr(native, "_render", None)
+    with torch.no_grad():
+        without = run_native(*arguments)
+    for mine, theirs in zip(without, with_gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@needs_compiler
 def test_no_rays():
     arguments = problem(rays=0)
     features, depth, opacity = run_native(*arguments)

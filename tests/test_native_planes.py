@@ -58,6 +58,16 @@ def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
+def test_a_fusion_without_gradients_calls_no_operator(monkeypatch):
+    rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
+    given = rows.micro, rows.weights, rows.bias, shared, "concat"
+    found = native.compose(*given)
+    assert found.requires_grad
+    monkeypatch.setattr(native, "_compose", None)
+    with torch.no_grad():
+        assert torch.equal(native.compose(*given), found)
+
+
 def test_only_wanted_gradients_of_a_fusion():
     rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
     shared = shared.detach()

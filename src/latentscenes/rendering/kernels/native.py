@@ -118,8 +118,14 @@ def outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list
     return [u_coarse.new_empty(shape) for shape in shapes]
 
 
-@torch.library.custom_op("latentscenes::render", mutates_args=(), device_types="cpu")
-def _render(
+def _needs_operator(*tensors: Tensor) -> bool:
+    """Whether gradients of the tensors are wanted, or torch compiles. Otherwise the function that an operator
+    is made of will do: the first call of any operator imports torch._dynamo, which takes seconds."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted or torch.compiler.is_compiling()
+
+
+def _render_plainly(
     planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor,
     directions: Tensor, near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str,
     aggregation: str, skip: float, keep: bool,
@@ -130,6 +136,11 @@ def _render(
     if near.numel():
         call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), results)
     return tuple(results)
+
+
+_render = torch.library.custom_op(
+    "latentscenes::render", _render_plainly, mutates_args=(), device_types="cpu"
+)
 
 
 @_render.register_fake
@@ -219,7 +230,8 @@ def render(
     trained = (planes, hidden_w, hidden_b, out_w, out_b)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
-    return _render(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
+    run = _render if _needs_operator(*trained) else _render_plainly
+    return run(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
 
 
 # Planes: fusion, total variation, Adam by rows (planes.cpp)
@@ -248,12 +260,16 @@ def _fusion(micro: Tensor, weights: Tensor, bases: Tensor, add: bool) -> _Fusion
     )
 
 
-@torch.library.custom_op("latentscenes::compose", mutates_args=(), device_types="cpu")
-def _compose(micro: Tensor, weights: Tensor, bias: Tensor, bases: Tensor, add: bool) -> Tensor:
+def _compose_plainly(micro: Tensor, weights: Tensor, bias: Tensor, bases: Tensor, add: bool) -> Tensor:
     given = [tensor.contiguous() for tensor in (micro, weights, bias, bases)]
     planes = _fused_like(micro, bases, len(weights), add)
     call("latentscenes_compose", _fusion(micro, weights, bases, add), [*given, planes])
     return planes
+
+
+_compose = torch.library.custom_op(
+    "latentscenes::compose", _compose_plainly, mutates_args=(), device_types="cpu"
+)
 
 
 def _fused_like(micro: Tensor, bases: Tensor, scenes: int, add: bool) -> Tensor:
@@ -316,7 +332,9 @@ def compose(
     fusion: str,
 ) -> Float[Tensor, "s 3 r r f"]:
     """Computes `planes.fuse_in_torch`, for k > 0. b is 1 or 0; m may be 0."""
-    return _compose(micro, weights, bias, bases, fusion == "sum" and micro.shape[-1] > 0)
+    given = (micro, weights, bias, bases)
+    run = _compose if _needs_operator(*given) else _compose_plainly
+    return run(*given, fusion == "sum" and micro.shape[-1] > 0)
 
 
 @torch.library.custom_op("latentscenes::total_variation", mutates_args=(), device_types="cpu")
