@@ -65,6 +65,7 @@ class Found:
 
 def compare(folder: Path, entry: dict, light: LightName, multiply: bool, pictures: Path) -> Found:
     """Imports one object and finds the camera of its icon."""
+    torch.set_num_threads(1)  # one process for each core
     begun, found = time.process_time(), Found(entry["id"])
     icon = np.asarray(Image.open(folder / entry["icon"]).convert("RGBA"))
     solid = icon[..., 3] > 127
@@ -79,7 +80,7 @@ def compare(folder: Path, entry: dict, light: LightName, multiply: bool, picture
     best = None
     for elevation in ELEVATIONS:
         cameras = _cameras(elevation)
-        rgb, alpha = caster.render(cameras, SIDE, 1, threads=1)
+        rgb, alpha = caster.render(cameras, SIDE, 1)
         for place, mask in enumerate(alpha > 127):
             if mask.any():
                 score = _overlap(_boxed(mask), wanted) - 0.3 * _difference(_boxed(mask, rgb[place]), colors)
@@ -88,7 +89,7 @@ def compare(folder: Path, entry: dict, light: LightName, multiply: bool, picture
     if best is None:
         found.error = "no view shows it"
         return found
-    rgb, alpha = caster.render(best[1], 128, 3, threads=1)
+    rgb, alpha = caster.render(best[1], 128, 3)
     found.overlap = _overlap(_boxed(alpha[0] > 127), wanted)
     found.ours = _mean(rgb[0], alpha[0] / 255)
     found.icon = _mean(icon[..., :3], icon[..., 3] / 255, over_white=False)

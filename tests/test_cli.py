@@ -6,10 +6,12 @@ import sys
 from typing import get_args
 
 import pytest
+import torch
 
 from latentscenes.cli import main as cli
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
+from latentscenes.data import raycast
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
 
@@ -66,8 +68,24 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
-            groups = ("machine", "options", "choice", "reading")  # dataclasses, which have help of their own
+            groups = "machine", "cores", "options", "choice", "reading"  # dataclasses with help of their own
             assert name in groups or f"{name}:" in explained, name
+
+
+def test_threads_hold_for_data_commands_too(monkeypatch, capsys, tmp_path):
+    pools, pool = [], raycast.ThreadPoolExecutor
+    monkeypatch.setattr(raycast, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
+    small = ["--train", 1, "--new", 0, "--views", 4, "--held-out", 1, "--size", 16]
+    before = torch.get_num_threads()
+    try:
+        status, _, err = call(
+            monkeypatch, capsys, "data", "cars", "--out", tmp_path / "a", *small, "--threads", 3
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert status == 0 and pools == [3], err
+    status, _, err = call(monkeypatch, capsys, "data", "cars", "--out", tmp_path / "b", "--threads", 0)
+    assert status == 2 and "--threads 0: at least 1." in err
 
 
 def test_no_arguments_show_the_help(monkeypatch, capsys):

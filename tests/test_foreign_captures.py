@@ -1,5 +1,6 @@
 """Captures as strangers' programs leave them: shared cases, each against one that is clean."""
 
+import json
 import re
 import shutil
 
@@ -102,15 +103,74 @@ def test_a_model_whose_points_were_cut_off_is_read(plain, tmp_path):
         ('"distortion_params": [[0], [0, 1]]', "distortion_params = "),
         ('"fl_x": 1' + "0" * 400, "intrinsics must be numbers"),
         ('"fl_x": 1' + "0" * 5000, "not a readable JSON file"),
+        ('"cx": NaN', r"frame 0 .*: the principal point \(cx, cy\) lies at nan"),
+        ('"cy": -1e9', r"frame 0 .*: the principal point \(cx, cy\) lies at 0.5, -"),
+        ('"fl_x": Infinity', "focal lengths inf"),
     ],
 )
 def test_odd_values_are_read_or_named(entry, message, tmp_path):
     shutil.copytree(CASES / "11-transforms" / "backslash", tmp_path / "in")
     file = tmp_path / "in" / "transforms.json"
-    text = file.read_text().replace('"fl_x"', '"was"', 1) if "fl_x" in entry else file.read_text()
+    key = entry.split('"')[1]
+    text = file.read_text().replace(f'"{key}"', '"was"', 1)
     file.write_text(f"{{{entry}, {text.lstrip()[1:]}")
     if message is None:
         make_transforms(tmp_path / "in", tmp_path / "out")
         return
     with pytest.raises(UserError, match=message):
         make_transforms(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"transform_matrix": ["1000", "0100", "0010", "0001"]}, "must be 4 rows of 4 numbers"),
+        ({"transform_matrix": {"a": [1, 0, 0, 0]}}, "must be 4 rows of 4 numbers"),
+        ({"transform_matrix": [[1, 0, 0, 0], "0100", [0, 0, 1, 3]]}, "must be 4 rows of 4 numbers"),
+        ({"file_path": "half \ud800"}, r"frame 0: no file can be named 'half \\ud800'"),
+        ({"file_path": "null \0"}, r"frame 0: no file can be named 'null \\x00'"),
+    ],
+)
+def test_frames_that_are_none_are_refused(change, message, tmp_path):
+    shutil.copytree(CASES / "11-transforms" / "backslash", tmp_path / "in")
+    file = tmp_path / "in" / "transforms.json"
+    content = json.loads(file.read_text())
+    content["frames"][0] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        make_transforms(tmp_path / "in", tmp_path / "out")
+
+
+def test_labels_that_name_no_file_are_refused(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["car/\ud800.png", [0.0] * 25]]}))
+    with pytest.raises(UserError, match=r"dataset\.json: no file can be named 'car/\\ud800\.png'"):
+        make_srn(tmp_path, tmp_path / "out")
+
+
+def test_a_model_in_two_forms_is_named(plain, tmp_path):
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    model = tmp_path / "in" / "thing" / "sparse" / "0"
+    (model / "cameras.bin").rename(model / "cameras.txt")
+    with pytest.raises(UserError) as caught:
+        make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    told = str(caught.value)
+    assert told.startswith(f"{model}: cameras.bin or images.txt is absent.") and "model_converter" in told
+
+
+def test_a_stray_file_of_the_other_form_is_passed_over(plain, tmp_path):
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    (tmp_path / "in" / "thing" / "sparse" / "0" / "images.txt").write_text("# of another model")
+    make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    assert np.array_equal(images(tmp_path / "out"), plain)
+
+
+def test_a_damaged_model_without_points_is_named_by_its_own_folder(tmp_path):
+    pytest.importorskip("pycolmap")
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    model = tmp_path / "in" / "thing" / "sparse" / "0"
+    (model / "points3D.bin").unlink()
+    (model / "images.bin").write_bytes(b"torn")
+    with pytest.raises(UserError, match="no readable COLMAP model") as caught:
+        make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    paths = re.findall(r"/[^ :,)\"]+", str(caught.value))
+    assert all(path.startswith(str(tmp_path)) for path in paths)

@@ -75,7 +75,8 @@ RED, BLUE = (200, 30, 30), (26, 26, 204)
         "Kd 0 0 0\nmap_Kd paint.png", "map_Kd -s 1 1 1 -o 0 0 0 -clamp on paint.png",
         "map_Kd -s 2 2 paint.png",
         "map_Kd -mm 0 1 -bm 2 paint.png", "map_Kd textures\\paint.png", "map_Kd C:\\Users\\me\\paint.png",
-        "map_Kd PAINT.PNG", "\tmap_kd paint.png", "map_Kd .\\paint.png",
+        "map_Kd PAINT.PNG", "\tmap_kd paint.png", "map_Kd .\\paint.png", "map_Kd paint.png # of 2 # coats",
+        'map_Kd "paint.png" # red',
     ],
 )  # fmt: skip
 def test_a_texture_is_found_and_replaces_kd(tmp_path, mtl):
@@ -97,8 +98,65 @@ def test_colors_without_a_texture(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kd", "remark"),
+    [
+        ("0,1 0,1 0,8", None), ("0.1,0.1,0.8", None), ("0.1, 0.1, 0.8", None), ("0.1 0.1 0.8 # 1 2 3", None),
+        ("26 26 204", "Kd of material 'body': taken as numbers from 0 to 255"),
+    ],
+)  # fmt: skip
+def test_colors_as_other_programs_write_them(tmp_path, kd, remark):
+    path = write_obj(tmp_path, f"Kd {kd}")
+    assert seen(path) == pytest.approx(BLUE, abs=1.5)
+    assert read_mesh(path)[1] == ((remark,) if remark else ())
+
+
+def test_a_color_that_is_none_is_named(tmp_path):
+    path = write_obj(tmp_path, "Kd spectral paint.rfl 1")
+    assert seen(path) == pytest.approx((255, 255, 255))
+    assert read_mesh(path)[1] == ("Kd of material 'body': 'spectral paint.rfl 1' is no color and left out",)
+    assert seen(write_obj(tmp_path, "Kd 0.5 # 1 2")) == pytest.approx((127.5,) * 3, abs=1.5)
+
+
+def test_a_texture_whose_name_holds_a_number_sign(tmp_path):
+    path = write_obj(tmp_path, "map_Kd coat #2.png")
+    Image.new("RGB", (8, 8), (26, 26, 204)).save(tmp_path / "coat #2.png")
+    assert seen(path) == pytest.approx(BLUE, abs=1.5) and read_mesh(path)[1] == ()
+
+
+@pytest.mark.parametrize(("color", "guessed"), [("0.1 0.1 0.8", False), ("26 26 204", True)])
+def test_colors_of_vertices(tmp_path, color, guessed):
+    remarks = ("colors of vertices: taken as numbers from 0 to 255",) if guessed else ()
+    faces = ["f " + " ".join(str(p + 1) for p in side) for side in SIDES]
+    path = tmp_path / "box.obj"
+    path.write_text("\n".join([*(f"v {x} {y} {z} {color}" for x, y, z in CUBE), *faces]))
+    assert seen(path) == pytest.approx(BLUE, abs=1.5) and read_mesh(path)[1] == remarks
+    for kind in ("float", "int") if guessed else ("float",):
+        path = tmp_path / f"{kind}.ply"
+        names = [f"property {kind} {name}" for name in ("red", "green", "blue")]
+        header = [
+            "ply",
+            "format ascii 1.0",
+            "element vertex 8",
+            *(f"property float {name}" for name in "xyz"),
+        ]
+        header += [*names, "element face 6", "property list uchar int vertex_indices", "end_header"]
+        rows = [f"{x} {y} {z} {color}" for x, y, z in CUBE]
+        rows += [" ".join(map(str, (4, *side))) for side in SIDES]
+        path.write_text("\n".join([*header, *rows, ""]))
+        assert seen(path) == pytest.approx(BLUE, abs=1.5) and read_mesh(path)[1] == remarks
+
+
+@pytest.mark.parametrize(
     ("mtl", "alpha"),
-    [("d 0.2", 0.2), ("Tr 0.8", 0.2), ("d 1\nTr 1", 1), ("d 0", 1), ("Tr 1", 1), ("d 0.6\nTr 0.6", 0.6)],
+    [
+        ("d 0.2", 0.2),
+        ("Tr 0.8", 0.2),
+        ("d 1\nTr 1", 1),
+        ("d 0", 1),
+        ("Tr 1", 1),
+        ("d 0.6\nTr 0.6", 0.6),
+        ("d 0,2", 0.2),
+    ],
 )
 def test_transparency(tmp_path, mtl, alpha):
     soup, _ = read_mesh(write_obj(tmp_path, f"Kd 1 0 0\n{mtl}"))

@@ -19,24 +19,30 @@ FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where to compute."""
+class Cores:
+    """How many cores compute."""
 
     threads: int | None = None
     """Number of CPU threads; unset: all cores."""
+
+
+@dataclass(frozen=True)
+class Machine(Cores):
+    """Where to compute."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto: a GPU if there is one."""
 
 
-MACHINE = Machine()
-MachineOptions = Annotated[Machine, FLAT]
+CORES, MACHINE = Cores(), Machine()
+CoreOptions, MachineOptions = Annotated[Cores, FLAT], Annotated[Machine, FLAT]
 
 
-def set_up(machine: Machine) -> "torch.device":
-    """Sets the number of threads and chooses the device."""
+def set_up(machine: Cores) -> "torch.device":
+    """Sets the number of threads and chooses the device: the CPU for commands that compute nowhere else."""
     from latentscenes.core import runtime
 
-    return runtime.set_up(machine.threads, machine.device)
+    return runtime.set_up(machine.threads, machine.device if isinstance(machine, Machine) else "cpu")
 
 
 def say(text: str) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from latentscenes.cli.common import CORES, CoreOptions, set_up
 from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions, MeshOptions, ViewOptions
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
 IMPORT = ImportOptions()
 
 
-def data_cars(out: Path, train: int = 24, new: int = 8, options: Views = VIEWS) -> None:
+def data_cars(
+    out: Path, train: int = 24, new: int = 8, options: Views = VIEWS, cores: CoreOptions = CORES
+) -> None:
     """Make a dataset of procedural cars. Nothing is downloaded.
 
     Args:
@@ -26,6 +29,7 @@ def data_cars(out: Path, train: int = 24, new: int = 8, options: Views = VIEWS) 
         train: cars to learn in stage 1.
         new: cars kept for stage 2.
     """
+    set_up(cores)
     from latentscenes.data.synthetic.cars import make_cars
 
     make_cars(out, options, train=train, new=new)
@@ -58,6 +62,7 @@ def data_meshes(
     strict: bool = False,
     reading: Reading = MESHES,
     options: Views = VIEWS,
+    cores: CoreOptions = CORES,
 ) -> None:
     """Render a folder of meshes (GLB, glTF, OBJ, PLY).
 
@@ -69,6 +74,7 @@ def data_meshes(
         limit: use at most this many meshes of each split.
         strict: stop at the first file that cannot be read.
     """
+    set_up(cores)
     from latentscenes.data.meshes.importer import make_meshes
 
     make_meshes(folder, out, options, split=split, new=new, reading=reading, limit=limit, strict=strict)
@@ -81,6 +87,7 @@ def data_srn(
     axes: Axes = "opencv",
     intrinsics_size: int | tuple[int, int] | None = None,
     options: Import = IMPORT,
+    cores: CoreOptions = CORES,
 ) -> None:
     """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
 
@@ -91,6 +98,7 @@ def data_srn(
         axes: camera axes of the files.
         intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
     """
+    set_up(cores)
     from latentscenes.data.srn import make_srn
 
     _report(make_srn(folder, out, above=above, axes=axes, intrinsics_size=intrinsics_size, options=options))
@@ -102,6 +110,7 @@ def data_transforms(
     held_out_from: HeldOutFrom | None = None,
     axes: Axes = "opengl",
     options: Import = IMPORT,
+    cores: CoreOptions = CORES,
 ) -> None:
     """Import nerfstudio or Blender transforms*.json: one scene or a folder of scenes.
 
@@ -111,6 +120,7 @@ def data_transforms(
         held_out_from: the part whose frames become held-out views; unset: test if it exists, else val.
         axes: camera axes of the files.
     """
+    set_up(cores)
     from latentscenes.data.transforms import make_transforms
 
     _report(make_transforms(folder, out, held_out_from=held_out_from, axes=axes, options=options))
@@ -124,6 +134,7 @@ def data_photos(
     split: Path | None = None,
     new: int = 0,
     limit: int | None = None,
+    cores: CoreOptions = CORES,
 ) -> None:
     """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
 
@@ -137,6 +148,7 @@ def data_photos(
         new: without `split`: keep the last objects, this many, for stage 2.
         limit: import at most this many objects.
     """
+    set_up(cores)
     from latentscenes.data.photos.importer import make_photos
 
     _report(make_photos(folder, out, size=size, held_out=held_out, split=split, new=new, limit=limit))

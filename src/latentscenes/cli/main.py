@@ -161,6 +161,8 @@ def report(
     from latentscenes.storage.scene_set import SceneSet
 
     new, baseline = SceneSet.open(run, data, device=device), rgb and SceneSet.open(rgb, device=device)
+    if baseline:
+        baseline.require_finished()
     views, trained = PosedImages.open(new.data), SceneSet.open(new.parent, device=device)
     content = Comparison(
         train=trained, new=new, rgb=baseline, views=views, title=run.name,
@@ -180,8 +182,8 @@ def cost(
     Args:
         run: run or library.
         config: configuration, used without --run; shows memory only.
-        baseline: RGB tri-planes to compare with: a configuration (memory only), or a run or library (and
-            time).
+        baseline: RGB tri-planes to compare with: a configuration (memory only), or a finished run or a
+            library (and time).
         overrides: settings to change.
     """
     from latentscenes.evaluation.tables import print_cost

@@ -26,6 +26,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 def set_up(threads: int | None = None, device: str = "auto") -> torch.device:
     """Sets threads and allocator thresholds and returns the device (`auto`: CUDA if available)."""
     if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}: at least 1.")
         torch.set_num_threads(threads)
     if sys.platform == "linux":
         _keep_freed_pages()

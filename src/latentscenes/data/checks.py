@@ -1,5 +1,6 @@
 """Checks imported cameras and recognizes mixed-up conventions."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,13 +166,13 @@ def _check_rotation(cam2world: Float[Tensor, "3 4"], file: Path | str) -> None:
 
 def _check_intrinsics(intrinsics: Float[Tensor, "4"], file: Path | str) -> None:
     fx, fy, cx, cy = intrinsics.tolist()
-    if not torch.isfinite(intrinsics).all() or fx <= 0 or fy <= 0:
+    if not (0 < fx < math.inf and 0 < fy < math.inf):
         raise UserError(f"{file}: focal lengths {fx:.4g}, {fy:.4g} (fractions) must be finite and above 0.")
     if not (-0.5 <= cx <= 1.5 and -0.5 <= cy <= 1.5):
         raise UserError(
-            f"{file}: the principal point lies at {cx:.4g}, {cy:.4g} of the image's width and height, far "
-            "outside it. Probably the intrinsics belong to another image size than the stated one; state "
-            "that size."
+            f"{file}: the principal point (cx, cy) lies at {cx:.4g}, {cy:.4g} of the image's width and "
+            "height, not in the image or near it. Correct it; or, if the intrinsics belong to another image "
+            "size than the stated one, state that size."
         )
 
 

@@ -1,12 +1,12 @@
 """Reads images as a dataset stores them: 8 bits, RGB over white, and a separate silhouette."""
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
@@ -19,8 +19,9 @@ ORIENTATION = 274
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Returns `call(item)` for every item, computed in threads. An error cancels calls not yet started."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    """Returns `call(item)` for every item, computed in as many threads as torch has, but at most 8. An error
+    cancels calls not yet started."""
+    with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
         tasks = [pool.submit(call, item) for item in items]
         try:
             return [task.result() for task in tasks]

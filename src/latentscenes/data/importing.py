@@ -7,6 +7,7 @@ if they are large.
 
 import difflib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -141,6 +142,17 @@ def subfolders(folder: Path) -> list[Path]:
 def is_leftover(name: str) -> bool:
     """Tells hidden files, and what archives of a Mac leave behind: `._NAME` and `__MACOSX`."""
     return name.startswith((".", "__MACOSX"))
+
+
+def require_file_name(path: str, source: Path | str) -> str:
+    """Returns a file's path that `source` states. Raises a UserError if no file can have it, for a null
+    character or half of a surrogate pair."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{source}: no file can be named {path!r}. Correct the name.")
 
 
 def open_folder(folder: str | Path) -> Path:

@@ -6,7 +6,6 @@
 - Imported colors are lit in linear light. Samples are averaged as sRGB values, as later resizing does too.
 """
 
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -151,9 +150,10 @@ class RayCaster:
         self.wrap = np.array(codes, np.int8)[soup.texture] if np.any(codes) else None
 
     def render(
-        self, cameras: Cameras, size: int, samples: int = 3, threads: int | None = None
+        self, cameras: Cameras, size: int, samples: int = 3
     ) -> tuple[UInt8[np.ndarray, "v size size 3"], UInt8[np.ndarray, "v size size"]]:
-        """Returns images over white, and each pixel's coverage, from samples² rays per pixel."""
+        """Returns images over white, and each pixel's coverage, from samples² rays per pixel. Computes in as
+        many threads as torch has."""
         rgb = np.full((len(cameras), size, size, 3), 255, np.uint8)
         alpha = np.zeros((len(cameras), size, size), np.uint8)
         windows = self._windows(cameras, size)
@@ -171,7 +171,7 @@ class RayCaster:
             rgb[view, rows, columns] = _shrink(colors + rest[:, None], height, width, samples)
             alpha[view, rows, columns] = _shrink(1 - rest[:, None], height, width, samples)[..., 0]
 
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(shoot, range(len(cameras))))
         return rgb, alpha
 

@@ -26,6 +26,7 @@ from latentscenes.data.importing import (
     is_leftover,
     natural_key,
     open_folder,
+    require_file_name,
     subfolders,
 )  # fmt: skip
 from latentscenes.data.options import Axes, ImportOptions
@@ -160,6 +161,7 @@ def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
         raise UserError(f"{file}: its list of labels is empty.")
     scenes: dict[str, list[tuple[str, list[float]]]] = {}
     for path, numbers in pairs:
+        require_file_name(path, file)
         folder = Path(path).parent
         name = (folder.parent if folder.name == "rgb" else folder).as_posix()
         if name == ".":

@@ -22,6 +22,7 @@ from latentscenes.data.importing import (
     natural_key,
     open_folder,
     read_json,
+    require_file_name,
     subfolders,
 )  # fmt: skip
 from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions
@@ -141,6 +142,7 @@ def _frames(meta: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     for place, frame in enumerate(frames):
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise UserError(f"{file}: frame {place} has no file_path.")
+        require_file_name(frame["file_path"], f"{file}: frame {place}")
     return sorted(frames, key=lambda frame: natural_key(frame["file_path"]))
 
 
@@ -187,10 +189,10 @@ def _plain(path: str) -> str:
 
 def _flat(matrix: Any, label: str) -> list[float]:
     try:
-        rows = [[float(number) for number in row] for row in matrix]
+        rows = [[float(number) for number in row] for row in matrix if isinstance(row, list)]
     except (TypeError, ValueError, OverflowError):
-        rows = [[]]
-    if any(len(row) != 4 for row in rows):
+        rows = []
+    if len(rows) not in (3, 4) or len(rows) != len(matrix) or any(len(row) != 4 for row in rows):
         raise UserError(f"{label}: transform_matrix must be 4 rows of 4 numbers.")
     return sum(rows, []) + ([0.0, 0.0, 0.0, 1.0] if len(rows) == 3 else [])
 

@@ -1,14 +1,10 @@
-"""Wavefront OBJ with MTL materials.
+"""Wavefront OBJ; its materials are in mtl.py.
 
 Honored: polygons of any shape, negative indices, vertex colors, `vn` and smoothing groups (without either,
-faces are flat), several material libraries; of MTL: Kd, Ke, d, Tr, map_Kd and map_d with their options -s,
--o, -clamp, -mm. A texture replaces Kd: exporters leave grays and browns in Kd that the renderers of these
-catalogs ignore. `multiply` multiplies instead, as the format's text says. Without Kd the factor is 1. Source:
-Wavefront's "Object Files" (Advanced Visualizer, appendix B1) and "MTL material format".
+faces are flat), several material libraries. Source: Wavefront's "Object Files" (Advanced Visualizer, appendix
+B1).
 """
 
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,38 +12,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
+from latentscenes.data.meshes.mtl import Painted, read_lines, read_materials
 from latentscenes.data.meshes.surfaces import (
-    Material,
     Remarks,
     Surface,
     corner_faces,
     linear_colors,
-    read_texture,
     smooth_normals,
+    unit_colors,
 )
-from latentscenes.data.raycast import BLEND, OPAQUE
-from latentscenes.data.shading import to_linear
-
-OPTIONS = {
-    "blendu": 1,
-    "blendv": 1,
-    "boost": 1,
-    "bm": 1,
-    "cc": 1,
-    "clamp": 1,
-    "imfchan": 1,
-    "texres": 1,
-    "type": 1,
-}
-"""Options of a texture with a fixed number of arguments; -mm has two, -o, -s and -t have one to three
-numbers."""
-LEFT_OUT = (
-    (("ks", "map_ks"), "highlights (Ks) are"),
-    (("bump", "map_bump", "norm", "disp"), "relief (bump and normal maps) is"),
-    (("map_ke",), "emission textures are"),
-)
-"""Statements of MTL that are left out, and how the remark begins."""
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
 @dataclass
@@ -61,28 +34,6 @@ class _Faces:
     """The smoothing group of each polygon; 0 for none."""
 
 
-@dataclass(frozen=True)
-class _Painted:
-    """A material: as it looks without its texture, and with it; how its texture coordinates are moved."""
-
-    plain: Material = Material()
-    textured: Material | None = None
-    scale: tuple[float, float] = (1.0, 1.0)
-    offset: tuple[float, float] = (0.0, 0.0)
-
-
-@dataclass
-class _Map:
-    """A texture statement of MTL."""
-
-    file: str
-    scale: tuple[float, float] = (1.0, 1.0)
-    offset: tuple[float, float] = (0.0, 0.0)
-    clamp: bool = False
-    base: float = 0.0
-    gain: float = 1.0
-
-
 def read_obj(path: Path, remarks: Remarks, multiply: bool = False) -> list[Surface]:
     """Reads an OBJ file and its materials. `multiply`: a texture is multiplied by Kd.
 
@@ -90,30 +41,26 @@ def read_obj(path: Path, remarks: Remarks, multiply: bool = False) -> list[Surfa
         UserError: the file cannot be read as OBJ.
     """
     try:
-        text = _text(path)
+        text = read_lines(path)
         tables, faces, libraries = _parse(text, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    materials = _materials(path, libraries, remarks, multiply)
+    materials = read_materials(path, libraries, remarks, multiply)
     for name in [name for name in faces if name and name not in materials]:
         root = name.rpartition("_")[0]  # old exporters append the texture's name, or NONE
         if root in materials:
             materials[name] = materials[root]
         else:
             remarks.add(f"material {name!r} is in no library; its faces are white")
+    if "colors" in tables:
+        tables["colors"] = unit_colors(tables["colors"], "colors of vertices", remarks)
     surfaces = []
     for name, group in faces.items():
         if group.points:
-            if materials.get(name, _Painted()).textured and min(group.uv) < 0:
+            if materials.get(name, Painted()).textured and min(group.uv) < 0:
                 remarks.add(f"faces without texture coordinates have the plain color of material {name!r}")
-            surfaces += _surfaces(path, tables, group, materials.get(name, _Painted()))
+            surfaces += _surfaces(path, tables, group, materials.get(name, Painted()))
     return surfaces
-
-
-def _text(path: Path) -> str:
-    """A text file of any encoding; lines that end in a backslash go on."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    return text.replace("\\\r\n", " ").replace("\\\n", " ")
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Faces], list[str]]:
@@ -190,7 +137,7 @@ def _numbers(rows: list[list[str]], path: Path, key: str, width: int = 0) -> Flo
         raise UserError(f"{path}: a line {key!r} holds something else than numbers ({error}).") from None
 
 
-def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: "_Painted") -> list[Surface]:
+def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: Painted) -> list[Surface]:
     """The triangles of one material; those without texture coordinates apart, in the plain color."""
     flat = np.array([point for polygon in faces.points for point in polygon])
     if flat.max() >= len(tables["v"]):
@@ -231,169 +178,3 @@ def _normals(
     _, merged = np.unique(np.stack([groups.ravel(), points.ravel()]), axis=1, return_inverse=True)
     smooth = smooth_normals(corners, np.where(groups > 0, merged.reshape(groups.shape), -1))
     return np.where(known[..., None], table[np.where(known, given, 0)], smooth) if len(table) else smooth
-
-
-# Materials
-
-
-def _materials(path: Path, libraries: list[str], remarks: Remarks, multiply: bool) -> dict[str, _Painted]:
-    found = {}
-    for name in libraries:
-        file = find_beside(path, name)
-        files = [file] if file else [other for word in name.split() if (other := find_beside(path, word))]
-        if not files:
-            remarks.add(f"the material library {name!r} is not there")
-        for one in files:
-            for key, entry in _statements(_text(one)).items():
-                found.setdefault(key, _material(one, path, key, entry, remarks, multiply))
-    return found
-
-
-def _statements(text: str) -> dict[str, dict[str, str]]:
-    """The statements of each material of an MTL file; keywords in lower case."""
-    found: dict[str, dict[str, str]] = {}
-    current: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, rest = line.strip().partition(" ") if " " in line.strip() else line.strip().partition("\t")
-        if key.lower() == "newmtl":
-            current = found.setdefault(rest.strip(), {})
-        elif key and not key.startswith("#"):
-            current[key.lower()] = rest.strip()
-    return found
-
-
-def _material(
-    file: Path, obj: Path, name: str, entry: dict[str, str], remarks: Remarks, multiply: bool
-) -> _Painted:
-    alpha = _alpha(entry, name, remarks)
-    for keys, meaning in LEFT_OUT:
-        if any(entry.get(key) and (key != "ks" or any(_color(entry[key], (0.0, 0.0, 0.0)))) for key in keys):
-            remarks.add(f"{meaning} left out")
-    color, emission = (
-        tuple(to_linear(np.clip(_color(entry.get(key), default), 0, 1)).tolist())
-        for key, default in (("kd", (1.0, 1.0, 1.0)), ("ke", (0.0, 0.0, 0.0)))
-    )
-    plain = Material((*color, alpha), cutoff=OPAQUE if alpha == 1 else BLEND, emission=emission)
-    texture = _map(entry["map_kd"]) if entry.get("map_kd") else None
-    picture = _picture(file, obj, texture, remarks) if texture else None
-    mask = _picture(file, obj, _map(entry["map_d"]), remarks) if entry.get("map_d") else None
-    if picture is None and mask is None:
-        return _Painted(plain)
-    texture = texture if picture is not None else _map(entry["map_d"])
-    factor = plain.factor if multiply or picture is None else (1.0, 1.0, 1.0, alpha)
-    cutoff = plain.cutoff
-    if mask is not None:
-        picture, cutoff = _masked(picture, mask), BLEND
-    elif (picture[..., 3] < 255).any() and cutoff == OPAQUE:
-        cutoff = 0.5
-    wrap = ("clamp", "clamp") if texture.clamp else ("repeat", "repeat")
-    return _Painted(plain, Material(factor, picture, wrap, cutoff, emission), texture.scale, texture.offset)
-
-
-def _masked(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
-    """A picture whose alpha is the brightness of a mask, or the mask's own alpha if it has one."""
-    alpha = mask[..., 3] if (mask[..., 3] < 255).any() else mask[..., :3].mean(-1).round().astype(np.uint8)
-    height, width = alpha.shape
-    if picture is None:
-        picture = np.full((height, width, 4), 255, np.uint8)
-    rows = np.arange(picture.shape[0]) * height // picture.shape[0]
-    columns = np.arange(picture.shape[1]) * width // picture.shape[1]
-    return np.concatenate([picture[..., :3], alpha[rows][:, columns][..., None]], -1)
-
-
-def _color(text: str | None, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Three numbers, or one for all three."""
-    numbers = [float(word) for word in (text or "").replace(", ", " ").split() if NUMBER.match(word)]
-    return tuple(numbers[:3]) if len(numbers) >= 3 else (numbers[0],) * 3 if numbers else default
-
-
-def _alpha(entry: dict[str, str], name: str, remarks: Remarks) -> float:
-    """Opacity in (0, 1]: d, or 1 − Tr. A material that would be invisible (d 0, Tr 1) is meant to be
-    opaque."""
-
-    def number(key: str) -> float | None:
-        found = [float(word) for word in entry.get(key, "").split() if NUMBER.match(word)]
-        return found[0] if found else None
-
-    dissolve, transparency = number("d"), number("tr")
-    alpha = dissolve if dissolve is not None else 1.0 if transparency is None else 1 - transparency
-    if alpha <= 0:
-        remarks.add(f"material {name!r} would be invisible (d 0 or Tr 1); it is taken as opaque")
-        return 1.0
-    return min(alpha, 1.0)
-
-
-def _map(text: str) -> _Map:
-    """A texture statement: options, then a file name that may hold spaces."""
-    words, options = text.split(), {}
-    place = 0
-    while place < len(words) - 1 and words[place].startswith("-") and not NUMBER.match(words[place]):
-        key = words[place][1:].lower()
-        place += 1
-        if key in OPTIONS:
-            most, numeric = OPTIONS[key], False
-        elif key in ("s", "o", "t", "mm"):
-            most, numeric = 2 if key == "mm" else 3, True
-        else:
-            break
-        values = []
-        while len(values) < most and place < len(words) - 1 and (not numeric or NUMBER.match(words[place])):
-            values.append(words[place])
-            place += 1
-        options[key] = values
-    found = _Map(" ".join(words[place:]).strip('"'))
-    for key, name in (("s", "scale"), ("o", "offset")):
-        if values := [float(value) for value in options.get(key, [])]:
-            setattr(found, name, (values[0], values[1] if len(values) > 1 else getattr(found, name)[1]))
-    found.clamp = options.get("clamp", [""])[0].lower() == "on"
-    if len(values := options.get("mm", [])) == 2:
-        found.base, found.gain = map(float, values)
-    return found
-
-
-def _picture(file: Path, obj: Path, texture: _Map, remarks: Remarks) -> np.ndarray | None:
-    found = find_beside(file, texture.file) or find_beside(obj, texture.file)
-    if found is None:
-        remarks.add(f"the texture {texture.file!r} is not there")
-        return None
-    try:
-        picture = read_texture(found, found.name)
-    except UserError as error:
-        remarks.add(str(error))
-        return None
-    if (texture.base, texture.gain) != (0.0, 1.0):
-        light = texture.base + texture.gain * picture[..., :3].astype(np.float64) / 255
-        picture = np.concatenate(
-            [np.round(255 * np.clip(light, 0, 1)).astype(np.uint8), picture[..., 3:]], -1
-        )
-    return picture
-
-
-def find_beside(file: Path, name: str) -> Path | None:
-    """The file that a file names: at that path beside it, else by the bare name, whatever the case of
-    letters.
-
-    Backslashes separate folders. A drive letter or an absolute path is never followed.
-    """
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    if not parts:
-        return None
-    absolute = name.replace("\\", "/").startswith("/") or ":" in parts[0]
-    for chosen in [parts[-1:]] if absolute else [parts, parts[-1:]]:
-        place = file.parent
-        for part in chosen:
-            place = place.parent if part == ".." else _entry(place, part)
-            if place is None:
-                break
-        if place is not None and place.is_file():
-            return place
-    return None
-
-
-def _entry(folder: Path, name: str) -> Path | None:
-    """An entry of a folder by its name; if there is none, by its name in other letters' case."""
-    if os.path.exists(folder / name):  # False also for a name that is too long
-        return folder / name
-    if not folder.is_dir():
-        return None
-    return next((entry for entry in folder.iterdir() if entry.name.lower() == name.lower()), None)

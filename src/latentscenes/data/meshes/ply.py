@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from latentscenes.core.errors import UserError
-from latentscenes.data.meshes.obj import find_beside
+from latentscenes.data.meshes.mtl import find_beside
 from latentscenes.data.meshes.surfaces import (
     Material,
     Remarks,
@@ -20,6 +20,7 @@ from latentscenes.data.meshes.surfaces import (
     corner_faces,
     linear_colors,
     read_texture,
+    unit_colors,
 )
 
 TYPES = {
@@ -76,9 +77,10 @@ def read_ply(path: Path, remarks: Remarks) -> list[Surface]:
     material = _textured(path, textures, uv is not None, remarks)
     colors = None
     if (found := _columns(vertices, COLORS)) is not None:
-        colors = linear_colors(found)[corners]
+        colors = linear_colors(unit_colors(found, "colors of vertices", remarks))[corners]
     elif faces and (found := _columns(faces, COLORS)) is not None:
-        colors = np.repeat(linear_colors(found)[face][:, None], 3, 1)
+        colors = linear_colors(unit_colors(found, "colors of faces", remarks))[face]
+        colors = np.repeat(colors[:, None], 3, 1)
     if material.texture is not None:
         colors = None  # scanners write both; the texture is the finer one
     return [Surface(points[corners], material, None if normals is None else normals[corners], uv, colors)]

@@ -20,6 +20,8 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.raycast import OPAQUE, TriangleSoup, Wrap
 from latentscenes.data.shading import to_linear
 
+BRIGHT = 2.0
+"""Colors, written as fractions, may exceed 1 for light, but not this."""
 LARGEST_TEXTURE = 4096
 """Pixels along a texture's side. Larger ones are reduced: no rendered view shows more."""
 MOST_PIXELS = 1 << 28
@@ -204,10 +206,23 @@ def read_texture(source: Path | object, name: str) -> UInt8[np.ndarray, "h w 4"]
 
 
 def linear_colors(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
-    """sRGB colors of three or four channels, as integers or fractions, to linear RGB with alpha 1."""
-    scale = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1.0
-    light = to_linear(np.clip(values[..., :3] / scale, 0, 1))
+    """sRGB colors of three or four channels, as fractions, to linear RGB with alpha 1."""
+    light = to_linear(np.clip(values[..., :3], 0, 1))
     return np.concatenate([light, np.ones_like(light[..., :1])], -1)
+
+
+def unit_colors(colors: np.ndarray, what: str, remarks: Remarks) -> np.ndarray:
+    """Returns sRGB colors as fractions. Integers count up to the largest of their type, but up to 255 where
+    none is larger; fractions of which some exceed BRIGHT count up to 255. A remark tells where 255 was
+    guessed."""
+    most = float(np.nanmax(colors, initial=0))
+    if colors.dtype.kind in "ui":
+        scale = 255 if most <= 255 else np.iinfo(colors.dtype).max
+    else:
+        scale = 255 if most > BRIGHT else 1
+    if scale == 255 and colors.dtype != np.uint8:
+        remarks.add(f"{what}: taken as numbers from 0 to 255")
+    return colors / scale
 
 
 def _unit(vectors: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:

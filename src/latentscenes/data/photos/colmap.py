@@ -28,6 +28,8 @@ PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 """File endings of photographs."""
 FEWEST = 10
 """Least number of photographs of an object."""
+PARTS = "cameras", "images"
+"""Files of a model that are read."""
 WIDEST = 3.0
 """Largest tangent of the angle from the optical axis; wider rectilinear images are mostly rim."""
 
@@ -134,7 +136,7 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
         raise UserError(
             "COLMAP models are read by pycolmap, which is not installed: pip install 'latentscenes[photos]'"
         ) from None
-    files = [f"{name}{ending}" for name in ("cameras", "images") for ending in (".bin", ".txt")]
+    files = [f"{name}{ending}" for name in PARTS for ending in (".bin", ".txt")]
     for sparse in (folder / "sparse", folder / "colmap" / "sparse"):
         entries = (sparse, *subfolders(sparse)) if sparse.is_dir() else ()
         found = [entry for entry in entries if any((entry / file).is_file() for file in files)]
@@ -150,6 +152,8 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
     for source in found:
         try:
             models[source] = _open_model(source, pycolmap.Reconstruction)
+        except UserError:
+            raise
         except Exception as error:  # damaged files can raise anything
             raise UserError(
                 f"{source}: no readable COLMAP model ({error}). Copy it again, or run COLMAP again; if it "
@@ -167,16 +171,28 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
 
 def _open_model(source: Path, opened: Callable[[str], Any]) -> Any:
     """Returns the pycolmap.Reconstruction in `source`, whose points, unused here, may be absent."""
-    for ending in (".bin", ".txt"):
-        points = source / f"points3D{ending}"
-        unread = not points.is_file() or (ending == ".bin" and points.stat().st_size < 8)  # no count in it
-        if (source / f"images{ending}").is_file() and unread:
-            with tempfile.TemporaryDirectory() as copy:
-                for file in source.glob(f"*{ending}"):
-                    shutil.copy(file, copy)
-                (Path(copy) / points.name).write_bytes(bytes(8) if ending == ".bin" else b"")
-                return opened(copy)
-    return opened(str(source))
+    absent = {
+        ending: [f"{name}{ending}" for name in PARTS if not (source / f"{name}{ending}").is_file()]
+        for ending in (".bin", ".txt")
+    }
+    ending = min(absent, key=lambda ending: len(absent[ending]))
+    if absent[ending]:
+        ways = " or ".join(", ".join(files) for files in absent.values())
+        raise UserError(
+            f"{source}: {ways} is absent. COLMAP's cameras and images must both be .bin or both .txt; copy "
+            "the missing file, or write the model again: colmap model_converter"
+        )
+    points = source / f"points3D{ending}"
+    if points.is_file() and (ending == ".txt" or points.stat().st_size >= 8):  # with a count in it
+        return opened(str(source))
+    with tempfile.TemporaryDirectory() as copy:
+        for file in source.glob(f"*{ending}"):
+            shutil.copy(file, copy)
+        (Path(copy) / points.name).write_bytes(bytes(8) if ending == ".bin" else b"")
+        try:
+            return opened(copy)
+        except Exception as error:
+            raise ValueError(str(error).replace(copy, str(source))) from None
 
 
 def _checked_width(file: Path, lens: Lens) -> int:
