@@ -45,6 +45,44 @@ def test_comparison_sheet(run, tmp_path, tiny, solids):
     assert np.array_equal(alone[top : top + 32, third : third + 32], model_module.to_uint8(mine)[0])
 
 
+def test_captions_are_the_last_parts_that_are_unique():
+    names = ["a__chairs__oak", "a__stools__oak", "b__lamp", "lamp", "c__sofa", "red_ball"]
+    assert sheets.short_names(names) == {
+        "a__chairs__oak": "chairs__oak",
+        "a__stools__oak": "stools__oak",
+        "b__lamp": "b__lamp",
+        "lamp": "lamp",
+        "c__sofa": "sofa",
+        "red_ball": "red_ball",
+    }
+    assert sheets.short_names(["p406__base"]) == {"p406__base": "p406__base"}  # nothing to tell it from
+    assert sheets.cut("convertible-sofa-closed", 11) == "conve…losed" and sheets.cut("sofa", 4) == "sofa"
+
+
+def test_sheets_say_what_they_leave_out(run, solids, monkeypatch):
+    lines, draw = [], sheets._line
+    monkeypatch.setattr(sheets, "_line", lambda text, *rest: lines.append(text) or draw(text, *rest))
+    scenes, ours = solids.select("train"), SceneSet.of_run(run)
+    some = [
+        sheets.comparison_sheet(ours, solids, scenes, limit=3),
+        sheets.dashboard_sheet(ours, solids, scenes, limit=3),
+    ]
+    assert [line.strip() for line in lines].count("3 of 4 scenes shown") == 2
+    lines.clear()
+    whole = sheets.comparison_sheet(ours, solids, scenes)
+    assert not any("shown" in line for line in lines) and some[0].shape[0] == whole.shape[0] + sheets.CAPTION
+
+
+def test_long_captions_are_cut_in_the_middle(monkeypatch):
+    texts, cut = [], sheets.cut
+    monkeypatch.setattr(sheets, "cut", lambda *given: texts.append(cut(*given)) or texts[-1])
+    picture = sheets.captioned(np.full((8, 60, 3), 255, np.uint8), "convertible-sofa-closed")
+    assert picture.shape == (8 + sheets.CAPTION, 60, 3) and picture[8:].min() < 200
+    start, end = texts[-1].split("…")
+    assert len(start) >= 2 and "convertible-sofa-closed".startswith(start)
+    assert len(end) >= 2 and "convertible-sofa-closed".endswith(end)
+
+
 def test_rows_belong_to_scenes(run, solids):
     """The sheet of scene 1 alone equals its part of the sheet of all scenes."""
     model, rows = run.load()

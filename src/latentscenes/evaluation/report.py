@@ -32,6 +32,7 @@ from latentscenes.export.sheets import (
     dashboard_sheet,
     save_file,
     save_image,
+    short_names,
 )
 from latentscenes.export.video import gif_bytes, orbit_frames
 from latentscenes.storage.run import command_text
@@ -108,8 +109,8 @@ def _labeled(content: Comparison) -> tuple[SceneSet, list[SceneSet]]:
 def contact_sheet(content: Comparison) -> Picture:
     """Held-out views of the first new scenes: truth | codec | ours | RGB."""
     ours, others = _labeled(content)
-    scenes = content.new.scenes(content.views)[:SHEET_SCENES]
-    return comparison_sheet(ours, content.views, scenes, others=others)
+    scenes = content.new.scenes(content.views)
+    return comparison_sheet(ours, content.views, scenes, others=others, limit=SHEET_SCENES)
 
 
 def _pictures(content: Comparison) -> dict[str, Any]:
@@ -119,6 +120,9 @@ def _pictures(content: Comparison) -> dict[str, Any]:
     dashboard = dashboard_sheet(ours, content.views, scenes, limit=DASHBOARD_SCENES)
     return {
         "columns": ["truth", *codec, "ours", *(["RGB tri-planes"] if others else [])],
+        "shown": f"{min(SHEET_SCENES, len(scenes))} of {len(scenes)} new objects are shown. "
+        if len(scenes) > SHEET_SCENES
+        else "",
         "sheets": [
             _image(comparison_sheet(ours, content.views, [scene], others=others, across=1), scene.name)
             for scene in scenes[:SHEET_SCENES]
@@ -131,7 +135,7 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
     """Animations of the best, the median and the worst scene."""
     ordered = sorted(content.evaluation_new.scenes, key=lambda score: -score.psnr)
     chosen = {0: "best", len(ordered) // 2: "median", len(ordered) - 1: "worst"}
-    found, (ours, _) = [], _labeled(content)
+    found, (ours, _), names = [], _labeled(content), short_names(content.new.names)
     for place, word in sorted(chosen.items()):
         score = ordered[place]
         orbits = [
@@ -142,7 +146,7 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
             beside([captioned(image, "image"), captioned(depth, "depth")])
             for image, depth in zip(*orbits, strict=True)
         ]
-        label = f"{score.name}: {word} of {len(ordered)}, {score.psnr:.1f} dB"
+        label = f"{names[score.name]}: {word} of {len(ordered)}, {score.psnr:.1f} dB"
         found.append(_embedded("gif", gif_bytes(frames, ORBIT_FPS), label, frames[0]))
     return found
 

@@ -21,7 +21,7 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
 from latentscenes.data.images import white_background
-from latentscenes.export.sheets import save_file
+from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import SceneSet
@@ -31,6 +31,8 @@ QUALITY = 80
 """WebP quality, out of 100."""
 FIRST = 40.0
 """Azimuth of the first picture, in degrees; the page shows this picture first."""
+CAPTION = 28
+"""Longest caption, in characters."""
 TOGETHER = 64
 """Number of pictures held in memory at full size."""
 LONGEST = 16383
@@ -78,13 +80,15 @@ def write_page(
             f"--size: sheets of {len(cameras)} pictures of {width}x{height} are too large for WebP; "
             "choose fewer or smaller pictures."
         )
-    entries = []
+    entries, captions = [], short_names(loaded.names)
     for scene in scenes:
         tiles = _tiles(loaded, scene, cameras, size_shown, window)
-        entries.append({"name": scene, "sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})
+        entry = {"name": scene, "caption": cut(captions[scene], CAPTION)}
+        entries.append(entry | {"sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
     data = json.dumps({"frames": frames, **grid, "scenes": entries}).replace("</", "<\\/")
-    many = "1 scene" if len(entries) == 1 else f"{len(entries)} scenes"
+    count, total = len(entries), len(loaded.names)
+    many = f"{count} of {total} scenes" if count < total else "1 scene" if count == 1 else f"{count} scenes"
     summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each"
     page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
         title=title,

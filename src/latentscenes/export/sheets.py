@@ -6,6 +6,7 @@ Notable:
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -106,15 +107,33 @@ def headed(picture: Picture, text: str) -> Picture:
 
 
 def _line(text: str, width: int, color: tuple[int, int, int]) -> Picture:
-    """Draws one line of text on white, cut with an ellipsis to `width` pixels."""
+    """Draws one line of text on white, cut in the middle to `width` pixels."""
     font = _font()
-    if font.getlength(text) > width:
-        while text and font.getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
+    fitting = next((k for k in range(len(text), 0, -1) if font.getlength(cut(text, k)) <= width), 0)
+    text = cut(text, fitting)
     image = Image.new("RGB", (width, CAPTION), (255, 255, 255))
     ImageDraw.Draw(image).text((0, 0), text, fill=color, font=font)
     return np.array(image)
+
+
+def cut(text: str, most: int) -> str:
+    """Replaces the middle of a text of more than `most` characters by an ellipsis; both ends tell apart."""
+    if len(text) <= most:
+        return text
+    end = max(0, most - 1) // 2
+    return f"{text[: max(0, most - 1 - end)]}…{text[len(text) - end :]}"
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Returns a short unique caption for each name: as many of its last parts as no other name ends with.
+    Parts are the folders and the file that importers join by `__`."""
+    parts = {name: name.split("__") for name in names}
+    found = {name: name for name in names}
+    for count in range(max(map(len, parts.values()), default=0), 0, -1):
+        ends = {name: "__".join(part[-count:]) for name, part in parts.items()}
+        often = Counter(ends.values())
+        found |= {name: end for name, end in ends.items() if often[end] == 1 and len(parts) > 1}
+    return found
 
 
 @cache
@@ -137,8 +156,8 @@ def comparison_sheet(
 ) -> Picture:
     """Makes a contact sheet of held-out views (of any views, if none is held out): truth | codec | ours | one
     column for each of `others` that learned the scene. Shows the first `limit` scenes, `across` groups side
-    by side, and the PSNR of each tile."""
-    model, groups = ours.model, []
+    by side, and the PSNR of each tile; says how many scenes are left out."""
+    model, groups, names = ours.model, [], short_names(ours.names)
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), views_per_scene))
         truth, cameras = dataset.images(index).float() / 255, dataset.cameras[index]
@@ -159,8 +178,8 @@ def comparison_sheet(
                 )
                 for label, images in columns
             ]
-            groups.append(headed(beside(tiles), scene.name))
-    return grid(groups, across)
+            groups.append(headed(beside(tiles), names[scene.name]))
+    return _with_count(grid(groups, across), len(scenes[:limit]), len(scenes))
 
 
 def dashboard_sheet(
@@ -168,8 +187,8 @@ def dashboard_sheet(
 ) -> Picture:
     """Makes a sheet of intermediate results, one held-out view for each of the first `limit` scenes: truth,
     its latent channels, the rendered latent channels, their first three principal components as colors, the
-    decoded render, depth, opacity."""
-    model = loaded.model
+    decoded render, depth, opacity. Says how many scenes are left out."""
+    model, captions = loaded.model, short_names(loaded.names)
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), 1))
@@ -192,10 +211,15 @@ def dashboard_sheet(
         ("opacity", gray(together.opacity.numpy(), (1.0, 0.0))),
     ]
     lines = [
-        headed(beside([captioned(tiles[k], label) for label, tiles in columns]), scene.name)
+        headed(beside([captioned(tiles[k], label) for label, tiles in columns]), captions[scene.name])
         for k, scene in enumerate(scenes[:limit])
     ]
-    return grid(lines, 1)
+    return _with_count(grid(lines, 1), len(lines), len(scenes))
+
+
+def _with_count(sheet: Picture, shown: int, count: int) -> Picture:
+    """Adds a line that says how many scenes are left out, if any are."""
+    return captioned(sheet, f"  {shown} of {count} scenes shown") if shown < count else sheet
 
 
 def _psnr(image: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"]) -> str:
