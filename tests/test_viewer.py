@@ -261,6 +261,8 @@ class FakeBrowser:
         address, protocol = f"ws://127.0.0.1:{viewer.port}", f"viser-v{viser.__version__}"
         self.socket = connect(address, subprotocols=[protocol], max_size=None, compression=None)
         self.pictures: list[np.ndarray] = []
+        self.events: list[str] = []
+        """What was shown and removed, in order."""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -276,7 +278,10 @@ class FakeBrowser:
                     zstandard.ZstdDecompressor().decompress(message[16 : 16 + length])
                 )
                 for part in content["messages"]:
+                    if "Notification" in part["type"]:
+                        self.events.append(part.get("props", {}).get("title", "removed"))
                     if part["type"] == "BackgroundImageMessage" and part["rgb_data"]:
+                        self.events.append("picture")
                         self.pictures.append(np.array(Image.open(io.BytesIO(part["rgb_data"]))))
         except (ConnectionClosed, OSError):
             pass
@@ -329,6 +334,24 @@ def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
             .images[0]
         )
         assert truth.min() < 100 and same_picture(fake.pictures[-1], truth)
+
+
+def test_a_note_stands_until_the_first_picture(car_library):
+    with Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        fake = FakeBrowser(viewer)
+        fake.render_images(car_library.orbit(1, 25.0), (64, 64))
+        until(lambda: fake.events.count("picture") >= 2)
+        assert fake.events[:3] == ["Drawing the first picture", "removed", "picture"]
+        assert set(fake.events[3:]) == {"picture"}
+
+
+def test_a_first_picture_that_fails_ends_the_note(car_library, monkeypatch):
+    monkeypatch.setattr(Painter, "draw", lambda *given, **named: 1 / 0)
+    with Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        fake = FakeBrowser(viewer)
+        fake.render_images(car_library.orbit(1, 25.0), (64, 64))
+        until(lambda: len(fake.events) >= 3)
+        assert fake.events[:3] == ["Drawing the first picture", "removed", "That did not work"]
 
 
 def test_twenty_browsers_of_which_half_vanish(car_library):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import viser
-from viser import CameraHandle, ClientHandle
+from viser import CameraHandle, ClientHandle, NotificationHandle
 from viser.transforms import SO3
 
 from latentscenes.api import Library
@@ -190,7 +190,11 @@ class Session:
         self._client, self._library, self._renderer = client, library, renderer
         self._scene, self._other, self._choosing = scene, "", False
         self._callbacks = Callbacks(client)
-        renderer.add(client.client_id, self._display, self._callbacks.show_error)
+        text = "Reading the model and the scene."
+        self._working: NotificationHandle | None = client.add_notification(
+            "Drawing the first picture", text, loading=True, with_close_button=False
+        )
+        renderer.add(client.client_id, self._display, self._fail)
         with client.atomic():
             self._build(datasets)
             self._photographs.show_scene(scene)
@@ -262,10 +266,21 @@ class Session:
         self._renderer.request(self._client.client_id, request)
 
     def _display(self, frame: Frame) -> None:
+        self._end_working()
         self._client.scene.set_background_image(
             frame.picture, format="jpeg", jpeg_quality=JPEG_QUALITY, depth=frame.depth
         )
         self._client.flush()
+
+    def _fail(self, error: Exception) -> None:
+        self._end_working()
+        self._callbacks.show_error(error)
+
+    def _end_working(self) -> None:
+        """Removes the note of the first picture, which is there or has failed."""
+        if self._working is not None:
+            self._working.remove()
+            self._working = None
 
     def _change_mode(self) -> None:
         self._channel.visible = MODES[self._mode.value] == "latent" and self._library.model.codec.channels > 1
