@@ -228,9 +228,11 @@ def test_ctrl_c_saves_and_a_second_one_would_end(solids, tiny, tmp_path, monkeyp
         train(tiny, solids, tmp_path / "run", device=CPU)
     assert Run.open(tmp_path / "run").position.total == 9
     assert signal.getsignal(signal.SIGINT) is before
+    (tmp_path / "run" / "evaluation.json").write_text("scores of the unfinished run")
     assert_same_run(
         train(tiny, solids, tmp_path / "whole", device=CPU), train(tiny, solids, tmp_path / "run", device=CPU)
     )
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 def test_times_add_up_over_stops(solids, tiny, tmp_path, monkeypatch):

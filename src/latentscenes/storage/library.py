@@ -58,7 +58,7 @@ from latentscenes.storage.index import (
     unknown_scene,
 )
 from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
-from latentscenes.storage.run import circumstances, fill_model, read_metrics
+from latentscenes.storage.run import FIT_SCORES, SCORES, circumstances, fill_model, read_metrics
 
 T = TypeVar("T")
 
@@ -68,8 +68,6 @@ OPEN_SHARDS = 64
 """Shards kept open for reading."""
 TRIES = 5
 """Attempts to read a scene that another process moves to a new shard meanwhile."""
-SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
-"""Scores on held-out and on fitted views. The next change of the library deletes them."""
 OURS = {
     "library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl",
     SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm",

@@ -4,7 +4,7 @@
     run.json           data, scene names, box, versions, command
     metrics.jsonl      one line per logged step
     checkpoints/N/     state after N steps: shared, rows and optimizer.safetensors, state.json
-    evaluation.json    scores, once evaluated
+    evaluation.json    scores, once evaluated; deleted when learning goes on
 
 A checkpoint gets its name only when it is complete. Random numbers are a function of (seed, stage, step), see
 core/runtime.py, so tensors and counters suffice for an exact continuation.
@@ -37,6 +37,9 @@ from latentscenes.core.version import __version__
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, random_parameters
 from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
+
+SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
+"""Scores on held-out and on fitted views. The next change of the run or library deletes them."""
 
 
 @dataclass
@@ -166,6 +169,8 @@ class Run:
         if target.exists():
             target.rename(target.with_name(f"{target.name}.old"))
         partial.rename(target)
+        for scores in (SCORES, FIT_SCORES):
+            (self.path / scores).unlink(missing_ok=True)
         if self.files:
             self.files.begin(position.total)
         for other in target.parent.iterdir():
