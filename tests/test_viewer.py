@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -336,9 +337,21 @@ def test_a_window_of_any_shape_sees_what_the_library_shows(car_library):
         assert truth.min() < 100 and same_picture(fake.pictures[-1], truth)
 
 
-def test_a_note_stands_until_the_first_picture(car_library):
+def after_the_note(fakes: list[FakeBrowser], draw: Callable) -> Callable:
+    """A painter's `draw` that first waits until the browser shows a note."""
+
+    def patient(*given, **named):
+        until(lambda: fakes and fakes[0].events)
+        return draw(*given, **named)
+
+    return patient
+
+
+def test_a_note_stands_until_the_first_picture(car_library, monkeypatch):
+    fakes: list[FakeBrowser] = []
+    monkeypatch.setattr(Painter, "draw", after_the_note(fakes, Painter.draw))
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
-        fake = FakeBrowser(viewer)
+        fakes.append(fake := FakeBrowser(viewer))
         fake.render_images(car_library.orbit(1, 25.0), (64, 64))
         until(lambda: fake.events.count("picture") >= 2)
         assert fake.events[:3] == ["Drawing the first picture", "removed", "picture"]
@@ -346,9 +359,10 @@ def test_a_note_stands_until_the_first_picture(car_library):
 
 
 def test_a_first_picture_that_fails_ends_the_note(car_library, monkeypatch):
-    monkeypatch.setattr(Painter, "draw", lambda *given, **named: 1 / 0)
+    fakes: list[FakeBrowser] = []
+    monkeypatch.setattr(Painter, "draw", after_the_note(fakes, lambda *given, **named: 1 / 0))
     with Viewer(car_library, port=0, moving=32, still=32) as viewer:
-        fake = FakeBrowser(viewer)
+        fakes.append(fake := FakeBrowser(viewer))
         fake.render_images(car_library.orbit(1, 25.0), (64, 64))
         until(lambda: len(fake.events) >= 3)
         assert fake.events[:3] == ["Drawing the first picture", "removed", "That did not work"]

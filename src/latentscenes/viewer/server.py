@@ -194,6 +194,7 @@ class Session:
         self._working: NotificationHandle | None = client.add_notification(
             "Drawing the first picture", text, loading=True, with_close_button=False
         )
+        client.flush()  # not only after the panels are built
         renderer.add(client.client_id, self._display, self._fail)
         with client.atomic():
             self._build(datasets)
