@@ -172,10 +172,10 @@ def test_rays_are_drawn_anew_each_step_and_alike_each_time(solids, tiny):
 
 def test_drawn_rays_see_the_box_and_miss_none_that_does(solids):
     """Every ray that meets the box lies in the window, and the window touches the box on all sides."""
-    rays = camera_rays(solids.cameras, len(solids.cameras), 32, 32, solids.box)
+    rays = camera_rays(solids.cameras, solids.box.numbers.expand(len(solids.cameras), 6), 32, 32)
     hits = (rays.far > rays.near).reshape(-1, 32, 32)
     for hit, (left, right, top, bottom) in zip(
-        hits, window(solids.cameras, solids.box, 32, 32).int().tolist(), strict=True
+        hits, window(solids.cameras, solids.box.corners(), 32, 32).int().tolist(), strict=True
     ):
         rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
         assert left <= int(columns.min()) <= left + 1 and right - 2 <= int(columns.max()) < right
@@ -184,7 +184,7 @@ def test_drawn_rays_see_the_box_and_miss_none_that_does(solids):
 
 def test_the_window_of_a_camera_inside_the_box_is_the_whole_view(solids):
     inside = orbit(3, distance=0.05)
-    assert window(inside, solids.box, 8, 16).tolist() == 3 * [[0, 16, 0, 8]]
+    assert window(inside, solids.box.corners(), 8, 16).tolist() == 3 * [[0, 16, 0, 8]]
 
 
 def test_targets_of_drawn_rays_are_those_of_their_pixels(solids, tiny):
@@ -236,7 +236,7 @@ def test_crops_belong_to_their_pixels_and_cells(solids, tiny, focus):
     for step in range(batches.steps_per_epoch):
         batch = batches.batch(step)
         assert batch.grid == (2, 2) and batch.images.shape == (4, 3, 8, 8)
-        corners = window(batch.cameras, batches.model.box, height, width)
+        corners = window(batch.cameras, batches.model.box.corners(), height, width)
         for view, camera in enumerate(batch.cameras.cam2world):
             row, column = divmod(int(batch.pixels[view, 0]), width)
             assert batch.pixels[view].tolist() == [
@@ -267,7 +267,7 @@ def test_crops_are_drawn_where_errors_were(solids, tiny):
     batches.focus.errors[:] = 0
     batches.focus.errors[:, -1] = 1  # the lower right cell of each view
     batch = batches.batch(0)
-    corners = window(batch.cameras, batches.model.box, *batch.background.shape[1:])
+    corners = window(batch.cameras, batches.model.box.corners(), *batch.background.shape[1:])
     width = batch.background.shape[2]
     for pixels, (_, right, _, bottom) in zip(batch.pixels, corners.tolist(), strict=True):
         assert int(pixels[-1]) == (bottom - 1) * width + right - 1

@@ -102,7 +102,7 @@ def test_rays_go_where_a_view_had_errors(solids, tiny, tmp_path):
         again = source.batch(step)
         for view, pixels in zip(again.views.tolist(), again.pixels, strict=True):
             left, right, top, bottom = window(
-                solids.cameras[fitted[view : view + 1]], solids.box, height, width
+                solids.cameras[fitted[view : view + 1]], solids.box.corners(), height, width
             )[0]
             row, column = pixels // width, pixels % width
             assert ((row >= top) & (row < bottom) & (column >= left) & (column < right)).all()

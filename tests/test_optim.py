@@ -22,6 +22,10 @@ def made_rows(count=4):
     return random_parameters(count, SETTINGS, torch.Generator().manual_seed(0))
 
 
+def learned(rows):
+    return {name: getattr(rows, name) for name in RATES}
+
+
 def gradient(step, row, like, name):
     generator = torch.Generator().manual_seed(hash((step, row, list(RATES).index(name))))
     return 10.0 ** (row - 1) * torch.randn(like.shape, generator=generator)
@@ -29,7 +33,7 @@ def gradient(step, row, like, name):
 
 def take_step(adam, rows, step, index, factor=1.0):
     batch = rows.gather(torch.tensor(index))
-    for name, leaf in batch.tables().items():
+    for name, leaf in learned(batch).items():
         leaf.grad = torch.stack([gradient(step, row, leaf[0], name) for row in index])
     adam.step(torch.tensor(index), batch, factor)
 
@@ -42,7 +46,7 @@ def test_rows_learn_as_if_each_scene_were_alone(beta2, fast, monkeypatch):
     rows = made_rows()
     alone = {}
     for row in range(4):
-        mine = {name: nn.Parameter(table[row].clone()) for name, table in rows.tables().items()}
+        mine = {name: nn.Parameter(table[row].clone()) for name, table in learned(rows).items()}
         alone[row] = (
             mine,
             torch.optim.Adam(
@@ -71,9 +75,9 @@ def test_rows_outside_the_batch_are_not_touched():
     rows = made_rows()
     adam = RowAdam(rows, RATES)
     take_step(adam, rows, 0, [1, 3])
-    before = {name: table.clone() for name, table in (rows.tables() | adam.state()).items()}
+    before = {name: table.clone() for name, table in (learned(rows) | adam.state()).items()}
     take_step(adam, rows, 1, [0, 3])
-    for name, table in (rows.tables() | adam.state()).items():
+    for name, table in (learned(rows) | adam.state()).items():
         assert torch.equal(table[[1, 2]], before[name][[1, 2]]), name
         assert not torch.equal(table[0], before[name][0]) and not torch.equal(table[3], before[name][3]), name
 

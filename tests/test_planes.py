@@ -73,14 +73,16 @@ def test_one_hot_weights_pick_a_base():
 
 def test_gathered_rows_are_copies_that_take_gradients():
     rows, bases, _ = made(bias=True, mixing=True)
+    rows.box = torch.rand(3, 6)
     before = {name: table.clone() for name, table in rows.tables().items()}
     batch = rows.gather(torch.tensor([2, 0]))
     for name, leaf in batch.tables().items():
-        assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf, before[name][[2, 0]])
-        assert not rows.tables()[name].requires_grad
+        assert leaf.is_leaf and torch.equal(leaf, before[name][[2, 0]])
+        assert leaf.requires_grad == (name != "box") and not rows.tables()[name].requires_grad
     bases.requires_grad_()
     compose(batch, bases, "concat").square().sum().backward()
-    assert all(leaf.grad.abs().sum() > 0 for leaf in batch.tables().values()) and bases.grad.abs().sum() > 0
+    learned = [getattr(batch, name) for name in SceneParameters.LEARNED]
+    assert all(leaf.grad.abs().sum() > 0 for leaf in learned) and bases.grad.abs().sum() > 0
     with torch.no_grad():
         for leaf in batch.tables().values():
             leaf.zero_()

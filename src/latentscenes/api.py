@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from latentscenes.core.config import Config, StoragePrecision, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
-from latentscenes.model.planes import SceneParameters
+from latentscenes.model.planes import Metric, SceneParameters, weight_distances
 from latentscenes.rendering.field import FusedPlanes
 from latentscenes.storage import maintenance
 from latentscenes.storage.index import SceneInfo
@@ -50,9 +50,6 @@ class RenderedViews:
     def images(self) -> UInt8[np.ndarray, "v H W 3"]:
         """`rgb` as uint8, 0 to 255."""
         return np.round(255 * self.rgb).astype(np.uint8)
-
-
-Metric = Literal["planes", "cosine"]
 
 
 class Neighbor(NamedTuple):
@@ -100,6 +97,15 @@ class LearnedScene:
         """Fused tri-planes, for `library.model.render`."""
         with torch.no_grad():
             return self.library.model.compose(self.rows)
+
+    @property
+    def box(self) -> Box:
+        """The scene's box, world units: its own, or the library's."""
+        return self.rows.own_box or self.library.box
+
+    def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
+        """Returns cameras as `Library.orbit` does, around the scene's own box if it has one."""
+        return self.library.folder.info.view.around(self.rows.own_box).orbit(count, elevation, azimuth)
 
     def render(
         self, cameras: Cameras, size: int | tuple[int, int] | None = None, geometry: bool = True
@@ -153,7 +159,7 @@ class Library:
 
     @property
     def box(self) -> Box:
-        """The scene box, world units."""
+        """The scene box, world units; for scenes with boxes of their own, one around those of stage 1."""
         return self.folder.info.box
 
     @property
@@ -248,7 +254,7 @@ class Library:
         Raises:
             UserError: the scene is unknown, or the library has no base planes or another number of them.
         """
-        bases = self.model.bases.detach().cpu().flatten(1)
+        bases = self.model.bases.detach().cpu()
         if not bases.numel():
             raise UserError(
                 f"{self.path}: its scenes have no base planes in common (planes.macro = 0), "
@@ -266,11 +272,7 @@ class Library:
                     f"nearest: {tuple(wanted.shape)} weights given, "
                     f"but this library has {table.shape[1]} base planes."
                 )
-        if metric == "planes":
-            offset = table - wanted
-            distance = ((offset @ (bases @ bases.T / bases.shape[1])) * offset).sum(1).clamp_min(0).sqrt()
-        else:
-            distance = 1 - torch.cosine_similarity(table, wanted[None])
+        distance = weight_distances(table, wanted, bases, metric)
         order = distance.argsort(stable=True).tolist()
         return [Neighbor(names[k], float(distance[k])) for k in order if k != own][:count]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentscenes.cli.common import CORES, CoreOptions, set_up
-from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions, MeshOptions, ViewOptions
+from latentscenes.data.options import Axes, Boxes, HeldOutFrom, ImportOptions, MeshOptions, ViewOptions
 
 if TYPE_CHECKING:
     from latentscenes.data.importing import Imported
@@ -135,6 +135,7 @@ def data_photos(
     new: int = 0,
     limit: int | None = None,
     cores: CoreOptions = CORES,
+    boxes: Boxes = "common",
 ) -> None:
     """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
 
@@ -147,11 +148,13 @@ def data_photos(
         split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
         new: without `split`: keep the last objects, this many, for stage 2.
         limit: import at most this many objects.
+        boxes: one scene box for all objects (`common`), or one for each (`object`).
     """
     set_up(cores)
     from latentscenes.data.photos.importer import make_photos
 
-    _report(make_photos(folder, out, size=size, held_out=held_out, split=split, new=new, limit=limit))
+    which = {"split": split, "new": new, "limit": limit}
+    _report(make_photos(folder, out, size=size, held_out=held_out, boxes=boxes, **which))
 
 
 def _report(made: "Imported") -> None:

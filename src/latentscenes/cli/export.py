@@ -66,7 +66,7 @@ def render(
     step = learned.model.codec.downsampling
     if path is None:
         wanted = scaled(learned.view.size, size, step)
-        cameras, speed = learned.view.orbit(frames, elevation), fps or 20.0
+        cameras, speed = learned.view_of(scene).orbit(frames, elevation), fps or 20.0
     else:
         from latentscenes.export.video import read_camera_path
 
@@ -96,7 +96,7 @@ def export_mesh(
 
     check_ending(out, ".glb")
     learned = _opened(run, scene, set_up(machine))
-    mesh = scene_mesh(learned, scene, learned.view, cells, lowest)
+    mesh = scene_mesh(learned, scene, learned.view_of(scene), cells, lowest)
     size = write_glb(out, mesh, scene)
     say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
@@ -125,7 +125,7 @@ def export_points(
 
     check_ending(out, ".ply")
     learned = _opened(run, scene, set_up(machine))
-    points = scene_points(learned, scene, learned.view, count, cells, lowest)
+    points = scene_points(learned, scene, learned.view_of(scene), count, cells, lowest)
     size = write_ply(out, points)
     say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
 
@@ -189,15 +189,13 @@ def export_page(
         size: pixels along the wider side of a picture; unset: as in the data.
         elevations: elevations in degrees; with more than one, dragging up and down changes the elevation.
     """
-    from latentscenes.core.console import tracked
     from latentscenes.export.mesh import check_ending
     from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
     learned, names = _chosen(run, choice, set_up(machine))
-    listed = tracked(names, "rendering")
     options = {"title": title or run.resolve().name, "frames": frames, "size": size, "elevations": elevations}
-    written = write_page(out, learned, learned.view, listed, **options)
+    written = write_page(out, learned, learned.view, names, **options)
     say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 

@@ -6,7 +6,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -83,12 +83,15 @@ class Cameras:
         directions = directions / directions.norm(dim=-1, keepdim=True)
         return self.positions[:, None].expand_as(directions), directions
 
-    def project(self, points: Float[Tensor, "p 3"]) -> tuple[Float[Tensor, "v p 2"], Float[Tensor, "v p"]]:
-        """Projects world points to fractions (x, y) of the image and depths along the camera's z axis.
+    def project(
+        self, points: Float[Tensor, "p 3"] | Float[Tensor, "v p 3"]
+    ) -> tuple[Float[Tensor, "v p 2"], Float[Tensor, "v p"]]:
+        """Projects world points, the same for all cameras or p for each, to fractions (x, y) of the image and
+        depths along the camera's z axis.
 
         Points at depth <= 0 are behind the camera; ignore their fractions.
         """
-        offset = points[None] - self.positions[:, None]
+        offset = points - self.positions[:, None]
         inside = torch.einsum("vij,vpi->vpj", self.cam2world[:, :, :3], offset)
         depth = inside[..., 2]
         fx, fy, cx, cy = self.intrinsics[:, :, None].unbind(1)
@@ -113,10 +116,30 @@ class Box:
         half = torch.tensor(self.half, dtype=origins.dtype, device=origins.device)
         return (origins - center) / half, directions / half
 
+    @classmethod
+    def of(cls, numbers: Float[Tensor, "6"]) -> "Box":
+        """Returns the box with this center and these half sides."""
+        return cls(tuple(numbers[:3].tolist()), tuple(numbers[3:].tolist()))
+
+    @property
+    def numbers(self) -> Float[Tensor, "6"]:
+        """Center and half sides."""
+        return torch.tensor([*self.center, *self.half])
+
     def corners(self) -> Float[Tensor, "8 3"]:
         """Returns the corners in world coordinates."""
-        signs = torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])
-        return torch.tensor(self.center) + signs * torch.tensor(self.half)
+        return box_corners(self.numbers[None])[0]
+
+
+def box_corners(boxes: Float[Tensor, "s 6"]) -> Float[Tensor, "s 8 3"]:
+    """Returns the corners, in world coordinates, of boxes given by their centers and half sides."""
+    signs = torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0], device=boxes.device)])
+    return boxes[:, None, :3] + signs * boxes[:, None, 3:]
+
+
+def box_sizes(boxes: Float[Tensor, "s 6"]) -> Float[Tensor, "s"]:
+    """Returns the geometric means of boxes' half sides."""
+    return boxes[:, 3:].log().mean(-1).exp()
 
 
 def look_at(
@@ -214,6 +237,14 @@ class Viewpoint:
         distance = (cameras.positions - torch.tensor(box.center)).norm(dim=1).median().item()
         fx, fy = cameras.intrinsics[:, :2].median(0).values.tolist()
         return cls(size, distance, (fx, fy), box.center)
+
+    def around(self, box: Box | None) -> "Viewpoint":
+        """Returns the viewpoint around another box, if one is given: as far from its center, or farther, if
+        its corners would not lie in the images."""
+        if box is None:
+            return self
+        radius, half_angle = math.hypot(*box.half), math.atan(0.5 / max(self.focal))
+        return replace(self, center=box.center, distance=max(self.distance, radius / math.sin(half_angle)))
 
     def orbit(self, count: int, elevation: float = 25.0, azimuth: float = 0.0) -> Cameras:
         """Returns cameras on a circle around the center, the first at `azimuth`; angles in degrees."""

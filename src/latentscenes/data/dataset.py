@@ -2,7 +2,8 @@
 
 A dataset is a folder of plain arrays that are memory-mapped:
 
-    views.json    format, scenes (name, first view, number of views, split, held-out views), box, origin
+    views.json    format, scenes (name, first view, number of views, split, held-out views, own box), box
+                  around all objects, origin
     rgb.npy       uint8   (v, H, W, 3)  over white
     alpha.npy     uint8   (v, H, W)     the object's silhouette; absent if unknown
     cameras.npy   float32 (v, 16)       camera-to-world 3x4 row by row, then fx fy cx cy as fractions of the
@@ -16,11 +17,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from latentscenes.core.cameras import Box, Cameras
@@ -42,6 +43,8 @@ class Scene:
     """`train`: learned together with the codec (stage 1). `new`: unseen by stage 1, learned in stage 2."""
     held_out: tuple[int, ...]
     """Views (0 … count − 1) kept for evaluation; never trained on."""
+    box: Box | None = None
+    """Its own box, if the dataset has a box for each object."""
 
     def views(self, part: Literal["fit", "held_out", "all"]) -> list[int]:
         """Returns the dataset indices of the training views, of the held-out views, or of all views."""
@@ -57,6 +60,7 @@ class PosedImages:
     path: Path
     scenes: tuple[Scene, ...]
     box: Box
+    """A box around all objects."""
     cameras: Cameras
     rgb: np.ndarray
     alpha: np.ndarray | None
@@ -79,11 +83,9 @@ class PosedImages:
                 f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Remake it."
             )
         try:
-            scenes = tuple(
-                Scene(**scene | {"held_out": tuple(scene["held_out"])}) for scene in meta["scenes"]
-            )
+            scenes = tuple(_read_scene(scene) for scene in meta["scenes"])
             height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
-            box = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
+            box = _read_box(meta["box"])
         except (KeyError, TypeError) as error:
             fault = f"{type(error).__name__}: {error}"
             raise UserError(f"{index}: incomplete ({fault}). Make the dataset again.") from None
@@ -93,6 +95,15 @@ class PosedImages:
         packed = torch.from_numpy(np.array(_open_array(path / "cameras.npy", (count, 16), np.float32)))
         cameras = Cameras(packed[:, :12].reshape(-1, 3, 4).contiguous(), packed[:, 12:].contiguous())
         return cls(path, scenes, box, cameras, rgb, alpha, origin)
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether objects have boxes of their own."""
+        return any(scene.box for scene in self.scenes)
+
+    def boxes(self, scenes: Sequence[Scene]) -> Float[Tensor, "n 6"]:
+        """Returns center and half sides of each scene's own box, or of the common one where it has none."""
+        return torch.stack([(scene.box or self.box).numbers for scene in scenes])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -131,6 +142,23 @@ class PosedImages:
                 "`latentscenes data --help`)."
             )
         return chosen[:limit]
+
+
+def _read_scene(entry: dict[str, Any]) -> Scene:
+    own = {"box": _read_box(entry["box"])} if "box" in entry else {}
+    return Scene(**entry | {"held_out": tuple(entry["held_out"])} | own)
+
+
+def _read_box(entry: dict[str, Any]) -> Box:
+    return Box(tuple(entry["center"]), tuple(entry["half"]))
+
+
+def _scene_entry(scene: Scene) -> dict[str, Any]:
+    """What views.json says of a scene. Without a box of its own, earlier versions can read it."""
+    entry = asdict(scene)
+    if scene.box is None:
+        del entry["box"]
+    return entry
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -196,8 +224,10 @@ class DatasetWriter:
         split: Split,
         held_out: tuple[int, ...],
         alpha: UInt8[np.ndarray, "v H W"] | None = None,
+        box: Box | None = None,
     ) -> None:
-        """Appends one scene. Raises a UserError if sizes, counts or the name do not fit the dataset."""
+        """Appends one scene, with its own `box` if the dataset has one for each. Raises a UserError if sizes,
+        counts or the name do not fit the dataset."""
         if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
             raise UserError(
                 f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with "
@@ -208,7 +238,7 @@ class DatasetWriter:
         if any(scene.name == name for scene in self.scenes):
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
-        self.scenes.append(Scene(name, first, len(images), split, tuple(held_out)))
+        self.scenes.append(Scene(name, first, len(images), split, tuple(held_out), box))
         self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
         if self._alpha is not None:
             self._alpha.write(np.ascontiguousarray(alpha).data)
@@ -216,7 +246,7 @@ class DatasetWriter:
         self.cameras.append(packed.float().numpy())
 
     def finish(self, box: Box) -> None:
-        """Writes the index and gives the folder its final name."""
+        """Writes the index and gives the folder its final name. `box` holds all objects."""
         if not self.scenes:
             raise UserError(f"{self.path}: no scene was added; nothing to write.")
         count, (height, width) = sum(scene.count for scene in self.scenes), self.size
@@ -227,7 +257,7 @@ class DatasetWriter:
         np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
         meta = {
             "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha,
-            "origin": self.origin, "box": asdict(box), "scenes": [asdict(scene) for scene in self.scenes],
+            "origin": self.origin, "box": asdict(box), "scenes": list(map(_scene_entry, self.scenes)),
         }  # fmt: skip
         (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
         if self.path.exists():
@@ -256,7 +286,8 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
 
 
 def join(folders: Sequence[Path], out: Path) -> PosedImages:
-    """Makes a dataset at `out` from all scenes of `folders`, with their splits and held-out views.
+    """Makes a dataset at `out` from all scenes of `folders`, with their splits and held-out views. If one
+    dataset has a box for each object, so has the joined one; scenes of the others keep their common box.
 
     Raises:
         UserError: fewer than two datasets, different image sizes, a repeated name, or `out` is not empty.
@@ -266,12 +297,14 @@ def join(folders: Sequence[Path], out: Path) -> PosedImages:
     parts = [PosedImages.open(folder) for folder in folders]
     _check(parts)
     alpha = all(part.alpha is not None for part in parts)
+    own = any(scene.box for part in parts for scene in part.scenes)
     with DatasetWriter(out, parts[0].size, alpha, "; ".join(part.origin for part in parts)) as writer:
         for part in parts:
             for scene in part.scenes:
                 views = slice(scene.first, scene.first + scene.count)
                 rgb, masks = part.rgb[views], part.alpha[views] if alpha else None
-                writer.add(scene.name, rgb, part.cameras[views], scene.split, scene.held_out, masks)
+                box = (scene.box or part.box) if own else None
+                writer.add(scene.name, rgb, part.cameras[views], scene.split, scene.held_out, masks, box)
         writer.finish(box_of([part.box for part in parts]))
     return PosedImages.open(out)
 

@@ -47,6 +47,10 @@ IN_MEMORY = 512 << 20
 """Scenes with more bytes of pixels than this are gathered in a temporary file."""
 
 
+FOR_EACH = "around all objects; each has a box of its own inside"
+"""What `Imported.box_from` adds where objects have boxes of their own."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The files of one scene: v images and their cameras, in the order of the dataset."""
@@ -112,12 +116,14 @@ def import_scenes(
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:
                 alpha = np.where(white_background(images), np.uint8(0), np.uint8(255))
+            own = None
             if box is None:
                 extents.append(_extent(name, source.cameras, images, alpha, background))
+                own = union_box(extents[-1:]) if options.boxes == "object" else None
             held_out = source.held_out
             if held_out is None:
                 held_out = _spread(name, len(images), options.held_out)
-            writer.add(name, images, source.cameras, split, held_out, alpha)
+            writer.add(name, images, source.cameras, split, held_out, alpha, own)
             views += len(images)
         if box is not None:
             found = "given"
@@ -126,6 +132,7 @@ def import_scenes(
         else:
             found = "fitted to the silhouettes"
         box = box or union_box(extents)
+        found += f", {FOR_EACH}" if options.boxes == "object" else ""
         writer.finish(box)
     if left_out := 0 if options.limit else len(names) - len(splits):
         omitted = f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"

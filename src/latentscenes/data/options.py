@@ -13,6 +13,7 @@ Background = Literal["auto", "alpha", "white", "unknown"]
 HeldOutFrom = Literal["test", "val", "none"]
 Up = Literal["auto", "y", "z"]
 Front = Literal["+x", "-x", "+y", "-y", "+z", "-z"]
+Boxes = Literal["common", "object"]
 LightName = Literal["studio", "flat", "camera"]
 
 
@@ -41,10 +42,14 @@ class ViewOptions:
     box: str | float | None = None
     """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: the smallest box
     around all objects."""
+    boxes: Boxes = "common"
+    """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
+    sizes."""
 
     def __post_init__(self) -> None:
         if self.box is not None:
             box_numbers(self.box)
+        refuse_box_for_each(self.box, self.boxes)
         for name in ("views", "size", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
@@ -93,6 +98,9 @@ class ImportOptions:
     box: str | float | None = None
     """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: fitted to the
     silhouettes, or, for an unknown background, the cube that the cameras see."""
+    boxes: Boxes = "common"
+    """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
+    sizes."""
     background: Background = "auto"
     """Source of the silhouettes. `alpha`: the files' alpha channel; `white`: white pixels connected to the
     border; `unknown`: none (photographs); `auto`: decided by the first scene's images."""
@@ -106,6 +114,15 @@ class ImportOptions:
     """Without `split`: mark the last scenes, this many, as new; the others as train."""
     limit: int | None = None
     """Import at most this many scenes; not together with `split`."""
+
+    def __post_init__(self) -> None:
+        refuse_box_for_each(self.box, self.boxes)
+
+
+def refuse_box_for_each(box: str | float | None, boxes: Boxes) -> None:
+    """Refuses one given box together with a box for each object."""
+    if box is not None and boxes == "object":
+        raise UserError(f"--box {box} and --boxes object are both given; give one of them.")
 
 
 def box_numbers(box: str | float) -> list[float]:

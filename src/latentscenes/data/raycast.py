@@ -306,7 +306,8 @@ def render_object(
     rgb, alpha = RayCaster(soup, lights).render(cameras, options.size, options.samples)
     if not alpha.any():
         raise UserError(f"{name}: no view shows it; it is transparent, or cameras look past it.")
-    writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha)
+    box = box_around([soup.bounds]) if options.boxes == "object" else None
+    writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha, box)
 
 
 def _filled(cameras: Cameras, bounds: Float32[np.ndarray, "2 3"], fill: float) -> Cameras:

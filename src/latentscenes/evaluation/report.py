@@ -139,7 +139,7 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
     for place, word in sorted(chosen.items()):
         score = ordered[place]
         orbits = [
-            orbit_frames(ours, score.name, content.new.view, frames=ORBIT_FRAMES, mode=mode)
+            orbit_frames(ours, score.name, content.new.view_of(score.name), frames=ORBIT_FRAMES, mode=mode)
             for mode in ("rgb", "depth")
         ]
         frames = [

@@ -18,8 +18,10 @@ from jinja2 import Template
 from PIL import Image
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.data.dataset import box_of
 from latentscenes.data.images import white_background
 from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
@@ -43,7 +45,7 @@ def write_page(
     path: str | Path,
     loaded: SceneSet,
     view: Viewpoint,
-    scenes: Iterable[str],
+    scenes: Sequence[str],
     *,
     title: str = "Learned scenes",
     frames: int = 36,
@@ -72,7 +74,8 @@ def write_page(
     cameras = Cameras(
         torch.cat([turn.cam2world for turn in orbits]), torch.cat([turn.intrinsics for turn in orbits])
     )
-    window = window_on(loaded.model.box, cameras, (height, width))
+    boxes = [loaded.model.box_of(loaded.planes(scene)) for scene in scenes]
+    window = window_on(box_of(boxes), cameras, (height, width))
     height, width = (edge.stop - edge.start for edge in window)
     columns = math.ceil(math.sqrt(len(cameras)))
     if columns * max(height, width) > LONGEST:
@@ -81,7 +84,7 @@ def write_page(
             "choose fewer or smaller pictures."
         )
     entries, captions = [], short_names(loaded.names)
-    for scene in scenes:
+    for scene in tracked(scenes, "rendering"):
         tiles = _tiles(loaded, scene, cameras, size_shown, window)
         entry = {"name": scene, "caption": cut(captions[scene], CAPTION)}
         entries.append(entry | {"sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})

@@ -71,13 +71,13 @@ def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y
     from above."""
     settings = model.config.planes
     points = grid.points().reshape(-1, 3).to(model.device)
-    points, _ = model.box.normalize(points, points)
+    points, _ = model.box_of(planes).normalize(points, points)
     downward = points.new_tensor([0.0, 0.0, -1.0])
     found = []
     for some in points.split(CHUNK):
         features = sample_planes(planes.texels, some[None], settings.axes, settings.aggregation)
         found.append(model.field(features, some[None], downward.expand(1, len(some), 3))[0][0])
-    return torch.cat(found).reshape(grid.count)
+    return torch.cat(found).reshape(grid.count) / model.units(planes)
 
 
 def most_light(
@@ -179,7 +179,7 @@ def surface(
         raise UserError(
             "meshes and points need scikit-image. Run: pip install latentscenes[export]"
         ) from None
-    grid = Grid.filling(model.box, cells)
+    grid = Grid.filling(model.box_of(planes), cells)
     found = density(model, planes, grid).cpu().numpy()
     light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
     near = np.argwhere(binary_dilation(light < REACHED))  # other cells do not touch the surface

@@ -10,14 +10,14 @@ from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.cameras import Box, Cameras, box_sizes
 from latentscenes.core.config import CodecConfig, Config
 from latentscenes.core.errors import UserError
 from latentscenes.model.codec import Codec
 from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
 from latentscenes.rendering.field import Field, FusedPlanes
-from latentscenes.rendering.render import camera_rays, render_rays
+from latentscenes.rendering.render import Rays, camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
 CHUNK = 8
@@ -98,7 +98,7 @@ class Model(nn.Module):
         """Returns the tri-planes of scenes, fused and mixed, for rendering."""
         settings = self.config.planes
         texels = compose(scenes, self.bases, settings.fusion)
-        return FusedPlanes(texels, None, None, settings.axes, settings.aggregation)
+        return FusedPlanes(texels, None, None, settings.axes, settings.aggregation, own_boxes(scenes))
 
     def fuse(self, scenes: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> FusedPlanes:
         """Returns the fused tri-planes of scenes for learning; the renderer applies the mixing. `macro` are
@@ -107,7 +107,39 @@ class Model(nn.Module):
         mixing = scenes.mixing if scenes.mixing.numel() else None
         own = scenes.micro if macro is not None and scenes.micro.shape[-1] and fusion == "concat" else None
         texels = fuse(scenes, self.bases, fusion, macro)
-        return FusedPlanes(texels, mixing, own, settings.axes, settings.aggregation)
+        return FusedPlanes(texels, mixing, own, settings.axes, settings.aggregation, own_boxes(scenes))
+
+    # Boxes
+
+    def boxes(self, planes: FusedPlanes) -> Float[Tensor, "s 6"]:
+        """Returns center and half sides of each scene's box."""
+        if planes.boxes is not None:
+            return planes.boxes
+        return self.box.numbers.to(planes.texels.device).expand(len(planes.texels), 6)
+
+    def box_of(self, planes: FusedPlanes) -> Box:
+        """Returns the box of a scene (s = 1)."""
+        return self.box if planes.boxes is None else Box.of(planes.boxes[0])
+
+    def units(self, planes: FusedPlanes) -> Float[Tensor, "s"]:
+        """Returns each scene's unit of length, world units: the size of its box over the size of the model's
+        box (geometric means of the sides)."""
+        if planes.boxes is None:
+            return planes.texels.new_ones(len(planes.texels))
+        return box_sizes(planes.boxes) / box_sizes(self.box.numbers[None].to(planes.boxes.device))
+
+    def rays(
+        self,
+        planes: FusedPlanes,
+        cameras: Cameras,
+        height: int,
+        width: int,
+        pixels: Int[Tensor, "v p"] | None = None,
+    ) -> Rays:
+        """Returns the rays of cameras through the scenes' boxes, in the scenes' units (see `camera_rays`)."""
+        settings = self.config.render
+        bounds = None if settings.near is None else (settings.near, settings.far)
+        return camera_rays(cameras, self.boxes(planes), height, width, bounds, pixels, self.units(planes))
 
     def render(
         self,
@@ -126,9 +158,7 @@ class Model(nn.Module):
         a background of its own.
         """
         settings = self.config.render
-        height, width = background.shape[1:]
-        bounds = None if settings.near is None else (settings.near, settings.far)
-        rays = camera_rays(cameras, len(planes.texels), height, width, self.box, bounds, pixels)
+        rays = self.rays(planes, cameras, *background.shape[1:], pixels)
         shape = rays.near.shape
 
         def numbers(count: int) -> Tensor:
@@ -140,6 +170,7 @@ class Model(nn.Module):
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
             settings.kernel, settings.precision,
         )  # fmt: skip
+        rendered = rendered._replace(depth=rendered.depth * self.units(planes)[:, None])
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
         if behind is None:
@@ -182,6 +213,11 @@ def render_images(
         depth, opacity = (value.unflatten(1, full.shape[1:]) for value in (solid.depth, solid.opacity))
         found.append([value.cpu() for value in (model.decode(latents).clamp(0, 1), latents, depth, opacity)])
     return RenderedImages(*(torch.cat(values).float() for values in zip(*found, strict=True)))
+
+
+def own_boxes(scenes: SceneParameters) -> Float[Tensor, "s 6"] | None:
+    """Returns center and half sides of scenes' own boxes; None if they have the model's."""
+    return scenes.box if scenes.box.numel() else None
 
 
 def to_uint8(images: Float[Tensor, "v 3 H W"]) -> UInt8[np.ndarray, "v H W 3"]:

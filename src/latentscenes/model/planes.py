@@ -11,14 +11,19 @@ updates only those, so its cost does not depend on the number of scenes.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentscenes.core.cameras import Box
 from latentscenes.core.config import PlanesConfig
 from latentscenes.rendering.field import mix
 from latentscenes.rendering.kernels import native
+
+Metric = Literal["planes", "cosine"]
+"""Distance between scenes' weights (`weight_distances`)."""
 
 
 @dataclass
@@ -31,8 +36,16 @@ class SceneParameters:
     """b = 1 if scenes have a bias, else 0."""
     mixing: Float[Tensor, "n q q"]
     """A, without the identity; q = f, the fused features, if scenes mix them, else 0."""
+    box: Float[Tensor, "n c"] | None = None
+    """Center and half sides of each scene's box, world units, not learned; c = 0 (the default) if scenes have
+    the model's box."""
 
-    NAMES = ("micro", "weights", "bias", "mixing")
+    NAMES = ("micro", "weights", "bias", "mixing", "box")
+    LEARNED = NAMES[:-1]
+
+    def __post_init__(self) -> None:
+        if self.box is None:
+            self.box = self.weights.new_zeros(len(self), 0)
 
     def __len__(self) -> int:
         return self.weights.shape[0]
@@ -41,9 +54,12 @@ class SceneParameters:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def gather(self, index: Int[Tensor, "s"], device: torch.device | str | None = None) -> "SceneParameters":
-        """Copies the rows at `index` as leaves that take gradients, to `device` if given."""
+        """Copies the rows at `index`, to `device` if given. What is learned becomes leaves with gradients."""
         return SceneParameters(
-            **{name: table[index].to(device).requires_grad_() for name, table in self.tables().items()}
+            **{
+                name: table[index].to(device).requires_grad_(name in self.LEARNED)
+                for name, table in self.tables().items()
+            }
         )
 
     def one_by_one(self) -> "Iterator[SceneParameters]":
@@ -52,6 +68,11 @@ class SceneParameters:
 
     def to(self, device: torch.device | str) -> "SceneParameters":
         return SceneParameters(**{name: table.to(device) for name, table in self.tables().items()})
+
+    @property
+    def own_box(self) -> Box | None:
+        """The box of one scene (n = 1); None if it has the model's."""
+        return Box.of(self.box[0]) if self.box.numel() else None
 
     def bytes_per_scene(self) -> int:
         """Returns the size of one scene in memory."""
@@ -135,6 +156,17 @@ def macro_planes(
     """Returns Σ_k w^k B_k, plus the scene's bias if it has one."""
     macro = (weights @ bases.flatten(1)).unflatten(1, bases.shape[1:])
     return macro + bias[:, :, None, None, None] if bias.shape[1] else macro
+
+
+def weight_distances(
+    table: Float[Tensor, "n k"], wanted: Float[Tensor, "k"], bases: Float[Tensor, "k 3 r r g"], metric: Metric
+) -> Float[Tensor, "n"]:
+    """Returns distances of scenes' weights from others: the root mean square difference of macro planes, or
+    1 minus the cosine between the weights."""
+    if metric == "cosine":
+        return 1 - torch.cosine_similarity(table, wanted[None])
+    offset, flat = table - wanted, bases.flatten(1)
+    return ((offset @ (flat @ flat.T / flat.shape[1])) * offset).sum(1).clamp_min(0).sqrt()
 
 
 def join(

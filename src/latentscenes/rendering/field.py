@@ -56,6 +56,8 @@ class FusedPlanes(NamedTuple):
     """The micro planes alone, if the macro planes are constant and need no total variation loss."""
     axes: Axes = "xy,xz,yz"
     aggregation: Aggregation = "sum"
+    boxes: Float[Tensor, "s 6"] | None = None
+    """Center and half sides of each scene's own box. None: all have the model's box."""
 
 
 def mix(planes: Float[Tensor, "s 3 r r f"], mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s 3 r r f"]:

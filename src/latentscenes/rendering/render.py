@@ -2,6 +2,11 @@
 
 `march_planes` is the reference in plain torch. `render_rays` picks a kernel; all compute the same. Rays are
 in coordinates of the scene box, [-1, 1]³.
+
+Distances along rays and densities are in the scene's unit of length. It is 1 for scenes in the model's box.
+For a scene with a box of its own, it grows with the box, so that one field serves small and large objects
+alike. It is the same in all directions, even where a box is stretched, so matter is equally dense from all
+sides.
 """
 
 import functools
@@ -14,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import Aggregation, Axes, Kernel, MatmulPrecision
 from latentscenes.core.errors import UserError
 from latentscenes.rendering import march
@@ -23,7 +28,7 @@ from latentscenes.rendering.kernels import native
 
 
 class Rays(NamedTuple):
-    """p rays for each of s scenes in box coordinates. Distances t along them are in world units."""
+    """p rays for each of s scenes in box coordinates. Distances t along them are in the scene's unit."""
 
     origins: Float[Tensor, "s p 3"]
     directions: Float[Tensor, "s p 3"]
@@ -32,7 +37,7 @@ class Rays(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """Σ w f, expected depth (world units; far for light that passes) and opacity, without background."""
+    """Σ w f, expected depth (far for light that passes) and opacity, without background."""
 
     features: Float[Tensor, "s p c"]
     depth: Float[Tensor, "s p"]
@@ -41,26 +46,31 @@ class Rendered(NamedTuple):
 
 def camera_rays(
     cameras: Cameras,
-    scenes: int,
+    boxes: Float[Tensor, "s 6"],
     height: int,
     width: int,
-    box: Box,
     bounds: tuple[float, float] | None = None,
     pixels: Int[Tensor, "v k"] | None = None,
+    units: Float[Tensor, "s"] | None = None,
 ) -> Rays:
     """Returns the rays of s·k cameras, k for each scene in turn, through all h x w pixels or only `pixels`
-    (row · w + column) of each view. Near and far are `bounds`, or the intersections with the box."""
-    origins, directions = box.normalize(*cameras.rays(height, width, pixels))
+    (row · w + column) of each view.
+
+    Args:
+        boxes: center and half sides of each scene's box, world units.
+        bounds: near and far, world units; None: the intersections with the box.
+        units: each scene's unit of length, world units; None: 1.
+    """
+    origins, directions = (part.reshape(len(boxes), -1, 3) for part in cameras.rays(height, width, pixels))
+    center, half = boxes[:, None, :3], boxes[:, None, 3:]
+    origins, directions = (origins - center) / half, directions / half
+    unit = torch.ones_like(boxes[:, :1]) if units is None else units[:, None]
+    directions = directions * unit[..., None]
     if bounds is None:
         near, far = march.intersect_cube(origins, directions)
     else:
-        near, far = (torch.full_like(origins[..., 0], bound) for bound in bounds)
-    return Rays(
-        origins.reshape(scenes, -1, 3),
-        directions.reshape(scenes, -1, 3),
-        near.reshape(scenes, -1),
-        far.reshape(scenes, -1),
-    )
+        near, far = (torch.full_like(origins[..., 0], bound) / unit for bound in bounds)
+    return Rays(origins, directions, near, far)
 
 
 def march_planes(

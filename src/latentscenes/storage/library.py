@@ -58,7 +58,14 @@ from latentscenes.storage.index import (
     unknown_scene,
 )
 from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
-from latentscenes.storage.run import FIT_SCORES, SCORES, circumstances, fill_model, read_metrics
+from latentscenes.storage.run import (
+    FIT_SCORES,
+    SCORES,
+    circumstances,
+    fill_model,
+    holds_boxes,
+    read_metrics,
+)
 
 T = TypeVar("T")
 
@@ -233,6 +240,13 @@ class LibraryFolder:
     def check_model(self) -> None:
         """Raises a UserError if the file of the shared parts is absent or damaged."""
         check_model_file(self.shared_file, "every scene needs it")
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether scenes have boxes of their own."""
+        file = self.path / "model" / START
+        check_model_file(file, "new scenes start from it")
+        return holds_boxes(file)
 
     def starting_scene(self) -> SceneParameters:
         """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.

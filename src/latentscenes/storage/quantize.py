@@ -2,8 +2,8 @@
 
 Integer precisions quantize each micro plane and feature uniformly (mid-tread): the step is the largest
 magnitude divided by 2^(bits − 1) − 1. The codes are deflated (RFC 1951, zlib). Most codes lie near zero, so
-fewer bits give a smaller stream although each code fills a byte. Weights and bias are small and stay float32;
-mixing is stored as float16.
+fewer bits give a smaller stream although each code fills a byte. Weights, bias and box are small and stay
+float32; mixing is stored as float16.
 """
 
 import zlib
@@ -70,7 +70,8 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
         micro = torch.from_numpy(stored.numpy().astype(np.float32))
     weights, bias = (payload.get(name, torch.zeros(0)) for name in ("weights", "bias"))
     mixing = payload.get("mixing", torch.zeros(0, 0)).float()
-    return SceneParameters(micro[None], weights[None], bias[None], mixing[None])
+    box = payload.get("box", torch.zeros(0))
+    return SceneParameters(micro[None], weights[None], bias[None], mixing[None], box[None])
 
 
 def payload_bytes(payload: Payload) -> int:

@@ -16,13 +16,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -213,6 +214,8 @@ class Run:
     def _fill(self, tensors: dict[str, Tensor], file: Path) -> None:
         saved = _load(file)
         for name, tensor in self._unfiled(tensors).items():
+            if name not in saved and not tensor.numel():
+                continue  # a table that earlier versions did not have, and that is unused
             if name not in saved or saved[name].shape != tensor.shape:
                 raise UserError(
                     f"{file.parent}: {name} is absent or of another shape; "
@@ -248,6 +251,12 @@ class Run:
                 f"{self.path}: nothing has been learned yet. Run the command that started this run again."
             )
         return newest
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether scenes have boxes of their own; false before the first checkpoint."""
+        newest = self._newest()
+        return newest is not None and holds_boxes(newest / "rows.safetensors")
 
     @property
     def finished(self) -> bool:
@@ -322,9 +331,22 @@ def fill_model(model: Model, path: Path) -> None:
         ) from None
 
 
+def holds_boxes(tables: Path) -> bool:
+    """Returns whether a file of scene parameters holds boxes of the scenes' own."""
+    with _readable(tables), safe_open(tables, "pt") as stored:
+        return "box" in stored.keys() and stored.get_slice("box").get_shape()[1] > 0  # noqa: SIM118
+
+
 def _load(path: Path) -> dict[str, Tensor]:
-    try:
+    with _readable(path):
         return load_file(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns errors of reading a checkpoint into a UserError."""
+    try:
+        yield
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read ({error}). "

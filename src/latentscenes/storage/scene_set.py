@@ -169,6 +169,10 @@ class StoredScenes(SceneSet):
         found = images.select(self.split, list(self._sources))
         return [replace(scene, name=name) for scene, name in zip(found, self.names, strict=True)]
 
+    def view_of(self, name: str) -> Viewpoint:
+        """Returns the typical camera, around the scene's own box if it has one."""
+        return self.view.around(self.parameters(name).own_box)
+
     def check(self, name: str) -> None:
         """Raises a UserError that states the nearest names if `name` is unknown."""
         if name not in self.names:

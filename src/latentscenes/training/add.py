@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import ArrayLike
 
-from latentscenes.core.cameras import Cameras
+from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config, StoragePrecision, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, writing_to
+from latentscenes.data.boxes import fit_box
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import DatasetWriter, PosedImages
+from latentscenes.data.images import white_background
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo
@@ -32,6 +34,8 @@ QUICK_STEPS = 60
 """Steps for learning the weights of a scene that is searched for."""
 WHITE = 250
 """Bytes from here on count as white."""
+SOLID = 26
+"""Least alpha that counts as object: a tenth, so that thin parts stay inside the box."""
 LEAST_WHITE = 0.1
 """Images without masks must be white on at least this share of their border."""
 
@@ -63,7 +67,8 @@ def learn_from_pictures(
         with DatasetWriter(
             work / "views", pictures.shape[1:3], alpha=alpha is not None, origin="pictures given in Python"
         ) as writer:
-            writer.add(name, pictures, cameras, "new", held_out=(), alpha=alpha)
+            own = _own_box(pictures, alpha, cameras, name) if store.has_boxes else None
+            writer.add(name, pictures, cameras, "new", held_out=(), alpha=alpha, box=own)
             writer.finish(store.info.box)
         dataset = PosedImages.open(work / "views")
         chosen = check_precision(precision or store.info.precision)
@@ -137,7 +142,16 @@ def _check_cameras(store: LibraryFolder, cameras: Cameras, count: int) -> None:
         )
     if len(cameras) != count:
         raise UserError(f"cameras: {len(cameras)} of them for {count} images. Give one per image.")
-    check_cameras(cameras, [f"camera {place}" for place in range(count)], store.info.box)
+    box = None if store.has_boxes else store.info.box
+    check_cameras(cameras, [f"camera {place}" for place in range(count)], box)
+
+
+def _own_box(
+    pictures: UInt8[np.ndarray, "v H W 3"], alpha: UInt8[np.ndarray, "v H W"] | None, cameras: Cameras,
+    name: str,
+) -> Box:  # fmt: skip
+    masks = ~white_background(pictures) if alpha is None else alpha >= SOLID
+    return fit_box([(name, masks, cameras)])
 
 
 def quick(config: Config, views: int) -> Config:
@@ -171,6 +185,6 @@ def quick_weights(
     with tempfile.TemporaryDirectory(prefix="latentscenes-") as work:  # the library may be read-only
         info = RunInfo("exploit", str(images.path), found[0].split, [name], store.info.box)
         run = Run.create(Path(work) / "run", config, info)
-        rows = starting_parameters(config, store.starting_scene(), [name]).to(device)
+        rows = starting_parameters(config, store.starting_scene(), images, found).to(device)
         Trainer(run, model, TrainingScenes(rows, images, found), label=f"Fitting {name}").fit(config.exploit)
     return rows.weights[0].cpu().numpy()

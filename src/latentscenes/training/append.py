@@ -118,11 +118,10 @@ def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Seq
 
 
 def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
-    """Renders a small PNG of a scene. All have the same camera, whose image just holds the scene box."""
-    camera = view.orbit(1, *THUMBNAIL_ANGLES)
-    corners = torch.tensor(model.box.center) + torch.cartesian_prod(
-        *(torch.tensor([-half, half]) for half in model.box.half)
-    )
+    """Renders a small PNG of a scene. The image just holds the scene's box, and the camera looks from the
+    same side for all."""
+    camera = view.around(rows.own_box).orbit(1, *THUMBNAIL_ANGLES)
+    corners = (rows.own_box or model.box).corners()
     reach = (camera.project(corners)[0] - 0.5).abs().max()
     near = Cameras(
         camera.cam2world,

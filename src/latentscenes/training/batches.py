@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentscenes.core.cameras import Box, Cameras
+from latentscenes.core.cameras import Cameras, box_corners
 from latentscenes.core.config import StageConfig
 from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.data.dataset import PosedImages, Scene
@@ -39,6 +39,8 @@ class BatchSource:
     def __init__(self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path):
         """Latents that would fill more than a quarter of the memory go to a temporary file in `scratch`."""
         images = scenes.images
+        boxes = scenes.parameters.box
+        self._corners = box_corners(boxes) if boxes.numel() else model.box.corners().expand(len(boxes), 8, 3)
         self.model, self.images, self.stage, self.seed = model, images, stage, seed
         self.device, self.scratch = model.device, scratch
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes.entries]
@@ -138,10 +140,11 @@ class BatchSource:
         # Rays
         stage, views = self.stage, self._slot[index].to(self.device) if self.focus else None
         pixels, cells, grid = None, None, None
+        corners, size = self._corners[scenes].repeat_interleave(stage.views, 0), background.shape[1:]
         if stage.rays:
-            pixels, cells = self._pixels(cameras, *background.shape[1:], step, views)
+            pixels, cells = self._pixels(cameras, corners, *size, step, views)
         elif stage.crop:
-            pixels, cells, grid = self._crops(cameras, *background.shape[1:], step, views)
+            pixels, cells, grid = self._crops(cameras, corners, *size, step, views)
 
         # Targets
         images = latents = colors = behind = None
@@ -168,10 +171,16 @@ class BatchSource:
             self.focus.learn(batch.views, batch.cells, errors)
 
     def _pixels(
-        self, cameras: Cameras, height: int, width: int, step: int, views: Int[Tensor, "v"] | None
+        self,
+        cameras: Cameras,
+        corners: Float[Tensor, "v 8 3"],
+        height: int,
+        width: int,
+        step: int,
+        views: Int[Tensor, "v"] | None,
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None]:
-        """Draws pixels of each view from the rectangle around the scene box, or from the whole view if rays
-        do not end at the box. With error-guided sampling, also returns their cells."""
+        """Draws pixels of each view from the rectangle around the corners of the scene's box, or from the
+        whole view if rays do not end at the box. With error-guided sampling, also returns their cells."""
         generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
         count = min(self.stage.rays, height * width)
         x, y, cells = *torch.rand(2, len(cameras), count, generator=generator).to(self.device), None
@@ -180,13 +189,19 @@ class BatchSource:
             x, y, cells = self.focus.draw(views, x, y, u)
         if self.model.config.render.near is not None:
             return (y * height).long() * width + (x * width).long(), cells
-        left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
+        left, right, top, bottom = window(cameras, corners, height, width)[..., None].unbind(1)
         return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long(), cells
 
     def _crops(
-        self, cameras: Cameras, height: int, width: int, step: int, views: Int[Tensor, "v"] | None
+        self,
+        cameras: Cameras,
+        corners: Float[Tensor, "v 8 3"],
+        height: int,
+        width: int,
+        step: int,
+        views: Int[Tensor, "v"] | None,
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None, tuple[int, int]]:
-        """Draws a square of each view inside the rectangle around the scene box, or over it where that is
+        """Draws a square of each view inside the rectangle around the scene's box, or over it where that is
         smaller. Returns its pixels, their cells with error-guided sampling, and its rows and columns."""
         generator = seeded("cpu", self.seed, self.stage.name, "crops", step)
         x, y = torch.rand(2, len(cameras), 1, generator=generator).to(self.device)
@@ -194,7 +209,7 @@ class BatchSource:
             u = torch.rand(len(cameras), 1, generator=generator).to(self.device)
             x, y, _ = self.focus.draw(views, x, y, u)
         grid = (min(self.stage.crop, height), min(self.stage.crop, width))
-        left, right, top, bottom = window(cameras, self.model.box, height, width)[..., None].unbind(1)
+        left, right, top, bottom = window(cameras, corners, height, width)[..., None].unbind(1)
 
         def placed(low: Tensor, high: Tensor, place: Tensor, side: int, most: int) -> Tensor:
             middle = low + place * (high - low)
@@ -265,10 +280,12 @@ class BatchSource:
         return at_pixels(self.model.encode(colors.transpose(1, 2)[:, :, None]))
 
 
-def window(cameras: Cameras, box: Box, height: int, width: int) -> Float[Tensor, "v 4"]:
-    """Returns left, right, top and bottom of the rectangle of pixels around the box, or of the whole view if
-    a corner of the box is behind the camera."""
-    points, depth = cameras.project(box.corners().to(cameras.cam2world.device))
+def window(
+    cameras: Cameras, corners: Float[Tensor, "8 3"] | Float[Tensor, "v 8 3"], height: int, width: int
+) -> Float[Tensor, "v 4"]:
+    """Returns left, right, top and bottom of the rectangle of pixels around the corners of a box, the same
+    for all views or one each; or of the whole view if a corner is behind the camera."""
+    points, depth = cameras.project(corners.to(cameras.cam2world.device))
     size = torch.tensor([float(width), float(height)], device=points.device)
     seen = points.nan_to_num() * size
     low = seen.amin(1).floor().clamp(min=torch.zeros_like(size), max=size - 1)

@@ -66,8 +66,10 @@ def train(
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
         model.codec.fit_components(_sample(images, scenes).to(device))
     tracker = Tracker(track, run.path, {"seed": config.seed})
-    learned = TrainingScenes(run.begin_parameters(device), images, scenes)
-    Trainer(run, model, learned, tracker).fit(config.train)
+    rows = run.begin_parameters(device)
+    if images.has_boxes and half is None:
+        rows.box = images.boxes(scenes).to(rows.weights.device)
+    Trainer(run, model, TrainingScenes(rows, images, scenes), tracker).fit(config.train)
     tracker.close()
     return run
 

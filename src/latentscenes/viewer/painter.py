@@ -27,7 +27,6 @@ from latentscenes.export.sheets import Picture, color_depth, enlarge, gray
 from latentscenes.model.model import LatentView, Model, render_images, to_uint8
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.rendering.render import camera_rays
 
 T = TypeVar("T")
 Mode = Literal["rgb", "depth", "opacity", "latent"]
@@ -109,7 +108,7 @@ class Painter:
             value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity)
         )
         if request.mode == "depth":
-            ends = self._depth_range(request.camera)
+            ends = self._depth_range(self.planes(request.scene, request.blend), request.camera)
             picture = color_depth(depth[None].numpy(), opacity[None].numpy(), ends)
         elif request.mode == "opacity":
             picture = gray(opacity[None].numpy(), (1.0, 0.0))
@@ -144,15 +143,17 @@ class Painter:
     def _measure_channels(self, scene: str, checksum: str) -> list[tuple[float, float]]:
         """Returns for each latent channel the values to show black and white, the same from all sides."""
         library, planes = self.library, self.planes(scene)
-        shown = render_images(library.model, planes, library.orbit(4), library.size, geometry=False)
+        cameras = library[scene].orbit(4)
+        shown = render_images(library.model, planes, cameras, library.size, geometry=False)
         channels = shown.latents.transpose(0, 1).flatten(1)
         some = channels[:, :: max(1, channels.shape[1] // 100_000)]
         low, high = torch.quantile(some, torch.tensor([0.005, 0.995]), dim=1).tolist()
         return list(zip(low, high, strict=True))
 
-    def _depth_range(self, camera: Cameras) -> tuple[float, float]:
-        """Returns the distances of the nearest and farthest corner of the scene box."""
-        distances = (self.library.box.corners() - camera.positions[0]).norm(dim=1)
+    def _depth_range(self, planes: FusedPlanes, camera: Cameras) -> tuple[float, float]:
+        """Returns the distances of the nearest and farthest corner of the scene's box."""
+        corners = self.library.model.box_of(planes).corners()
+        distances = (corners - camera.positions[0]).norm(dim=1)
         return distances.min().item(), distances.max().item()
 
 
@@ -166,10 +167,9 @@ def march(
 ) -> LatentView | None:
     """Renders one camera as `model.render` does, in portions. Returns None once `is_stale` returns true."""
     height, width = background.shape[1:]
-    bounds = None if model.config.render.near is None else (model.config.render.near, model.config.render.far)
-    rays = camera_rays(camera, 1, height, width, model.box, bounds)
+    rays = model.rays(planes, camera, height, width)
     latents, opacity = background.flatten(1).t()[None].clone(), torch.zeros_like(rays.near)
-    whole = LatentView(latents, latents.new_ones(*opacity.shape, 0), rays.far.clone(), opacity)
+    whole = LatentView(latents, latents.new_ones(*opacity.shape, 0), rays.far * model.units(planes), opacity)
     for some in (rays.far > rays.near)[0].nonzero()[:, 0].split(RAYS):
         if is_stale():
             return None

@@ -18,7 +18,7 @@ from viser import CameraFrustumHandle, ClientHandle, GuiApi, GuiButtonHandle
 from viser.transforms import SO3
 
 from latentscenes.api import Library
-from latentscenes.core.cameras import Cameras
+from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.export.sheets import Picture, beside
@@ -282,7 +282,7 @@ class Photographs:
     def _toggle(self) -> None:
         """Shows or hides the cameras. Moves the viewer back, so that they are in sight."""
         if self._show.value:
-            camera, center = self._client.camera, np.array(self._library.box.center)
+            camera, center = self._client.camera, np.array(self._box.center)
             outward = camera.position - center
             reach = 2.2 * self._distances().max().item()
             with self._client.atomic():
@@ -290,9 +290,13 @@ class Photographs:
                 camera.look_at = center
         self._draw_frusta()
 
+    @property
+    def _box(self) -> Box:
+        return self._library[self._name].box
+
     def _distances(self) -> Float[Tensor, "n"]:
         """Returns the cameras' distances from the center of the box."""
-        center = torch.tensor(self._library.box.center)
+        center = torch.tensor(self._box.center)
         return (self._images.cameras.positions[self._index] - center).norm(dim=1)
 
     def _draw_frusta(self) -> None:
@@ -317,7 +321,7 @@ class Photographs:
             f"/photographs/{view}",
             fov=2 * math.atan(0.5 / fy),
             aspect=fy / fx,
-            scale=0.22 * float(np.linalg.norm(self._library.box.half)),
+            scale=0.22 * float(np.linalg.norm(self._box.half)),
             thickness=1.5,
             thickness_units="screen",
             color=HELD_OUT if view in self._held_out else LEARNED,
@@ -354,7 +358,7 @@ class Photographs:
         """Moves the browser's camera to another one and fits all of that camera's image into the window."""
         position, forward = camera.positions[0].double().numpy(), camera.cam2world[0, :, 2].double().numpy()
         fx, fy = camera.intrinsics[0, :2].tolist()
-        center = np.array(self._library.box.center)
+        center = np.array(self._box.center)
         with self._client.atomic():
             own = self._client.camera
             own.position = position

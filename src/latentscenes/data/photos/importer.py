@@ -26,6 +26,7 @@ from latentscenes.data.boxes import GRID, standing_bounds, union_box
 from latentscenes.data.dataset import DatasetWriter, spread
 from latentscenes.data.images import in_parallel, read_image
 from latentscenes.data.importing import (
+    FOR_EACH,
     Imported,
     choose_splits,
     natural_key,
@@ -33,6 +34,7 @@ from latentscenes.data.importing import (
     read_json,
     subfolders,
 )  # fmt: skip
+from latentscenes.data.options import Boxes
 from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
 
 ROOM = 1.05
@@ -65,6 +67,7 @@ def make_photos(
     split: str | Path | None = None,
     new: int = 0,
     limit: int | None = None,
+    boxes: Boxes = "common",
 ) -> Imported:
     """Packs photographs with COLMAP reconstructions into a dataset.
 
@@ -77,6 +80,7 @@ def make_photos(
         split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
         new: without `split`: mark the last objects, this many, as new; the others as train.
         limit: import at most this many objects.
+        boxes: one scene box for all objects (`common`), or one for each (`object`).
     """
     folder = open_folder(folder)
     single = (folder / "images").is_dir() or (folder / "sparse").is_dir()
@@ -90,23 +94,25 @@ def make_photos(
     if size < 1 or held_out < 0:
         raise UserError(f"--size {size} must be at least 1, and --held-out {held_out} at least 0.")
     splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
-    notes, halves, views = [], [], 0
+    notes, extents, views = [], [], 0
     with DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer:
         for name, part in tracked(splits.items(), "reading photographs"):
             capture = read_capture(places[name], size)
             held = spread(len(capture.images), held_out)
-            writer.add(name, capture.images, capture.cameras, part, held, capture.alpha)
-            halves.append(capture.half)
+            half = capture.half
+            extents.append((-half, half, 2 * half / GRID))
+            own = union_box(extents[-1:]) if boxes == "object" else None
+            writer.add(name, capture.images, capture.cameras, part, held, capture.alpha, own)
             notes.extend(capture.notes)
             views += len(capture.images)
-        box = union_box([(-half, half, 2 * half / GRID) for half in halves])
+        box = union_box(extents)
         writer.finish(box)
     if unturned := [name for name in splits if not (places[name] / "pose.json").is_file()]:
         notes.append(
             f"{len(unturned)} of {len(splits)} objects have no pose.json that names the photograph from the "
             "front; their first photograph is used instead, and sets their rotation about the vertical axis"
         )
-    found = "fitted to the masks"
+    found = "fitted to the masks" + (f", {FOR_EACH}" if boxes == "object" else "")
     return Imported(Path(out), len(splits), views, (size, size), box, found, "alpha", tuple(notes))
 
 
