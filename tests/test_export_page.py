@@ -18,8 +18,9 @@ from PIL import Image
 
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
-from latentscenes.export.pages import FIRST, sheet, window_on, with_alpha, write_page
+from latentscenes.export.pages import FIRST, sheet, window_on, write_page
 from latentscenes.model.model import render_images
+from latentscenes.model.pictures import with_alpha
 from latentscenes.model.planes import mean_parameters
 from latentscenes.storage.scene_set import SceneSet
 

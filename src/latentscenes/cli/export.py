@@ -37,6 +37,7 @@ def render(
     elevation: float = 25.0,
     path: Path | None = None,
     fps: float | None = None,
+    background: Literal["white", "black", "transparent"] = "white",
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Render an orbit around a learned scene, or a film along a nerfstudio camera path.
@@ -52,11 +53,14 @@ def render(
         elevation: elevation of the cameras in degrees.
         path: nerfstudio camera path (JSON), used instead of an orbit.
         fps: frames per second; unset: as in the camera path, 20 for an orbit.
+        background: what lies behind the object, in mode `rgb`; over black and transparent, haze is removed.
     """
     from latentscenes.core.console import tracked
     from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
-    check_film(out)
+    check_film(out, background)
+    if background != "white" and mode != "rgb":
+        raise UserError(f"--background {background}: only with --mode rgb.")
     check_elevation("--elevation", elevation)
     if frames < 1:
         raise UserError(f"--frames {frames}: at least 1.")
@@ -73,7 +77,7 @@ def render(
         film = read_camera_path(path)
         wanted = scaled(film.size, size or max(step, round(max(film.size) / step) * step), step)
         cameras, speed = film.at(wanted), fps or film.fps
-    pictures = camera_frames(learned, scene, cameras, wanted, mode)
+    pictures = camera_frames(learned, scene, cameras, wanted, mode, background)
     save_frames(out, tracked(pictures, "rendering", len(cameras)), speed)
     rate = f", {speed:g} per second" if out.suffix.lower() in (".mp4", ".gif") else ""
     say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{rate}.")
@@ -139,6 +143,7 @@ def export_images(
     around: Literal["dome", "orbit"] = "dome",
     lowest: float = 0.0,
     elevation: float = 25.0,
+    background: Literal["white", "black", "transparent"] = "transparent",
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Write posed pictures of scenes, each in a folder with a transforms.json for `data transforms` and
@@ -152,6 +157,7 @@ def export_images(
         around: place cameras on a dome or on one orbit.
         lowest: elevation in degrees at which the dome ends; -90 for a whole sphere.
         elevation: elevation of the orbit in degrees.
+        background: what lies behind the object.
     """
     from latentscenes.core.console import tracked
     from latentscenes.export.pages import write_views
@@ -165,7 +171,7 @@ def export_images(
     learned, names = _chosen(run, choice, set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
-    write_views(out, learned, tracked(names, "exporting"), cameras, wanted)
+    write_views(out, learned, tracked(names, "exporting"), cameras, wanted, background)
     say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
 
 

@@ -22,10 +22,10 @@ from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
 from latentscenes.data.dataset import box_of
-from latentscenes.data.images import white_background
 from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
-from latentscenes.model.model import RenderedImages, render_images, to_uint8
+from latentscenes.model.model import render_images
+from latentscenes.model.pictures import Backdrop, over, with_alpha
 from latentscenes.storage.scene_set import SceneSet
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -145,32 +145,20 @@ def _webp(picture: UInt8[np.ndarray, "h w 4"]) -> bytes:
 # Posed pictures
 
 
-def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
-    """Converts rendered pictures to straight alpha; over white, the result equals the rendered pictures.
-
-    White that is connected to the border becomes transparent, since pictures over white do not distinguish
-    white matter there from empty space. Pixels next to it get the smallest alpha that their color allows. All
-    others keep the rendered opacity, or that smallest alpha if it is larger.
-    """
-    over_white = shown.images.movedim(1, -1).numpy()
-    ground = white_background(to_uint8(shown.images))
-    dilated = torch.nn.functional.max_pool2d(torch.from_numpy(ground).float()[:, None], 3, 1, 1)
-    near_ground = dilated[:, 0].numpy() > 0
-    least = 1 - over_white.min(-1)
-    alpha = np.where(near_ground, least, np.maximum(least, shown.opacity.numpy()))
-    alpha = np.where(ground, 0, np.ceil(255 * alpha - 1e-3) / 255)[..., None]
-    color = np.where(alpha > 0, (over_white - (1 - alpha)) / np.maximum(alpha, 1 / 255), 1.0)
-    return np.round(255 * np.concatenate([color, alpha], -1).clip(0, 1)).astype(np.uint8)
-
-
 def write_views(
-    out: str | Path, loaded: SceneSet, scenes: Iterable[str], cameras: Cameras, size: tuple[int, int]
+    out: str | Path,
+    loaded: SceneSet,
+    scenes: Iterable[str],
+    cameras: Cameras,
+    size: tuple[int, int],
+    background: Backdrop = "transparent",
 ) -> None:
     """Writes one folder per scene, with a picture from each camera and their transforms.json.
 
     Args:
         out: folder for all scenes, absent or empty. It gets its name only when it is complete.
         size: height and width, pixels.
+        background: what lies behind the object.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -184,7 +172,7 @@ def write_views(
                 (folder / "images").mkdir(parents=True)
                 files = [f"images/{place:05d}.png" for place in range(len(cameras))]
                 shown = render_images(loaded.model, loaded.planes(scene), cameras, size)
-                for file, picture in zip(files, with_alpha(shown), strict=True):
+                for file, picture in zip(files, over(with_alpha(shown), background), strict=True):
                     Image.fromarray(picture).save(folder / file)
                 described = json.dumps(transforms(cameras, files, size), indent=1)
                 (folder / "transforms.json").write_text(described)

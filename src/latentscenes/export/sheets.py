@@ -1,7 +1,7 @@
 """Contact sheets and their parts: tiles side by side with captions, grays, a color map for depth.
 
 Notable:
-- Pictures are uint8 arrays (H, W, 3) over white.
+- Pictures are uint8 arrays (H, W, 3), or (H, W, 4) with alpha.
 - Latent channels and depth are scaled once for a whole sheet or orbit, so that animations do not flicker.
 """
 
@@ -24,8 +24,8 @@ from latentscenes.model import metrics
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import SceneSet
 
-Picture = UInt8[np.ndarray, "_H _W 3"]
-Pictures = UInt8[np.ndarray, "_v _H _W 3"]
+Picture = UInt8[np.ndarray, "_H _W _c"]
+Pictures = UInt8[np.ndarray, "_v _H _W _c"]
 """Underscores: pictures in one signature may differ in size."""
 
 GAP = 4

@@ -35,6 +35,7 @@ from latentscenes.export.sheets import (
     save_image,
 )
 from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_uint8
+from latentscenes.model.pictures import Backdrop, over, with_alpha
 from latentscenes.storage.scene_set import SceneSet
 
 PictureMode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
@@ -73,14 +74,23 @@ def orbit_frames(
 
 
 def camera_frames(
-    loaded: SceneSet, scene: str, cameras: Cameras, size: tuple[int, int], mode: PictureMode = "rgb"
+    loaded: SceneSet,
+    scene: str,
+    cameras: Cameras,
+    size: tuple[int, int],
+    mode: PictureMode = "rgb",
+    background: Backdrop = "white",
 ) -> Iterator[Picture]:
     """Yields pictures of a scene from any cameras and holds only a few at a time.
 
     Args:
         size: height and width, multiples of the codec's downsampling.
+        background: what lies behind the object, in mode `rgb`.
     """
-    planes, geometry = loaded.planes(scene), mode in ("depth", "opacity", "dashboard")
+    planes, geometry = (
+        loaded.planes(scene),
+        mode in ("depth", "opacity", "dashboard") or background != "white",
+    )
     some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
     like = (
         None
@@ -89,6 +99,9 @@ def camera_frames(
     )
     for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
         shown = render_images(loaded.model, planes, cameras[chunk], size, geometry)
+        if mode == "rgb" and background != "white":
+            yield from over(with_alpha(shown), background)
+            continue
         yield from _frames(shown, like or shown, mode, size[0])
 
 
@@ -135,9 +148,15 @@ def check_elevation(option: str, elevation: float) -> None:
 # Files
 
 
-def check_film(path: str | Path) -> None:
-    """Refuses, before anything is rendered, a name that `save_frames` cannot write to."""
+def check_film(path: str | Path, background: Backdrop = "white") -> None:
+    """Refuses, before anything is rendered, a name that `save_frames` cannot write to. Transparent pictures
+    go into a folder only."""
     path = Path(path)
+    if background == "transparent" and path.suffix:
+        raise UserError(
+            f"{path}: transparent pictures are written into a folder (a name without an ending). "
+            "Name one, or choose --background white or black."
+        )
     if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
         raise UserError(
             f"{path}: frames are written as .mp4, .gif or .png, or into a folder (a name without an ending)."
@@ -201,7 +220,7 @@ def _save_mp4(path: Path, frames: Iterable[Picture], fps: int | float) -> None:
         )
         for place, frame in enumerate(frames):
             odd = [(0, side % 2) for side in frame.shape[:2]]
-            even = np.pad(frame, (*odd, (0, 0)), constant_values=255)
+            even = np.pad(frame, (*odd, (0, 0)), mode="edge")
             if place == 0:
                 stream.height, stream.width = even.shape[:2]
             film.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))

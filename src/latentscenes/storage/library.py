@@ -58,14 +58,7 @@ from latentscenes.storage.index import (
     unknown_scene,
 )
 from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
-from latentscenes.storage.run import (
-    FIT_SCORES,
-    SCORES,
-    circumstances,
-    fill_model,
-    holds_boxes,
-    read_metrics,
-)
+from latentscenes.storage.run import FIT_SCORES, SCORES, circumstances, fill_model, holds_boxes, read_metrics
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from latentscenes.core.console import Spent, console
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
 from latentscenes.model import metrics
-from latentscenes.model.model import Model, render_images, to_uint8
+from latentscenes.model.model import Model, render_images
+from latentscenes.model.pictures import with_alpha
 from latentscenes.model.planes import SceneParameters, mean_parameters
 from latentscenes.storage.index import Origin, SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
@@ -118,8 +119,8 @@ def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Seq
 
 
 def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
-    """Renders a small PNG of a scene. The image just holds the scene's box, and the camera looks from the
-    same side for all."""
+    """Renders a small PNG of a scene, cut out. The image just holds the scene's box, and the camera looks
+    from the same side for all."""
     camera = view.around(rows.own_box).orbit(1, *THUMBNAIL_ANGLES)
     corners = (rows.own_box or model.box).corners()
     reach = (camera.project(corners)[0] - 0.5).abs().max()
@@ -127,8 +128,8 @@ def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
         camera.cam2world,
         camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]),
     )
-    picture = to_uint8(render_images(model, model.compose(rows), near, view.size, geometry=False).images)[0]
-    image = Image.fromarray(picture)
+    shown = render_images(model, model.compose(rows), near, view.size, geometry=False)
+    image = Image.fromarray(with_alpha(shown)[0])
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)

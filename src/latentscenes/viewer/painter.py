@@ -24,7 +24,8 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.export.sheets import Picture, color_depth, enlarge, gray
-from latentscenes.model.model import LatentView, Model, render_images, to_uint8
+from latentscenes.model.model import LatentView, Model, RenderedImages, render_images, to_uint8
+from latentscenes.model.pictures import over, with_alpha
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
 
@@ -66,6 +67,8 @@ class ViewRequest:
     mode: Mode = "rgb"
     channel: int = 0
     """Latent channel, in mode `latent`."""
+    black: bool = False
+    """Whether the background is black instead of white, in mode `rgb`."""
     blend: Blend | None = None
     depth: bool = False
     """Whether to return depth with the image."""
@@ -113,7 +116,10 @@ class Painter:
         elif request.mode == "opacity":
             picture = gray(opacity[None].numpy(), (1.0, 0.0))
         elif request.mode == "rgb":
-            picture = to_uint8(model.decode(view.image(*background.shape[1:])).float())
+            latents = view.image(*background.shape[1:])
+            decoded = model.decode(latents).float().clamp(0, 1).cpu()
+            shown = RenderedImages(decoded, latents.cpu(), depth[None], opacity[None])
+            picture = over(with_alpha(shown), "black") if request.black else to_uint8(decoded)
         else:
             latents = view.image(*background.shape[1:])[:, request.channel].float().cpu().numpy()
             ranges = self._channel_ranges(request.scene, self._checksum(request.scene))

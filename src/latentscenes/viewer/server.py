@@ -225,6 +225,8 @@ class Session:
         )
         self._mode.on_update(callbacks(self._change_mode))
         self._channel.on_update(callbacks(self._request))
+        self._black = gui.add_checkbox("Black background", False)
+        self._black.on_update(callbacks(self._request))
         planes = library.config.planes
         if planes.macro:
             with gui.add_folder("Blend"):
@@ -261,6 +263,7 @@ class Session:
             canvas=canvas,
             mode=MODES[self._mode.value],
             channel=min(self._channel.value, self._library.model.codec.channels) - 1,
+            black=self._black.value,
             blend=Blend(self._other, self._share.value, self._micro.value) if self._other else None,
             depth=self._photographs.shown,
         )
@@ -284,7 +287,9 @@ class Session:
             self._working = None
 
     def _change_mode(self) -> None:
-        self._channel.visible = MODES[self._mode.value] == "latent" and self._library.model.codec.channels > 1
+        mode = MODES[self._mode.value]
+        self._channel.visible = mode == "latent" and self._library.model.codec.channels > 1
+        self._black.visible = mode == "rgb"
         self._request()
 
     # Scenes
