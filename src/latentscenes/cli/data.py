@@ -1,22 +1,36 @@
 """The command line's `data` commands: making and importing datasets."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-from latentscenes.cli.common import CORES, CoreOptions, set_up
-from latentscenes.data.options import Axes, Boxes, HeldOutFrom, ImportOptions, MeshOptions, ViewOptions
+from latentscenes.cli.common import CORES, CoreOptions, say, set_up
+from latentscenes.core.errors import UserError
+from latentscenes.data.options import (
+    Axes,
+    Boxes,
+    HeldOutFrom,
+    ImportOptions,
+    MeshOptions,
+    Placement,
+    ViewOptions,
+)
 
 if TYPE_CHECKING:
+    from latentscenes.core.cameras import Box
     from latentscenes.data.importing import Imported
 
 Views = Annotated[ViewOptions, tyro.conf.arg(name="")]
 VIEWS = ViewOptions()
 Reading = Annotated[MeshOptions, tyro.conf.arg(name="")]
 MESHES = MeshOptions()
+Placing = Annotated[Placement, tyro.conf.arg(name="")]
+PLACING = Placement()
 Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
 IMPORT = ImportOptions()
+Fitting = TypeVar("Fitting", ViewOptions, ImportOptions)
 
 
 def data_cars(
@@ -33,6 +47,21 @@ def data_cars(
     from latentscenes.data.synthetic.cars import make_cars
 
     make_cars(out, options, train=train, new=new)
+
+
+def data_place(folder: Path, out: Path, fit_to: Path | None = None, placing: Placing = PLACING) -> None:
+    """Turn, scale or fit the objects of a dataset, by moving its cameras.
+
+    Args:
+        folder: the dataset.
+        out: folder of the new dataset.
+        fit_to: model, run or library; after turning, each object is moved and scaled to just fit its box.
+    """
+    from latentscenes.data.placing import place
+
+    made = place(folder, out, placing, fit_to and _one_box(fit_to))
+    half = " x ".join(f"{side:.3f}" for side in made.box.half)
+    say(f"{out}: {len(made.scenes)} scenes, scene box with half sides {half}.")
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
@@ -60,6 +89,7 @@ def data_meshes(
     new: int = 0,
     limit: int | None = None,
     strict: bool = False,
+    fit_to: Path | None = None,
     reading: Reading = MESHES,
     options: Views = VIEWS,
     cores: CoreOptions = CORES,
@@ -73,10 +103,12 @@ def data_meshes(
         new: without `split`: keep the last meshes by name, this many, for stage 2.
         limit: use at most this many meshes of each split.
         strict: stop at the first file that cannot be read.
+        fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
     set_up(cores)
     from latentscenes.data.meshes.importer import make_meshes
 
+    options = _fitted(options, fit_to)
     make_meshes(folder, out, options, split=split, new=new, reading=reading, limit=limit, strict=strict)
 
 
@@ -86,6 +118,7 @@ def data_srn(
     above: bool = False,
     axes: Axes = "opencv",
     intrinsics_size: int | tuple[int, int] | None = None,
+    fit_to: Path | None = None,
     options: Import = IMPORT,
     cores: CoreOptions = CORES,
 ) -> None:
@@ -97,10 +130,12 @@ def data_srn(
         above: keep only views whose camera height is above -0.5.
         axes: camera axes of the files.
         intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
+        fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
     set_up(cores)
     from latentscenes.data.srn import make_srn
 
+    options = _fitted(options, fit_to)
     _report(make_srn(folder, out, above=above, axes=axes, intrinsics_size=intrinsics_size, options=options))
 
 
@@ -109,6 +144,7 @@ def data_transforms(
     out: Path,
     held_out_from: HeldOutFrom | None = None,
     axes: Axes = "opengl",
+    fit_to: Path | None = None,
     options: Import = IMPORT,
     cores: CoreOptions = CORES,
 ) -> None:
@@ -119,10 +155,12 @@ def data_transforms(
         out: folder of the new dataset.
         held_out_from: the part whose frames become held-out views; unset: test if it exists, else val.
         axes: camera axes of the files.
+        fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
     set_up(cores)
     from latentscenes.data.transforms import make_transforms
 
+    options = _fitted(options, fit_to)
     _report(make_transforms(folder, out, held_out_from=held_out_from, axes=axes, options=options))
 
 
@@ -157,6 +195,26 @@ def data_photos(
     _report(make_photos(folder, out, size=size, held_out=held_out, boxes=boxes, **which))
 
 
+def _one_box(model: Path) -> "Box | None":
+    """Returns the box that a model was learned in; None if each of its objects has a box of its own."""
+    from latentscenes.storage.pretrained import open_parent
+
+    learned = open_parent(model)
+    return None if learned.has_boxes else learned.info.box
+
+
+def _fitted(options: Fitting, model: Path | None) -> Fitting:
+    """Returns options that make objects fit the box of a model, or give each the box that it asks for."""
+    if model is None:
+        return options
+    if options.box is not None:
+        raise UserError(f"--box {options.box} and --fit-to {model} are both given; give one of them.")
+    box = _one_box(model)
+    if box is None:
+        return replace(options, boxes="object")
+    return replace(options, box=",".join(map(repr, (*box.center, *box.half))), fit=True)
+
+
 def _report(made: "Imported") -> None:
     from latentscenes.core.console import console
 
@@ -173,5 +231,5 @@ def _report(made: "Imported") -> None:
 
 DATA_COMMANDS = {
     "cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
-    "photos": data_photos, "join": data_join,
+    "photos": data_photos, "join": data_join, "place": data_place,
 }  # fmt: skip

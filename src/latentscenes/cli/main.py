@@ -70,6 +70,7 @@ def exploit(
     config: str | None = None,
     overrides: Overrides = (),
     finetune: bool = False,
+    fit: bool = False,
     options: Annotated[ExploitOptions, FLAT] = EXPLOIT,
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
@@ -86,6 +87,8 @@ def exploit(
         overrides: settings to change, for instance exploit.latent.epochs=20.
         finetune: as published: also learn base planes, field and decoder, into a new library of the new
             scenes.
+        fit: find out, by learning a few objects for a few steps, how objects must be turned, and learn them
+            from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
         print_config: print every setting as YAML and stop.
     """
     from latentscenes.storage.pretrained import open_parent
@@ -100,7 +103,12 @@ def exploit(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.exploit import learn_new
 
-    store = learn_new(out, PosedImages.open(data), settings, run, finetune, options, device)
+    images = PosedImages.open(data)
+    if fit and home:
+        from latentscenes.training.fit import fitted_dataset
+
+        images = fitted_dataset(images, open_parent(home), settings, str(run or out), device)
+    store = learn_new(out, images, settings, run, finetune, options, device)
     say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
 
 
@@ -255,7 +263,7 @@ def export() -> None:
 
 
 def data() -> None:
-    """Make, import or join datasets: data cars | meshes | srn | transforms | photos | join."""
+    """Make, import or join datasets: data cars | meshes | srn | transforms | photos | join | place."""
 
 
 def library() -> None:

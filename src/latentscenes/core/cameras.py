@@ -62,6 +62,17 @@ class Cameras:
     def to(self, device: torch.device | str) -> "Cameras":
         return Cameras(self.cam2world.to(device), self.intrinsics.to(device))
 
+    def placed(
+        self,
+        turn: Float[Tensor, "3 3"] | None = None,
+        scale: float = 1.0,
+        shift: tuple[float, ...] = (0.0, 0.0, 0.0),
+    ) -> "Cameras":
+        """Returns the cameras after every point p of the world has moved to scale · turn p + shift."""
+        turned = self.cam2world if turn is None else turn @ self.cam2world
+        moved = scale * turned[:, :, 3:] + torch.tensor(shift)[:, None]
+        return Cameras(torch.cat([turned[:, :, :3], moved], 2), self.intrinsics)
+
     @property
     def positions(self) -> Float[Tensor, "v 3"]:
         return self.cam2world[:, :, 3]

@@ -42,6 +42,7 @@ from latentscenes.data.images import (
     white_background,
 )
 from latentscenes.data.options import Axes, Background, ImportOptions
+from latentscenes.data.placing import fitting, turn_of
 
 IN_MEMORY = 512 << 20
 """Scenes with more bytes of pixels than this are gathered in a temporary file."""
@@ -112,18 +113,20 @@ def import_scenes(
     with DatasetWriter(out, size, has_alpha, f"{origin}") as writer:
         for place, (name, split) in enumerate(tracked(splits.items(), "importing scenes")):
             source = load(name) if place else first
-            _check_source(name, source, box, axes)
+            _check_source(name, source, None if options.fit else box, axes)
+            cameras = source.cameras.placed(turn_of(options), options.scale)
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:
                 alpha = np.where(white_background(images), np.uint8(0), np.uint8(255))
-            own = None
-            if box is None:
-                extents.append(_extent(name, source.cameras, images, alpha, background))
-                own = union_box(extents[-1:]) if options.boxes == "object" else None
+            if box is None or options.fit:
+                extents.append(_extent(name, cameras, images, alpha, background))
+            if options.fit:
+                cameras = cameras.placed(None, *fitting(union_box(extents[-1:]), box))
+            own = union_box(extents[-1:]) if options.boxes == "object" else None
             held_out = source.held_out
             if held_out is None:
                 held_out = _spread(name, len(images), options.held_out)
-            writer.add(name, images, source.cameras, split, held_out, alpha, own)
+            writer.add(name, images, cameras, split, held_out, alpha, own)
             views += len(images)
         if box is not None:
             found = "given"

@@ -18,6 +18,24 @@ LightName = Literal["studio", "flat", "camera"]
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How objects are turned and scaled."""
+
+    front: Front | None = None
+    """The axis of the files that the objects face; they are turned to face +x. Unset: not turned."""
+    turn: float = 0.0
+    """Turn the objects about the vertical, degrees, counter-clockwise seen from above."""
+    scale: float = 1.0
+    """Factor on the size of the objects. Meshes have a bounding-box diagonal of 1 before."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf or not math.isfinite(self.turn):
+            raise UserError(
+                f"scale = {self.scale}, turn = {self.turn}: give a scale above 0 and a finite angle."
+            )
+
+
+@dataclass(frozen=True)
 class ViewOptions:
     """How the objects of a dataset are rendered."""
 
@@ -45,11 +63,13 @@ class ViewOptions:
     boxes: Boxes = "common"
     """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
     sizes."""
+    fit: bool = False
+    """Move and scale each object so that it just fits `box`."""
 
     def __post_init__(self) -> None:
         if self.box is not None:
             box_numbers(self.box)
-        refuse_box_for_each(self.box, self.boxes)
+        check_boxes(self.box, self.boxes, self.fit)
         for name in ("views", "size", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
@@ -62,32 +82,20 @@ class ViewOptions:
 
 
 @dataclass(frozen=True)
-class MeshOptions:
+class MeshOptions(Placement):
     """How mesh files are read and lit."""
 
     up: Up = "auto"
     """The axis that points up in the files; auto: y in glTF and OBJ, z in PLY."""
-    front: Front | None = None
-    """The axis of the files that the objects face; they are turned to face +x. Unset: not turned."""
-    turn: float = 0.0
-    """Turn the objects about the vertical, degrees, counter-clockwise seen from above."""
-    scale: float = 1.0
-    """Scale of the objects, whose bounding-box diagonal is 1 otherwise."""
     light: LightName = "studio"
     """`studio`: bright and even; `flat`: the surface's own color; `camera`: a lamp that moves with the
     camera."""
     multiply_kd: bool = False
     """Multiply OBJ textures by the material's Kd, which they replace otherwise."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf or not math.isfinite(self.turn):
-            raise UserError(
-                f"scale = {self.scale}, turn = {self.turn}: give a scale above 0 and a finite angle."
-            )
-
 
 @dataclass(frozen=True)
-class ImportOptions:
+class ImportOptions(Placement):
     """How existing images become a dataset."""
 
     size: int | tuple[int, int] | None = None
@@ -115,12 +123,18 @@ class ImportOptions:
     limit: int | None = None
     """Import at most this many scenes; not together with `split`."""
 
+    fit: bool = False
+    """Move and scale each object so that it just fits `box`."""
+
     def __post_init__(self) -> None:
-        refuse_box_for_each(self.box, self.boxes)
+        super().__post_init__()
+        check_boxes(self.box, self.boxes, self.fit)
 
 
-def refuse_box_for_each(box: str | float | None, boxes: Boxes) -> None:
-    """Refuses one given box together with a box for each object."""
+def check_boxes(box: str | float | None, boxes: Boxes, fit: bool) -> None:
+    """Refuses a box given together with a box for each object, and no box to fit objects to."""
+    if fit and box is None:
+        raise UserError("--fit: give the box to fit objects to, with --box or --fit-to.")
     if box is not None and boxes == "object":
         raise UserError(f"--box {box} and --boxes object are both given; give one of them.")
 

@@ -22,6 +22,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import parse_box
 from latentscenes.data.dataset import DatasetWriter, Split, spread
 from latentscenes.data.options import ViewOptions
+from latentscenes.data.placing import fitting
 from latentscenes.data.shading import SRGB_TO_LINEAR, Lights, to_srgb
 
 LAYERS = 12
@@ -289,7 +290,7 @@ def render_object(
     Raises:
         UserError: `options.box` would cut the object off, or no view shows it.
     """
-    if options.box is not None:
+    if options.box is not None and not options.fit:
         box = parse_box(options.box)
         reach = np.abs(soup.bounds - np.array(box.center)).max(0)
         if (reach > np.array(box.half) + 1e-6).any():
@@ -306,6 +307,8 @@ def render_object(
     rgb, alpha = RayCaster(soup, lights).render(cameras, options.size, options.samples)
     if not alpha.any():
         raise UserError(f"{name}: no view shows it; it is transparent, or cameras look past it.")
+    if options.fit:  # move the world instead of the object
+        cameras = cameras.placed(None, *fitting(box_around([soup.bounds], 0.0), parse_box(options.box)))
     box = box_around([soup.bounds]) if options.boxes == "object" else None
     writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha, box)
 

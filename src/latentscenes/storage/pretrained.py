@@ -157,7 +157,8 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
         f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. {remedy}. (Turn and scale come "
         "on top of those the dataset was made with.) If only the box fitted to the silhouettes is larger "
         "than the objects, give `data srn` or `data transforms` the learned box: --box "
-        f"{learned}. Or train a model of these objects."
+        f"{learned}. `exploit --fit` turns and scales the objects of any dataset. Or train a model of these "
+        "objects."
     )
 
 

@@ -23,6 +23,7 @@ from latentscenes.data.boxes import fit_box
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import DatasetWriter, PosedImages
 from latentscenes.data.images import white_background
+from latentscenes.data.placing import SOLID
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo
@@ -34,8 +35,6 @@ QUICK_STEPS = 60
 """Steps for learning the weights of a scene that is searched for."""
 WHITE = 250
 """Bytes from here on count as white."""
-SOLID = 26
-"""Least alpha that counts as object: a tenth, so that thin parts stay inside the box."""
 LEAST_WHITE = 0.1
 """Images without masks must be white on at least this share of their border."""
 

@@ -20,7 +20,8 @@ from latentscenes.data.meshes.gltf import read_gltf
 from latentscenes.data.meshes.obj import read_obj
 from latentscenes.data.meshes.ply import read_ply
 from latentscenes.data.meshes.surfaces import Remarks, to_soup
-from latentscenes.data.options import Front, MeshOptions, Up, ViewOptions
+from latentscenes.data.options import MeshOptions, ViewOptions
+from latentscenes.data.placing import rotation
 from latentscenes.data.raycast import DEFAULT_VIEWS, TriangleSoup, render_object, scene_box
 from latentscenes.data.shading import LIGHTS
 
@@ -159,20 +160,3 @@ def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, 
 def _matrix(suffix: str, reading: MeshOptions) -> Float[np.ndarray, "3 3"]:
     up = FORMATS[suffix] if reading.up == "auto" else reading.up
     return reading.scale * rotation(up, reading.front, reading.turn)
-
-
-def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3"]:
-    """Returns the matrix that turns `up` to z, then `front` to x, then all by `turn` degrees about z.
-
-    Raises:
-        UserError: `front` is the axis that points up.
-    """
-    matrix = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) if up == "y" else np.eye(3)
-    angle = np.radians(turn)
-    if front is not None:
-        facing = matrix @ ((1.0 if front[0] == "+" else -1.0) * np.eye(3)["xyz".index(front[1])])
-        if abs(facing[2]) > 0.5:
-            raise UserError(f"front = {front}: this axis points up or down. Give one that lies level.")
-        angle -= np.arctan2(facing[1], facing[0])
-    about_z = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
-    return np.array(about_z) @ matrix
