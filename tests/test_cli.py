@@ -68,7 +68,14 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         assert inspect.getdoc(function).split("\n")[0][:40] in " ".join(out.split())
         explained = inspect.getdoc(function).split("Args:")[-1]
         for name in inspect.signature(function).parameters:
-            groups = "machine", "cores", "options", "choice", "reading"  # dataclasses with help of their own
+            groups = (
+                "machine",
+                "cores",
+                "options",
+                "choice",
+                "reading",
+                "placing",
+            )  # dataclasses with help of their own
             assert name in groups or f"{name}:" in explained, name
 
 
