@@ -21,13 +21,12 @@ from PIL import Image
 
 from latentscenes.cli.common import run_program
 from latentscenes.core.cameras import Cameras, orbit
-from latentscenes.core.console import Table
+from latentscenes.core.console import Table, show
 from latentscenes.core.errors import UserError
 from latentscenes.data.meshes.importer import read_mesh
 from latentscenes.data.options import LightName, MeshOptions
 from latentscenes.data.raycast import RayCaster
 from latentscenes.data.shading import LIGHTS
-from latentscenes.evaluation.tables import print_things
 from latentscenes.export.sheets import beside, captioned, grid, save_image
 
 AZIMUTHS, ELEVATIONS = 24, (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
@@ -203,7 +202,7 @@ def main(
     save_sheet(out / "worst_colors.png", pictures, worst, [f"{one.color_error(gain):.2f}" for one in worst])
     worst = sorted(seen, key=lambda one: one.overlap)[:60]
     save_sheet(out / "worst_shapes.png", pictures, worst, [f"{one.overlap:.2f}" for one in worst])
-    print_things(table)
+    show(table)
 
 
 def save_sheet(path: Path, pictures: Path, found: list[Found], notes: list[str] | None = None) -> None:

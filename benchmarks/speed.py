@@ -22,9 +22,8 @@ from benchmarks import timing
 from benchmarks.cases import LATENT, RGB, SIZE, STAGES, Steps, Viewer, fitting_text, stage_text
 from benchmarks.timing import Timing, interleave
 from latentscenes.cli.common import Machine, run_program, set_up
-from latentscenes.core.console import Table, bytes_text, console
+from latentscenes.core.console import Table, bytes_text, console, show
 from latentscenes.core.errors import UserError
-from latentscenes.evaluation.tables import print_things
 from latentscenes.model.planes import fuse_in_torch
 from latentscenes.rendering.kernels import native
 from latentscenes.training.losses import total_variation_in_torch
@@ -247,7 +246,7 @@ def main(
         for name in only or CASES:
             for result in CASES[name](count, rounds):
                 results.append(result)
-                print_things(result.table())
+                show(result.table())
     save(results, out, shown=True)
 
 
@@ -256,7 +255,7 @@ def save(results: list[Result], out: Path | None, shown: bool = False) -> None:
     beside it."""
     machine = timing.machine()
     if not shown:
-        print_things(*(result.table() for result in results))
+        show(*(result.table() for result in results))
     where = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
     where += f"; load {machine['load']:.1f} at the end"
     console.print(where, highlight=False)

@@ -32,14 +32,14 @@ from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.config import Config, ExploitOptions
 from latentscenes.core.config_io import build
-from latentscenes.core.console import Spent, Table, bytes_text, seconds_text
+from latentscenes.core.console import Spent, Table, bytes_text, seconds_text, show
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
-from latentscenes.evaluation.tables import has_ceiling, print_things
+from latentscenes.evaluation.tables import has_ceiling
 from latentscenes.storage import maintenance as care
 from latentscenes.storage.library import SCORES, LibraryFolder
 from latentscenes.storage.pretrained import open_parent
@@ -352,7 +352,7 @@ def main(study: Path, data: tuple[str, ...], out: Path, machine: MachineOptions 
                 f"--data {given}: this name is taken. Name each dataset, for instance cars={folder}."
             )
         folders[name or "data"] = Path(folder)
-    print_things(table(wanted, run_study(wanted, folders, out, set_up(machine), study.stem)))
+    show(table(wanted, run_study(wanted, folders, out, set_up(machine), study.stem)))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_absent_and_broken_camera_paths(tmp_path):
     with pytest.raises(UserError, match="no such file. Save a camera path"):
         read_camera_path(tmp_path / "path.json")
     (tmp_path / "path.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="path.json: cannot be read"):
         read_camera_path(tmp_path / "path.json")
 
 

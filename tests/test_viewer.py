@@ -37,9 +37,11 @@ from latentscenes.viewer.painter import (
 )
 
 viser = pytest.importorskip("viser")
+from websockets import Headers  # noqa: E402 — needs viser
 
 from latentscenes.viewer import panels  # noqa: E402 — needs viser
-from latentscenes.viewer.server import Viewer, check_port  # noqa: E402
+from latentscenes.viewer.guard import refusal  # noqa: E402
+from latentscenes.viewer.server import ABOUT, Viewer, check_port  # noqa: E402
 
 CAR = """
 codec: {kind: identity}
@@ -195,8 +197,8 @@ class Slow(Painter):
         return Frame(np.zeros((1, 1, 3), np.uint8), None)
 
 
-def request_for(name: str) -> ViewRequest:
-    return ViewRequest(name, orbit(1), (64, 64))
+def wanted(name: str):
+    return lambda: ViewRequest(name, orbit(1), (64, 64))
 
 
 def test_newest_requests_are_drawn_in_turn_and_sharper_at_the_end():
@@ -204,13 +206,13 @@ def test_newest_requests_are_drawn_in_turn_and_sharper_at_the_end():
     renderer = Renderer(painter, 10, 30)
     for client in (1, 2, 3):
         renderer.add(client, shown.append, failed.append)
-    renderer.request(1, request_for("a0"))
+    renderer.request(1, wanted("a0"))
     until(lambda: not renderer._clients[1].pending)
     for number in (1, 2, 3):
-        renderer.request(1, request_for(f"a{number}"))
-        renderer.request(2, request_for(f"b{number}"))
-    renderer.request(3, request_for("broken"))
-    renderer.request(4, request_for("nobody's"))
+        renderer.request(1, wanted(f"a{number}"))
+        renderer.request(2, wanted(f"b{number}"))
+    renderer.request(3, wanted("broken"))
+    renderer.request(4, wanted("nobody's"))
     painter.go.release(4)
     until(lambda: len(painter.drawn) == 3 and failed)
     assert painter.drawn == [("a0", 10), ("b3", 10), ("a3", 10)] and str(failed[0]) == "broken"
@@ -229,10 +231,10 @@ def test_moving_clients_come_before_resting_ones():
     renderer = Renderer(painter, 10, 30)
     for client in (1, 2):
         renderer.add(client, lambda _: None, lambda _: None)
-    renderer.request(1, request_for("still"))
+    renderer.request(1, wanted("still"))
     painter.go.release()
     until(lambda: painter.drawn and renderer._clients[1].sharpen_at == math.inf)
-    renderer.request(2, request_for("moving"))
+    renderer.request(2, wanted("moving"))
     painter.go.release(10)
     until(lambda: len(painter.drawn) == 4)
     assert painter.drawn[:2] == [("still", 10), ("moving", 10)] and set(painter.drawn[2:]) == {
@@ -404,6 +406,100 @@ def test_no_browser_can_open_a_tunnel_to_the_outside(car_library, monkeypatch):
         fake.send("ShareUrlRequest")
         until(lambda: fake.pictures)
         assert viewer._server.request_share_url() is None and viewer._server._share_tunnel is None
+
+
+# Who may connect
+
+
+@pytest.mark.parametrize(("bound", "host", "origin", "refused"), [
+    ("127.0.0.1", "127.0.0.1:8080", None, False), ("127.0.0.1", "localhost:9000", None, False),
+    ("127.0.0.1", "[::1]:8080", "http://[::1]:8080", False), ("127.0.0.1", "evil.example:8080", None, True),
+    ("127.0.0.1", "127.0.0.1.evil.example", None, True), ("127.0.0.1", None, None, True),
+    ("127.0.0.1", "127.0.0.1:8080", "http://evil.example", True),
+    ("127.0.0.1", "localhost:8080", "null", True),
+    ("127.0.0.1", "localhost:8080", "http://localhost:8081", True), ("127.0.0.1", "[", None, True),
+    ("0.0.0.0", "my-machine:8080", "http://my-machine:8080", False),
+    ("0.0.0.0", "my-machine:8080", "http://evil.example", True),
+])  # fmt: skip
+def test_foreign_pages_are_refused(bound, host, origin, refused):
+    named = {"Host": host, "Origin": origin}
+    headers = Headers({name: value for name, value in named.items() if value is not None})
+    assert (refusal(headers, bound) is not None) == refused
+
+
+def ask(viewer: Viewer, **headers: str) -> tuple[int, str]:
+    """Returns the status of a request for the page, and its content security policy."""
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("127.0.0.1", viewer.port, timeout=60)
+    connection.request("GET", "/", headers=headers)
+    answer = connection.getresponse()
+    connection.close()
+    return answer.status, answer.getheader("Content-Security-Policy", "")
+
+
+def test_the_server_guards_itself(car_library, capfd):
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    with Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        status, policy = ask(viewer)
+        assert status == 200 and "script-src-attr 'none'" in policy and "default-src 'none'" in policy
+        assert ask(viewer, Host="evil.example")[0] == 403
+        spoken = [f"viser-v{viser.__version__}"]
+        for options in (
+            {"origin": "http://evil.example", "subprotocols": spoken},
+            {"subprotocols": ["viser-v0"]},
+        ):
+            with pytest.raises(InvalidStatus):
+                connect(f"ws://127.0.0.1:{viewer.port}", **options)
+        for _ in range(3):
+            odd = FakeBrowser(viewer)
+            odd.socket.send(b"\xff\x1b[31m" * 10)
+            until(lambda: odd.socket.close_code is not None)  # noqa: B023
+        fake = FakeBrowser(viewer)
+        fake.render_images(car_library.orbit(1), (32, 32))
+        until(lambda: fake.pictures)
+    printed = capfd.readouterr()
+    assert printed.err.count("\n") == 1 and "a browser sent what cannot be understood" in printed.err
+    assert "\x1b" not in printed.err and "Traceback" not in printed.err + printed.out
+
+
+def test_text_of_a_library_is_shown_as_text():
+    text = "<img src=x onerror=alert(1)>\"'><script>"
+    shown = panels.GRID.render(columns=3, tiles=[("id", text, panels.EMPTY, text)])
+    shown += panels.NOTE.render(text=UserError(text)) + ABOUT.render(name=text, blend=text, facts=text)
+    assert shown.count("<img") == 1 and "<script" not in shown and shown.count("&lt;img src=x") == 7
+
+
+def test_thumbnails_that_are_large_are_not_shown():
+    def address(side: int) -> str:
+        stream = io.BytesIO()
+        Image.new("1", (side, 8)).save(stream, "PNG")
+        return panels.picture_address(stream.getvalue())
+
+    assert address(96).startswith("data:image/png;base64,") and address(1025) == panels.EMPTY
+    assert panels.picture_address(b"<svg onload=alert(1)>") == panels.EMPTY
+
+
+def test_new_browsers_come_first_and_jobs_take_turns():
+    painter, done = Slow(), []
+    renderer = Renderer(painter, 10, 30)
+    for client in range(3):
+        renderer.add(client, lambda _: None, lambda _: None)
+    renderer.request(0, wanted("first"))
+    until(lambda: not renderer._clients[0].pending)
+    for client in range(3):
+        renderer.request(client, wanted(f"old {client}"))
+    renderer.add(9, lambda _: None, lambda _: None)
+    renderer.request(9, wanted("new"))
+    jobs = [renderer.run(lambda _: done.append(len(painter.drawn))) for _ in range(2)]
+    painter.go.release(20)
+    for job in jobs:
+        job.result(10)
+    until(lambda: len(painter.drawn) >= 5)
+    assert [name for name, _ in painter.drawn[:3]] == ["first", "new", "old 2"] and done == [1, 2]
+    renderer.close()
 
 
 # Errors

@@ -128,5 +128,5 @@ def test_broken_indices_are_named(tmp_path):
     with pytest.raises(UserError, match="views.json.*box"):
         PosedImages.open(tmp_path / "set")
     index.write_text('{"format": ')
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="views.json: cannot be read"):
         PosedImages.open(tmp_path / "set")

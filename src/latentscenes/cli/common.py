@@ -1,5 +1,7 @@
 """Parts that commands share."""
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentscenes.core.errors import Interrupted, UserError
+from latentscenes.core.names import printable
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +50,9 @@ def set_up(machine: Cores) -> "torch.device":
 
 def say(text: str) -> None:
     """Prints a line to the terminal."""
-    from latentscenes.core.console import console
+    from latentscenes.core import console
 
-    console.print(text, highlight=False, soft_wrap=True)
+    console.say(text)
 
 
 def refuse_repeated(arguments: list[str]) -> None:
@@ -71,19 +74,33 @@ def run_program(command: Callable[..., None]) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """On an error that the user can fix, or on a stop, prints one line and ends the process."""
+    """On an error that the user can fix, or on a stop, prints one line and ends the process. Characters that
+    the terminal's encoding lacks are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
-        print(f"latentscenes: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except BrokenPipeError:  # a reader such as `head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Interrupted:
         print("latentscenes: stopped; everything is saved. The same command continues.", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # disk full, no permission, …
-        if error.filename is None:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        _fail(f"{where}{error.strerror or error}.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "not enough memory" not in str(error):
             raise
-        print(f"latentscenes: {error.filename}: {error.strerror}.", file=sys.stderr)
-        sys.exit(2)
+        _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes.")
+
+
+def _fail(message: str) -> None:
+    print(f"latentscenes: {printable(message)}", file=sys.stderr)
+    sys.exit(2)

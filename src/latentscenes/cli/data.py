@@ -71,15 +71,11 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
         folders: two or more datasets with images of one size and different scene names.
         out: folder of the new dataset. Splits and held-out views are kept.
     """
-    from latentscenes.core.console import console
     from latentscenes.data.dataset import join
 
     made = join(folders, out)
     note = "" if made.alpha is not None else "; without silhouettes, which some parts lack"
-    console.print(
-        f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{note}.",
-        highlight=False,
-    )
+    say(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{note}.")
 
 
 def data_meshes(
@@ -216,8 +212,6 @@ def _fitted(options: Fitting, model: Path | None) -> Fitting:
 
 
 def _report(made: "Imported") -> None:
-    from latentscenes.core.console import console
-
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
     for line in (
@@ -226,7 +220,7 @@ def _report(made: "Imported") -> None:
         f"Scene box: half sides {half}, {made.box_from}.",
         *(f"Note: {note}" for note in made.notes),
     ):
-        console.print(line, highlight=False)
+        say(line)
 
 
 DATA_COMMANDS = {

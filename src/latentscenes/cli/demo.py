@@ -63,4 +63,4 @@ def run_demo(out: Path, device: torch.device) -> None:
 
 
 def _announce(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    console.print(f"\n{text}", style="bold")

@@ -159,7 +159,6 @@ def export_images(
         elevation: elevation of the orbit in degrees.
         background: what lies behind the object.
     """
-    from latentscenes.core.console import tracked
     from latentscenes.export.pages import write_views
     from latentscenes.export.video import check_elevation, scaled
 
@@ -171,7 +170,7 @@ def export_images(
     learned, names = _chosen(run, choice, set_up(machine))
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
-    write_views(out, learned, tracked(names, "exporting"), cameras, wanted, background)
+    write_views(out, learned, names, cameras, wanted, background)
     say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
 
 

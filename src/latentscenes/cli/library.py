@@ -2,18 +2,18 @@
 
 import itertools
 import json
-import os
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, Machine, MachineOptions, set_up
+from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_up
+from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
@@ -37,7 +37,7 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         limit: maximum number of scenes; 0: all.
         as_json: print one JSON object per line with all metadata of a scene.
     """
-    from latentscenes.core.console import Table, bytes_text, seconds_text
+    from latentscenes.core.console import Table, bytes_text, seconds_text, show
 
     if limit < 0:
         raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
@@ -45,7 +45,8 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
     infos = index.infos(match)
     shown = infos[:limit] if limit else infos
     if as_json:
-        _print_lines(json.dumps(asdict(info)) for info in shown)
+        for info in shown:
+            print(json.dumps(asdict(info)))
         return
     rows = [
         (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr),
@@ -62,13 +63,27 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
     columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
     if len(rows) <= MANY:
-        _print(Table(str(library), columns, tuple(rows), (), note))
+        show(Table(str(library), columns, tuple(rows), (), note))
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = (
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows)
     )
-    _print_lines(itertools.chain(lines, [note]))
+    for line in itertools.chain(lines, [note]):
+        print(one_line(line))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `library show` takes from library.json."""
+
+    precision: StoragePrecision
+    parent: str
+    parent_seconds: float
+    parent_scenes: int
+    view: dict[str, Any]
+    parent_cpu_seconds: float | None = None
+    finetuned_from: str | None = None
 
 
 def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positional] = None) -> None:
@@ -84,30 +99,32 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     if scene is not None:
         index = _index(library, [scene])
         for key, value in asdict(index.info(scene)).items():
-            print(f"{key:11} {value}")
+            print(one_line(f"{key:11} {value}"))
         return
     infos, about = _index(library).infos(), read_description(library)
+    file, known = library / "library.json", Facts.__dataclass_fields__
+    facts = config_io.build(Facts, {key: about[key] for key in known if key in about}, file)
+    height, width = config_io.build(tuple[int, int], facts.view.get("size"), f"{file}: view: size")
     shared = library / "model" / SHARED
     check_model_file(shared, "every scene needs it")
     counts = {
         origin: sum(info.origin == origin for info in infos) for origin in ("stage 1", "exploit", "add")
     }
     origins = ", ".join(f"{count} from {origin}" for origin, count in counts.items() if count)
-    height, width = about["view"]["size"]
-    spent = Spent(about["parent_seconds"], about.get("parent_cpu_seconds"))
-    facts = {
+    spent = Spent(facts.parent_seconds, facts.parent_cpu_seconds)
+    lines = {
         "scenes": f"{len(infos)} ({origins})",
         "scenes' bytes": bytes_text(sum(info.bytes for info in infos)),
         "shared bytes": bytes_text(shared.stat().st_size),
-        "precision": about["precision"],
+        "precision": facts.precision,
         "image size": f"{width}x{height}",
-        "made from": f"{about['parent']}: {about['parent_scenes']} scenes, {spent}",
-        "finetuned from": about.get("finetuned_from"),
+        "made from": f"{facts.parent}: {facts.parent_scenes} scenes, {spent}",
+        "finetuned from": facts.finetuned_from,
         "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
     }
-    for key, value in facts.items():
+    for key, value in lines.items():
         if value:
-            print(f"{key:14} {value}")
+            print(one_line(f"{key:14} {value}"))
 
 
 def library_remove(library: Folder, scenes: Names) -> None:
@@ -124,7 +141,7 @@ def library_remove(library: Folder, scenes: Names) -> None:
         )
     opened = _open(library, scenes)
     opened.remove(*scenes)
-    _say(
+    say(
         f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. "
         f"`latentscenes library compact {library}` frees their space."
     )
@@ -139,7 +156,7 @@ def library_rename(library: Folder, scene: Name, new: Name) -> None:
         new: its new name.
     """
     _open(library, [scene]).rename(scene, new)
-    _say(f"{library}: {scene!r} is now {new!r}.")
+    say(f"{library}: {scene!r} is now {new!r}.")
 
 
 def library_export(library: Folder, scenes: Names = (), match: str | None = None, *, out: Path) -> None:
@@ -155,7 +172,7 @@ def library_export(library: Folder, scenes: Names = (), match: str | None = None
     names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
-    _say(f"{out}: {_open(library, names).export(names, out)} scenes copied.")
+    say(f"{out}: {_open(library, names).export(names, out)} scenes copied.")
 
 
 def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -170,7 +187,7 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
     from latentscenes.storage.pretrained import export_model
 
     size = bytes_text(export_model(LibraryFolder.open(library), out))
-    _say(f"{out}: {size}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
+    say(f"{out}: {size}. Learn new scenes with it: latentscenes exploit --run {out} --data … --out …")
 
 
 def library_verify(library: Folder) -> None:
@@ -182,10 +199,10 @@ def library_verify(library: Folder) -> None:
     opened = _open(library)
     damaged = opened.verify()
     for damage in damaged:
-        print(f"{damage.name}: {damage.what}")
+        print(one_line(f"{damage.name}: {damage.what}"))
     if damaged:
         raise SystemExit(1)
-    _say(f"{library}: {len(opened)} scenes, all intact.")
+    say(f"{library}: {len(opened)} scenes, all intact.")
 
 
 def library_compact(library: Folder) -> None:
@@ -196,7 +213,7 @@ def library_compact(library: Folder) -> None:
     """
     from latentscenes.core.console import bytes_text
 
-    _say(f"{library}: {bytes_text(max(0, _open(library).compact()))} freed.")
+    say(f"{library}: {bytes_text(max(0, _open(library).compact()))} freed.")
 
 
 def library_repack(
@@ -212,7 +229,7 @@ def library_repack(
         precision: how to store scenes; scenes of this or a coarser precision stay as they are.
         lost: choose the smallest precision with at most this mean loss, dB.
     """
-    from latentscenes.core.console import bytes_text
+    from latentscenes.core.console import bytes_text, show
 
     if lost is not None and (precision is not None or not lost >= 0):
         reason = "cannot be combined with --precision" if precision else "dB, must be at least 0"
@@ -220,7 +237,7 @@ def library_repack(
     opened = _open(library, machine=machine)
     if precision is None:
         settings = opened.dial()
-        _print(dial_table(settings))
+        show(dial_table(settings))
         if lost is None:
             return
         fitting = [setting for setting in settings if setting.lost <= lost]
@@ -229,9 +246,7 @@ def library_repack(
     infos = opened.infos()
     mean = sum(info.psnr_lost or 0.0 for info in infos) / max(len(infos), 1)
     size = bytes_text(sum(info.bytes for info in infos) / max(len(infos), 1))
-    _say(
-        f"{library}: {count} scenes stored as {precision}. Mean over all scenes: {size}, {mean:.3f} dB lost."
-    )
+    say(f"{library}: {count} scenes stored as {precision}. Mean over all scenes: {size}, {mean:.3f} dB lost.")
 
 
 def dial_table(settings: "list[Setting]") -> "Table":
@@ -268,7 +283,7 @@ def search(
         count: number of scenes to find.
         data: dataset that holds the scene.
     """
-    from latentscenes.core.console import Table
+    from latentscenes.core.console import Table, show
 
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1.")
@@ -280,7 +295,7 @@ def search(
 
         found, note = opened.search(PosedImages.open(data), scene, count), "1 − cosine between weights."
     rows = tuple((neighbor.name, f"{neighbor.distance:.4f}") for neighbor in found)
-    _print(Table(f"Most similar to {scene}", ("scene", "distance"), rows, (), note))
+    show(Table(f"Most similar to {scene}", ("scene", "distance"), rows, (), note))
 
 
 def _index(library: Path, scenes: Sequence[str] = ()) -> "Index":
@@ -302,33 +317,9 @@ def _open(library: Path, scenes: Sequence[str] = (), machine: Machine | None = N
     return Library(LibraryFolder.open(library), set_up(machine) if machine else "cpu")
 
 
-def _print_lines(lines: Iterable[str]) -> None:
-    """Prints lines until a reader such as `head` closes the pipe, which is no error."""
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _thousands(count: int) -> str:
     return f"{count:,}".replace(",", " ")
 
 
 def _decibels(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _say(text: str) -> None:
-    from latentscenes.core.console import console
-
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _print(table: "Table") -> None:
-    """Prints a table, 150 columns wide where the output is no terminal."""
-    from rich.console import Console
-
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table.rich(), highlight=False)

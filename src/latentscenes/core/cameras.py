@@ -21,6 +21,12 @@ OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
 """Right-multiplying a rotation by this turns OpenGL axes (y up, z backward) into OpenCV axes."""
 
 
+FARTHEST = 1e9
+"""The largest length that a file may state, world units; 1 / FARTHEST is the smallest."""
+LONGEST_SIDE = 16384
+"""Pixels of the longest side of an image."""
+
+
 @dataclass(frozen=True)
 class Cameras:
     """A batch of v pinhole cameras."""
@@ -117,6 +123,14 @@ class Box:
     center: tuple[float, float, float]
     half: tuple[float, float, float]
     """Half the side lengths along x, y and z."""
+
+    def check(self, where: object) -> None:
+        """Raises a UserError, which begins with `where`, unless all numbers are finite and half sides above
+        0."""
+        if not all(abs(number) <= FARTHEST for number in self.center):
+            raise UserError(f"{where}: the center of the box, {self.center}, is no place.")
+        if not all(1 / FARTHEST <= number <= FARTHEST for number in self.half):
+            raise UserError(f"{where}: half sides of the box, {self.half}, must be above 0.")
 
     def normalize(
         self, origins: Float[Tensor, "*b 3"], directions: Float[Tensor, "*b 3"]
@@ -242,6 +256,16 @@ class Viewpoint:
     """Median focal lengths, as fractions of the width and of the height."""
     center: tuple[float, float, float]
     """Center of the scene box."""
+
+    def check(self, where: object) -> None:
+        """Raises a UserError, which begins with `where`, unless the numbers are those of a camera."""
+        if not all(1 <= side <= LONGEST_SIDE for side in self.size):
+            raise UserError(f"{where}: pictures of {self.size} pixels; sides are 1 to {LONGEST_SIDE}.")
+        numbers = (self.distance, *self.focal)
+        if not all(1 / FARTHEST <= number <= FARTHEST for number in numbers):
+            raise UserError(f"{where}: distance and focal lengths, {numbers}, must be above 0.")
+        if not all(abs(number) <= FARTHEST for number in self.center):
+            raise UserError(f"{where}: the center of view, {self.center}, is no place.")
 
     @classmethod
     def of(cls, cameras: Cameras, size: tuple[int, int], box: Box) -> "Viewpoint":

@@ -20,10 +20,18 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from latentscenes.core.names import one_line, printable
+
 Item = TypeVar("Item")
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False)
+PLAIN = TextColumn("{task.description}", markup=False)
 LINE_EVERY = 30.0
 """Seconds between lines about progress where the output is not a terminal."""
+
+
+def say(text: str) -> None:
+    """Prints lines to the terminal, beside results on the standard output."""
+    console.print(printable(text), soft_wrap=True)
 
 
 def tracked(items: Iterable[Item], doing: str, count: int | None = None) -> Iterator[Item]:
@@ -35,7 +43,7 @@ def tracked(items: Iterable[Item], doing: str, count: int | None = None) -> Iter
     """
     count = len(items) if count is None else count
     if console.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = PLAIN, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as progress:
             yield from progress.track(items, count, description=doing)
         return
@@ -44,7 +52,7 @@ def tracked(items: Iterable[Item], doing: str, count: int | None = None) -> Iter
         now = time.monotonic()
         if now - shown >= LINE_EVERY:
             left = f"; about {seconds_text((now - begun) / done * (count - done))} left" if done else ""
-            console.print(f"{doing}: {done} of {count} done{left}", highlight=False)
+            say(f"{doing}: {done} of {count} done{left}")
             shown = now
         yield item
 
@@ -57,11 +65,11 @@ class StageProgress:
     """
 
     def __init__(self, name: str, index: int, count: int, steps: int, done: int, label: str = ""):
-        self.title = f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}"
+        self.title = one_line(f"{label}{'  ' if label else ''}[{index + 1}/{count}] {name}")
         self.steps, self.next_line = steps, done
         self.lines = not label and not console.is_terminal
         columns = [
-            TextColumn("{task.description}"),
+            PLAIN,
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -84,7 +92,7 @@ class StageProgress:
         self.bar.update(self.task, completed=step, note=note)
         if self.lines and step >= self.next_line:
             self.next_line += max(1, self.steps // 10)
-            console.print(f"{self.title}: step {step} of {self.steps}  {note}", highlight=False)
+            console.print(f"{self.title}: step {step} of {self.steps}  {note}")
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
@@ -134,21 +142,23 @@ class Table:
 
     def rich(self) -> RichTable:
         """Returns the table for a terminal."""
-        note = Text(self.note) if self.note else None
+        title, note = Text(one_line(self.title), "table.title"), Text(one_line(self.note))
         table = RichTable(
-            title=self.title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE_HEAD
-        )
+            title=title, title_justify="left", caption=note if self.note else None, caption_justify="left",
+            box=box.SIMPLE_HEAD,
+        )  # fmt: skip
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
         for index, row in enumerate(self.rows):
-            table.add_row(*map(Text, row), style="bold" if index in self.strong else None)
+            cells = (Text(one_line(cell)) for cell in row)
+            table.add_row(*cells, style="bold" if index in self.strong else None)
         return table
 
     def markdown(self) -> str:
         """Returns the table in GitHub's Markdown."""
 
         def line(cells: tuple[str, ...], stress: bool = False) -> str:
-            shown = (cell.replace("|", "\\|") for cell in cells)
+            shown = (one_line(cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
             return "| " + " | ".join(f"**{cell}**" if stress and cell else cell for cell in shown) + " |"
 
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
@@ -166,6 +176,15 @@ class Table:
         table = f"<table><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
         note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
         return f'<figure><div class="wide">{table}</div>{note}</figure>'
+
+
+def show(*things: Table | str) -> None:
+    """Prints tables and sentences to the standard output, 150 columns wide where that is no terminal."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(width=150, markup=False, highlight=False)  # no line breaks in a file or a pipe
+    for thing in things:
+        console.print(thing.rich() if isinstance(thing, Table) else printable(thing))
 
 
 def bytes_text(count: float | int) -> str:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from latentscenes.core.console import console
+from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 
 FILE_ENDINGS = {".mp4", ".gif", ".png"}
@@ -64,7 +64,7 @@ def partial_path(path: Path) -> Path:
         number = entry.name.removeprefix(begin).removesuffix(ending)
         if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
             said = f"{entry}: left by a process that was killed; removed."
-            console.print(said, highlight=False, markup=False, soft_wrap=True)
+            say(said)
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return path.with_name(f"{begin}{os.getpid()}{ending}")
 
@@ -95,7 +95,7 @@ def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
         except Timeout:
             if not wait:
                 raise UserError(f"{holder}. Wait for it and try again.") from None
-            console.print(f"{holder}; waiting for it …", highlight=False, soft_wrap=True)
+            say(f"{holder}; waiting for it …")
             lock.acquire()
     try:
         yield

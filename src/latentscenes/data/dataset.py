@@ -17,18 +17,22 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.names import check_name, short
+from latentscenes.core.reading import read_json, reason, require_regular
 
 FORMAT = "latentscenes-views-1"
+REMAKE = "Make the dataset again."
 Split = Literal["train", "new"]
 
 
@@ -74,27 +78,25 @@ class PosedImages:
         index = path / "views.json"
         if not index.is_file():
             raise UserError(f"{path}: no dataset here (views.json is absent). Make one: latentscenes data …")
-        try:
-            meta = json.loads(index.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{index}: not valid JSON ({error}). Make the dataset again.") from None
+        meta = read_json(index, REMAKE)
         if meta.get("format") != FORMAT:
             raise UserError(
-                f"{index}: format {meta.get('format')!r}, but this version reads {FORMAT!r}. Remake it."
+                f"{index}: format {short(meta.get('format'))}, but this version reads {FORMAT!r}. Remake it."
             )
         try:
-            scenes = tuple(_read_scene(scene) for scene in meta["scenes"])
-            height, width, has_alpha, origin = (meta[key] for key in ("height", "width", "alpha", "origin"))
-            box = _read_box(meta["box"])
-        except (KeyError, TypeError) as error:
-            fault = f"{type(error).__name__}: {error}"
-            raise UserError(f"{index}: incomplete ({fault}). Make the dataset again.") from None
-        count = sum(scene.count for scene in scenes)
+            header = config_io.build(_Header, {key: meta[key] for key in _Header.__dataclass_fields__}, index)
+            scenes = _read_scenes(meta["scenes"], index)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{index}: incomplete ({type(error).__name__}: {error}). {REMAKE}") from None
+        header.box.check(index)
+        count, height, width = sum(scene.count for scene in scenes), header.height, header.width
         rgb = _open_array(path / "rgb.npy", (count, height, width, 3), np.uint8)
-        alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if has_alpha else None
+        alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if header.alpha else None
         packed = torch.from_numpy(np.array(_open_array(path / "cameras.npy", (count, 16), np.float32)))
+        if not packed.isfinite().all() or (packed[:, 12:14] <= 0).any():
+            raise UserError(f"{path / 'cameras.npy'}: holds numbers of no camera. {REMAKE}")
         cameras = Cameras(packed[:, :12].reshape(-1, 3, 4).contiguous(), packed[:, 12:].contiguous())
-        return cls(path, scenes, box, cameras, rgb, alpha, origin)
+        return cls(path, scenes, header.box, cameras, rgb, alpha, header.origin)
 
     @property
     def has_boxes(self) -> bool:
@@ -144,13 +146,42 @@ class PosedImages:
         return chosen[:limit]
 
 
-def _read_scene(entry: dict[str, Any]) -> Scene:
-    own = {"box": _read_box(entry["box"])} if "box" in entry else {}
-    return Scene(**entry | {"held_out": tuple(entry["held_out"])} | own)
+@dataclass(frozen=True)
+class _Header:
+    """Entries of views.json besides format and scenes."""
+
+    height: int
+    width: int
+    alpha: bool
+    origin: str
+    box: Box
 
 
-def _read_box(entry: dict[str, Any]) -> Box:
-    return Box(tuple(entry["center"]), tuple(entry["half"]))
+def _read_scenes(entries: list[dict], where: Path) -> tuple[Scene, ...]:
+    """Returns the scenes of views.json. Raises a ValueError, KeyError or TypeError if they fit no dataset."""
+    scenes, first = [], 0
+    for entry in entries:
+        scene = Scene(**entry | {"held_out": tuple(entry["held_out"]), "box": _own_box(entry, where)})
+        numbers = (scene.first, scene.count, *scene.held_out)
+        if not isinstance(scene.name, str) or any(type(number) is not int for number in numbers):
+            raise ValueError(f"scene {short(scene.name)} is not described by a name and whole numbers")
+        if scene.first != first or scene.count < 1 or scene.split not in get_args(Split):
+            raise ValueError(f"scene {short(scene.name)} must begin at view {first} and have a known split")
+        if not all(0 <= view < scene.count for view in scene.held_out):
+            raise ValueError(f"scene {short(scene.name)} holds out views that it does not have")
+        first += scene.count
+        scenes.append(scene)
+    if not scenes or len({scene.name for scene in scenes}) < len(scenes):
+        raise ValueError("a name comes twice" if scenes else "no scenes")
+    return tuple(scenes)
+
+
+def _own_box(entry: dict[str, Any], where: Path) -> Box | None:
+    if entry.get("box") is None:
+        return None
+    box = config_io.build(Box, entry["box"], where)
+    box.check(where)
+    return box
 
 
 def _scene_entry(scene: Scene) -> dict[str, Any]:
@@ -163,17 +194,16 @@ def _scene_entry(scene: Scene) -> dict[str, Any]:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        require_regular(path)
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise UserError(f"{path}: absent, though views.json lists it. Make the dataset again.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path}: unreadable ({error}); it may be truncated. Make the dataset again."
-        ) from None
+        raise UserError(f"{path}: absent, though views.json lists it. {REMAKE}") from None
+    except Exception as error:  # numpy raises many kinds for damaged headers
+        raise UserError(f"{path}: unreadable ({reason(error)}); it may be truncated. {REMAKE}") from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
             f"{path}: holds {array.dtype} {array.shape}, but views.json says {np.dtype(dtype)} {shape}. "
-            "Make the dataset again."
+            f"{REMAKE}"
         )
     return array
 
@@ -228,6 +258,7 @@ class DatasetWriter:
     ) -> None:
         """Appends one scene, with its own `box` if the dataset has one for each. Raises a UserError if sizes,
         counts or the name do not fit the dataset."""
+        check_name(name, self.path)
         if images.shape[1:] != (*self.size, 3) or len(cameras) != len(images):
             raise UserError(
                 f"scene {name!r}: {images.shape[0]} images of {images.shape[2]}x{images.shape[1]} with "

@@ -1,7 +1,10 @@
 """Reads images as a dataset stores them: 8 bits, RGB over white, and a separate silhouette."""
 
-from collections.abc import Callable, Iterable
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import reason, require_regular
 
+MOST_PIXELS = 1 << 26
+"""Pixels of the largest image that is decoded, and of all images that are decoded at one time."""
 WHITE = 250
 """A pixel counts as white if all its channels reach this value."""
 ORIENTATION = 274
@@ -32,7 +38,7 @@ def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Reads height and width from the file's header."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         return image.height, image.width
 
 
@@ -41,9 +47,8 @@ def require_upright(path: Path) -> None:
 
     Programs disagree on such files: some turn the picture before they find its camera, others do not.
     """
-    with _opened(path) as image:
-        deferred = image.format == "PNG" and "exif" not in image.info  # Pillow would decode it to search on
-        orientation = 1 if deferred else image.getexif().get(ORIENTATION, 1)
+    with open_image(path) as image:
+        orientation = image_orientation(image)
     if orientation not in (0, 1):  # writers of 0 mean "unknown"
         raise UserError(
             f"{path}: its EXIF orientation ({orientation}) turns the picture, so it is unclear whether the "
@@ -51,6 +56,40 @@ def require_upright(path: Path) -> None:
             "as by ImageMagick's mogrify -auto-orient) if the camera is that of the picture as shown; else "
             "remove the tag alone (exiftool -Orientation=)."
         )
+
+
+def image_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation; 1 (upright) if there is none that can be read."""
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to search on
+        return 1
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF may break its reader in any way; the picture itself may be whole
+        return 1
+
+
+class _Room:
+    """Lets threads decode images at one time as long as they have MOST_PIXELS in all: a small file may hold a
+    large picture."""
+
+    def __init__(self):
+        self._free, self._changed = MOST_PIXELS, threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Waits until there is room for `pixels`, and holds it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = _Room()
 
 
 def read_image(
@@ -61,19 +100,22 @@ def read_image(
     Reads every format that Pillow reads; gray, palette and 16-bit images become 8-bit RGB. `size` (height,
     width) reduces the image by averaging; enlarging is refused.
     """
-    with _opened(path) as image:
+    with open_image(path) as image, _room.of(image.width * image.height):
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: cannot be decoded ({error}); it is damaged. Get it again.") from None
+        except Exception as error:  # a broken image may break its reader in any way
+            raise UserError(
+                f"{path}: cannot be decoded ({reason(error)}); it is damaged. Get it again."
+            ) from None
         has_alpha = "A" in image.getbands() or "transparency" in image.info
         if image.mode == "F":
             raise UserError(f"{path}: holds floating-point values; convert it to 8 or 16 bits first.")
         if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it
-            values = np.asarray(image).astype(np.int64).clip(0, 65535)
+            values = np.asarray(image).clip(0, 65535).astype(np.uint32)
             image, has_alpha = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)), False
-        pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
-    rgb, alpha = (over_white(pixels), pixels[..., 3]) if has_alpha else (pixels, None)
+        mode = "RGBA" if has_alpha else "RGB"
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        rgb, alpha = (over_white(pixels), pixels[..., 3]) if has_alpha else (pixels, None)
     if size is not None and size != rgb.shape[:2]:
         if size[0] > rgb.shape[0] or size[1] > rgb.shape[1]:
             raise UserError(
@@ -87,8 +129,11 @@ def read_image(
 
 def over_white(rgba: UInt8[np.ndarray, "*b 4"]) -> UInt8[np.ndarray, "*b 3"]:
     """Composites straight (not premultiplied) alpha over white, rounded to the nearest level."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    over = np.empty((*rgba.shape[:-1], 3), np.uint8)
+    for row, target in zip(rgba, over):  # a whole image of 16-bit numbers would be large
+        alpha = row[..., 3:].astype(np.uint16)
+        target[...] = (row[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return over
 
 
 def white_background(rgb: UInt8[np.ndarray, "v H W 3"]) -> Bool[np.ndarray, "v H W"]:
@@ -116,15 +161,27 @@ def border_is_white(rgb: UInt8[np.ndarray, "v H W 3"]) -> bool:
     return bool(np.concatenate([(edge >= WHITE).all(-1).ravel() for edge in edges]).mean() >= 0.9)
 
 
-def _opened(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Opens an image file without decoding it. Raises a UserError if there is none, or it has more than
+    MOST_PIXELS."""
     try:
-        return Image.open(path)
+        require_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            image = Image.open(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image. Restore it, or remove its camera.") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: is not an image, or damaged. Get the file again.") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be opened ({error}).") from None
+    except Exception as error:  # a broken header may break its reader in any way
+        raise UserError(f"{path}: cannot be opened ({reason(error)}).") from None
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise UserError(
+            f"{path}: has {image.width}x{image.height} pixels; {MOST_PIXELS >> 20} million are the most. "
+            "Reduce it first."
+        )
+    return image
 
 
 def _shrink(pixels: UInt8[np.ndarray, "*b"], size: tuple[int, int]) -> UInt8[np.ndarray, "*c"]:

@@ -6,7 +6,6 @@ if they are large.
 """
 
 import difflib
-import json
 import os
 import re
 import tempfile
@@ -22,6 +21,8 @@ from jaxtyping import UInt8
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import check_name
+from latentscenes.core.reading import parse_json, read_text, reason
 from latentscenes.data.boxes import (
     Extent,
     carving_views,
@@ -178,9 +179,9 @@ def open_folder(folder: str | Path) -> Path:
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises a UserError that names the file if it cannot be read."""
     try:
-        return json.loads(path.read_text("utf-8-sig"))  # editors on Windows write a byte order mark
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}).") from None
+        return parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({reason(error)}).") from None
 
 
 def _choose(origin: Path, names: list[str], options: ImportOptions) -> dict[str, Split]:
@@ -311,7 +312,10 @@ def _space(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key that puts `car_9` before `car_10`."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
+    numbers = (part.lstrip("0") if part[0] in "0123456789" else None for part in parts)
+    return [
+        (1, 0, part) if digits is None else (0, len(digits), digits) for part, digits in zip(parts, numbers)
+    ]
 
 
 def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
@@ -351,7 +355,7 @@ def choose_splits(names: Sequence[str], split: str | Path | None = None, new: in
 
     `split` names a file for `read_split`. Without it, the last `new` scenes are `new` and all others `train`.
     """
-    ordered = sorted(names, key=natural_key)
+    ordered = sorted((check_name(name, "scenes") for name in names), key=natural_key)
     if split is not None:
         if new:
             raise UserError(f"--split {split} and --new {new} are both given; give one of them.")

@@ -8,7 +8,6 @@
 The size in intrinsics.txt may differ from the images': the published cars state 512 px for images of 128.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import MOST_LABELS, MOST_TEXT, parse_json, read_text, reason
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
@@ -150,10 +150,10 @@ def _read_intrinsics(file: Path, image: Path, stated: tuple[int, int] | None) ->
 def _read_labels(file: Path) -> dict[str, list[tuple[str, list[float]]]]:
     """Reads EG3D's labels by object (the images' folder), each a list of (image, 25 numbers)."""
     try:
-        labels = json.loads(_text(file))["labels"]
+        labels = parse_json(_text(file, MOST_LABELS))["labels"]
         pairs = [(str(path), [float(number) for number in numbers]) for path, numbers in labels]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        fault = f"{type(error).__name__}: {error}"
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        fault = f"{type(error).__name__}: {reason(error)}"
         raise UserError(
             f'{file}: must hold {{"labels": [["image.png", [25 numbers]], …]}} ({fault}).'
         ) from None
@@ -214,10 +214,10 @@ def _numbers(file: Path) -> list[float]:
         raise UserError(f"{file}: must hold 16 numbers ({error}).") from None
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, most: int = MOST_TEXT) -> str:
     try:
-        return file.read_text("utf-8-sig")
+        return read_text(file, most)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file. Complete the object, or move it away.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read as text ({reason(error)}).") from None

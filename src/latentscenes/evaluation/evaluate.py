@@ -6,7 +6,6 @@ Every score is computed per view, then averaged per scene, then over scenes. The
 mean squared error between rendered and encoded latents.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentscenes.core import config_io
 from latentscenes.core.console import Spent
 from latentscenes.core.files import write_json
+from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import LatentView, Model
@@ -75,11 +76,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
-        raw = json.loads(path.read_text())
-        return cls(
-            **raw
-            | {"scenes": [SceneScore(**score) for score in raw["scenes"]], "mean": SceneScore(**raw["mean"])}
-        )
+        return config_io.build(cls, read_json(path, "Remove it: it is computed again."), path)
 
 
 @torch.no_grad()

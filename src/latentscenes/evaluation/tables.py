@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from rich.console import Console
-
 from latentscenes.core import config_io
-from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text
+from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text, show
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
@@ -63,7 +61,7 @@ class Comparison:
 
 def print_scores(evaluation: Evaluation) -> None:
     """Prints scores to the terminal."""
-    print_things(scores_table(evaluation))
+    show(scores_table(evaluation))
 
 
 def scores_table(evaluation: Evaluation) -> Table:
@@ -155,7 +153,7 @@ def print_cost(
         other = cost.account_learned(SceneSet.open(baseline))
     else:
         other = cost.account(config_io.load(baseline))
-    print_things(*cost_tables(ours, other), *ledger_sentences(ours, other))
+    show(*cost_tables(ours, other), *ledger_sentences(ours, other))
 
 
 def parts_table(ours: Account, other: Account) -> Table:
@@ -314,13 +312,4 @@ def _view_cells(evaluation: Evaluation) -> list[str]:
 
 def print_summary(content: Comparison) -> None:
     """Prints the summary to the terminal."""
-    print_things(summary_table(content))
-
-
-def print_things(*things: Table | str) -> None:
-    """Prints tables and sentences to the terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # no line breaks in a file or a pipe
-    for thing in things:
-        console.print(thing.rich() if isinstance(thing, Table) else thing, highlight=False)
+    show(summary_table(content))

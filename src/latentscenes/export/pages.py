@@ -8,7 +8,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.names import file_names, one_line
 from latentscenes.data.dataset import box_of
 from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
@@ -89,16 +90,16 @@ def write_page(
         entry = {"name": scene, "caption": cut(captions[scene], CAPTION)}
         entries.append(entry | {"sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
-    data = json.dumps({"frames": frames, **grid, "scenes": entries}).replace("</", "<\\/")
+    size_of_sheets = sum(len(entry["sheet"]) for entry in entries)
     count, total = len(entries), len(loaded.names)
     many = f"{count} of {total} scenes" if count < total else "1 scene" if count == 1 else f"{count} scenes"
     summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each"
     page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
-        title=title,
-        summary=f"{summary}; {len(data) / 2**20:.1f} MiB in one file.",
+        title=one_line(title),
+        summary=f"{summary}; {size_of_sheets / 2**20:.1f} MiB in one file.",
         aspect=f"{width / height:.4g}",
         least=max(150, min(260, round(1.6 * width))),
-        data=data,
+        data={"frames": frames, **grid, "scenes": entries},
     )
     return save_file(path, page.encode())
 
@@ -148,12 +149,13 @@ def _webp(picture: UInt8[np.ndarray, "h w 4"]) -> bytes:
 def write_views(
     out: str | Path,
     loaded: SceneSet,
-    scenes: Iterable[str],
+    scenes: Sequence[str],
     cameras: Cameras,
     size: tuple[int, int],
     background: Backdrop = "transparent",
 ) -> None:
-    """Writes one folder per scene, with a picture from each camera and their transforms.json.
+    """Writes one folder per scene, with a picture from each camera and their transforms.json. Letters of a
+    name that no folder can have become `_`.
 
     Args:
         out: folder for all scenes, absent or empty. It gets its name only when it is complete.
@@ -164,11 +166,12 @@ def write_views(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder. Name another folder, or remove it first.")
     check_place(out)
-    partial = partial_path(out)
+    partial, chosen = partial_path(out), list(scenes)
+    folders = file_names(chosen)
     with writing_to(out):
         try:
-            for scene in scenes:
-                folder = partial / scene.replace("/", "_")
+            for scene in tracked(chosen, "exporting"):
+                folder = partial / folders[scene]
                 (folder / "images").mkdir(parents=True)
                 files = [f"images/{place:05d}.png" for place in range(len(cameras))]
                 shown = render_images(loaded.model, loaded.planes(scene), cameras, size)

@@ -5,7 +5,6 @@ resolution. The density is a function of space, so it can be rendered at any res
 """
 
 import io
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentscenes.core.cameras import OPENGL_TO_OPENCV, Cameras, Viewpoint
+from latentscenes.core.cameras import FARTHEST, LONGEST_SIDE, OPENGL_TO_OPENCV, Cameras, Viewpoint
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.names import short
+from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.export.sheets import (
     Picture,
@@ -281,19 +282,14 @@ def read_camera_path(path: str | Path) -> CameraPath:
         UserError: the file is absent or not a camera path, or its cameras are not pinhole cameras.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Save a camera path in nerfstudio's viewer.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    frames = content.get("camera_path") if isinstance(content, dict) else None
+    content = read_json(path, "Save a camera path in nerfstudio's viewer.")
+    frames = content.get("camera_path")
     if not isinstance(frames, list) or not frames:
         raise UserError(
             f'{path}: not a nerfstudio camera path: it needs a list "camera_path" with one entry per frame.'
         )
     if (kind := content.get("camera_type", "perspective")) != "perspective":
-        raise UserError(f"{path}: camera_type is {kind!r}, but only perspective cameras are supported.")
+        raise UserError(f"{path}: camera_type is {short(kind)}, but only perspective cameras are supported.")
     height, width = (_number(content, key, path) for key in ("render_height", "render_width"))
     matrices, focal = [], []
     for place, frame in enumerate(frames):
@@ -308,17 +304,19 @@ def read_camera_path(path: str | Path) -> CameraPath:
     cam2world = torch.stack(matrices)
     cam2world[:, :, :3] = cam2world[:, :, :3] @ OPENGL_TO_OPENCV
     intrinsics = torch.tensor([[fy * height / width, fy, 0.5, 0.5] for fy in focal])
-    seconds = content.get("seconds")
-    fps = content.get("fps") or (
-        len(frames) / seconds if isinstance(seconds, int | float) and seconds > 0 else FPS
-    )
-    return CameraPath(Cameras(cam2world, intrinsics), (round(height), round(width)), float(fps))
+    if max(height, width) > LONGEST_SIDE:
+        raise UserError(f"{path}: pictures of {width:g}x{height:g}; sides of {LONGEST_SIDE} are the most.")
+    if content.get("fps"):
+        fps = _number(content, "fps", path)
+    else:
+        fps = len(frames) / _number(content, "seconds", path) if content.get("seconds") else FPS
+    return CameraPath(Cameras(cam2world, intrinsics), (round(height), round(width)), fps)
 
 
 def _number(content: dict[str, Any], key: str, label: object) -> float:
     value = content.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{label}: {key} must be a number above 0, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= FARTHEST:
+        raise UserError(f"{label}: {key} must be a number above 0, not {short(value)}.")
     return float(value)
 
 
@@ -326,7 +324,7 @@ def _matrix(numbers: Any, label: str) -> torch.Tensor:
     """Returns the upper three rows (3, 4) of 16 numbers."""
     try:
         matrix = torch.tensor(numbers, dtype=torch.float32).reshape(4, 4)[:3]
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UserError(f"{label}: camera_to_world must be 16 numbers, row by row.") from None
     turned = matrix[:, :3] @ matrix[:, :3].T
     if not torch.isfinite(matrix).all() or not torch.allclose(turned, torch.eye(3), atol=1e-2):

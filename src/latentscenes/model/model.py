@@ -44,8 +44,8 @@ class Model(nn.Module):
     """The parts that all scenes share. Its latents are always normalized, in (−1, 1)."""
 
     def __init__(self, config: Config, box: Box, pretrained: bool = True):
-        """Without `pretrained`, `codec.path` is not read if the architecture is known without it. The caller
-        then loads weights from a checkpoint."""
+        """Without `pretrained`, `codec.path` is not read if the architecture is known without it, and nothing
+        is downloaded. The caller then loads weights from a checkpoint."""
         super().__init__()
         self.config, self.box = config, box
         generator = torch.Generator().manual_seed(config.seed)
@@ -248,7 +248,7 @@ def build_codec(config: CodecConfig, pretrained: bool = True) -> Codec:
     if config.kind == "diffusers":
         from latentscenes.model.diffusers import DiffusersCodec
 
-        return DiffusersCodec.load(config.path, config.subfolder, config.allow_download)
+        return DiffusersCodec.load(config.path, config.subfolder, config.allow_download and pretrained)
     if config.kind == "tiny":
         from latentscenes.model.diffusers import TinyCodec
 

@@ -86,22 +86,33 @@ def random_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tens
     return torch.randn(shape, generator=generator).mul_(config.initial_std)
 
 
+def scene_shapes(config: PlanesConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of one scene's tables, by the names of `SceneParameters.NAMES`."""
+    side, bases = config.resolution, config.bases if config.macro else 0
+    mixed = config.features if config.mixing else 0
+    return {
+        "micro": (3, side, side, config.micro),
+        "weights": (bases,),
+        "bias": (int(config.bias and bases > 0),),
+        "mixing": (mixed, mixed),
+    }
+
+
 def random_parameters(count: int, config: PlanesConfig, generator: torch.Generator) -> SceneParameters:
     """Draws rows for `count` scenes. Weights are scaled so that macro planes vary like micro planes."""
-    shape = (count, 3, config.resolution, config.resolution, config.micro)
-    bases = config.bases if config.macro else 0
+    shapes = {name: (count, *shape) for name, shape in scene_shapes(config).items()}
+    bases = shapes["weights"][1]
     return SceneParameters(
-        micro=torch.randn(shape, generator=generator).mul_(config.initial_std),
-        weights=torch.randn(count, bases, generator=generator) / math.sqrt(max(bases, 1)),
-        bias=torch.zeros(count, int(config.bias and bases > 0)),
-        mixing=zero_mixing(count, config),
+        micro=torch.randn(shapes["micro"], generator=generator).mul_(config.initial_std),
+        weights=torch.randn(shapes["weights"], generator=generator) / math.sqrt(max(bases, 1)),
+        bias=torch.zeros(shapes["bias"]),
+        mixing=torch.zeros(shapes["mixing"]),
     )
 
 
 def zero_mixing(count: int, config: PlanesConfig) -> Float[Tensor, "n q q"]:
     """Returns A = 0 for each scene."""
-    side = config.features if config.mixing else 0
-    return torch.zeros(count, side, side)
+    return torch.zeros(count, *scene_shapes(config)["mixing"])
 
 
 def mean_parameters(count: int, learned: SceneParameters) -> SceneParameters:

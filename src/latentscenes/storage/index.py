@@ -15,13 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import LONGEST_NAME, short
+from latentscenes.core.reading import parse_json, read_json, reason, require_regular
+from latentscenes.storage.sqlite import guard
 
 FORMAT = "latentscenes-library-1"
 FILE = "index.sqlite"
@@ -29,6 +32,8 @@ REQUIRED = {"box", "view", "precision", "parent", "parent_seconds", "parent_scen
 """Entries of every library.json."""
 SHARED = "shared.safetensors"
 """File of the folder `model` with the weights of the shared parts."""
+MOST_SHARDS, MOST_COMPARED = 10**9, 10_000
+"""The last shard; and the names among which the nearest to a wrong one are sought."""
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
 ADDED = "cpu_seconds"
@@ -91,6 +96,17 @@ class SceneInfo:
         return None if self.seconds is None else Spent(self.seconds, self.cpu_seconds)
 
 
+Kind = tuple[type, ...] | frozenset
+TEXT, NUMBER, NONE = (str,), (int, float, type(None)), type(None)
+KINDS: dict[str, Kind] = {
+    "precision": frozenset(get_args(StoragePrecision)), "origin": frozenset(get_args(Origin)),
+    "bytes": (int,), "dataset": (str, NONE), "split": frozenset({"train", "new", None}),
+    **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
+}  # fmt: skip
+"""What fields of SceneInfo may hold; the others hold text."""
+FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__]
+
+
 @dataclass(frozen=True)
 class Place:
     """The row of a shard where a scene is stored, and the checksum of its bytes."""
@@ -108,15 +124,13 @@ def read_description(library: Path) -> dict[str, Any]:
         raise UserError(
             f"{library}: no library here (library.json is absent). Make one with `latentscenes exploit`."
         )
-    try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: cannot be read ({error}). Restore it from a copy.") from None
+    content = read_json(file, "Restore it from a copy.")
     if content.get("format") == FORMAT and (missing := REQUIRED - content.keys()):
         raise UserError(f"{file}: lacks {', '.join(sorted(missing))}. Restore it from a copy.")
     if content.get("format") != FORMAT:
         raise UserError(
-            f"{library}: a library of format {content.get('format')!r}, but this version reads {FORMAT!r}."
+            f"{library}: a library of format {short(content.get('format'))}, "
+            f"but this version reads {FORMAT!r}."
         )
     return content
 
@@ -125,19 +139,20 @@ def check_model_file(file: Path, use: str) -> None:
     """Refuses a file of the folder `model` that cannot be read; `use` says what needs it. Raises a UserError
     if the file is absent or damaged."""
     try:
+        require_regular(file)
         with safe_open(file, "np"):
             return
     except (OSError, SafetensorError) as error:
-        reason = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        state = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason(error)})"
         raise UserError(
-            f"{file}: {reason}, and {use}. "
+            f"{file}: {state}, and {use}. "
             "Restore it from a copy of this library, or from another library of the same model."
         ) from None
 
 
 def unknown_scene(path: Path, name: str, names: Sequence[str]) -> UserError:
     """Returns the error for a name that `path` does not hold; it states the nearest known names."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0)
+    near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)
     hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "it holds no scenes"
     return UserError(f"{path}: no scene {name!r} here; {hint}.")
 
@@ -164,6 +179,7 @@ class Index:
             self._connection = sqlite3.connect(
                 address, uri=True, isolation_level=None, check_same_thread=False, timeout=60
             )
+            self._begin = guard(self._connection, path)
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
             self._connection.execute("PRAGMA foreign_keys = ON")
         if found != VERSION:
@@ -195,6 +211,7 @@ class Index:
 
     def _ask(self, question: str, *values: Any) -> list[tuple]:
         with self._lock, self._reading():
+            self._begin()
             return self._connection.execute(question, values).fetchall()
 
     def _column(self, question: str, *values: Any) -> list[Any]:
@@ -217,12 +234,25 @@ class Index:
     def infos(self, match: str = "*") -> list[SceneInfo]:
         """Returns the metadata of scenes whose names match a pattern (* and ?), in the order of addition."""
         found = self._ask(f"SELECT {self._info_columns()} FROM scenes ORDER BY id")
-        return [_info(row) for row in found if match == "*" or fnmatch.fnmatchcase(row[0], match)]
+        return [self._info(row) for row in found if match == "*" or fnmatch.fnmatchcase(str(row[0]), match)]
 
     def info(self, name: str) -> SceneInfo | None:
         """Returns the metadata of one scene; None if there is no such scene."""
         found = self._ask(f"SELECT {self._info_columns()} FROM scenes WHERE name = ?", name)
-        return _info(found[0]) if found else None
+        return self._info(found[0]) if found else None
+
+    def _info(self, row: tuple) -> SceneInfo:
+        """Refuses what no version wrote. Parses no JSON for empty tags, which is slow for 100,000 scenes."""
+        try:
+            tags = {} if row[-1] == "{}" else parse_json(row[-1])
+            if all(map(_fits, row, FIELD_KINDS)) and isinstance(tags, dict):
+                return SceneInfo(*row[:-1], tags=tags)
+        except (TypeError, ValueError):
+            pass
+        raise UserError(
+            f"{self.path}: the entry of scene {short(row[0])} is damaged. "
+            "Restore it from a copy of the library."
+        )
 
     def _info_columns(self) -> str:
         columns = ", ".join(SceneInfo.__dataclass_fields__)
@@ -235,12 +265,12 @@ class Index:
     def place(self, name: str) -> Place | None:
         """Returns the place of one scene; None if there is no such scene."""
         found = self._ask("SELECT shard, row, checksum FROM scenes WHERE name = ?", name)
-        return Place(*found[0]) if found else None
+        return _place(found[0]) if found else None
 
     def places(self) -> dict[str, Place]:
         """Returns the places of all scenes in the order of addition."""
         found = self._ask("SELECT name, shard, row, checksum FROM scenes ORDER BY id")
-        return {name: Place(*rest) for name, *rest in found}
+        return {name: _place(rest) for name, *rest in found}
 
     def known(self, names: Sequence[str]) -> set[str]:
         """Returns those names that scenes have."""
@@ -285,6 +315,7 @@ class Index:
     def transaction(self) -> Iterator[None]:
         """Commits all changes of the block, or none on an error. Raises a UserError if it cannot write."""
         with self._lock:
+            self._begin()
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
@@ -296,10 +327,15 @@ class Index:
                 if not self._is_complete():
                     self._connection.execute(f"ALTER TABLE scenes ADD COLUMN {ADDED} REAL")
                 yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:  # not after a full disk, where SQLite ends it itself
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise UserError(
+                        f"{self.path}: cannot be written ({error}). Nothing was changed."
+                    ) from None
                 raise
-            self._connection.execute("COMMIT")
 
     def add(self, shard: int, scenes: Sequence[tuple[SceneInfo, str, bytes | None]]) -> None:
         """Adds a shard and its scenes, row by row: metadata, checksum, thumbnail."""
@@ -352,6 +388,13 @@ class Index:
         self._connection.execute("VACUUM")
 
 
-def _info(row: tuple) -> SceneInfo:
-    """Parses no JSON for empty tags, which is slow for 100,000 scenes."""
-    return SceneInfo(*row[:-1], tags={} if row[-1] == "{}" else json.loads(row[-1]))
+def _fits(value: Any, kind: Kind) -> bool:
+    """Returns whether a value is of a type, or one of a set of texts."""
+    return isinstance(value, kind) if isinstance(kind, tuple) else value in kind
+
+
+def _place(row: Sequence[Any]) -> Place:
+    """Returns a place; one that cannot be is that of no shard."""
+    shard, number, checksum = row
+    fits = type(shard) is type(number) is int and 0 <= shard <= MOST_SHARDS and 0 <= number <= MOST_SHARDS
+    return Place(shard, number, str(checksum)) if fits else Place(0, 0, "")

@@ -44,6 +44,8 @@ from latentscenes.core.files import (
     write_tensors,
     writing_to,
 )
+from latentscenes.core.names import check_name, short
+from latentscenes.core.reading import reason, require_regular
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.index import (
@@ -58,7 +60,14 @@ from latentscenes.storage.index import (
     unknown_scene,
 )
 from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
-from latentscenes.storage.run import FIT_SCORES, SCORES, circumstances, fill_model, holds_boxes, read_metrics
+from latentscenes.storage.run import (
+    FIT_SCORES,
+    SCORES,
+    circumstances,
+    holds_boxes,
+    read_metrics,
+    stored_model,
+)
 
 T = TypeVar("T")
 
@@ -133,20 +142,12 @@ class LibraryFolder:
     def open(cls, path: str | Path) -> "LibraryFolder":
         """Opens a library. Raises a UserError if there is none, or if it is damaged or of another version."""
         path, raw = Path(path), read_description(Path(path))
-        try:
-            values = {name: raw[name] for name in LibraryInfo.__dataclass_fields__ if name in raw}
-            for name, kind in (("box", Box), ("view", Viewpoint)):
-                values[name] = kind(**{
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in raw[name].items()
-                })  # fmt: skip
-            info = LibraryInfo(**values)
-            checksums = raw["checksums"] if "checksums" in raw else {SHARED: raw["model_checksum"]}
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{path / 'library.json'}: cannot be read ({type(error).__name__}: {error}). "
-                "Restore it from a copy."
-            ) from None
+        file, known = path / "library.json", LibraryInfo.__dataclass_fields__
+        info = config_io.build(LibraryInfo, {name: raw[name] for name in known if name in raw}, file)
+        info.box.check(file)
+        info.view.check(file)
+        checksums = raw.get("checksums", {SHARED: raw.get("model_checksum")})
+        checksums = config_io.build(dict[str, str], checksums, f"{file}: checksums")
         settings = path / "config.yaml"
         if not settings.is_file():
             raise UserError(
@@ -225,9 +226,8 @@ class LibraryFolder:
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """Returns the shared parts, frozen. Raises a UserError if their file is absent or damaged."""
-        model = Model(self.config, self.info.box, pretrained=False)
         self.check_model()
-        fill_model(model, self.shared_file)
+        model = stored_model(self.config, self.info.box, self.shared_file)
         return model.to(device).eval().requires_grad_(False)
 
     def check_model(self) -> None:
@@ -246,18 +246,27 @@ class LibraryFolder:
         Raises a UserError if their file is absent or damaged."""
         file = self.path / "model" / START
         check_model_file(file, "new scenes start from it")
-        tables = {name: table.float() for name, table in load_file(file).items()}
-        mixing = zero_mixing(1, self.config.planes)
-        return SceneParameters(
-            **tables | {"mixing": tables.get("mixing", mixing) if mixing.numel() else mixing}
-        )
+        tables = {name: table[0].float() for name, table in load_file(file).items() if len(table) == 1}
+        if not self.config.planes.mixing or "mixing" not in tables:
+            tables["mixing"] = zero_mixing(1, self.config.planes)[0]
+        return self.unpacked(tables, str(file))
 
     # Scenes
 
     def parameters(self, name: str) -> SceneParameters:
         """Reads one scene (n = 1) without the others. Raises a UserError if there is no such scene, or its
         shard cannot be read."""
-        return unpack(self.payload(name), self.config.planes)
+        return self.unpacked(self.payload(name), f"scene {short(name)}")
+
+    def unpacked(self, payload: Payload, what: str = "a scene") -> SceneParameters:
+        """Returns the parameters (n = 1) of a payload. Raises a UserError that names `what` if it
+        does not fit the library's configuration."""
+        try:
+            return unpack(payload, self.config.planes)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: {what} cannot be read ({error}). Restore it from a copy of this library."
+            ) from None
 
     def payload(self, name: str) -> Payload:
         """Reads one scene as stored. Raises as `parameters`."""
@@ -273,7 +282,6 @@ class LibraryFolder:
     def all_weights(self) -> tuple[list[str], Float[Tensor, "n M"]]:
         """Reads the names of all scenes, in the order of addition, and their weights over the M base planes.
         Raises a UserError if a shard cannot be read."""
-
         planes = self.config.planes
 
         def read() -> tuple[list[str], Tensor]:
@@ -284,10 +292,19 @@ class LibraryFolder:
                 by_shard.setdefault(place.shard, []).append((line, place.row))
             for shard, found in by_shard.items():
                 lines, rows = zip(*found, strict=True)
-                table[list(lines)] = self._open(shard).get_tensor("weights")[list(rows)]
+                table[list(lines)] = self._weights(shard, list(rows), table.shape[1])
             return list(places), table
 
         return self._retried(read)
+
+    def _weights(self, shard: int, rows: list[int], bases: int) -> Float[Tensor, "n M"]:
+        opened = self._open(shard)
+        if "weights" not in opened.keys():  # noqa: SIM118
+            raise SafetensorError(f"{self.shard_file(shard)}: holds no weights")
+        shape = opened.get_slice("weights").get_shape()
+        if len(shape) != 2 or shape[1] != bases or max(rows) >= shape[0]:
+            raise SafetensorError(f"{self.shard_file(shard)}: its weights are {shape}, not (n, {bases})")
+        return opened.get_tensor("weights")[rows].float()
 
     def _retried(self, read: Callable[[], T]) -> T:
         """Repeats a read if a scene moves to another shard after its lookup, before that shard is opened."""
@@ -297,10 +314,12 @@ class LibraryFolder:
                 return read()
             except FileNotFoundError as error:
                 problem = error
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 problem = error
                 break
-        raise UserError(f"{problem}. `latentscenes library verify` lists the lost scenes.")
+        raise UserError(
+            f"{self.path}: {reason(problem)}. `latentscenes library verify` lists the lost scenes."
+        )
 
     def append(self, scenes: Sequence[NewScene]) -> None:
         """Stores all scenes, or none on an error. Raises a UserError if a name is taken or appears twice."""
@@ -308,7 +327,7 @@ class LibraryFolder:
             self._append(scenes)
 
     def _append(self, scenes: Sequence[NewScene]) -> None:
-        names = [scene.info.name for scene in scenes]
+        names = [check_name(scene.info.name, self.path) for scene in scenes]
         if taken := self.index.known(names) or {name for name in names if names.count(name) > 1}:
             raise self._taken(min(taken))
         kinds = itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))
@@ -336,8 +355,7 @@ class LibraryFolder:
         """Renames a scene. Raises a UserError if it is unknown, or if the new name is empty or taken."""
         with self.writing():
             self.index.require([old])
-            if not new.strip():
-                raise UserError(f"{self.path}: a scene's name must not be empty.")
+            check_name(new, self.path)
             if self.index.known([new]):
                 raise self._taken(new)
             with self.index.transaction():
@@ -366,6 +384,7 @@ class LibraryFolder:
             if shard not in self._shards:
                 file = self.shard_file(shard)
                 try:
+                    require_regular(file)
                     self._shards[shard] = safe_open(file, "pt")
                 except FileNotFoundError:
                     raise FileNotFoundError(f"{file}: absent, though the index lists it") from None

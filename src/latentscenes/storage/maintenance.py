@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, folder_bytes, locked, payload_checksum
+from latentscenes.core.reading import reason, require_regular
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.storage.library import SHARED, START, LibraryFolder, NewScene
@@ -27,7 +28,6 @@ from latentscenes.storage.quantize import (
     pack,
     payload_bytes,
     payload_kind,
-    unpack,
 )
 
 SHARD_BYTES = 64 << 20
@@ -74,8 +74,12 @@ def verify(library: LibraryFolder) -> list[Damage]:
         file = library.path / "model" / name
         if not file.is_file():
             found.append(Damage(f"model/{name}", f"is absent; {use}"))
-        elif name in library.checksums and file_checksum(file) != library.checksums[name]:
-            found.append(Damage(f"model/{name}", f"its bytes have changed; {use}"))
+            continue
+        try:
+            if name in library.checksums and not _is_unchanged(file, library.checksums[name]):
+                found.append(Damage(f"model/{name}", f"its bytes have changed; {use}"))
+        except OSError as error:
+            found.append(Damage(f"model/{name}", f"cannot be read ({reason(error)}); {use}"))
     places = library.index.places().items()
     for name, place in sorted(places, key=lambda item: (item[1].shard, item[1].row)):
         file = library.shard_file(place.shard).name
@@ -84,9 +88,19 @@ def verify(library: LibraryFolder) -> list[Damage]:
                 found.append(Damage(name, f"its bytes in {file} have changed"))
         except FileNotFoundError:
             found.append(Damage(name, f"its shard {file} is absent"))
-        except SafetensorError as error:
-            found.append(Damage(name, f"its shard is damaged; {error}"))
+        except (SafetensorError, OSError) as error:
+            found.append(Damage(name, f"its shard {file} cannot be read ({reason(error)})"))
     return found
+
+
+def _is_unchanged(file: Path, checksum: str) -> bool:
+    """Compares a file of tensors with its checksum; reads it whole only if its header fits its size."""
+    require_regular(file)
+    try:
+        with safe_open(file, "np"):
+            return file_checksum(file) == checksum
+    except SafetensorError:
+        return False
 
 
 def compact(library: LibraryFolder) -> int:
@@ -119,7 +133,7 @@ def repack(library: LibraryFolder, precision: str, device: torch.device | str = 
 
     def change(name: str, payload: Payload) -> Change:
         info = library.index.info(name)
-        coarse = pack(unpack(payload, library.config.planes), chosen)
+        coarse = pack(library.unpacked(payload), chosen)
         if info.psnr is None:
             return Change(coarse, chosen, None)
         lost = (info.psnr_lost or 0.0) + loss(library, model, payload, coarse, info.psnr)
@@ -146,7 +160,7 @@ def dial(library: LibraryFolder, device: torch.device | str = "cpu") -> list[Set
         for info, payload in chosen:
             coarse = payload
             if precision != info.precision:
-                coarse = pack(unpack(payload, library.config.planes), precision)
+                coarse = pack(library.unpacked(payload), precision)
             size += payload_bytes(coarse)
             lost += loss(library, model, payload, coarse, info.psnr)
         settings.append(Setting(precision, size / len(chosen), lost / len(chosen)))
@@ -167,7 +181,7 @@ def loss(library: LibraryFolder, model: Model, fine: Payload, coarse: Payload, p
     view, device = library.info.view, model.bases.device
 
     def images(payload: Payload) -> torch.Tensor:
-        planes = model.compose(unpack(payload, library.config.planes).to(device))
+        planes = model.compose(library.unpacked(payload).to(device))
         return render_images(model, planes, view.orbit(VIEWS), view.size, geometry=False).images
 
     difference = (images(fine) - images(coarse)).square().mean().item()

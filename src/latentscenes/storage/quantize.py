@@ -6,6 +6,7 @@ fewer bits give a smaller stream although each code fills a byte. Weights, bias 
 float32; mixing is stored as float16.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import get_args
@@ -13,12 +14,12 @@ from typing import get_args
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentscenes.core.config import PlanesConfig, StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.model.planes import SceneParameters
+from latentscenes.model.planes import SceneParameters, scene_shapes
 
 PRECISIONS: tuple[StoragePrecision, ...] = get_args(StoragePrecision)
 """From exact to coarse."""
@@ -57,21 +58,31 @@ def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
 
 
 def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
-    """Returns the scene parameters (n = 1, float32) of a payload.
+    """Returns the scene parameters (n = 1, float32) of a payload. Raises a ValueError if it is damaged or its
+    sizes are not those of `planes`.
 
     Uses numpy on one thread: on a busy machine, torch's threads wait for each other ten times as long as the
     work takes.
     """
-    side = planes.resolution
+    shapes = scene_shapes(planes)
     if f"micro.{STREAM}" in payload:
-        micro = _inflate(payload["micro.scale"], payload[f"micro.{STREAM}"], side)
-    else:
-        stored = payload.get("micro", torch.zeros(3, side, side, 0))
-        micro = torch.from_numpy(stored.numpy().astype(np.float32))
-    weights, bias = (payload.get(name, torch.zeros(0)) for name in ("weights", "bias"))
-    mixing = payload.get("mixing", torch.zeros(0, 0)).float()
-    box = payload.get("box", torch.zeros(0))
-    return SceneParameters(micro[None], weights[None], bias[None], mixing[None], box[None])
+        scale = _sized(payload, "micro.scale", (3, planes.micro))
+        payload = payload | {"micro": _inflate(scale, payload[f"micro.{STREAM}"], planes.resolution)}
+    if payload.get("box", torch.zeros(0)).numel():
+        shapes["box"] = (6,)
+    tables = {name: _sized(payload, name, shape) for name, shape in shapes.items()}
+    return SceneParameters(
+        **{name: torch.from_numpy(table.numpy().astype(np.float32))[None] for name, table in tables.items()}
+    )
+
+
+def _sized(payload: Payload, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Returns a tensor of the payload if it has that shape; tensors without numbers are not stored."""
+    found = torch.zeros(shape) if name not in payload and 0 in shape else payload.get(name)
+    if found is None or found.shape != shape:
+        held = "absent" if found is None else tuple(found.shape)
+        raise ValueError(f"{name} is {held}, but the configuration needs {shape}")
+    return found
 
 
 def payload_bytes(payload: Payload) -> int:
@@ -98,12 +109,22 @@ def stack_payloads(payloads: Sequence[Payload]) -> dict[str, Tensor]:
 
 
 def payload_at(shard: safe_open, row: int) -> Payload:
-    """Reads one payload of a shard."""
+    """Reads one payload of a shard. Raises a SafetensorError if the shard does not hold that row."""
+    try:
+        return _payload_at(shard, row)
+    except (IndexError, ValueError, TypeError, RuntimeError) as error:
+        raise SafetensorError(f"row {row}: {error}") from None
+
+
+def _payload_at(shard: safe_open, row: int) -> Payload:
     payload = {}
     for name in shard.keys():  # noqa: SIM118
         if name.endswith(STREAM):
             ends = shard.get_tensor(f"{name}.ends")
-            payload[name] = shard.get_slice(name)[int(ends[row - 1]) if row else 0 : int(ends[row])]
+            begin, end = (int(ends[row - 1]) if row else 0), int(ends[row])
+            if not 0 <= begin <= end <= shard.get_slice(name).get_shape()[0]:
+                raise ValueError(f"{name} has no bytes {begin} to {end}")
+            payload[name] = shard.get_slice(name)[begin:end]
         elif not name.endswith(".ends"):
             payload[name] = shard.get_slice(name)[row : row + 1][0]
     return payload
@@ -119,7 +140,14 @@ def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor
 
 
 def _inflate(scale: Float[Tensor, "3 m"], stream: Tensor, side: int) -> Float[Tensor, "3 r r m"]:
-    codes = np.frombuffer(zlib.decompress(stream.numpy().data), np.int8).reshape(*scale.shape, side, side)
+    shape, inflating = (*scale.shape, side, side), zlib.decompressobj()
+    try:
+        content = inflating.decompress(stream.numpy().data, math.prod(shape) + 1)
+    except zlib.error as error:
+        raise ValueError(f"the deflated micro planes are damaged ({error})") from None
+    if len(content) != math.prod(shape):
+        raise ValueError(f"the deflated micro planes hold other than {math.prod(shape)} bytes")
+    codes = np.frombuffer(content, np.int8).reshape(shape)
     texels = codes.astype(np.float32)
     texels *= scale.numpy()[..., None, None]
     return torch.from_numpy(np.ascontiguousarray(texels.transpose(0, 2, 3, 1)))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,14 +33,18 @@ from latentscenes.core.config import Config
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, write_bytes, write_json
+from latentscenes.core.names import check_name
+from latentscenes.core.reading import parse_json, read_json, read_text, reason, require_regular
 from latentscenes.core.runtime import seeded
 from latentscenes.core.version import __version__
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneParameters, random_parameters
+from latentscenes.model.planes import SceneParameters, random_parameters, scene_shapes
 from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
 
 SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
 """Scores on held-out and on fitted views. The next change of the run or library deletes them."""
+MOST_LOG = 512 << 20
+"""Bytes of the largest log that is read."""
 
 
 @dataclass
@@ -105,6 +109,8 @@ class Run:
                     "Name another folder, or remove this one."
                 )
             return run
+        for name in info.scenes:
+            check_name(name, info.data)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
         path.mkdir(parents=True, exist_ok=True)
@@ -119,14 +125,10 @@ class Run:
         file = path / "run.json"
         if not file.is_file():
             raise UserError(f"{path}: no run here (run.json is absent). Start one with `latentscenes train`.")
-        try:
-            meta = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}: not valid JSON ({error}). Start the run again in a new folder."
-            ) from None
-        meta["box"] = Box(tuple(meta["box"]["center"]), tuple(meta["box"]["half"]))
-        info = RunInfo(**{name: meta[name] for name in RunInfo.__dataclass_fields__})
+        meta = read_json(file, "Start the run again in a new folder.")
+        known = RunInfo.__dataclass_fields__
+        info = config_io.build(RunInfo, {name: meta[name] for name in known if name in meta}, file)
+        info.box.check(file)
         return cls(path, config_io.load(path / "config.yaml"), info)
 
     def lock(self) -> None:
@@ -196,7 +198,10 @@ class Run:
     def position(self) -> Position:
         """Progress at the newest checkpoint; zero if there is none."""
         newest = self._newest()
-        return Position(**json.loads((newest / "state.json").read_text())) if newest else Position()
+        if newest is None:
+            return Position()
+        file = newest / "state.json"
+        return config_io.build(Position, read_json(file, "Start the run again in a new folder."), file)
 
     def restore(self, model: Model, rows: SceneParameters) -> None:
         """Copies the newest checkpoint, if any, into the given model and parameters."""
@@ -226,13 +231,25 @@ class Run:
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
         """Returns the learned model, frozen, and the scenes, on a device. Raises a UserError if nothing has
         been learned yet, or the checkpoint is damaged."""
-        model = Model(self.config, self.info.box, pretrained=False)
-        fill_model(model, self.shared_file)
+        model = stored_model(self.config, self.info.box, self.shared_file)
         tables = _load(self.rows_file)
         if "micro" not in tables:
             tables["micro"] = read_micro(self.path / "rows", len(self.info.scenes), self.config.planes)
-        rows = SceneParameters(**tables)
+        rows = self._scenes(tables)
         return model.to(device).eval().requires_grad_(False), rows.to(device)
+
+    def _scenes(self, tables: dict[str, Tensor]) -> SceneParameters:
+        """Checks the sizes of learned tables. Raises a UserError if they are not the configuration's."""
+        shapes, count = scene_shapes(self.config.planes), len(self.info.scenes)
+        for name, shape in shapes.items():
+            if name not in tables or tables[name].shape != (count, *shape):
+                raise UserError(
+                    f"{self.rows_file}: {name} is absent or of another shape; it belongs to other settings."
+                )
+        boxes = tables.get("box")
+        if boxes is not None and boxes.shape not in ((count, 0), (count, 6)):
+            raise UserError(f"{self.rows_file}: box is of another shape; it belongs to another version.")
+        return SceneParameters(**{name: tables[name] for name in shapes}, box=boxes)
 
     @property
     def shared_file(self) -> Path:
@@ -301,7 +318,15 @@ class Run:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the logged steps in a run or library folder."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        lines = [parse_json(line) for line in read_text(path, MOST_LOG).splitlines()]
+        if all(isinstance(line, dict) for line in lines):
+            return lines
+        raise ValueError("a line is no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}). Correct it, or move it away.") from None
 
 
 def command_text(arguments: Sequence[str]) -> str:
@@ -317,6 +342,24 @@ def circumstances() -> dict[str, Any]:
     """Returns versions, machine and command, to be stored beside a result."""
     versions = {"latentscenes": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {"versions": versions, "machine": platform.platform(), "command": sys.argv}
+
+
+def stored_model(config: Config, box: Box, path: Path) -> Model:
+    """Builds a model and fills it from a file. Raises a UserError if that is damaged or belongs to another
+    configuration; base planes, which can be of any size, are compared before they are allocated."""
+    planes = config.planes
+    shape = [planes.bases if planes.macro else 0, 3, planes.resolution, planes.resolution, planes.macro]
+    try:
+        require_regular(path)
+        with safe_open(path, "np") as stored:
+            found = stored.get_slice("bases").get_shape()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}). Restore it from a copy.") from None
+    if found != shape:
+        raise UserError(f"{path}: base planes are {found}, but the configuration needs {shape}.")
+    model = Model(config, box, pretrained=False)
+    fill_model(model, path)
+    return model
 
 
 def fill_model(model: Model, path: Path) -> None:
@@ -339,6 +382,7 @@ def holds_boxes(tables: Path) -> bool:
 
 def _load(path: Path) -> dict[str, Tensor]:
     with _readable(path):
+        require_regular(path)
         return load_file(path)
 
 
@@ -349,6 +393,6 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"{path}: cannot be read ({error}). "
+            f"{path}: cannot be read ({reason(error)}). "
             "Only the newest checkpoint is kept: remove the run folder and start again."
         ) from None

@@ -7,7 +7,6 @@ Evaluation, reports, costs and exports read scenes through a SceneSet:
 """
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
@@ -188,7 +188,7 @@ class StoredScenes(SceneSet):
     @property
     def notes(self) -> dict[str, Any]:
         """Command, versions and machine of the run or library."""
-        return json.loads((self.path / self._facts).read_text())
+        return read_json(self.path / self._facts, "Restore it from a copy.")
 
 
 class RunScenes(StoredScenes):

@@ -223,7 +223,7 @@ class _Client:
 
     show: Callable[[Frame], None]
     fail: Callable[[Exception], None]
-    request: ViewRequest | None = None
+    request: Callable[[], ViewRequest] | None = None
     pending: bool = False
     """The request is not drawn yet."""
     sharpen_at: float = math.inf
@@ -239,22 +239,24 @@ class Renderer:
         self._clients: OrderedDict[int, _Client] = OrderedDict()
         self._jobs: deque[tuple[Callable[[Painter], Any], Future]] = deque()
         self._changed = threading.Condition()
-        self._open = True
+        self._open, self._did_job = True, False
         self._thread = threading.Thread(target=self._work, name="renderer", daemon=True)
         self._thread.start()
 
     def add(self, client: int, show: Callable[[Frame], None], fail: Callable[[Exception], None]) -> None:
-        """Adds a client. The drawing thread calls `show` and `fail`."""
+        """Adds a client, which comes next. The drawing thread calls `show` and `fail`."""
         with self._changed:
             self._clients[client] = _Client(show, fail)
+            self._clients.move_to_end(client, last=False)
 
     def remove(self, client: int) -> None:
         """Removes a client, if it is known."""
         with self._changed:
             self._clients.pop(client, None)
 
-    def request(self, client: int, request: ViewRequest) -> None:
-        """Replaces the request of a client, if it is known."""
+    def request(self, client: int, request: Callable[[], ViewRequest]) -> None:
+        """Replaces the request of a client, if it is known. The drawing thread calls `request` when the image
+        is drawn."""
         with self._changed:
             found = self._clients.get(client)
             if found is not None:
@@ -295,8 +297,11 @@ class Renderer:
             task()
 
     def _next(self) -> Callable[[], None] | None:
-        """Returns the next task: a job, a pending request, or a full-size image. Clients take turns."""
-        if self._jobs:
+        """Returns the next task: a job, a pending request, or a full-size image. Clients take turns, and jobs
+        take turns with requests."""
+        pending = any(client.pending for client in self._clients.values())
+        self._did_job = bool(self._jobs) and not (self._did_job and pending)
+        if self._did_job:
             job, future = self._jobs.popleft()
             return lambda: self._do(job, future)
         for number, client in self._clients.items():
@@ -321,13 +326,13 @@ class Renderer:
             pending = any(client.pending for client in self._clients.values())
             return not self._open or bool(self._jobs) or pending
 
-    def _draw(self, client: _Client, request: ViewRequest, sharp: bool) -> None:
+    def _draw(self, client: _Client, request: Callable[[], ViewRequest], sharp: bool) -> None:
         """Draws a request. A canceled full-size image is tried again later; errors go to this client."""
         try:
             if not sharp:
-                frame = self._painter.draw(request, self._moving)
+                frame = self._painter.draw(request(), self._moving)
             else:
-                frame = self._painter.draw(request, self._still, is_stale=self._is_busy)
+                frame = self._painter.draw(request(), self._still, is_stale=self._is_busy)
             if frame is not None:
                 client.show(frame)
             else:

@@ -2,8 +2,8 @@
 
 import base64
 import fnmatch
-import html
 import math
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from jinja2 import Template
 from torch import Tensor
 from viser import CameraFrustumHandle, ClientHandle, GuiApi, GuiButtonHandle
 from viser.transforms import SO3
@@ -28,7 +29,8 @@ from latentscenes.viewer.painter import Painter, Renderer
 
 PAGE = 24
 """Scenes on a page of the gallery."""
-STYLE = """<style>
+GRID = Template(
+    """<style>
 .scenes { display: grid; gap: 6px; padding: 2px 10px 8px; }
 .scenes label { cursor: pointer; border-radius: 6px; padding: 3px; text-align: center; min-width: 0; }
 .scenes label:hover { background: rgba(34, 139, 230, 0.12); }
@@ -36,9 +38,21 @@ STYLE = """<style>
   background: white; }
 .scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
-</style>"""
-NOTE = "padding: 0 14px 7px; font-size: 12px; opacity: 0.75"
-"""Style of a line of small text."""
+</style><div class="scenes" style="grid-template-columns: repeat({{columns}}, minmax(0, 1fr))">
+{% for button, name, picture, caption in tiles %}
+<label for="{{button}}" title="{{name}}"><img alt="" src="{{picture}}"><div>{{name}}</div>
+{% if caption %}<div>{{caption}}</div>{% endif %}</label>
+{% endfor %}</div>""",
+    autoescape=True,
+)
+NOTE = Template(
+    '<div style="padding: 0 14px 7px; font-size: 12px; opacity: 0.75">{{text}}</div>', autoescape=True
+)
+"""A line of small text. All HTML comes from templates, which escape what a library holds."""
+EMPTY = "data:,"
+"""Address of no picture."""
+LONGEST = 1024
+"""Pixels of the longest side of a thumbnail that is shown: a small file may decode to a large picture."""
 CAMERAS = 32
 """Maximum of cameras shown for a scene; of held-out cameras, a quarter."""
 SMALL = 64
@@ -68,7 +82,7 @@ class Callbacks:
                 waiting.release()
                 try:
                     action()
-                except UserError as error:
+                except Exception as error:  # of this browser alone
                     self.show_error(error)
 
         return callback
@@ -112,28 +126,30 @@ class Thumbnails:
             button.visible = place < len(names)
             if place < len(names):
                 button.label = names[place]
-                tiles.append(self._tile(button, names[place], captions[place] if captions else ""))
+                caption = captions[place] if captions else ""
+                tiles.append((element_id(button), names[place], self._picture(names[place]), caption))
         self._folder.visible = bool(names)
-        style = f"grid-template-columns: repeat({self._columns}, minmax(0, 1fr))"
-        self._grid.content = f'{STYLE}<div class="scenes" style="{style}">{"".join(tiles)}</div>'
+        self._grid.content = GRID.render(columns=self._columns, tiles=tiles)
 
-    def _tile(self, button: GuiButtonHandle, name: str, caption: str) -> str:
-        """Returns the HTML of a scene. A scene that was just removed has an empty image."""
+    def _picture(self, name: str) -> str:
+        """Returns the address of a thumbnail; of nothing for a scene that was just removed."""
         try:
-            picture = f"data:image/png;base64,{base64.b64encode(self._library.thumbnail(name)).decode()}"
+            return picture_address(self._library.thumbnail(name))
         except UserError:
-            picture = "data:,"
-        text, second = html.escape(name), f"<div>{html.escape(caption)}</div>" if caption else ""
-        return (
-            f'<label for="{element_id(button)}" title="{text}">'
-            f'<img alt="" src="{picture}"><div>{text}</div>{second}</label>'
-        )
+            return EMPTY
 
     def highlight(self, name: str) -> None:
         """Frames a scene, if it is shown."""
         found = element_id(self._buttons[self._names.index(name)]) if name in self._names else None
         frame = "outline: 2px solid #228be6; background: rgba(34, 139, 230, 0.12);"
         self._highlight.content = f'<style>label[for="{found}"] {{ {frame} }}</style>' if found else ""
+
+
+def picture_address(png: bytes) -> str:
+    """Returns the address (data:) of a thumbnail; of nothing if it is no PNG, or its sides exceed LONGEST."""
+    size = struct.unpack_from(">II", png, 16) if png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 24 else (0,)
+    known = 0 < min(size) <= max(size) <= LONGEST
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}" if known else EMPTY
 
 
 def element_id(handle: GuiButtonHandle) -> str:
@@ -163,7 +179,7 @@ class Gallery:
         first = self._page * PAGE
         shown = names[first : first + PAGE]
         text = f"{first + 1:,}–{first + len(shown):,} of {len(names):,}" if shown else "No name matches."
-        self._count.content = f'<div style="{NOTE}">{text}</div>'
+        self._count.content = NOTE.render(text=text)
         self._step.visible = pages > 1
         self._thumbnails.show(shown)
         self._thumbnails.highlight(self._highlighted)
@@ -261,7 +277,7 @@ class Photographs:
             self._index = sorted({*spread_evenly(fitted, CAMERAS), *spread_evenly(held_out, CAMERAS // 4)})
             self._note.visible = False
         except UserError as error:
-            self._note.content = f'<div style="{NOTE}">{html.escape(str(error))}</div>'
+            self._note.content = NOTE.render(text=error)
             self._note.visible = True
         for control in (self._show, self._which):
             control.visible = len(self._index) > 1

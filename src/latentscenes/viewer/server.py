@@ -4,9 +4,9 @@ The server renders images and sends them as JPEG. The browser moves its camera a
 """
 
 import contextlib
-import html
 import io
 import math
+import os
 import socket
 import threading
 import warnings
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import viser
+from jinja2 import Template
 from viser import CameraHandle, ClientHandle, NotificationHandle
 from viser.transforms import SO3
 
@@ -22,6 +23,8 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import bytes_text
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line, printable
+from latentscenes.viewer.guard import guarded
 from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, ViewRequest
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
 
@@ -35,9 +38,17 @@ MODES: dict[str, Mode] = {
     "opacity": "opacity",
     "latent channel": "latent",
 }
+ABOUT = Template(
+    """<div style="padding: 2px 14px 10px; overflow-wrap: anywhere">
+<div style="font-size: 16px; font-weight: 600">{{name}}</div><div style="font-size: 13px">{{blend}}</div>
+<div style="font-size: 12px; opacity: 0.7">{{facts}}</div></div>""",
+    autoescape=True,
+)
 SIMILAR = 6
 """Number of most similar scenes shown."""
 JPEG_QUALITY = 88
+ENDING = 2.0
+"""Seconds in which browsers are disconnected when the viewer ends."""
 WIDTH = 310
 """Width of the side panels, pixels."""
 
@@ -83,8 +94,8 @@ class Viewer:
         datasets = Datasets(library, data)
         check_port(host, port)
         warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._server = _Server(host=host, port=port, label=library.path.name, verbose=False)
+        with guarded(host), contextlib.redirect_stdout(io.StringIO()):
+            self._server = _Server(host=host, port=port, label=one_line(library.path.name), verbose=False)
         self.host, self.port = host, self._server.get_port()
         self._library, self._datasets = library, datasets
         self._renderer = Renderer(Painter(library), moving, still)
@@ -107,9 +118,9 @@ class Viewer:
 
     def close(self) -> None:
         """Disconnects all browsers and ends the server."""
+        self._renderer.close()
         with contextlib.redirect_stdout(io.StringIO()):
             self._server.stop()
-        self._renderer.close()
 
     def __enter__(self) -> "Viewer":
         return self
@@ -169,16 +180,17 @@ def check_port(host: str, port: int) -> None:
 
 
 def view(library: Library, host: str, port: int, data: Path | None, moving: int, still: int) -> None:
-    """Serves a library until Ctrl-C."""
-    serving = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
-    with contextlib.suppress(KeyboardInterrupt), serving as viewer:
-        print(
-            f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; "
-            "press Ctrl-C to stop.",
-            flush=True,
-        )
+    """Serves a library until Ctrl-C; then ends the process at once if a picture takes longer than ENDING."""
+    viewer = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
+    opening = f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; "
+    with contextlib.suppress(KeyboardInterrupt):
+        print(printable(f"{opening}press Ctrl-C to stop."), flush=True)
         threading.Event().wait()
-    print("Ended.")
+    print("Ended.", flush=True)
+    closing = threading.Thread(target=viewer.close, daemon=True)
+    closing.start()
+    closing.join(ENDING)
+    os._exit(0)  # nothing is ever written; threads of viser's pool would be waited for
 
 
 class Session:
@@ -205,7 +217,7 @@ class Session:
         @client.camera.on_update
         async def _(camera: CameraHandle) -> None:
             self._photographs.camera_moved(camera.position)
-            self._request()
+            self._request()  # a mere note: all browsers share this thread
 
         self._find_similar()
 
@@ -251,15 +263,22 @@ class Session:
 
     def _request(self) -> None:
         """Requests the chosen image from the browser's camera."""
+        self._renderer.request(self._client.client_id, self._wanted)
+
+    def _wanted(self) -> ViewRequest:
+        """Returns the image to draw now. Raises a UserError if the browser's camera is none."""
         camera = self._client.camera
         canvas = max(1, camera.image_height), max(1, camera.image_width)
         matrix = torch.from_numpy(SO3(camera.wxyz).as_matrix()).float()
         position = torch.from_numpy(camera.position).float()
         fy = 0.5 / math.tan(camera.fov / 2)
         intrinsics = torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]])
-        request = ViewRequest(
+        pose = torch.cat([matrix, position[:, None]], 1)[None]
+        if not (pose.isfinite().all() and intrinsics.isfinite().all() and fy > 0):
+            raise UserError("The browser's camera is at no place.")
+        return ViewRequest(
             scene=self._scene,
-            camera=Cameras(torch.cat([matrix, position[:, None]], 1)[None], intrinsics),
+            camera=Cameras(pose, intrinsics),
             canvas=canvas,
             mode=MODES[self._mode.value],
             channel=min(self._channel.value, self._library.model.codec.channels) - 1,
@@ -267,7 +286,6 @@ class Session:
             blend=Blend(self._other, self._share.value, self._micro.value) if self._other else None,
             depth=self._photographs.shown,
         )
-        self._renderer.request(self._client.client_id, request)
 
     def _display(self, frame: Frame) -> None:
         self._end_working()
@@ -321,13 +339,8 @@ class Session:
         info = self._library[self._scene].metadata
         facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"]
         facts += [] if info.psnr is None else [f"{info.psnr:.2f} dB"]
-        blend = f"blended with {html.escape(self._other)}" if self._other else ""
-        self._about.content = (
-            '<div style="padding: 2px 14px 10px; overflow-wrap: anywhere">'
-            f'<div style="font-size: 16px; font-weight: 600">{html.escape(info.name)}</div>'
-            f'<div style="font-size: 13px">{blend}</div>'
-            f'<div style="font-size: 12px; opacity: 0.7">{" · ".join(facts)}</div></div>'
-        )
+        blend = f"blended with {self._other}" if self._other else ""
+        self._about.content = ABOUT.render(name=info.name, blend=blend, facts=" · ".join(facts))
         self._gallery.highlight(self._scene)
         if self._library.config.planes.macro:
             self._choose.label = "Now click a thumbnail …" if self._choosing else "Choose a second scene"

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import reason
 from latentscenes.data.meshes.gltf_buffers import EXTRA, MESHOPT, GltfFile
-from latentscenes.data.meshes.surfaces import Material, Remarks, Surface, read_texture
+from latentscenes.data.meshes.surfaces import DAMAGE, MOST_REPEATED, Material, Remarks, Surface, read_texture
 from latentscenes.data.raycast import BLEND, OPAQUE
 
 DRACO = "KHR_draco_mesh_compression"
@@ -32,6 +33,8 @@ KNOWN = {
 }  # fmt: skip
 """Extensions that are honored, or that change only highlights."""
 WRAPS = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
+MOST_INSTANCES = 100_000
+"""Copies of a mesh by EXT_mesh_gpu_instancing."""
 DEEPEST = 200
 """Levels of nodes; a deeper tree is taken for a circle."""
 
@@ -43,19 +46,29 @@ def read_gltf(path: Path, remarks: Remarks) -> list[Surface]:
         UserError: the file is damaged, or needs something that cannot be read.
     """
     file = GltfFile(path)
-    needed = set(file.json.get("extensionsRequired", ())) - KNOWN
-    if needed:
-        if "KHR_texture_basisu" in needed:
-            raise file.error(
-                "needs textures in KTX2, which cannot be read. Export it with PNG, JPEG or WebP textures"
-            )
-        raise file.error(f"needs {', '.join(sorted(needed))}, which cannot be read. Export it without")
     try:
-        return list(_Reader(file, remarks).surfaces())
+        _refuse_unknown(file)
+        found, count = [], 0
+        for surface in _Reader(file, remarks).surfaces():
+            found.append(surface)
+            if (count := count + len(surface.corners)) > MOST_REPEATED + file.bytes:
+                raise file.error(f"repeats its meshes to more than {count} triangles")
+        return found
     except UserError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise file.error(f"is damaged: {type(error).__name__} {error}") from None
+    except DAMAGE as error:
+        raise file.error(f"is damaged: {type(error).__name__} {reason(error)}") from None
+
+
+def _refuse_unknown(file: GltfFile) -> None:
+    needed = set(file.json.get("extensionsRequired", ())) - KNOWN
+    if "KHR_texture_basisu" in needed:
+        raise file.error(
+            "needs textures in KTX2, which cannot be read. Export it with PNG, JPEG or WebP textures"
+        )
+    if needed:
+        names = ", ".join(sorted(map(str, needed)))[:200]
+        raise file.error(f"needs {names}, which cannot be read. Export it without")
 
 
 class _Reader:
@@ -107,6 +120,8 @@ class _Reader:
     def _instances(self, attributes: dict[str, int]) -> list[Float[np.ndarray, "4 4"]]:
         found = {name: self.file.accessor(index) for name, index in attributes.items()}
         count = len(next(iter(found.values())))
+        if count > MOST_INSTANCES:
+            raise self.file.error(f"repeats a mesh {count} times; {MOST_INSTANCES} are the most")
         rows = [
             {name.lower(): values[row].tolist() for name, values in found.items()} for row in range(count)
         ]

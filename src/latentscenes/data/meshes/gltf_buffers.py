@@ -15,6 +15,9 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import short
+from latentscenes.core.reading import MOST_MESH, read_bytes, reason
+from latentscenes.data.meshes.surfaces import MOST_REPEATED
 
 TYPES = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 SHAPES = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
@@ -29,19 +32,21 @@ class GltfFile:
 
     def __init__(self, path: Path):
         self.path = path
-        content = path.read_bytes()
+        content = read_bytes(path, MOST_MESH)
+        self.bytes = len(content)
+        """Of the file and those it names, as far as they were read."""
         if content[:4] == b"glTF":
             text, self._binary = self._split(content)
         else:
             text, self._binary = content, None
         try:
             self.json: dict[str, Any] = json.loads(text.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise self.error(f"holds no valid JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"holds no valid JSON ({reason(error)})") from None
         if not isinstance(self.json, dict) or not isinstance(self.json.get("asset"), dict):
             raise self.error("is no glTF: `asset` is absent")
         if str(self.json["asset"].get("version", "2")).split(".")[0] != "2":
-            raise self.error(f"is glTF {self.json['asset']['version']}; only version 2 is read")
+            raise self.error(f"is glTF {short(self.json['asset']['version'])}; only version 2 is read")
         self._buffers: dict[int, bytes] = {}
         self._views: dict[int, bytes] = {}
 
@@ -84,9 +89,11 @@ class GltfFile:
         if ":" in name or name.startswith("/"):
             raise self.error(f"names {uri!r}, which is no file beside it")
         try:
-            return (self.path.parent / name).read_bytes()
-        except OSError as error:
-            raise self.error(f"needs {name!r}, which cannot be read ({error.strerror})") from None
+            content = read_bytes(self.path.parent / name, MOST_MESH)
+        except (OSError, ValueError) as error:
+            raise self.error(f"needs {short(name)}, which cannot be read ({reason(error)})") from None
+        self.bytes += len(content)
+        return content
 
     def buffer(self, index: int) -> bytes:
         if index not in self._buffers:
@@ -162,7 +169,7 @@ class GltfFile:
         dtype = TYPES.get(entry.get("componentType"))
         if dtype is None or kind not in SHAPES or not isinstance(count, int) or count < 0:
             raise self.error(f"accessors[{index}] is of no known type")
-        if count * SHAPES[kind] > MOST_VALUES:
+        if count * SHAPES[kind] > min(MOST_VALUES, 4 * MOST_REPEATED + self.bytes):
             raise self.error(f"accessors[{index}] holds more numbers than can be read")
         values = np.zeros((count, SHAPES[kind]), dtype)
         if "bufferView" in entry:
@@ -195,6 +202,8 @@ class GltfFile:
         )  # columns of small matrices are padded to 4 bytes
         width = {"MAT2": 8, "MAT3": 12 if size == 1 else 24}[kind] if rows else SHAPES[kind] * size
         step = stride or width
+        if type(step) is not int or step < width:
+            raise self.error(f"{where}: a stride of {short(step)} bytes is less than its {width}")
         if count and start + (count - 1) * step + width > len(data):
             raise self.error(f"{where}: reaches beyond its buffer view")
         if not count:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from latentscenes.core.console import console, tracked
+from latentscenes.core.console import say, tracked
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import reason
 from latentscenes.data.dataset import DatasetWriter, Split
 from latentscenes.data.importing import choose_splits, is_leftover
 from latentscenes.data.meshes.gltf import read_gltf
@@ -85,7 +86,7 @@ def make_meshes(
     if failed:
         lines.append(f"{len(failed)} of {len(splits)} could not be read:")
         lines += [f"  {reason}" for reason in failed.values()]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    say("\n".join(lines))
 
 
 def _grouped(remarks: dict[str, tuple[str, ...]]) -> list[str]:
@@ -153,7 +154,7 @@ def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, 
         else:
             surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}).") from None
     return to_soup(path, surfaces, _matrix(suffix, reading)), tuple(remarks)
 
 

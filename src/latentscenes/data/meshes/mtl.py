@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import MOST_MESH, read_bytes
 from latentscenes.data.meshes.surfaces import Material, Remarks, read_texture, unit_colors
 from latentscenes.data.raycast import BLEND, OPAQUE
 from latentscenes.data.shading import to_linear
@@ -202,7 +203,7 @@ def _picture(file: Path, obj: Path, texture: _Map, remarks: Remarks) -> np.ndarr
 
 def read_lines(path: Path) -> str:
     """Returns a text file of any encoding; lines that end in a backslash go on."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    text = read_bytes(path, MOST_MESH).decode("utf-8-sig", errors="replace")
     return text.replace("\\\r\n", " ").replace("\\\n", " ")
 
 

@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import reason
 from latentscenes.data.meshes.mtl import Painted, read_lines, read_materials
 from latentscenes.data.meshes.surfaces import (
+    DAMAGE,
     Remarks,
     Surface,
     corner_faces,
@@ -41,10 +43,15 @@ def read_obj(path: Path, remarks: Remarks, multiply: bool = False) -> list[Surfa
         UserError: the file cannot be read as OBJ.
     """
     try:
-        text = read_lines(path)
-        tables, faces, libraries = _parse(text, path)
+        return _read(path, remarks, multiply)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}).") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {reason(error)}).") from None
+
+
+def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
+    tables, faces, libraries = _parse(read_lines(path), path)
     materials = read_materials(path, libraries, remarks, multiply)
     for name in [name for name in faces if name and name not in materials]:
         root = name.rpartition("_")[0]  # old exporters append the texture's name, or NONE

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import MOST_MESH, read_bytes, reason
 from latentscenes.data.meshes.mtl import find_beside
 from latentscenes.data.meshes.surfaces import (
+    DAMAGE,
     Material,
     Remarks,
     Surface,
@@ -50,12 +52,16 @@ def read_ply(path: Path, remarks: Remarks) -> list[Surface]:
     Raises:
         UserError: the file is damaged, or holds points or Gaussians without faces.
     """
-    content = path.read_bytes()
+    content = read_bytes(path, MOST_MESH)
     try:
-        kind, elements, textures, start = _header(content, path)
-        _read(content[start:], kind, elements, path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}).") from None
+        return _surfaces(content, path, remarks)
+    except DAMAGE as error:
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {reason(error)}).") from None
+
+
+def _surfaces(content: bytes, path: Path, remarks: Remarks) -> list[Surface]:
+    kind, elements, textures, start = _header(content, path)
+    _read(content[start:], kind, elements, path)
     vertices, faces = elements.get("vertex"), elements.get("face")
     if vertices is None or not {"x", "y", "z"} <= set(vertices.columns):
         raise UserError(f"{path}: holds no vertices with x, y and z.")
@@ -99,6 +105,8 @@ def _header(content: bytes, path: Path) -> tuple[str, dict[str, _Element], list[
             kind = words[1]
         elif words[:1] == ["element"]:
             current = elements[words[1]] = _Element(int(words[2]))
+        elif words[:1] == ["property"] and not elements:
+            raise ValueError("a property comes before any element")
         elif words[:2] == ["property", "list"]:
             current.lists[words[4]] = (TYPES[words[2]], TYPES[words[3]])
             current.order.append(words[4])

@@ -8,6 +8,7 @@ Notable:
 - A reader states in `Remarks` every property of a file that it leaves out.
 """
 
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import reason, require_regular
+from latentscenes.data.images import MOST_PIXELS
 from latentscenes.data.raycast import OPAQUE, TriangleSoup, Wrap
 from latentscenes.data.shading import to_linear
 
@@ -24,8 +27,13 @@ BRIGHT = 2.0
 """Colors, written as fractions, may exceed 1 for light, but not this."""
 LARGEST_TEXTURE = 4096
 """Pixels along a texture's side. Larger ones are reduced: no rendered view shows more."""
-MOST_PIXELS = 1 << 28
-"""Pixels of an image file. A larger one is refused before it is decoded."""
+DAMAGE = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, RuntimeError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
+"""What numbers and names that do not fit together raise in a reader."""
+MOST_REPEATED = 4_000_000
+"""Triangles that a file may have beyond one for each of its bytes, by instances and shared arrays."""
 
 
 class Remarks(dict[str, None]):
@@ -192,6 +200,8 @@ def read_texture(source: Path | object, name: str) -> UInt8[np.ndarray, "h w 4"]
         UserError: it cannot be read.
     """
     try:
+        if isinstance(source, Path):
+            require_regular(source)
         with Image.open(source) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{name}: has {image.width}x{image.height} pixels, too many for a texture.")
@@ -202,7 +212,7 @@ def read_texture(source: Path | object, name: str) -> UInt8[np.ndarray, "h w 4"]
     except UserError:
         raise
     except Exception as error:  # a broken image may break its reader in any way
-        raise UserError(f"{name}: cannot be read as an image ({error}).") from None
+        raise UserError(f"{name}: cannot be read as an image ({reason(error)}).") from None
 
 
 def linear_colors(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:

@@ -21,7 +21,8 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.data.images import image_size
+from latentscenes.core.reading import MOST_MODEL, require_regular
+from latentscenes.data.images import image_orientation, image_size, open_image
 from latentscenes.data.importing import is_leftover, natural_key, subfolders
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
@@ -171,6 +172,9 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
 
 def _open_model(source: Path, opened: Callable[[str], Any]) -> Any:
     """Returns the pycolmap.Reconstruction in `source`, whose points, unused here, may be absent."""
+    for file in source.iterdir():
+        if file.suffix in (".bin", ".txt"):
+            require_regular(file, MOST_MODEL)
     absent = {
         ending: [f"{name}{ending}" for name in PARTS if not (source / f"{name}{ending}").is_file()]
         for ending in (".bin", ".txt")
@@ -208,8 +212,8 @@ def _checked_width(file: Path, lens: Lens) -> int:
 
 def _up(file: Path) -> Float[np.ndarray, "3"]:
     """Returns up in camera axes from the photograph's EXIF orientation (tag 274)."""
-    with Image.open(file) as image:
-        orientation = image.getexif().get(274, 1)
+    with open_image(file) as image:
+        orientation = image_orientation(image)
     side = {3: (0, 1), 4: (0, 1), 5: (-1, 0), 6: (-1, 0), 7: (1, 0), 8: (1, 0)}.get(orientation, (0, -1))
     return np.array([*side, 0.0])
 

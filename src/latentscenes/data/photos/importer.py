@@ -24,7 +24,7 @@ from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import GRID, standing_bounds, union_box
 from latentscenes.data.dataset import DatasetWriter, spread
-from latentscenes.data.images import in_parallel, read_image
+from latentscenes.data.images import image_size, in_parallel, read_image
 from latentscenes.data.importing import (
     FOR_EACH,
     Imported,
@@ -339,8 +339,7 @@ def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
     file = masks[photograph.name]
     rgb, alpha = read_image(file)
     mask = rgb.max(-1) if alpha is None or alpha.min() == 255 else alpha
-    with Image.open(photograph.file) as image:
-        width, height = image.size
+    height, width = image_size(photograph.file)
     if mask.shape != (height, width):
         raise UserError(
             f"{file}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph {width}x{height}. "

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from latentscenes.core.console import console, tracked
+from latentscenes.core.console import say, tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import DatasetWriter
 from latentscenes.data.options import ViewOptions
@@ -51,7 +51,7 @@ def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 4
             render_object(writer, f"car_{number:04d}", soup, split, options)
             bounds.append(soup.bounds)
         writer.finish(scene_box(bounds, options))
-    console.print(f"{out}: {train + new} cars", highlight=False, markup=False)
+    say(f"{out}: {train + new} cars")
 
 
 def make_car(number: int, seed: int = 0, kind: str | None = None) -> TriangleSoup:

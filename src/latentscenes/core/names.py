@@ -1,0 +1,73 @@
+"""Text from files of strangers: the rule for scene names, text that a terminal or an HTML page may show, file
+names. Loads neither torch nor numpy."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from latentscenes.core.errors import UserError
+
+LONGEST_NAME = 200
+"""Bytes of the longest name of a scene, in UTF-8."""
+LONGEST_FILE_NAME = 120
+"""Bytes of the longest file name made from a scene's name, without its ending."""
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
+)
+"""Characters that a terminal obeys instead of showing them: control characters, marks that turn the direction
+of text, ends of lines; and halves of surrogate pairs, which no file can hold."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for devices."""
+
+
+def check_name(name: object, where: object) -> str:
+    """Returns a new scene's name if it follows the rule of all entrances.
+
+    Raises:
+        UserError: it is no text, empty, `.` or `..`, longer than LONGEST_NAME, or holds characters of HIDDEN.
+    """
+    if not isinstance(name, str) or not name.strip():
+        reason = "is empty" if isinstance(name, str) else "is no text"
+    elif name.strip() in (".", ".."):
+        reason = "stands for a folder"
+    elif found := HIDDEN.search(name):
+        reason = f"holds {unicodedata.name(found[0], 'a control character')} (U+{ord(found[0]):04X})"
+    elif (size := len(name.encode())) > LONGEST_NAME:
+        reason = f"has {size} bytes; {LONGEST_NAME} are the most"
+    else:
+        return name
+    raise UserError(f"{where}: {short(name)} cannot name a scene: it {reason}. Choose another name.")
+
+
+def short(value: object, most: int = 80) -> str:
+    """Returns `repr(value)` in printable characters, cut after `most` of them."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    return one_line(text if len(text) <= most else f"{text[:most]} …")
+
+
+def printable(text: str) -> str:
+    """Returns text whose lines a terminal shows as they are; see `one_line`."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def one_line(text: object) -> str:
+    """Returns text with the characters of HIDDEN escaped as in Python."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Returns a file name for each of different scene names: no folder, no ending that a system strips, no
+    name of a device. Names that would fall together, also where case does not count, are numbered."""
+    chosen: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        safe = HIDDEN.sub("_", re.sub(r'[/\\:*?"<>|]', "_", name)).strip(" .") or "_"
+        safe = safe.encode()[:LONGEST_FILE_NAME].decode(errors="ignore").rstrip(" .")
+        safe = f"_{safe}" if RESERVED.fullmatch(safe) else safe
+        number, unique = 1, safe
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{safe}-{number}"
+        taken.add(unique.casefold())
+        chosen[name] = unique
+    return chosen

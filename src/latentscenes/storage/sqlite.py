@@ -1,0 +1,50 @@
+"""SQLite files of strangers: none may make SQLite run code, compute without end, or fill the memory."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from latentscenes.core.errors import UserError
+from latentscenes.core.names import short
+
+MOST_STEPS = 100_000_000
+"""Steps of SQLite's machine that a statement may take, plus one for each byte of the file: some seconds."""
+STEPS = 100_000
+"""Steps between two checks."""
+LONGEST_VALUE = 64 << 20
+"""Bytes of the longest text or picture in a file."""
+COMPUTING = """SELECT type, name FROM sqlite_master AS part
+  WHERE rootpage = 0 OR type NOT IN ('table', 'index')
+  OR type = 'table' AND EXISTS (SELECT 1 FROM pragma_table_xinfo(part.name) WHERE hidden)
+  OR type = 'index' AND EXISTS (SELECT 1 FROM pragma_index_xinfo(part.name) WHERE cid = -2)"""
+"""Views, triggers, virtual tables, computed columns, and indices of expressions."""
+
+
+def guard(connection: sqlite3.Connection, path: Path) -> Callable[[], None]:
+    """Limits what an opened file can make SQLite do. Returns a function to call before each statement, which
+    then may take MOST_STEPS; beyond, SQLite stops it with an OperationalError.
+
+    Raises:
+        UserError: the file holds more than tables and plain indices.
+    """
+    steps, most = 0, MOST_STEPS + os.path.getsize(path)
+
+    def begin() -> None:
+        nonlocal steps
+        steps = 0
+
+    def too_many() -> bool:
+        nonlocal steps
+        steps += STEPS
+        return steps > most
+
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    connection.set_progress_handler(too_many, STEPS)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    for kind, name in connection.execute(COMPUTING):
+        raise UserError(
+            f"{path}: holds {short(name)} ({kind}), which computes; no index of a library does. "
+            "Restore it from a copy of the library."
+        )
+    return begin
