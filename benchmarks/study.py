@@ -46,7 +46,7 @@ from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
-from latentscenes.training.exploit import learn_new
+from latentscenes.training.finetune import learn_new
 from latentscenes.training.loop import train
 
 COUNTED = (

@@ -301,6 +301,23 @@ def test_two_processes_build_at_once(tmp_path):
     assert built.suffix == ".so"
 
 
+def test_the_cache_is_a_folder_that_only_the_user_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written there
+    folder = build.cache_folder()
+    assert folder == build.cache_folder() == tmp_path / f"latentscenes-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # others could put code there
+    with pytest.raises(build.BuildError, match="belong to other users"):
+        build.cache_folder()
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(build.BuildError, match="belong to other users"):
+        build.cache_folder()
+
+
 def test_without_a_compiler_the_torch_path_renders_and_says_so_once(tmp_path):
     code = """
 import torch, warnings

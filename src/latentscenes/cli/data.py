@@ -211,6 +211,25 @@ def _fitted(options: Fitting, model: Path | None) -> Fitting:
     return replace(options, box=",".join(map(repr, (*box.center, *box.half))), fit=True)
 
 
+def data_verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Compare a dataset with its checksums. The exit status is 1 if it differs from when it was made.
+
+    Args:
+        data: its folder.
+    """
+    from latentscenes.data.dataset import PosedImages, verify
+
+    damaged = verify(data)
+    if damaged is None:
+        say(f"{data}: its files fit together. It was made by an earlier version, without checksums.")
+        return
+    for damage in damaged:
+        print(damage)
+    if damaged:
+        raise SystemExit(1)
+    say(f"{data}: {len(PosedImages.open(data).scenes)} scenes, all intact.")
+
+
 def _report(made: "Imported") -> None:
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
@@ -225,5 +244,5 @@ def _report(made: "Imported") -> None:
 
 DATA_COMMANDS = {
     "cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
-    "photos": data_photos, "join": data_join, "place": data_place,
+    "photos": data_photos, "join": data_join, "place": data_place, "verify": data_verify,
 }  # fmt: skip

@@ -94,7 +94,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         scene: name of a scene.
     """
     from latentscenes.core.console import Spent, bytes_text
-    from latentscenes.storage.index import SHARED, check_model_file, read_description
+    from latentscenes.storage.description import SHARED, check_model_file, read_description
 
     if scene is not None:
         index = _index(library, [scene])
@@ -106,7 +106,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     facts = config_io.build(Facts, {key: about[key] for key in known if key in about}, file)
     height, width = config_io.build(tuple[int, int], facts.view.get("size"), f"{file}: view: size")
     shared = library / "model" / SHARED
-    check_model_file(shared, "every scene needs it")
+    check_model_file(shared, "every scene needs it", about.get("checksums", {}).get(SHARED))
     counts = {
         origin: sum(info.origin == origin for info in infos) for origin in ("stage 1", "exploit", "add")
     }
@@ -205,6 +205,33 @@ def library_verify(library: Folder) -> None:
     say(f"{library}: {len(opened)} scenes, all intact.")
 
 
+def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
+    """List scenes of the shards in the index again, after it was lost, damaged, or restored from an old copy.
+
+    Args:
+        library: its folder.
+    """
+    from latentscenes.storage.recovery import rebuild
+
+    device, done = set_up(machine), rebuild(library)
+    for damage in done.damaged:
+        say(str(damage))
+    if done.index_made:
+        say(
+            "The index was made from the shards: names and tags are those of the time of storage, removed "
+            "scenes that `library compact` had not yet freed are back."
+        )
+    from latentscenes.storage.library import LibraryFolder
+    from latentscenes.training.append import draw_thumbnails
+
+    draw_thumbnails(LibraryFolder.open(library), device)
+    say(f"{library}: {len(done.scenes)} scenes listed anew.")
+    if done.renamed:
+        say(f"Their names were taken, so they have new ones: {', '.join(done.renamed)}.")
+    if done.damaged:
+        raise SystemExit(1)
+
+
 def library_compact(library: Folder) -> None:
     """Merge small files and free the space of removed scenes and stopped work. Scenes stay identical.
 
@@ -267,6 +294,7 @@ LIBRARY_COMMANDS = {
     "export": library_export,
     "model": library_model,
     "verify": library_verify,
+    "rebuild": library_rebuild,
     "compact": library_compact,
     "repack": library_repack,
 }
@@ -300,7 +328,8 @@ def search(
 
 def _index(library: Path, scenes: Sequence[str] = ()) -> "Index":
     """Opens the index of a library without loading torch. Raises a UserError if a scene is unknown."""
-    from latentscenes.storage.index import FILE, Index, read_description
+    from latentscenes.storage.description import read_description
+    from latentscenes.storage.index import FILE, Index
 
     read_description(library)
     index = Index(library / FILE)

@@ -101,7 +101,7 @@ def exploit(
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
-    from latentscenes.training.exploit import learn_new
+    from latentscenes.training.finetune import learn_new
 
     images = PosedImages.open(data)
     if fit and home:
@@ -263,11 +263,11 @@ def export() -> None:
 
 
 def data() -> None:
-    """Make, import or join datasets: data cars | meshes | srn | transforms | photos | join | place."""
+    """Make, import, join, place or verify datasets: data cars | meshes | srn | transforms | photos | …"""
 
 
 def library() -> None:
-    """Inspect and maintain a library: list | show | remove | rename | export | verify | compact | repack."""
+    """Inspect and maintain a library: list | show | rename | export | verify | rebuild | compact | …."""
 
 
 COMMANDS = {

@@ -6,5 +6,9 @@ class UserError(Exception):
     prints it without a traceback."""
 
 
+class Damaged(UserError):
+    """A file is absent, empty, cut or changed. Not raised where the user merely may not read it."""
+
+
 class Interrupted(Exception):
     """Learning was stopped by Ctrl-C or SIGTERM, after saving everything."""

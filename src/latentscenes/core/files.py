@@ -1,5 +1,10 @@
-"""Atomic file writes, write checks with clear errors, file locks and checksums."""
+"""Files that are complete or absent, also after a kill or a power cut; write checks, locks, checksums.
 
+A file or folder is written under another name, brought to the disk (fsync), renamed, and the folder that
+holds the name is brought to the disk, too. Only then may the caller remove what it replaces.
+"""
+
+import errno
 import glob
 import hashlib
 import json
@@ -11,16 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
 
 from latentscenes.core.console import say
-from latentscenes.core.errors import UserError
+from latentscenes.core.errors import Damaged, UserError
+from latentscenes.core.reading import parse_json, read_text, reason
 
 FILE_ENDINGS = {".mp4", ".gif", ".png"}
 """Endings that a partial file keeps, since its format is told by them."""
+PARTIAL = ".partial"
+"""Part of the name of a file or folder that is not complete."""
+HOST_LETTERS = 24
+"""Letters of the machine's name in the name of a partial file, which must not exceed 255 bytes."""
+CHECKSUM = "checksum"
+"""Entry of a sealed JSON file: the SHA-256 of its other entries."""
 
 
 @contextmanager
@@ -59,13 +71,14 @@ def partial_path(path: Path) -> Path:
     the folder, so what they write is left alone.
     """
     stem, ending = (path.stem, path.suffix) if path.suffix.lower() in FILE_ENDINGS else (path.name, "")
-    begin = f"{stem}.partial-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
+    host = re.sub("[^A-Za-z0-9]", "", socket.gethostname())[-HOST_LETTERS:]
+    begin = f"{stem}{PARTIAL}-{host}-"
     for entry in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
         number = entry.name.removeprefix(begin).removesuffix(ending)
         if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
             said = f"{entry}: left by a process that was killed; removed."
             say(said)
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     return path.with_name(f"{begin}{os.getpid()}{ending}")
 
 
@@ -103,44 +116,143 @@ def locked(path: Path, wait: bool, holder: str) -> Iterator[None]:
         lock.release()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file atomically."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+def refuse_links(folder: Path) -> None:
+    """Raises a UserError if a symbolic link lies anywhere in a folder that is about to be changed: what is
+    written or removed through it could be another file."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(place, name)):
+                raise UserError(
+                    f"{os.path.join(place, name)}: a symbolic link. What it points to would be changed, so "
+                    f"nothing in {folder} is changed. Put the file itself in its place, or remove it."
+                )
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file atomically."""
-    write_bytes(path, json.dumps(content, indent=1, default=str).encode())
+# Writing
+
+
+def sync(path: Path) -> None:
+    """Brings the bytes of a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot do this for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those that it lies in, if they are absent. Their names are then on the disk."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a complete file or folder its final name, once everything in it is on the disk. `path` may be a
+    file, or an empty folder, which is replaced."""
+    for entry in (*partial.rglob("*"), partial):
+        sync(entry)
+    partial.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields where to write a file. After the block it is on the disk under its final name `path`, where it
+    replaces an older one; if the block fails, nothing has changed. Raises a UserError if it cannot write.
+    """
+    with writing_to(path):
+        partial = partial_path(path)
+        try:
+            with open(partial, "xb"):  # a new file with the permissions of the umask
+                pass
+            yield partial
+            publish(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically: under its final name it is either complete on disk or absent."""
-    partial = path.with_name(f"{path.name}.partial")
-    with writing_to(path):
-        try:
-            with open(partial, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename durable
-        finally:
-            os.close(folder)
+    """Writes a file: see `new_file`."""
+    with new_file(path) as partial:
+        partial.write_bytes(content)
 
 
-def payload_checksum(payload: dict[str, Tensor]) -> str:
-    """Returns the SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(payload):
-        tensor = payload[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file: see `new_file`."""
+    write_bytes(path, json.dumps(content, indent=1, default=str).encode())
+
+
+# Sealed files
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that holds its own checksum, which `read_object` compares: see `new_file`."""
+    plain = json.loads(json.dumps(content, default=str))
+    write_json(path, plain | {CHECKSUM: object_checksum(plain)})
+
+
+def object_checksum(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a JSON object without its entry CHECKSUM."""
+    plain = {name: value for name, value in content.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_object(path: Path, remedy: str, seal: bool = True) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        remedy: what to do if the file is damaged.
+        seal: whether the object must agree with its checksum, if it has one.
+
+    Raises:
+        UserError: the file is empty, no JSON, or damaged.
+    """
+    with reading_from(path, remedy):
+        text = read_text(path)
+        if not text.strip("\0 \n"):
+            raise ValueError("it is empty")
+        content = parse_json(text)
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        if seal and content.get(CHECKSUM, object_checksum(content)) != object_checksum(content):
+            raise ValueError("its content has changed since it was written")
+    return content
+
+
+@contextmanager
+def reading_from(path: Path, remedy: str) -> Iterator[None]:
+    """Turns errors in reading a file into Damaged, which names it, the error and `remedy`. A user who may not
+    read the file gets a UserError that says so."""
+    try:
+        yield
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it. Ask its owner for that.") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Damaged(f"{path}: cannot be read ({reason(error)}). {remedy}") from None
+
+
+def check_file(path: Path, checksum: str | None, remedy: str) -> None:
+    """Raises a UserError that names a file and `remedy` if the file is absent, cannot be read, or has another
+    SHA-256. Files of earlier versions have none (None)."""
+    with reading_from(path, remedy):
+        if checksum is not None and file_checksum(path) != checksum:
+            raise ValueError("its bytes have changed since it was written")
+
+
+def note_if_edited(path: Path, checksum: str | None) -> None:
+    """Prints a note if settings that people may edit have another SHA-256 than when they were written. Raises
+    Damaged if the file is empty."""
+    if not path.stat().st_size:
+        raise Damaged(f"{path}: is empty. Restore it from a copy.")
+    if checksum is not None and file_checksum(path) != checksum:
+        say(f"Note: {path} was edited, or damaged, after it was written.")
 
 
 def file_checksum(path: Path) -> str:

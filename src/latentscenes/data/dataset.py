@@ -2,8 +2,7 @@
 
 A dataset is a folder of plain arrays that are memory-mapped:
 
-    views.json    format, scenes (name, first view, number of views, split, held-out views, own box), box
-                  around all objects, origin
+    views.json    format, scenes (name, views, split, own box, …), box around all, origin, checksums
     rgb.npy       uint8   (v, H, W, 3)  over white
     alpha.npy     uint8   (v, H, W)     the object's silhouette; absent if unknown
     cameras.npy   float32 (v, 16)       camera-to-world 3x4 row by row, then fx fy cx cy as fractions of the
@@ -12,7 +11,7 @@ A dataset is a folder of plain arrays that are memory-mapped:
 The views of one scene are consecutive. Splits and held-out views are chosen when a dataset is made.
 """
 
-import json
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +26,21 @@ from torch import Tensor
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.files import (
+    CHECKSUM,
+    check_file,
+    check_place,
+    file_checksum,
+    make_folder,
+    object_checksum,
+    partial_path,
+    publish,
+    read_object,
+    write_sealed,
+    writing_to,
+)
 from latentscenes.core.names import check_name, short
-from latentscenes.core.reading import read_json, reason, require_regular
+from latentscenes.core.reading import reason, require_regular
 
 FORMAT = "latentscenes-views-1"
 REMAKE = "Make the dataset again."
@@ -78,7 +89,7 @@ class PosedImages:
         index = path / "views.json"
         if not index.is_file():
             raise UserError(f"{path}: no dataset here (views.json is absent). Make one: latentscenes data …")
-        meta = read_json(index, REMAKE)
+        meta = read_object(index, REMAKE, seal=False)
         if meta.get("format") != FORMAT:
             raise UserError(
                 f"{index}: format {short(meta.get('format'))}, but this version reads {FORMAT!r}. Remake it."
@@ -241,7 +252,8 @@ class DatasetWriter:
 
     def __enter__(self) -> "DatasetWriter":
         with writing_to(self.path):
-            self.partial.mkdir(parents=True)
+            make_folder(self.partial.parent)
+            self.partial.mkdir()
         self._rgb = open(self.partial / "rgb.raw", "wb")
         self._alpha = open(self.partial / "alpha.raw", "wb") if self.has_alpha else None
         return self
@@ -270,9 +282,10 @@ class DatasetWriter:
             raise UserError(f"scene {name!r} appears twice; names must differ.")
         first = sum(scene.count for scene in self.scenes)
         self.scenes.append(Scene(name, first, len(images), split, tuple(held_out), box))
-        self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
-        if self._alpha is not None:
-            self._alpha.write(np.ascontiguousarray(alpha).data)
+        with writing_to(self.path):
+            self._rgb.write(np.ascontiguousarray(images).data)  # no copy: scenes can be large
+            if self._alpha is not None:
+                self._alpha.write(np.ascontiguousarray(alpha).data)
         packed = torch.cat([cameras.cam2world.reshape(-1, 12), cameras.intrinsics], 1)
         self.cameras.append(packed.float().numpy())
 
@@ -281,19 +294,19 @@ class DatasetWriter:
         if not self.scenes:
             raise UserError(f"{self.path}: no scene was added; nothing to write.")
         count, (height, width) = sum(scene.count for scene in self.scenes), self.size
-        self._close()
-        _raw_to_npy(self.partial / "rgb.raw", self.partial / "rgb.npy", (count, height, width, 3))
-        if self.has_alpha:
-            _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
-        np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
         meta = {
             "format": FORMAT, "height": height, "width": width, "alpha": self.has_alpha,
             "origin": self.origin, "box": asdict(box), "scenes": list(map(_scene_entry, self.scenes)),
         }  # fmt: skip
-        (self.partial / "views.json").write_text(json.dumps(meta, indent=1))
-        if self.path.exists():
-            self.path.rmdir()
-        self.partial.rename(self.path)
+        with writing_to(self.path):
+            self._close()
+            _raw_to_npy(self.partial / "rgb.raw", self.partial / "rgb.npy", (count, height, width, 3))
+            if self.has_alpha:
+                _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
+            np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
+            checksums = {file.name: file_checksum(file) for file in sorted(self.partial.iterdir())}
+            write_sealed(self.partial / "views.json", meta | {"checksums": checksums})
+            publish(self.partial, self.path)
 
     def _close(self) -> None:
         for stream in (self._rgb, self._alpha):
@@ -301,7 +314,8 @@ class DatasetWriter:
                 stream.close()
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        with contextlib.suppress(OSError):  # what a full disk refused is removed now
+            self._close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -311,6 +325,27 @@ def _raw_to_npy(raw: Path, target: Path, shape: tuple[int, ...]) -> None:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         shutil.copyfileobj(source, out, 16 << 20)
     raw.unlink()
+
+
+# Checking
+
+
+def verify(path: str | Path) -> list[str] | None:
+    """Compares a dataset with the checksums from when it was made. Returns what differs, one sentence a file;
+    None if it has no checksums, because an earlier version made it. Raises as `PosedImages.open`."""
+    folder = PosedImages.open(path).path
+    meta = read_object(folder / "views.json", "Make the dataset again.", seal=False)
+    if CHECKSUM not in meta:
+        return None
+    found = []
+    if meta[CHECKSUM] != object_checksum(meta):
+        found.append(f"{folder / 'views.json'}: was edited, or damaged, after the dataset was made.")
+    for name, checksum in meta["checksums"].items():
+        try:
+            check_file(folder / name, checksum, "Make the dataset again, or restore the file from a copy.")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 # Joining

@@ -35,7 +35,7 @@ from latentscenes.export.sheets import (
     short_names,
 )
 from latentscenes.export.video import gif_bytes, orbit_frames
-from latentscenes.storage.run import command_text
+from latentscenes.storage.records import command_text
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHEET_SCENES, DASHBOARD_SCENES = 8, 4

@@ -5,6 +5,7 @@ write-ahead log: a reader sees the state before or after a change and never wait
 writer leaves the state before.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import json
@@ -17,23 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from safetensors import SafetensorError, safe_open
-
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import LONGEST_NAME, short
-from latentscenes.core.reading import parse_json, read_json, reason, require_regular
+from latentscenes.core.reading import parse_json
 from latentscenes.storage.sqlite import guard
 
-FORMAT = "latentscenes-library-1"
 FILE = "index.sqlite"
-REQUIRED = {"box", "view", "precision", "parent", "parent_seconds", "parent_scenes"}
-"""Entries of every library.json."""
-SHARED = "shared.safetensors"
-"""File of the folder `model` with the weights of the shared parts."""
 MOST_SHARDS, MOST_COMPARED = 10**9, 10_000
 """The last shard; and the names among which the nearest to a wrong one are sought."""
+REMEDY = "Restore it from a copy, or make it from the shards again: latentscenes library rebuild"
+"""What to do if the index is lost."""
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
 ADDED = "cpu_seconds"
@@ -116,40 +113,6 @@ class Place:
     checksum: str
 
 
-def read_description(library: Path) -> dict[str, Any]:
-    """Returns the content of a library's library.json. Raises a UserError if there is no library, or the file
-    is damaged or of another format."""
-    file = library / "library.json"
-    if not file.is_file():
-        raise UserError(
-            f"{library}: no library here (library.json is absent). Make one with `latentscenes exploit`."
-        )
-    content = read_json(file, "Restore it from a copy.")
-    if content.get("format") == FORMAT and (missing := REQUIRED - content.keys()):
-        raise UserError(f"{file}: lacks {', '.join(sorted(missing))}. Restore it from a copy.")
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"{library}: a library of format {short(content.get('format'))}, "
-            f"but this version reads {FORMAT!r}."
-        )
-    return content
-
-
-def check_model_file(file: Path, use: str) -> None:
-    """Refuses a file of the folder `model` that cannot be read; `use` says what needs it. Raises a UserError
-    if the file is absent or damaged."""
-    try:
-        require_regular(file)
-        with safe_open(file, "np"):
-            return
-    except (OSError, SafetensorError) as error:
-        state = "absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason(error)})"
-        raise UserError(
-            f"{file}: {state}, and {use}. "
-            "Restore it from a copy of this library, or from another library of the same model."
-        ) from None
-
-
 def unknown_scene(path: Path, name: str, names: Sequence[str]) -> UserError:
     """Returns the error for a name that `path` does not hold; it states the nearest known names."""
     near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)
@@ -166,34 +129,30 @@ class Index:
         self.path = path
         self._lock = threading.RLock()
         if not path.is_file():
-            raise UserError(
-                f"{path}: absent; without it, the scenes in the shards cannot be found. "
-                "Restore it from a copy of the library."
-            )
-        if os.access(path.parent, os.W_OK):
-            mode = "rw"
-        else:
-            mode = "ro" if path.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
-        address = f"{path.resolve().as_uri()}?mode={mode}"
+            raise UserError(f"{path}: absent; without it, the scenes in the shards cannot be found. {REMEDY}")
         with self._reading():
             self._connection = sqlite3.connect(
-                address, uri=True, isolation_level=None, check_same_thread=False, timeout=60
+                _address(path), uri=True, isolation_level=None, check_same_thread=False, timeout=60
             )
             self._begin = guard(self._connection, path)
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
             self._connection.execute("PRAGMA foreign_keys = ON")
+        if not found:
+            raise UserError(f"{path}: is empty. {REMEDY}")
         if found != VERSION:
             raise UserError(
                 f"{path}: an index of version {found}, but this version of latentscenes reads {VERSION}."
             )
 
     @classmethod
-    def create(cls, path: Path) -> "Index":
-        """Creates an empty index and opens it."""
-        connection = sqlite3.connect(path, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(TABLES)
-        connection.close()
+    def create(cls, path: Path, journal: Literal["WAL", "DELETE"] = "WAL") -> "Index":
+        """Creates an empty index with a journal that stays (WAL) or not (DELETE), and opens it."""
+        write_bytes(path, b"")  # SQLite ignores the umask
+        with _writing(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute(f"PRAGMA journal_mode = {journal}")
+            connection.executescript(TABLES)
+        with writing_to(path):
+            sync(path)
         return cls(path)
 
     def close(self) -> None:
@@ -205,9 +164,7 @@ class Index:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error}). Restore it from a copy of the library."
-            ) from None
+            raise UserError(f"{self.path}: cannot be read ({error}). {REMEDY}") from None
 
     def _ask(self, question: str, *values: Any) -> list[tuple]:
         with self._lock, self._reading():
@@ -297,13 +254,20 @@ class Index:
         question = "SELECT png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene WHERE name = ?"
         return next(iter(self._column(question, name)), None)
 
+    def without_thumbnail(self) -> list[str]:
+        """Returns the names of scenes without a thumbnail."""
+        return self._column(
+            "SELECT name FROM scenes WHERE id NOT IN (SELECT scene FROM thumbnails) ORDER BY id"
+        )
+
     def shards(self) -> dict[int, tuple[int, int]]:
-        """Returns for each shard how many scenes were written to it and how many of them remain."""
+        """Returns for each shard how many scenes were written and remain; damaged entries are left out."""
         rows = self._ask(
             "SELECT shards.id, shards.scenes, count(scenes.id) FROM shards "
             "LEFT JOIN scenes ON scenes.shard = shards.id GROUP BY shards.id"
         )
-        return {shard: (written, remaining) for shard, written, remaining in rows}
+        whole = (row for row in rows if all(type(number) is int for number in row))
+        return {shard: (written, remaining) for shard, written, remaining in whole}
 
     def next_shard(self) -> int:
         """Returns the number of the next shard. Numbers are never reused."""
@@ -314,34 +278,28 @@ class Index:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commits all changes of the block, or none on an error. Raises a UserError if it cannot write."""
-        with self._lock:
+        with self._lock, _writing(self.path):
             self._begin()
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                raise UserError(
-                    f"{self.path}: cannot be written ({error}). "
-                    "Check the permissions of the folder and its files."
-                ) from None
+            self._connection.execute("BEGIN IMMEDIATE")
             try:
                 if not self._is_complete():
                     self._connection.execute(f"ALTER TABLE scenes ADD COLUMN {ADDED} REAL")
                 yield
                 self._connection.execute("COMMIT")
-            except BaseException as error:
-                if self._connection.in_transaction:  # not after a full disk, where SQLite ends it itself
+            except BaseException:
+                if self._connection.in_transaction:  # some errors have ended it already
                     self._connection.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    raise UserError(
-                        f"{self.path}: cannot be written ({error}). Nothing was changed."
-                    ) from None
                 raise
 
-    def add(self, shard: int, scenes: Sequence[tuple[SceneInfo, str, bytes | None]]) -> None:
-        """Adds a shard and its scenes, row by row: metadata, checksum, thumbnail."""
+    def add(self, shard: int, scenes: Sequence[tuple[SceneInfo, str, bytes | None] | None]) -> None:
+        """Adds a shard and its scenes, row by row: metadata, checksum, thumbnail. None: a row that is left
+        out."""
         run = self._connection.execute
         run("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
-        for row, (info, checksum, png) in enumerate(scenes):
+        for row, entry in enumerate(scenes):
+            if entry is None:
+                continue
+            info, checksum, png = entry
             place = {"shard": shard, "row": row, "checksum": checksum}
             values = vars(info) | place | {"tags": json.dumps(info.tags)}
             scene = run(
@@ -361,6 +319,12 @@ class Index:
     def tag(self, name: str, tags: dict[str, Any]) -> None:
         """Replaces a scene's tags."""
         self._connection.execute("UPDATE scenes SET tags = ? WHERE name = ?", (json.dumps(tags), name))
+
+    def set_thumbnail(self, name: str, png: bytes) -> None:
+        """Stores the thumbnail of a scene that has none."""
+        self._connection.execute(
+            "INSERT INTO thumbnails SELECT id, ? FROM scenes WHERE name = ?", (png, name)
+        )
 
     def move(self, shard: int, names: Sequence[str]) -> None:
         """Adds a shard and moves scenes to its rows, in this order."""
@@ -385,7 +349,43 @@ class Index:
 
     def vacuum(self) -> None:
         """Frees the space of removed entries."""
-        self._connection.execute("VACUUM")
+        with self._lock, _writing(self.path):
+            self._connection.execute("VACUUM")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns SQLite's errors in writing, such as a full disk, into a UserError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}). Free some disk space, or check the permissions of the "
+            "folder and its files; then run the same command again."
+        ) from None
+
+
+def _address(path: Path) -> str:
+    if os.access(path.parent, os.W_OK):
+        mode = "rw"
+    else:
+        mode = "ro" if path.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
+    return f"{path.resolve().as_uri()}?mode={mode}"
+
+
+def index_problem(path: Path) -> str | None:
+    """Returns what is wrong with the file of an index: absent, empty, or what SQLite's own check finds. None
+    if nothing."""
+    if not path.is_file():
+        return "it is absent"
+    try:
+        with contextlib.closing(sqlite3.connect(_address(path), uri=True, timeout=60)) as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                return "it is empty"
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    return None if found == "ok" else " ".join(found.split())
 
 
 def _fits(value: Any, kind: Kind) -> bool:

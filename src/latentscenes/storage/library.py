@@ -10,13 +10,12 @@
     lock                        held by the process that writes
 
 A shard is written under a temporary name, flushed to disk, and renamed. One transaction then adds its scenes
-to the index. Only scenes in the index exist: after a kill in between, `compact` removes the unlisted shard.
+to the index. Only scenes in the index exist. A shard also says which scenes it holds, so that an index can be
+made again from the shards (recovery.py). No shard is ever replaced: a new one gets the next number.
 """
 
 import itertools
 import shutil
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,51 +34,38 @@ from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import (
+    PARTIAL,
     file_checksum,
     locked,
+    make_folder,
+    note_if_edited,
     now,
-    payload_checksum,
+    refuse_links,
     write_bytes,
-    write_json,
-    write_tensors,
+    write_sealed,
     writing_to,
 )
 from latentscenes.core.names import check_name, short
-from latentscenes.core.reading import reason, require_regular
+from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
-from latentscenes.storage.index import (
-    FILE,
-    FORMAT,
-    SHARED,
-    Index,
-    Place,
-    SceneInfo,
-    check_model_file,
-    read_description,
-    unknown_scene,
-)
-from latentscenes.storage.quantize import Payload, payload_at, payload_kind, stack_payloads, unpack
-from latentscenes.storage.run import (
-    FIT_SCORES,
-    SCORES,
-    circumstances,
-    holds_boxes,
-    read_metrics,
-    stored_model,
-)
+from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
+from latentscenes.storage.index import FILE, Index, SceneInfo, unknown_scene
+from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind, unpack
+from latentscenes.storage.records import FIT_SCORES, SCORES, circumstances, read_metrics
+from latentscenes.storage.run import SETTINGS
+from latentscenes.storage.shards import Shards, in_parts
+from latentscenes.storage.tensors import holds_boxes, stored_model, write_tensors
 
 T = TypeVar("T")
 
 START = "start.safetensors"
 """File of the folder `model` with the initial values of new scenes."""
-OPEN_SHARDS = 64
-"""Shards kept open for reading."""
 TRIES = 5
 """Attempts to read a scene that another process moves to a new shard meanwhile."""
 OURS = {
     "library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl",
-    SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm",
+    SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal",
 }  # fmt: skip
 """Names of files and folders in a library."""
 
@@ -125,13 +111,12 @@ class LibraryFolder:
     """An opened library folder. Threads may share it. Methods that write take the lock themselves."""
 
     def __init__(self, path: Path, config: Config, info: LibraryInfo, checksums: dict[str, str]):
-        """`checksums` are the SHA-256 of the files in `model`, by file name."""
+        """`checksums` are the SHA-256 of the files in `model` and of config.yaml, by file name."""
         self.path, self.config, self.info, self.checksums = path, config, info, checksums
         self.index = Index(path / FILE)
         self.wait = True
         """Whether writers wait for another process that writes; otherwise they raise a UserError."""
-        self._shards: OrderedDict[int, safe_open] = OrderedDict()
-        self._lock = threading.Lock()
+        self.shards = Shards(path / "shards")
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -148,11 +133,12 @@ class LibraryFolder:
         info.view.check(file)
         checksums = raw.get("checksums", {SHARED: raw.get("model_checksum")})
         checksums = config_io.build(dict[str, str], checksums, f"{file}: checksums")
-        settings = path / "config.yaml"
+        settings = path / SETTINGS
         if not settings.is_file():
             raise UserError(
                 f"{settings}: absent, but needed to read the library. Restore it from a copy of this library."
             )
+        note_if_edited(settings, checksums.get(SETTINGS))
         return cls(path, config_io.load(settings), info, checksums)
 
     @classmethod
@@ -177,8 +163,9 @@ class LibraryFolder:
         if cls.exists(path):
             raise UserError(f"{path}: holds a library already. Name another folder.")
         refuse_foreign(path)
+        refuse_links(path)
         with writing_to(path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         with locked(path / "lock", True, f"{path}: another process is creating this library"):
             if cls.exists(path):
                 raise UserError(
@@ -187,30 +174,32 @@ class LibraryFolder:
                 )
             for leftover in (path / "shards", path / "model"):
                 shutil.rmtree(leftover, ignore_errors=True)
-                leftover.mkdir()
+                make_folder(leftover)
             for leftover in path.glob(f"{FILE}*"):
                 leftover.unlink()
             write_tensors(path / "model" / SHARED, model.state_dict())
             write_tensors(path / "model" / START, start.tables())
-            write_bytes(path / "config.yaml", config_io.dump(config).encode())
+            write_bytes(path / SETTINGS, config_io.dump(config).encode())
             Index.create(path / FILE).close()
-            checksums = {name: file_checksum(path / "model" / name) for name in (SHARED, START)}
+            files = path / "model" / SHARED, path / "model" / START, path / SETTINGS
+            checksums = {file.name: file_checksum(file) for file in files}
             library = cls(path, config, info, checksums)
             if scenes:
                 library._append(scenes)
             facts = {"checksums": checksums, "made": now(), **circumstances()}
-            write_json(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
+            write_sealed(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
         return library
 
     def close(self) -> None:
         """Closes all files."""
         self.index.close()
-        self._shards.clear()
+        self.shards.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Holds the library's lock and deletes outdated scores at the end. Raises a UserError if another
-        process writes and `wait` is false, or the folder is read-only."""
+        process writes and `wait` is false, the folder is read-only, or links lie in it."""
+        refuse_links(self.path)
         holder = f"{self.path}: another process is writing to this library"
         with locked(self.path / "lock", self.wait, holder):
             yield
@@ -227,25 +216,25 @@ class LibraryFolder:
     def model(self, device: torch.device | str = "cpu") -> Model:
         """Returns the shared parts, frozen. Raises a UserError if their file is absent or damaged."""
         self.check_model()
-        model = stored_model(self.config, self.info.box, self.shared_file)
+        model = stored_model(self.config, self.info.box, self.shared_file, "Restore it from a copy.")
         return model.to(device).eval().requires_grad_(False)
 
     def check_model(self) -> None:
         """Raises a UserError if the file of the shared parts is absent or damaged."""
-        check_model_file(self.shared_file, "every scene needs it")
+        check_model_file(self.shared_file, "every scene needs it", self.checksums.get(SHARED))
 
     @property
     def has_boxes(self) -> bool:
         """Whether scenes have boxes of their own."""
         file = self.path / "model" / START
-        check_model_file(file, "new scenes start from it")
-        return holds_boxes(file)
+        check_model_file(file, "new scenes start from it", self.checksums.get(START))
+        return holds_boxes(file, "Restore it from a copy.")
 
     def starting_scene(self) -> SceneParameters:
         """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
         Raises a UserError if their file is absent or damaged."""
         file = self.path / "model" / START
-        check_model_file(file, "new scenes start from it")
+        check_model_file(file, "new scenes start from it", self.checksums.get(START))
         tables = {name: table[0].float() for name, table in load_file(file).items() if len(table) == 1}
         if not self.config.planes.mixing or "mixing" not in tables:
             tables["mixing"] = zero_mixing(1, self.config.planes)[0]
@@ -275,7 +264,7 @@ class LibraryFolder:
             place = self.index.place(name)
             if place is None:
                 raise unknown_scene(self.path, name, self.index.names())
-            return self.read(place)
+            return self.shards.read(place)
 
         return self._retried(read)
 
@@ -298,12 +287,12 @@ class LibraryFolder:
         return self._retried(read)
 
     def _weights(self, shard: int, rows: list[int], bases: int) -> Float[Tensor, "n M"]:
-        opened = self._open(shard)
+        opened = self.shards.open(shard)
         if "weights" not in opened.keys():  # noqa: SIM118
-            raise SafetensorError(f"{self.shard_file(shard)}: holds no weights")
+            raise SafetensorError(f"{self.shards.file(shard)}: holds no weights")
         shape = opened.get_slice("weights").get_shape()
         if len(shape) != 2 or shape[1] != bases or max(rows) >= shape[0]:
-            raise SafetensorError(f"{self.shard_file(shard)}: its weights are {shape}, not (n, {bases})")
+            raise SafetensorError(f"{self.shards.file(shard)}: its weights are {shape}, not (n, {bases})")
         return opened.get_tensor("weights")[rows].float()
 
     def _retried(self, read: Callable[[], T]) -> T:
@@ -331,9 +320,11 @@ class LibraryFolder:
         if taken := self.index.known(names) or {name for name in names if names.count(name) > 1}:
             raise self._taken(min(taken))
         kinds = itertools.groupby(scenes, lambda scene: payload_kind(scene.payload))
-        groups = list(enumerate((list(group) for _, group in kinds), self.index.next_shard()))
+        groups = list(
+            enumerate((part for _, kind in kinds for part in in_parts(list(kind))), self.next_shard())
+        )
         for number, group in groups:
-            self.write_shard(number, [scene.payload for scene in group])
+            self.shards.write(number, [(scene.info, scene.payload) for scene in group])
         with self.index.transaction():
             for number, group in groups:
                 self.index.add(
@@ -373,42 +364,14 @@ class LibraryFolder:
         """Returns the logged steps of the last learned group of scenes."""
         return read_metrics(self.path)
 
-    # Shards
-
-    def shard_file(self, shard: int) -> Path:
-        """Returns the path of a shard."""
-        return self.path / "shards" / f"{shard:06d}.safetensors"
-
-    def _open(self, shard: int) -> safe_open:
-        with self._lock:
-            if shard not in self._shards:
-                file = self.shard_file(shard)
-                try:
-                    require_regular(file)
-                    self._shards[shard] = safe_open(file, "pt")
-                except FileNotFoundError:
-                    raise FileNotFoundError(f"{file}: absent, though the index lists it") from None
-                except SafetensorError as error:
-                    raise SafetensorError(f"{file}: cannot be read ({error})") from None
-                if len(self._shards) > OPEN_SHARDS:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(shard)
-            return self._shards[shard]
-
-    def read(self, place: Place) -> Payload:
-        """Reads the payload at a place.
-
-        Raises:
-            FileNotFoundError, SafetensorError: the shard is absent or damaged.
-        """
-        return payload_at(self._open(place.shard), place.row)
-
-    def write_shard(self, number: int, payloads: Sequence[Payload]) -> None:
-        """Writes payloads of one kind to a shard that the index does not list yet."""
-        write_tensors(self.shard_file(number), stack_payloads(payloads))
+    def next_shard(self) -> int:
+        """Returns the number of the next shard, above those of the index and of all files."""
+        return max(self.index.next_shard(), 1, *(number + 1 for number in self.shards.numbers()))
 
 
 def refuse_foreign(path: Path) -> None:
     """Raises a UserError if `path` holds files that are no part of a library."""
-    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - OURS):
+    if path.is_dir():
+        names = {entry.name.partition(PARTIAL)[0] for entry in path.iterdir()}
+    if path.exists() and (not path.is_dir() or names - OURS):
         raise UserError(f"{path}: exists and holds no library. Name another folder.")

@@ -1,14 +1,15 @@
 """Maintenance of a library: verify, compact, store at a coarser precision, copy to another library.
 
 Scenes move by whole shards: a new shard is written, one transaction updates the index, then the old shard is
-removed. Each operation may be killed at any time; run it again to continue.
+removed. Each operation may be killed at any time; run it again to continue. Shards that the index does not
+list are kept if they hold scenes that it does not know (recovery.py).
 """
 
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,24 +17,32 @@ from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import file_checksum, folder_bytes, locked, payload_checksum
+from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked, sync
 from latentscenes.core.reading import reason, require_regular
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
-from latentscenes.storage.library import SHARED, START, LibraryFolder, NewScene
+from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo, index_problem
+from latentscenes.storage.library import SHARED, START, TRIES, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
     PRECISIONS,
     Payload,
     check_precision,
     pack,
     payload_bytes,
+    payload_checksum,
     payload_kind,
 )
+from latentscenes.storage.recovery import unlisted, unlisted_for_sure
+from latentscenes.storage.shards import MOST_SCENES, NAME, ShardScene
 
 SHARD_BYTES = 64 << 20
 """Target size of merged shards."""
 VIEWS = 4
 """Cameras around a scene for measuring the loss at a coarser precision."""
+FIXED = [entry.name for entry in fields(SceneInfo) if entry.name not in ("name", "tags")]
+"""What a scene's entry in the index and its shard both say."""
+NAMED = 3
+"""Scenes of an unlisted shard that `verify` names."""
 SAMPLE = 8
 """Scenes that `dial` measures."""
 
@@ -68,7 +77,10 @@ class Change:
 
 
 def verify(library: LibraryFolder) -> list[Damage]:
-    """Compares the model and all scenes with their stored checksums. Returns all differences."""
+    """Compares the model, all scenes and the index with what was written. Returns all differences, and shards
+    that the index does not list."""
+    if problem := index_problem(library.path / FILE):
+        return [Damage(FILE, f"is damaged ({problem}). {REMEDY} {library.path}")]
     found = []
     for name, use in ((SHARED, "every scene needs it"), (START, "new scenes start from it")):
         file = library.path / "model" / name
@@ -82,15 +94,45 @@ def verify(library: LibraryFolder) -> list[Damage]:
             found.append(Damage(f"model/{name}", f"cannot be read ({reason(error)}); {use}"))
     places = library.index.places().items()
     for name, place in sorted(places, key=lambda item: (item[1].shard, item[1].row)):
-        file = library.shard_file(place.shard).name
-        try:
-            if payload_checksum(library.read(place)) != place.checksum:
-                found.append(Damage(name, f"its bytes in {file} have changed"))
-        except FileNotFoundError:
-            found.append(Damage(name, f"its shard {file} is absent"))
-        except (SafetensorError, OSError) as error:
-            found.append(Damage(name, f"its shard {file} cannot be read ({reason(error)})"))
+        what = _scene_damage(library, name, place)
+        for _ in range(TRIES):
+            if what is None or (now := library.index.place(name)) == place:
+                break
+            place = now  # another process moved, removed or renamed it meanwhile
+            what = _scene_damage(library, name, place) if place else None
+        if what:
+            found.append(Damage(name, what))
+    for file, scenes in unlisted_for_sure(library).items():
+        found.append(Damage(f"shards/{file.name}", _unlisted(library, file, scenes)))
     return found
+
+
+def _scene_damage(library: LibraryFolder, name: str, place: Place) -> str | None:
+    """Returns what is wrong with a scene; None if nothing."""
+    file = library.shards.file(place.shard)
+    try:
+        if payload_checksum(library.shards.read(place)) != place.checksum:
+            return f"its bytes in {file.name} have changed"
+        info, stated = library.index.info(name), library.shards.stated(place)
+        if info and stated and (other := [key for key in FIXED if stated.get(key) != getattr(info, key)]):
+            return f"its entry in the index is not that of its shard {file.name}: {', '.join(other)}"
+    except FileNotFoundError:
+        return f"its shard {file.name} is absent"
+    except SafetensorError as error:
+        return f"its shard is damaged; {error}"
+    return None
+
+
+def _unlisted(library: LibraryFolder, file: Path, scenes: list[ShardScene] | str) -> str:
+    if isinstance(scenes, str):
+        return f"the index does not list it, and it cannot be read ({scenes})"
+    names = ", ".join(repr(scene.info.name) for scene in scenes[:NAMED]) + (
+        " …" if len(scenes) > NAMED else ""
+    )
+    return (
+        f"the index, which may be an older copy, does not list it; it holds {names}. "
+        f"Take it in: latentscenes library rebuild {library.path}"
+    )
 
 
 def _is_unchanged(file: Path, checksum: str) -> bool:
@@ -110,7 +152,7 @@ def compact(library: LibraryFolder) -> int:
     with library.writing():
         shards = library.index.shards()
         partial = {shard for shard, (written, remaining) in shards.items() if remaining < written}
-        worn = partial | {shard for shard in shards if _is_small(library.shard_file(shard))}
+        worn = partial | {shard for shard in shards if _is_small(library.shards.file(shard))}
         if partial or len(worn) > 1:
             names = [name for name, place in library.index.places().items() if place.shard in worn]
             _rewrite(library, names, lambda name, payload: None)
@@ -244,7 +286,8 @@ def _rewrite(
         old = checked_payload(library, name)
         changed = change(name, old)
         payload = changed.payload if changed else old
-        if batch and (size > SHARD_BYTES or payload_kind(batch[0][1]) != payload_kind(payload)):
+        full = size > SHARD_BYTES or len(batch) == MOST_SCENES
+        if batch and (full or payload_kind(batch[0][1]) != payload_kind(payload)):
             _commit(library, batch)
             batch, size = [], 0
         batch.append((name, payload, changed))
@@ -254,27 +297,38 @@ def _rewrite(
 
 
 def _commit(library: LibraryFolder, batch: Sequence[tuple[str, Payload, Change | None]]) -> None:
-    number, index = library.index.next_shard(), library.index
-    library.write_shard(number, [payload for _, payload, _ in batch])
+    number, index = library.next_shard(), library.index
+    scenes = [
+        (_changed_info(index.info(name), payload, changed), payload) for name, payload, changed in batch
+    ]
+    library.shards.write(number, scenes)
     with index.transaction():
         index.move(number, [name for name, _, _ in batch])
-        for name, payload, changed in batch:
-            if changed:
-                checksum, size = payload_checksum(payload), payload_bytes(payload)
-                index.restate(name, checksum, changed.precision, size, changed.psnr_lost)
+        for info, payload in scenes:
+            index.restate(info.name, payload_checksum(payload), info.precision, info.bytes, info.psnr_lost)
     _drop_orphans(library)
 
 
+def _changed_info(info: SceneInfo, payload: Payload, changed: Change | None) -> SceneInfo:
+    if changed is None:
+        return info
+    size = payload_bytes(payload)
+    return replace(info, precision=changed.precision, bytes=size, psnr_lost=changed.psnr_lost)
+
+
 def _drop_orphans(library: LibraryFolder) -> None:
-    """Removes shards without scenes and files that the index does not list."""
-    shards = library.index.shards()
+    """Removes shards without scenes, and files of kills: unlisted shards whose scenes the index knows, and
+    incomplete ones. A shard is removed before the index forgets it, so that removed scenes do not come back.
+    """
+    folder, shards = library.path / "shards", library.index.shards()
     empty = {shard for shard, (_, remaining) in shards.items() if not remaining}
+    kept = {library.shards.file(shard) for shard in shards.keys() - empty} | unlisted(library).keys()
+    for file in folder.iterdir():
+        if file not in kept and (NAME.fullmatch(file.name) or PARTIAL in file.name):
+            file.unlink()
+    sync(folder)
     with library.index.transaction():
         library.index.forget_shards(empty)
-    kept = {library.shard_file(shard).name for shard in shards.keys() - empty}
-    for file in (library.path / "shards").iterdir():
-        if file.name not in kept:
-            file.unlink()
 
 
 def _drop_work(library: LibraryFolder) -> None:

@@ -9,7 +9,6 @@ pretrained/NAME/CARD.md                                    training data, method
 
 import dataclasses
 import math
-import sqlite3
 from importlib import resources
 from pathlib import Path
 
@@ -20,11 +19,22 @@ from safetensors.torch import load_file
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import file_checksum, now, write_bytes, write_json, write_tensors, writing_to
+from latentscenes.core.files import (
+    file_checksum,
+    make_folder,
+    now,
+    partial_path,
+    publish,
+    write_bytes,
+    write_sealed,
+    writing_to,
+)
 from latentscenes.data.dataset import PosedImages
-from latentscenes.storage.index import FILE, Index, read_description
+from latentscenes.storage.description import read_description
+from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.run import Run
+from latentscenes.storage.tensors import write_tensors
 
 MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
 KEPT = (
@@ -68,21 +78,24 @@ def export_model(source: LibraryFolder, out: Path) -> int:
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder.")
     with writing_to(out):
-        (out / "model").mkdir(parents=True)
-    files = [out / "model" / name for name in (SHARED, START)]
+        make_folder(out.parent)
+        partial = partial_path(out)
+        (partial / "model").mkdir(parents=True)
+    files = [partial / "model" / name for name in (SHARED, START)]
     for file in files:
         tensors = load_file(source.path / "model" / file.name)
         write_tensors(file, {key: tensor.half() for key, tensor in tensors.items()})
-    Index.create(out / FILE).close()
-    connection = sqlite3.connect(out / FILE)
-    connection.execute("PRAGMA journal_mode = DELETE")
-    connection.close()
-    write_bytes(out / "config.yaml", (source.path / "config.yaml").read_bytes())
+    Index.create(partial / FILE, "DELETE").close()
+    write_bytes(partial / "config.yaml", (source.path / "config.yaml").read_bytes())
     known = read_description(source.path)
     checksums = {file.name: file_checksum(file) for file in files}
     facts = {key: known[key] for key in KEPT if key in known}
-    write_json(out / "library.json", facts | {"parent": out.name, "checksums": checksums, "made": now()})
-    return sum(file.stat().st_size for file in files)
+    write_sealed(
+        partial / "library.json", facts | {"parent": out.name, "checksums": checksums, "made": now()}
+    )
+    with writing_to(out):
+        publish(partial, out)
+    return sum((out / "model" / file.name).stat().st_size for file in files)
 
 
 def library_from_model(

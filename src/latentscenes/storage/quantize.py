@@ -6,6 +6,7 @@ fewer bits give a smaller stream although each code fills a byte. Weights, bias 
 float32; mixing is stored as float16.
 """
 
+import hashlib
 import math
 import zlib
 from collections.abc import Sequence
@@ -88,6 +89,25 @@ def _sized(payload: Payload, name: str, shape: tuple[int, ...]) -> Tensor:
 def payload_bytes(payload: Payload) -> int:
     """Returns the size of a payload in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
+
+
+def payload_checksum(payload: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(payload):
+        tensor = payload[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def payload_precision(payload: Payload) -> StoragePrecision:
+    """Returns at which precision a payload is stored."""
+    if f"micro.{STREAM}" not in payload:
+        half = payload.get("micro", torch.zeros(0)).dtype == torch.float16
+        return "float16" if half else "float32"
+    codes = np.frombuffer(zlib.decompress(payload[f"micro.{STREAM}"].numpy().data), np.int8)
+    return f"int{int(np.abs(codes).max(initial=3)).bit_length() + 1}"
 
 
 def payload_kind(payload: Payload) -> tuple:

@@ -11,6 +11,7 @@ journals are then void. After a kill or a power cut at any point, one of the two
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from latentscenes.core.config import Config, PlanesConfig
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import make_folder, sync, write_bytes
 from latentscenes.core.runtime import machine_memory
 from latentscenes.model.planes import SceneParameters, random_parameters, zero_mixing
 
@@ -32,14 +34,17 @@ CHUNK = 256
 class RowFiles:
     """The files of n scenes' micro planes. Only the process that holds the run's lock opens them."""
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]):
+    def __init__(self, folder: Path, shape: tuple[int, ...], complete: bool):
+        """Opens the files, or makes them anew if they are not yet `complete`. Raises a UserError if one is
+        absent or of another size."""
         self.folder, self.shape = folder, shape
-        self.tables = {name: self._map(name) for name in TABLES}
+        self.tables = {}
+        for name in TABLES:
+            if complete:
+                _check_size(folder / f"{name}.bin", shape)
+            mode = "r+" if complete else "w+"
+            self.tables[name] = np.memmap(folder / f"{name}.bin", np.float32, mode, shape=shape)
         self._journal, self._journaled, self._total = None, np.zeros(shape[0], bool), 0
-
-    def _map(self, name: str) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
-        return np.memmap(path, np.float32, "r+" if path.exists() else "w+", shape=self.shape)
 
     @property
     def micro(self) -> Tensor:
@@ -65,6 +70,7 @@ class RowFiles:
             return
         if self._journal is None:
             self._journal = open(self._journal_of(self._total), "ab", buffering=0)
+            sync(self.folder)
         for row in new:
             record = [np.int64(row).tobytes(), *(self.tables[name][row].tobytes() for name in TABLES)]
             self._journal.write(b"".join(record))
@@ -112,15 +118,16 @@ def rows_on_disk(
     """Opens the micro planes in `folder`, or creates random ones. Returns the parameters of `count` scenes,
     with new random weights in memory, and the files."""
     small = random_parameters(count, dataclasses.replace(config, micro=0), generator)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     whole = folder / "complete"
-    files = RowFiles(folder, (count, 3, config.resolution, config.resolution, config.micro))
+    shape = (count, 3, config.resolution, config.resolution, config.micro)
+    files = RowFiles(folder, shape, whole.exists())
     if not whole.exists():
         for first in range(0, count, CHUNK):
             chunk = torch.randn(files.micro[first : first + CHUNK].shape, generator=generator)
             files.micro[first : first + CHUNK] = config.initial_std * chunk
         files.flush()
-        whole.touch()
+        write_bytes(whole, b"")
     return SceneParameters(files.micro, small.weights, small.bias, zero_mixing(count, config)), files
 
 
@@ -133,7 +140,15 @@ def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
             "Run its `latentscenes train` command again first."
         )
     shape = (count, 3, config.resolution, config.resolution, config.micro)
+    _check_size(folder / "micro.bin", shape)
     return torch.from_numpy(np.memmap(folder / "micro.bin", np.float32, "c", shape=shape))
+
+
+def _check_size(file: Path, shape: tuple[int, ...]) -> None:
+    found, right = file.stat().st_size if file.is_file() else None, 4 * math.prod(shape)
+    if found != right:
+        what = "absent" if found is None else f"{found} bytes long instead of {right}"
+        raise UserError(f"{file}: {what}. Restore it from a copy, or start the run again in a new folder.")
 
 
 def belong_on_disk(count: int, config: Config) -> bool:

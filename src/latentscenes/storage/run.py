@@ -1,50 +1,66 @@
 """A run folder: configuration, learned parameters, and the state that continues learning after any crash.
 
     config.yaml        every setting
-    run.json           data, scene names, box, versions, command
+    run.json           data, scene names, box, versions, command; its checksum, and that of config.yaml
     metrics.jsonl      one line per logged step
-    checkpoints/N/     state after N steps: shared, rows and optimizer.safetensors, state.json
+    checkpoints/N/     state after N steps: shared, rows and optimizer.safetensors; state.json with checksums
     evaluation.json    scores, once evaluated; deleted when learning goes on
 
-A checkpoint gets its name only when it is complete. Random numbers are a function of (seed, stage, step), see
-core/runtime.py, so tensors and counters suffice for an exact continuation.
+A checkpoint gets its name only when it is complete and on the disk. The two newest are kept, so a run goes
+on if the newest is damaged. Random numbers are a function of (seed, stage, step), see core/runtime.py, so
+tensors and counters suffice for an exact continuation.
 """
 
 import json
-import platform
-import shlex
+import math
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config
-from latentscenes.core.console import Spent
-from latentscenes.core.errors import UserError
-from latentscenes.core.files import locked, write_bytes, write_json
+from latentscenes.core.console import Spent, say
+from latentscenes.core.errors import Damaged, UserError
+from latentscenes.core.files import (
+    PARTIAL,
+    check_file,
+    file_checksum,
+    locked,
+    make_folder,
+    note_if_edited,
+    publish,
+    read_object,
+    refuse_links,
+    sync,
+    write_bytes,
+    write_sealed,
+    writing_to,
+)
 from latentscenes.core.names import check_name
-from latentscenes.core.reading import parse_json, read_json, read_text, reason, require_regular
 from latentscenes.core.runtime import seeded
-from latentscenes.core.version import __version__
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, random_parameters, scene_shapes
+from latentscenes.storage.records import (
+    FIT_SCORES,
+    METRICS,
+    SCORES,
+    circumstances,
+    command_text,
+    read_metrics,
+)
 from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
+from latentscenes.storage.tensors import fill_model, holds_boxes, read_tensors, stored_model, write_tensors
 
-SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
-"""Scores on held-out and on fitted views. The next change of the run or library deletes them."""
-MOST_LOG = 512 << 20
-"""Bytes of the largest log that is read."""
+KEPT = 2
+"""Number of checkpoints that are kept."""
+SETTINGS = "config.yaml"
 
 
 @dataclass
@@ -111,11 +127,14 @@ class Run:
             return run
         for name in info.scenes:
             check_name(name, info.data)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        settings = config_io.dump(config).encode()
+        if path.exists() and not _only_begun(path, settings):
             raise UserError(f"{path}: exists and holds no run. Name another folder.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_bytes(path / "config.yaml", config_io.dump(config).encode())
-        write_json(path / "run.json", asdict(info) | circumstances())
+        with writing_to(path):
+            make_folder(path)
+        write_bytes(path / SETTINGS, settings)
+        checksums = {"checksums": {SETTINGS: file_checksum(path / SETTINGS)}}
+        write_sealed(path / "run.json", asdict(info) | circumstances() | checksums)
         return cls(path, config, info)
 
     @classmethod
@@ -125,14 +144,18 @@ class Run:
         file = path / "run.json"
         if not file.is_file():
             raise UserError(f"{path}: no run here (run.json is absent). Start one with `latentscenes train`.")
-        meta = read_json(file, "Start the run again in a new folder.")
-        known = RunInfo.__dataclass_fields__
+        remedy = "Start the run again in a new folder, or restore the file from a copy."
+        meta, known = read_object(file, remedy), RunInfo.__dataclass_fields__
         info = config_io.build(RunInfo, {name: meta[name] for name in known if name in meta}, file)
         info.box.check(file)
-        return cls(path, config_io.load(path / "config.yaml"), info)
+        if not (path / SETTINGS).is_file():
+            raise Damaged(f"{path / SETTINGS}: absent. {remedy}")
+        note_if_edited(path / SETTINGS, meta.get("checksums", {}).get(SETTINGS))
+        return cls(path, config_io.load(path / SETTINGS), info)
 
     def lock(self) -> None:
-        """Takes the run's lock. Raises a UserError if another process holds it."""
+        """Takes the run's lock. Raises a UserError if another process holds it, or links lie in the run."""
+        refuse_links(self.path)
         holder = f"{self.path}: another process is working on this run"
         self._lock.enter_context(locked(self.path / "lock", False, holder))
 
@@ -142,43 +165,53 @@ class Run:
 
     # Checkpoints
 
-    def _newest(self) -> Path | None:
-        """Returns the newest checkpoint. `N.old` counts until `N` replaces it."""
+    def _checkpoints(self) -> list[Path]:
+        """Returns all checkpoints, newest first. `N.old` counts until `N` replaces it."""
 
         def age(path: Path) -> tuple[int, bool]:
             return int(path.name.removesuffix(".old")), path.suffix != ".old"
 
-        found = (self.path / "checkpoints").glob("*")
-        return max(
-            (path for path in found if path.name.removesuffix(".old").isdigit()), key=age, default=None
-        )
+        home = self.path / "checkpoints"
+        found = (path for path in home.glob("*") if path.name.removesuffix(".old").isdigit())
+        return sorted(found, key=age, reverse=True)
+
+    def newest(self) -> Path | None:
+        """Returns the newest checkpoint, damaged or not."""
+        return next(iter(self._checkpoints()), None)
 
     def save(self, model: Model, rows: SceneParameters, state: dict[str, Tensor], position: Position) -> None:
-        """Writes a checkpoint and removes the previous one.
+        """Writes a checkpoint. Once it is on the disk, removes all but the KEPT newest.
 
         Args:
             state: optimizer state and other tensors of the stage.
         """
         target = self.path / "checkpoints" / str(position.total)
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tensors in (("shared", model.state_dict()), ("rows", rows.tables()), ("optimizer", state)):
-            kept = {key: value.detach().cpu().contiguous() for key, value in self._unfiled(tensors).items()}
-            save_file(kept, partial / f"{name}.safetensors")
-        if self.files:
-            self.files.flush()
-        write_json(partial / "state.json", asdict(position))
-        if target.exists():
-            target.rename(target.with_name(f"{target.name}.old"))
-        partial.rename(target)
-        for scores in (SCORES, FIT_SCORES):
-            (self.path / scores).unlink(missing_ok=True)
-        if self.files:
-            self.files.begin(position.total)
-        for other in target.parent.iterdir():
-            if other != target:
-                shutil.rmtree(other)
+        partial = target.with_name(f"{target.name}{PARTIAL}")
+        parts = {"shared": model.state_dict(), "rows": rows.tables(), "optimizer": state}
+        with writing_to(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            make_folder(target.parent)
+            partial.mkdir()
+            for name, tensors in parts.items():
+                write_tensors(partial / f"{name}.safetensors", self._unfiled(tensors))
+            checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir())}
+            write_sealed(partial / "state.json", asdict(position) | {"checksums": checksums})
+            if self.files:
+                self.files.flush()
+            if (self.path / METRICS).exists():
+                sync(self.path / METRICS)
+            if target.exists():
+                target.rename(target.with_name(f"{target.name}.old"))
+            publish(partial, target)
+            for scores in (SCORES, FIT_SCORES):
+                (self.path / scores).unlink(missing_ok=True)
+            if self.files:
+                self.files.begin(position.total)
+            others = [path for path in self._checkpoints() if path.suffix != ".old" and path != target]
+            kept = {target, *others[: 0 if self.files else KEPT - 1]}
+            for other in set(target.parent.iterdir()) - kept:
+                if other.name.partition(".")[0].isdigit():
+                    shutil.rmtree(other)
 
     def _unfiled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Removes micro planes and their moments if these are stored in files."""
@@ -196,28 +229,63 @@ class Run:
 
     @property
     def position(self) -> Position:
-        """Progress at the newest checkpoint; zero if there is none."""
-        newest = self._newest()
+        """Progress at the newest checkpoint; zero if there is none. Raises a UserError if it is damaged."""
+        newest = self.newest()
         if newest is None:
             return Position()
-        file = newest / "state.json"
-        return config_io.build(Position, read_json(file, "Start the run again in a new folder."), file)
+        file, known = newest / "state.json", Position.__dataclass_fields__
+        state = read_object(file, self._remedy())
+        return config_io.build(Position, {name: state[name] for name in known if name in state}, file)
+
+    def _check(self, checkpoint: Path) -> None:
+        """Raises a UserError if a file of a checkpoint has another checksum than when it was written.
+        Checkpoints of earlier versions have no checksums."""
+        state = read_object(checkpoint / "state.json", self._remedy())
+        for name, checksum in state.get("checksums", {}).items():
+            check_file(checkpoint / name, checksum, self._remedy())
+
+    def _remedy(self) -> str:
+        if len(self._checkpoints()) > 1 and not self.files:
+            return "The command that made this run goes on from the checkpoint before; run it again."
+        return f"Restore it from a copy, or remove {self.path} and run the command that made it again."
+
+    def check(self) -> None:
+        """Raises Damaged if the run has checkpoints, but none of them is intact."""
+        problem = None
+        for checkpoint in self._checkpoints():
+            try:
+                return self._check(checkpoint)
+            except Damaged as error:
+                problem = error
+        if problem:
+            raise problem
 
     def restore(self, model: Model, rows: SceneParameters) -> None:
-        """Copies the newest checkpoint, if any, into the given model and parameters."""
-        newest = self._newest()
+        """Copies the newest intact checkpoint, if any, into the given model and parameters. Says which newer
+        ones are damaged, and puts them aside. Raises a UserError if all are damaged."""
+        for checkpoint in self._checkpoints():
+            try:
+                self._check(checkpoint)
+                position = self.position
+                fill_model(model, checkpoint / "shared.safetensors", self._remedy())
+                self._fill(rows.tables(), checkpoint / "rows.safetensors")
+                break
+            except Damaged as error:
+                if self.files or checkpoint == self._checkpoints()[-1]:
+                    raise
+                say(str(error))
+                checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+        else:
+            position = Position()
         if self.files:
-            self.files.go_back(self.position.total)
-        if newest is not None:
-            fill_model(model, newest / "shared.safetensors")
-            self._fill(rows.tables(), newest / "rows.safetensors")
+            self.files.go_back(position.total)
 
     def restore_state(self, state: dict[str, Tensor]) -> None:
         """Copies the state of a stage, such as the optimizers' moments, from the newest checkpoint."""
-        self._fill(state, self._newest() / "optimizer.safetensors")
+        self._fill(state, self.newest() / "optimizer.safetensors")
 
     def _fill(self, tensors: dict[str, Tensor], file: Path) -> None:
-        saved = _load(file)
+        saved = read_tensors(file, self._remedy())
         for name, tensor in self._unfiled(tensors).items():
             if name not in saved and not tensor.numel():
                 continue  # a table that earlier versions did not have, and that is unused
@@ -231,8 +299,9 @@ class Run:
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
         """Returns the learned model, frozen, and the scenes, on a device. Raises a UserError if nothing has
         been learned yet, or the checkpoint is damaged."""
-        model = stored_model(self.config, self.info.box, self.shared_file)
-        tables = _load(self.rows_file)
+        self._check(self._learned())
+        model = stored_model(self.config, self.info.box, self.shared_file, self._remedy())
+        tables = read_tensors(self.rows_file, self._remedy())
         if "micro" not in tables:
             tables["micro"] = read_micro(self.path / "rows", len(self.info.scenes), self.config.planes)
         rows = self._scenes(tables)
@@ -262,7 +331,7 @@ class Run:
         return self._learned() / "rows.safetensors"
 
     def _learned(self) -> Path:
-        newest = self._newest()
+        newest = self.newest()
         if newest is None:
             raise UserError(
                 f"{self.path}: nothing has been learned yet. Run the command that started this run again."
@@ -272,8 +341,8 @@ class Run:
     @property
     def has_boxes(self) -> bool:
         """Whether scenes have boxes of their own; false before the first checkpoint."""
-        newest = self._newest()
-        return newest is not None and holds_boxes(newest / "rows.safetensors")
+        newest = self.newest()
+        return newest is not None and holds_boxes(newest / "rows.safetensors", self._remedy())
 
     @property
     def finished(self) -> bool:
@@ -293,15 +362,14 @@ class Run:
 
     def cut_metrics(self, total: int) -> None:
         """Removes an incomplete last line and the lines of steps after `total`, which will be repeated."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if path.exists():
-            complete = (line for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [line for line in complete if json.loads(line)["total"] <= total]
-            write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+            kept = [line for line in read_metrics(self.path) if line.get("total", math.inf) <= total]
+            write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
-        with open(self.path / "metrics.jsonl", "a") as stream:
+        with writing_to(self.path / METRICS), open(self.path / METRICS, "a") as stream:
             stream.write(json.dumps(entry | {"time": round(time.time(), 3)}) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -315,84 +383,9 @@ class Run:
         return sum(map(position.spent, position.seconds), Spent(0.0, 0.0))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the logged steps in a run or library folder."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    try:
-        lines = [parse_json(line) for line in read_text(path, MOST_LOG).splitlines()]
-        if all(isinstance(line, dict) for line in lines):
-            return lines
-        raise ValueError("a line is no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}). Correct it, or move it away.") from None
-
-
-def command_text(arguments: Sequence[str]) -> str:
-    """Formats a command noted in a run or library as it is typed; empty for none."""
-    if not arguments:
-        return ""
-    program = Path(arguments[0])
-    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
-    return " ".join([name, *map(shlex.quote, arguments[1:])])
-
-
-def circumstances() -> dict[str, Any]:
-    """Returns versions, machine and command, to be stored beside a result."""
-    versions = {"latentscenes": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"versions": versions, "machine": platform.platform(), "command": sys.argv}
-
-
-def stored_model(config: Config, box: Box, path: Path) -> Model:
-    """Builds a model and fills it from a file. Raises a UserError if that is damaged or belongs to another
-    configuration; base planes, which can be of any size, are compared before they are allocated."""
-    planes = config.planes
-    shape = [planes.bases if planes.macro else 0, 3, planes.resolution, planes.resolution, planes.macro]
-    try:
-        require_regular(path)
-        with safe_open(path, "np") as stored:
-            found = stored.get_slice("bases").get_shape()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}). Restore it from a copy.") from None
-    if found != shape:
-        raise UserError(f"{path}: base planes are {found}, but the configuration needs {shape}.")
-    model = Model(config, box, pretrained=False)
-    fill_model(model, path)
-    return model
-
-
-def fill_model(model: Model, path: Path) -> None:
-    """Copies the weights of a file into a model. Raises a UserError if the file is damaged, or belongs to
-    another version or configuration."""
-    try:
-        model.load_state_dict(_load(path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{path}: does not fit this version's model ({reason} …). Learn the run again in a new folder."
-        ) from None
-
-
-def holds_boxes(tables: Path) -> bool:
-    """Returns whether a file of scene parameters holds boxes of the scenes' own."""
-    with _readable(tables), safe_open(tables, "pt") as stored:
-        return "box" in stored.keys() and stored.get_slice("box").get_shape()[1] > 0  # noqa: SIM118
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    with _readable(path):
-        require_regular(path)
-        return load_file(path)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns errors of reading a checkpoint into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
-            f"{path}: cannot be read ({reason(error)}). "
-            "Only the newest checkpoint is kept: remove the run folder and start again."
-        ) from None
+def _only_begun(path: Path, settings: bytes) -> bool:
+    """Whether `path` holds no more than the start of a run with these settings wrote before it was killed."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir() if PARTIAL not in entry.name} - {"lock"}
+    return not names or names == {SETTINGS} and (path / SETTINGS).read_bytes() == settings

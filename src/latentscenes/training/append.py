@@ -110,6 +110,19 @@ def new_scene(
     return NewScene(info, payload, thumbnail(model, stored, view))
 
 
+def draw_thumbnails(library: LibraryFolder, device: torch.device | str) -> None:
+    """Renders the thumbnails of scenes that have none, after the index was made from the shards."""
+    names = library.index.without_thumbnail()
+    if not names:
+        return
+    model = library.model(device)
+    with library.writing():
+        for name in track(names, "Thumbnails", console=console, disable=not console.is_terminal):
+            picture = thumbnail(model, library.parameters(name).to(device), library.info.view)
+            with library.index.transaction():
+                library.index.set_thumbnail(name, picture)
+
+
 @torch.no_grad()
 def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Sequence[int]) -> float:
     """Returns the mean PSNR (dB) of a scene's decoded renders on some views of a dataset."""

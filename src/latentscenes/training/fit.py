@@ -13,7 +13,7 @@ import torch
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import Config
-from latentscenes.core.console import console
+from latentscenes.core.console import say
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
 from latentscenes.data.placing import fitting, object_box, place, turn_of, turned_box
@@ -31,6 +31,8 @@ TRIED = 3
 """Objects that are learned in each turn."""
 LAST = 3
 """Logged errors at the end of learning that are averaged."""
+IMAGE_TERMS = ("latent", "color", "rgb")
+"""Losses that compare with images."""
 CLEARLY = 0.95
 """Objects are turned only if the error falls below this share of the error without a turn."""
 
@@ -54,8 +56,8 @@ def fitted_dataset(
         best = min(errors, key=errors.get)
         turn = best if errors[best] < CLEARLY * errors[0.0] else 0.0
         listed = ", ".join(f"{degrees:.0f}°: {error:.4f}" for degrees, error in errors.items())
-        _note(f"Error after a few steps, by turn: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
-        _note(
+        say(f"Error after a few steps, by turn: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
+        say(
             f"latentscenes data place --folder {images.path} --out {target} --turn {turn:.0f} --fit-to {name}"
         )
         place(images.path, target, Placement(turn=turn), None if learned.has_boxes else learned.info.box)
@@ -98,9 +100,5 @@ def _error(
             Path(work) / "run", config, RunInfo("exploit", str(images.path), "new", names, model.box)
         )
         Trainer(run, model, TrainingScenes(rows, images, scenes), label="Trying a turn").fit(config.exploit)
-        errors = [entry["latent"] for entry in run.metrics()][-LAST:]
+        errors = [sum(entry.get(name, 0.0) for name in IMAGE_TERMS) for entry in run.metrics()][-LAST:]
     return sum(errors) / len(errors)
-
-
-def _note(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)

@@ -63,7 +63,7 @@ def train(
     info = RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box)
     run = Run.create(out, config, info)
     model = Model(config, box).to(device)
-    if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and not run.position.total:
+    if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and run.newest() is None:
         model.codec.fit_components(_sample(images, scenes).to(device))
     tracker = Tracker(track, run.path, {"seed": config.seed})
     rows = run.begin_parameters(device)

@@ -1,6 +1,7 @@
 """Compiles the native kernel at first use with the machine's C++ compiler.
 
-The library is cached under $XDG_CACHE_HOME (default ~/.cache). Its name contains a hash of sources, flags,
+The library is cached under $XDG_CACHE_HOME (default ~/.cache), or in a folder of the user in the temporary
+directory if nothing can be written there. Its name contains a hash of sources, flags,
 compiler and CPU, so a change of any of them builds a new one. It is compiled under a temporary name and then
 renamed, so other processes never see a partial file.
 """
@@ -12,9 +13,12 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
+
+from latentscenes.core.files import publish
 
 SOURCE = Path(__file__).parent
 FLAGS = (
@@ -63,16 +67,33 @@ def cpu_model() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def cache_folder() -> Path:
+def cache_folders() -> list[Path]:
+    """Returns where the library may lie: the user's cache or, for those who cannot write there, a folder of
+    the user in the temporary directory."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(root) / "latentscenes"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return [Path(root) / "latentscenes", Path(tempfile.gettempdir()) / f"latentscenes-{user}"]
+
+
+def is_trusted(path: Path) -> bool:
+    """Returns whether only this user and root can have written a file or folder: code is loaded from it."""
+    found = path.lstat()
+    if not hasattr(os, "getuid"):
+        return True
+    return found.st_uid in (0, os.getuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o002
+
+
+def cache_folder() -> Path:
+    """Returns the first folder of `cache_folders` that can be written, made if needed. Raises BuildError."""
+    for folder in cache_folders():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK) and is_trusted(folder):
             return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="latentscenes-"))
+    tried = " and ".join(map(str, cache_folders()))
+    raise BuildError(f"{tried} cannot be written, or belong to other users. Set XDG_CACHE_HOME to a folder")
 
 
 def build() -> Path:
@@ -85,11 +106,13 @@ def build() -> Path:
     parts = [path.name.encode() + path.read_bytes() for path in sources]
     parts += [repr((command, version.stdout, FLAGS, OPTIONAL_FLAGS, cpu_model())).encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-    folder = cache_folder()
-    library = folder / f"native-{digest}.so"
-    if library.exists():
-        return library
+    name = f"native-{digest}.so"
+    for folder in cache_folders():
+        if (folder / name).exists() and is_trusted(folder) and is_trusted(folder / name):
+            return folder / name
 
+    folder = cache_folder()
+    library = folder / name
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".so.partial")
     os.close(handle)
     try:
@@ -98,7 +121,7 @@ def build() -> Path:
             line = [*command, *FLAGS, *optional, *units, "-o", partial]
             compiled = subprocess.run(line, capture_output=True, text=True, check=False)
             if compiled.returncode == 0:
-                os.replace(partial, library)
+                publish(Path(partial), library)
                 return library
         raise BuildError(f"{shlex.join(command)} could not compile it: {compiled.stderr.strip()[:500]}")
     finally:
@@ -110,6 +133,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """Loads the library. Returns it, or None and the reason. torch must be imported first: then both share
     one OpenMP runtime and its threads."""
     try:
-        return ctypes.CDLL(str(build())), ""
+        library = build()
+        try:
+            return ctypes.CDLL(str(library)), ""
+        except OSError:  # the file is damaged
+            library.unlink()
+            return ctypes.CDLL(str(build())), ""
     except (BuildError, OSError) as error:
         return None, str(error)

@@ -1,0 +1,113 @@
+"""What benchmarks/faults.py does harm to: commands with their right results, writers and readers at work."""
+
+import hashlib
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from latentscenes.core.errors import UserError
+from latentscenes.core.files import file_checksum
+from latentscenes.data.dataset import PosedImages, verify
+from latentscenes.storage import maintenance
+from latentscenes.storage.library import LibraryFolder, NewScene
+from latentscenes.storage.run import Run
+
+SETTINGS = """
+codec: {kind: identity}
+planes: {resolution: 8, micro: 4, macro: 4, bases: 2}
+field: {hidden: 16}
+render: {coarse: 8, fine: 6}
+train: [{name: scenes, epochs: 4, scenes: 2, views: 2, losses: {latent: 1},
+         rates: {micro: 1e-2, weights: 1e-2, bases: 1e-2, field: 1e-2}}]
+exploit: [{name: fit, epochs: 2, scenes: 1, views: 2, losses: {latent: 1},
+           rates: {micro: 1e-2, weights: 1e-2}}]
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that writes to `{out}`."""
+
+    name: str
+    command: str
+    start: str | None = None
+    """Folder that is copied to `{out}` first."""
+
+
+CASES = (
+    Case("train", "train --config {home}/tiny.yaml --data {home}/cars --out {out} --threads 1"),
+    Case(
+        "train, rows in files",
+        "train --config {home}/tiny.yaml --data {home}/cars --out {out} --threads 1 --set storage=disk",
+    ),
+    Case(
+        "exploit", "exploit --run {home}/run --data {home}/cars --out {out} --threads 1 --workers 1 --group 1"
+    ),
+    Case("library compact", "library compact {out}", "many"),
+    Case("library repack", "library repack {out} --precision int4 --threads 1", "many"),
+    Case("library rebuild", "library rebuild {out} --threads 1", "old"),
+    Case("library model", "library model {home}/library {out}"),
+    Case("data join", "data join --folders {home}/cars {home}/cars2 --out {out}"),
+)
+
+
+def result_of(out: Path) -> dict:
+    """Describes what a command made: a run, a library or a dataset."""
+    if (out / "run.json").exists():
+        run = Run.open(out)
+        model, rows = run.load()
+        tensors = {**model.state_dict(), **rows.tables()}
+        sums = {
+            name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()
+        }
+        lines = [{key: value for key, value in line.items() if key != "time"} for line in run.metrics()]
+        return {"tensors": sums, "metrics": lines, "finished": run.finished}
+    if LibraryFolder.exists(out):
+        library = LibraryFolder.open(out)
+        scenes = {name: place.checksum for name, place in library.index.places().items()}
+        damage = [str(damage) for damage in maintenance.verify(library)]
+        library.close()
+        return {"scenes": scenes, "damage": damage, "model": library.checksums["shared.safetensors"]}
+    PosedImages.open(out)
+    return {"damage": verify(out), "files": {file.name: file_checksum(file) for file in out.glob("*.npy")}}
+
+
+def same(out: Path, right: dict) -> bool:
+    """Returns whether a command's result is complete and the right one."""
+    try:
+        return result_of(out) == right
+    except (UserError, OSError):
+        return False
+
+
+def write(path: Path, name: str, end: float) -> dict[str, int]:
+    """Appends copies of a scene, one by one."""
+    library, done = LibraryFolder.open(path), 0
+    first = library.index.infos()[0]
+    payload = library.payload(first.name)
+    while time.monotonic() < end:
+        new = f"{name}-{done}"
+        library.append([NewScene(replace(first, name=new, source=new), payload)])
+        done += 1
+    return {"operations": done}
+
+
+def compact(path: Path, end: float) -> dict[str, int]:
+    """Merges shards again and again."""
+    library, done = LibraryFolder.open(path), 0
+    while time.monotonic() < end:
+        maintenance.compact(library)
+        done += 1
+        time.sleep(0.2)
+    return {"operations": done}
+
+
+def read(path: Path, end: float) -> dict[str, int]:
+    """Verifies and reads; what is found damaged is a false alarm."""
+    library, done, alarms = LibraryFolder.open(path), 0, 0
+    while time.monotonic() < end:
+        alarms += len(maintenance.verify(library))
+        library.parameters(random.choice(library.index.names()))
+        done += 1
+    return {"operations": done, "differ": alarms}
