@@ -14,7 +14,8 @@ from benchmarks.hostile import Good
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
 from latentscenes.core.config import frozen
-from latentscenes.data.dataset import DatasetWriter, PosedImages
+from latentscenes.data.dataset import PosedImages
+from latentscenes.data.writing import DatasetWriter
 
 CONFIG = """
 codec: {kind: identity}

@@ -41,9 +41,10 @@ from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
 from latentscenes.evaluation.tables import has_ceiling
 from latentscenes.storage import maintenance as care
-from latentscenes.storage.library import SCORES, LibraryFolder
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
+from latentscenes.storage.records import SCORES
 from latentscenes.storage.run import Run
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 from latentscenes.training.finetune import learn_new

@@ -10,7 +10,8 @@ import torch
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
-from latentscenes.data.dataset import DatasetWriter, PosedImages
+from latentscenes.data.dataset import PosedImages
+from latentscenes.data.writing import DatasetWriter
 
 SHARED = Path(os.environ.get("LATENTSCENES_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 """Data and weights that are too large for the repository."""

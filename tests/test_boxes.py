@@ -14,8 +14,9 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, Viewpoint, look_at, orbit
 from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import DatasetWriter, PosedImages, join
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.options import ImportOptions, ViewOptions
+from latentscenes.data.writing import DatasetWriter, join
 from latentscenes.export.surface import surface
 from latentscenes.model.model import Model, render_images, to_uint8
 from latentscenes.model.planes import random_parameters

@@ -19,7 +19,8 @@ from latentscenes.core.cameras import Box
 from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, read_object, write_bytes, write_sealed
-from latentscenes.data.dataset import PosedImages, join, verify
+from latentscenes.data.dataset import PosedImages, verify
+from latentscenes.data.writing import join
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage import maintenance, recovery

@@ -238,7 +238,7 @@ def test_glb_opens_elsewhere_with_y_up(mesh, tmp_path):
 
 
 def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
-    write_glb(tmp_path / "egg.glb", mesh, "egg")
+    write_glb(tmp_path / "egg.glb", mesh, "egg", {"license": "CC0", "tags": ["food"]})
     content = (tmp_path / "egg.glb").read_bytes()
     magic, version, length, text = struct.unpack("<4sIII", content[:16])
     assert (magic, version, length) == (b"glTF", 2, len(content)) and text % 4 == 0
@@ -254,7 +254,9 @@ def test_glb_keeps_what_the_standard_asks(mesh, tmp_path):
     used = {name: tree["accessors"][at] for name, at in primitive["attributes"].items()}
     np.testing.assert_allclose(used["POSITION"]["min"], (mesh.vertices @ Y_TO_Z).min(0), atol=1e-6)
     assert used["COLOR_0"]["componentType"] == 5123 and used["COLOR_0"]["normalized"]
-    assert primitive["material"] == 0 and tree["nodes"] == [{"mesh": 0, "name": "egg"}]
+    assert primitive["material"] == 0 and tree["nodes"] == [
+        {"mesh": 0, "name": "egg", "extras": {"license": "CC0", "tags": ["food"]}}
+    ]
 
 
 def test_glb_comes_back_through_data_meshes(mesh, tmp_path):

@@ -50,6 +50,7 @@ def test_window_holds_the_box():
 
 def test_page_holds_every_view(tmp_path):
     loaded = egg()
+    loaded.tags = lambda name: {"category": "Food</script><!--<script>"}
     size = write_page(
         tmp_path / "page.html",
         loaded,
@@ -63,6 +64,7 @@ def test_page_holds_every_view(tmp_path):
     assert size == len(text.encode()) and len(list(tmp_path.iterdir())) == 1
     assert "<title>Eggs &lt;/script&gt; &amp; {{data}}</title>" in text and "10 views of" in text
     data = embedded(text)
+    assert data["scenes"][0]["about"] == "Food</script><!--<script>" and "Food<" not in text
     assert (data["frames"], data["rows"], data["columns"], data["lines"]) == (5, 2, 4, 3)
     picture = np.array(Image.open(io.BytesIO(base64.b64decode(data["scenes"][0]["sheet"]))))
     cameras = VIEW.orbit(5, 40.0, FIRST)

@@ -6,7 +6,8 @@ import torch
 
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import DatasetWriter, PosedImages, box_of, join
+from latentscenes.data.dataset import PosedImages, box_of
+from latentscenes.data.writing import DatasetWriter, join
 
 
 def dataset(path, prefix, counts, *, size=(6, 8), alpha=True, seed=0):

@@ -14,7 +14,8 @@ from PIL import Image
 
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.meshes.importer import find_meshes, make_meshes, read_mesh
+from latentscenes.data.meshes.importer import make_meshes, read_mesh
+from latentscenes.data.meshes.sources import find_meshes
 from latentscenes.data.meshes.surfaces import corner_faces, smooth_normals
 from latentscenes.data.options import MeshOptions, ViewOptions
 from latentscenes.data.raycast import RayCaster

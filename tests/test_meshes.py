@@ -13,8 +13,8 @@ from PIL import Image
 from latentscenes.core.cameras import Cameras, look_at, orbit
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
-from latentscenes.data.meshes.importer import find_meshes, make_meshes, read_mesh
-from latentscenes.data.options import MeshOptions
+from latentscenes.data.meshes.importer import make_meshes, read_mesh
+from latentscenes.data.options import MeshChoice, MeshOptions
 from latentscenes.data.raycast import BLEND, RayCaster, TriangleSoup, ViewOptions, box_around, soup_from_mesh
 from latentscenes.data.shading import Lights
 
@@ -217,7 +217,7 @@ def test_a_folder_becomes_a_dataset_and_every_file_is_accounted_for(tmp_path, ca
         colored_cube().export(folder / name)
     (folder / "broken.glb").write_bytes(b"glTF but not really")
     trimesh.PointCloud(np.eye(3)).export(folder / "points.ply")
-    make_meshes(folder, tmp_path / "out", FEW, new=2)
+    make_meshes(folder, tmp_path / "out", FEW, choice=MeshChoice(new=2))
     report = capsys.readouterr().err.replace("\n", " ")
     assert "broken.glb: is cut short" in report and "points.ply: holds points" in report
     views = PosedImages.open(tmp_path / "out")
@@ -235,7 +235,7 @@ def test_a_folder_becomes_a_dataset_and_every_file_is_accounted_for(tmp_path, ca
         and max(views.box.half) < 0.31
     )
     with pytest.raises(UserError, match="broken.glb"):
-        make_meshes(folder, tmp_path / "strict", FEW, strict=True)
+        make_meshes(folder, tmp_path / "strict", FEW, choice=MeshChoice(strict=True))
     assert not (tmp_path / "strict").exists()
 
 
@@ -245,16 +245,17 @@ def test_nothing_readable_is_an_error_that_names_the_files(tmp_path):
         make_meshes(tmp_path, tmp_path / "out", FEW)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no mesh"):
-        find_meshes(tmp_path / "empty")
+        make_meshes(tmp_path / "empty", tmp_path / "out", FEW)
     with pytest.raises(UserError, match="no such folder"):
-        find_meshes(tmp_path / "absent")
+        make_meshes(tmp_path / "absent", tmp_path / "out", FEW)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_split_file_decides_and_what_it_leaves_out_is_said(tmp_path, capsys):
     for name in ("a", "b", "c"):
         colored_cube().export(tmp_path / f"{name}.ply")
     (tmp_path / "split.json").write_text(json.dumps({"train": ["c"], "new": ["a"]}))
-    make_meshes(tmp_path, tmp_path / "out", FEW, split=tmp_path / "split.json")
+    make_meshes(tmp_path, tmp_path / "out", FEW, choice=MeshChoice(split=tmp_path / "split.json"))
     assert {scene.name: scene.split for scene in PosedImages.open(tmp_path / "out").scenes} == {
         "c": "train",
         "a": "new",
@@ -262,7 +263,7 @@ def test_a_split_file_decides_and_what_it_leaves_out_is_said(tmp_path, capsys):
     assert "1 left out, as the split file does not name them: b" in capsys.readouterr().err
     (tmp_path / "split.json").write_text(json.dumps({"train": ["d"], "new": []}))
     with pytest.raises(UserError, match="'d'"):
-        make_meshes(tmp_path, tmp_path / "other", FEW, split=tmp_path / "split.json")
+        make_meshes(tmp_path, tmp_path / "other", FEW, choice=MeshChoice(split=tmp_path / "split.json"))
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):

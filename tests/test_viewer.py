@@ -245,11 +245,11 @@ def test_moving_clients_come_before_resting_ones():
 
 
 def test_names_are_matched_by_parts_and_patterns():
-    names = ["Car-1", "car-12", "bus-1"]
-    assert panels.matching(names, " CAR ") == ["Car-1", "car-12"] and panels.matching(names, "") == names
-    assert panels.matching(names, "*-1") == ["Car-1", "bus-1"] and panels.matching(names, "c?r-1") == [
-        "Car-1"
-    ]
+    names = {"Car-1": "", "car-12": "Racing car · Sport", "bus-1": "Car for many"}
+    assert panels.matching(names, "-1") == panels.matching(names, "") == list(names)
+    assert panels.matching(names, " SPORT ") == ["car-12"] and panels.matching(names, "for") == ["bus-1"]
+    assert panels.matching(names, "*-1") == ["Car-1", "bus-1"]
+    assert panels.matching(names, "c?r-1") == ["Car-1"]
 
 
 # Many browsers
@@ -467,9 +467,10 @@ def test_the_server_guards_itself(car_library, capfd):
 
 def test_text_of_a_library_is_shown_as_text():
     text = "<img src=x onerror=alert(1)>\"'><script>"
-    shown = panels.GRID.render(columns=3, tiles=[("id", text, panels.EMPTY, text)])
-    shown += panels.NOTE.render(text=UserError(text)) + ABOUT.render(name=text, blend=text, facts=text)
-    assert shown.count("<img") == 1 and "<script" not in shown and shown.count("&lt;img src=x") == 7
+    shown = panels.GRID.render(columns=3, tiles=[("id", text, text, panels.EMPTY, text)])
+    about = ABOUT.render(name=text, about=text, blend=text, facts=text)
+    shown += panels.NOTE.render(text=UserError(text)) + about
+    assert shown.count("<img") == 1 and "<script" not in shown and shown.count("&lt;img src=x") == 9
 
 
 def test_thumbnails_that_are_large_are_not_shown():

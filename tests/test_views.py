@@ -8,7 +8,8 @@ import torch
 
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import DatasetWriter, PosedImages, spread
+from latentscenes.data.dataset import PosedImages, spread
+from latentscenes.data.writing import DatasetWriter
 
 BOX = Box((0.0, 0.1, 0.2), (0.5, 0.6, 0.7))
 

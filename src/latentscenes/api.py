@@ -200,9 +200,9 @@ class Library:
         self.folder.index.require([name])
         return LearnedScene(self, name)
 
-    def infos(self, match: str = "*") -> list[SceneInfo]:
-        """Returns the metadata of scenes whose names match a pattern (* and ?), oldest first."""
-        return self.folder.index.infos(match)
+    def infos(self, match: str = "*", where: Sequence[str] = ()) -> list[SceneInfo]:
+        """Returns the metadata of scenes with such names (* and ?) and tags (TAG=PATTERN), oldest first."""
+        return self.folder.index.infos(match, where)
 
     def thumbnail(self, name: str) -> bytes:
         """Returns a PNG file, rendered when the scene was stored, from the same camera for all."""

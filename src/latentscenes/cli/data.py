@@ -13,6 +13,7 @@ from latentscenes.data.options import (
     Boxes,
     HeldOutFrom,
     ImportOptions,
+    MeshChoice,
     MeshOptions,
     Placement,
     ViewOptions,
@@ -28,6 +29,8 @@ Reading = Annotated[MeshOptions, tyro.conf.arg(name="")]
 MESHES = MeshOptions()
 Placing = Annotated[Placement, tyro.conf.arg(name="")]
 PLACING = Placement()
+Choice = Annotated[MeshChoice, tyro.conf.arg(name="")]
+ALL = MeshChoice()
 Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
 IMPORT = ImportOptions()
 Fitting = TypeVar("Fitting", ViewOptions, ImportOptions)
@@ -71,7 +74,7 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
         folders: two or more datasets with images of one size and different scene names.
         out: folder of the new dataset. Splits and held-out views are kept.
     """
-    from latentscenes.data.dataset import join
+    from latentscenes.data.writing import join
 
     made = join(folders, out)
     note = "" if made.alpha is not None else "; without silhouettes, which some parts lack"
@@ -81,31 +84,24 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
 def data_meshes(
     folder: Path,
     out: Path,
-    split: Path | None = None,
-    new: int = 0,
-    limit: int | None = None,
-    strict: bool = False,
+    choice: Choice = ALL,
     fit_to: Path | None = None,
     reading: Reading = MESHES,
     options: Views = VIEWS,
     cores: CoreOptions = CORES,
 ) -> None:
-    """Render a folder of meshes (GLB, glTF, OBJ, PLY).
+    """Render meshes (GLB, glTF, OBJ, PLY) of a folder, of a zip archive, or of a furniture library (.sh3f).
+    The same command continues a stopped import.
 
     Args:
-        folder: a folder, searched with its subfolders, or one file.
+        folder: a folder, searched with its subfolders and the archives in it; an archive; or one mesh.
         out: folder of the new dataset.
-        split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`: keep the last meshes by name, this many, for stage 2.
-        limit: use at most this many meshes of each split.
-        strict: stop at the first file that cannot be read.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
     set_up(cores)
     from latentscenes.data.meshes.importer import make_meshes
 
-    options = _fitted(options, fit_to)
-    make_meshes(folder, out, options, split=split, new=new, reading=reading, limit=limit, strict=strict)
+    make_meshes(folder, out, _fitted(options, fit_to), reading, choice)
 
 
 def data_srn(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, say, set_up
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import tagged
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,8 @@ class Choice:
     """Names of scenes."""
     match: str | None = None
     """Pattern of names; * and ? stand for any letters."""
+    where: tuple[str, ...] = ()
+    """Conditions on tags, such as category=chair*."""
 
 
 CHOICE = Choice()
@@ -101,7 +104,7 @@ def export_mesh(
     check_ending(out, ".glb")
     learned = _opened(run, scene, set_up(machine))
     mesh = scene_mesh(learned, scene, learned.view_of(scene), cells, lowest)
-    size = write_glb(out, mesh, scene)
+    size = write_glb(out, mesh, scene, learned.tags(scene))
     say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
 
@@ -224,13 +227,15 @@ def _chosen(run: Path, choice: Choice, device: "torch.device") -> "tuple[StoredS
     learned = SceneSet.open_all(run, device)
     for scene in choice.scenes:
         learned.check(scene)
-    matching = [
-        name for name in learned.names if choice.match is not None and fnmatchcase(name, choice.match)
-    ]
+    pattern = choice.match or ("*" if choice.where else "")
+    matching = [name for name in learned.names if fnmatchcase(name, pattern)]
+    if choice.where:
+        matching = tagged({name: learned.tags(name) for name in matching}, choice.where)
     names = list(dict.fromkeys([*choice.scenes, *matching]))
     if not names:
         raise UserError(
-            f"{run}: no scenes chosen. Name some with --scenes, or give --match, for instance --match '*'."
+            f"{run}: no scenes chosen. Name some with --scenes, or give --match or --where, for instance "
+            "--match '*'."
         )
     return learned, names
 

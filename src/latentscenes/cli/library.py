@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_u
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line
+from latentscenes.core.names import one_line, plain_text
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
@@ -26,14 +27,20 @@ MANY = 1000
 Folder = Annotated[Path, tyro.conf.Positional]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
+Where = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAG=PATTERN …")]
+WIDEST = 28
+"""Characters of a tag in a table."""
 
 
-def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bool = False) -> None:
+def library_list(
+    library: Folder, match: str = "*", where: Where = (), limit: int = 50, as_json: bool = False
+) -> None:
     """List the scenes of a library.
 
     Args:
         library: its folder.
         match: only scenes whose names match this pattern (* and ?).
+        where: only scenes whose tags match, such as category=chair* license=CC0*.
         limit: maximum number of scenes; 0: all.
         as_json: print one JSON object per line with all metadata of a scene.
     """
@@ -42,16 +49,17 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
     if limit < 0:
         raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
     index = _index(library)
-    infos = index.infos(match)
+    infos = index.infos(match, where)
     shown = infos[:limit] if limit else infos
     if as_json:
         for info in shown:
             print(json.dumps(asdict(info)))
         return
+    told = [key for key in ("name", "category") if any(key in info.tags for info in shown)]
     rows = [
-        (info.name, info.origin, info.precision, bytes_text(info.bytes), _decibels(info.psnr),
-         _decibels(info.psnr_lost, 3), seconds_text(info.cpu_seconds), seconds_text(info.seconds),
-         info.added[:10])
+        (info.name, *(plain_text(info.tags.get(key, "–"), WIDEST) for key in told), info.origin,
+         info.precision, bytes_text(info.bytes), _decibels(info.psnr), _decibels(info.psnr_lost, 3),
+         seconds_text(info.cpu_seconds), seconds_text(info.seconds), info.added[:10])
         for info in shown
     ]  # fmt: skip
     known = [info.psnr for info in infos if info.psnr is not None]
@@ -61,7 +69,8 @@ def library_list(library: Folder, match: str = "*", limit: int = 50, as_json: bo
         note += f"; mean {sum(known) / len(known):.2f} dB"
     if len(shown) < len(infos):
         note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
-    columns = ("scene", "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
+    labels = [f"tag {key}" for key in told]
+    columns = ("scene", *labels, "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
     if len(rows) <= MANY:
         show(Table(str(library), columns, tuple(rows), (), note))
         return
@@ -98,8 +107,13 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
 
     if scene is not None:
         index = _index(library, [scene])
-        for key, value in asdict(index.info(scene)).items():
+        facts = asdict(index.info(scene))
+        tags = facts.pop("tags")
+        for key, value in facts.items():
             print(one_line(f"{key:11} {value}"))
+        for key, value in tags.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"tag {plain_text(key):11} {plain_text(text)}")
         return
     infos, about = _index(library).infos(), read_description(library)
     file, known = library / "library.json", Facts.__dataclass_fields__
@@ -110,6 +124,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     counts = {
         origin: sum(info.origin == origin for info in infos) for origin in ("stage 1", "exploit", "add")
     }
+    kinds = Counter(str(info.tags["category"]) for info in infos if "category" in info.tags)
     origins = ", ".join(f"{count} from {origin}" for origin, count in counts.items() if count)
     spent = Spent(facts.parent_seconds, facts.parent_cpu_seconds)
     lines = {
@@ -121,6 +136,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         "made from": f"{facts.parent}: {facts.parent_scenes} scenes, {spent}",
         "finetuned from": facts.finetuned_from,
         "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
+        "categories": ", ".join(f"{plain_text(kind)} {count}" for kind, count in kinds.most_common()),
     }
     for key, value in lines.items():
         if value:
@@ -159,16 +175,19 @@ def library_rename(library: Folder, scene: Name, new: Name) -> None:
     say(f"{library}: {scene!r} is now {new!r}.")
 
 
-def library_export(library: Folder, scenes: Names = (), match: str | None = None, *, out: Path) -> None:
+def library_export(
+    library: Folder, scenes: Names = (), match: str | None = None, where: Where = (), *, out: Path
+) -> None:
     """Copy scenes, bit for bit, to a new library or to one with the same model.
 
     Args:
         library: its folder.
         scenes: their names …
-        match: … or a pattern for names (* and ?).
+        match: … or a pattern for names (* and ?) …
+        where: … or conditions on tags, such as category=chair*.
         out: folder of the other library.
     """
-    matching = _index(library, scenes).infos(match) if match else []
+    matching = _index(library, scenes).infos(match or "*", where) if match or where else []
     names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
@@ -301,7 +320,12 @@ LIBRARY_COMMANDS = {
 
 
 def search(
-    library: Folder, scene: Name, count: int = 5, data: Path | None = None, machine: MachineOptions = MACHINE
+    library: Folder,
+    scene: Name,
+    count: int = 5,
+    data: Path | None = None,
+    where: Where = (),
+    machine: MachineOptions = MACHINE,
 ) -> None:
     """Find the scenes of a library that are most similar to a scene.
 
@@ -310,20 +334,28 @@ def search(
         scene: a scene of the library; with `data`, a scene of that dataset, learned in a second or two.
         count: number of scenes to find.
         data: dataset that holds the scene.
+        where: find only scenes whose tags match, such as category=chair*.
     """
     from latentscenes.core.console import Table, show
 
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1.")
+    kept = {info.name for info in _index(library).infos(where=where)} if where else None
     opened = _open(library, [] if data else [scene], machine)
+    among = count if kept is None else len(opened)
     if data is None:
-        found, note = opened.nearest(scene, count), "Root mean square difference of macro planes."
+        found, note = opened.nearest(scene, among), "Root mean square difference of macro planes."
     else:
         from latentscenes.data.dataset import PosedImages
 
-        found, note = opened.search(PosedImages.open(data), scene, count), "1 − cosine between weights."
-    rows = tuple((neighbor.name, f"{neighbor.distance:.4f}") for neighbor in found)
-    show(Table(f"Most similar to {scene}", ("scene", "distance"), rows, (), note))
+        found, note = opened.search(PosedImages.open(data), scene, among), "1 − cosine between weights."
+    found = [near for near in found if kept is None or near.name in kept][:count]
+    abouts = opened.folder.index.abouts()
+    rows = [(near.name, plain_text(abouts.get(near.name, ""), 80), f"{near.distance:.4f}") for near in found]
+    columns = ("scene", "tags", "distance")
+    if not any(about for _, about, _ in rows):
+        rows, columns = [(name, distance) for name, _, distance in rows], ("scene", "distance")
+    show(Table(f"Most similar to {scene}", columns, tuple(rows), (), note))
 
 
 def _index(library: Path, scenes: Sequence[str] = ()) -> "Index":

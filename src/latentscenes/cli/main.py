@@ -135,7 +135,7 @@ def evaluate(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate as score
     from latentscenes.evaluation.tables import print_scores
-    from latentscenes.storage.library import FIT_SCORES, SCORES
+    from latentscenes.storage.records import FIT_SCORES, SCORES
     from latentscenes.storage.scene_set import SceneSet
 
     learned = SceneSet.open(run, data, split, device)

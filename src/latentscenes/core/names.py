@@ -1,14 +1,20 @@
 """Text from files of strangers: the rule for scene names, text that a terminal or an HTML page may show, file
-names. Loads neither torch nor numpy."""
+names, tags. Loads neither torch nor numpy."""
 
+import difflib
+import fnmatch
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from latentscenes.core.errors import UserError
 
 LONGEST_NAME = 200
 """Bytes of the longest name of a scene, in UTF-8."""
+MOST_COMPARED = 10_000
+"""Names among which the nearest to a wrong one are sought."""
 LONGEST_FILE_NAME = 120
 """Bytes of the longest file name made from a scene's name, without its ending."""
 HIDDEN = re.compile(
@@ -71,3 +77,47 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
         taken.add(unique.casefold())
         chosen[name] = unique
     return chosen
+
+
+def plain_text(value: object, longest: int = 300) -> str:
+    """Formats a value as one line of printable text: control characters become spaces, and what exceeds
+    `longest` characters is cut, with an ellipsis."""
+    text = "".join(sign if sign.isprintable() else " " for sign in str(value))
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def tags_text(tags: Mapping[str, object]) -> str:
+    """Formats what is known of an object as one line: name, category, keywords, size, creator, license, then
+    the other tags with their keys."""
+    values = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in tags.items()
+    }
+    known = ("name", "category", "tags", "size", "creator", "license", "description")
+    parts = [values[key] for key in known if values.get(key)]
+    parts += [f"{key}: {value}" for key, value in values.items() if key not in known]
+    return " · ".join(plain_text(part) for part in parts)
+
+
+def tagged(tags: Mapping[str, Mapping[str, Any]], where: Sequence[str]) -> list[str]:
+    """Returns the names of scenes whose tags (by name in `tags`) meet all conditions, each TAG=PATTERN (* and
+    ?). Case does not matter; of a list, one value must match. Raises a UserError if a condition is not of
+    this form, or no scene has such a tag."""
+    known, names = {key for found in tags.values() for key in found}, list(tags)
+    for condition in where:
+        key, sign, pattern = condition.partition("=")
+        if not sign or key not in known:
+            there = f"the tags are {', '.join(sorted(known))}" if known else "the scenes have no tags"
+            raise UserError(f"--where {condition}: give TAG=PATTERN; {there}.")
+        wanted = re.compile(fnmatch.translate(pattern.casefold()))
+        found = {name: tags[name].get(key, []) for name in names}
+        values = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+        names = [name for name in names if any(wanted.match(str(one).casefold()) for one in values[name])]
+    return names
+
+
+def unknown_scene(path: Path, name: str, names: Sequence[str]) -> UserError:
+    """Returns the error for a name that `path` does not hold; it states the nearest known names."""
+    near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)
+    hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "it holds no scenes"
+    return UserError(f"{path}: no scene {name!r} here; {hint}.")

@@ -170,7 +170,7 @@ def _alive(worker: BaseProcess) -> Iterator[None]:
             raise Interrupted from None
         raise UserError(
             f"a worker process was killed (exit code {worker.exitcode}), most likely because memory ran out. "
-            "What was learned is saved. Run the same command with fewer --workers to continue."
+            "What was finished is kept. Run the same command with fewer --workers to continue."
         ) from None
 
 

@@ -33,7 +33,7 @@ from latentscenes.data.boxes import (
     visible_cube,
 )  # fmt: skip
 from latentscenes.data.checks import check_cameras
-from latentscenes.data.dataset import DatasetWriter, Split, spread
+from latentscenes.data.dataset import Split, spread
 from latentscenes.data.images import (
     border_is_white,
     image_size,
@@ -44,6 +44,7 @@ from latentscenes.data.images import (
 )
 from latentscenes.data.options import Axes, Background, ImportOptions
 from latentscenes.data.placing import fitting, turn_of
+from latentscenes.data.writing import DatasetWriter
 
 IN_MEMORY = 512 << 20
 """Scenes with more bytes of pixels than this are gathered in a temporary file."""

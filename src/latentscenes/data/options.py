@@ -95,6 +95,31 @@ class MeshOptions(Placement):
 
 
 @dataclass(frozen=True)
+class MeshChoice:
+    """Which meshes are imported, what is known of them, and how many processes render."""
+
+    catalog: Path | None = None
+    """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
+    and license. That of a furniture library (.sh3f) is found by itself."""
+    split: Path | None = None
+    """JSON file {"train": [...], "new": [...]} with names of scenes; others are left out."""
+    new: int = 0
+    """Without `split`: keep the last meshes by name, this many, for stage 2."""
+    limit: int | None = None
+    """Use at most this many meshes of each split."""
+    strict: bool = False
+    """Stop at the first file that cannot be read."""
+    workers: int = 0
+    """Processes that render side by side; 0: one per core. Pictures do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or (self.limit is not None and self.limit < 1):
+            raise UserError(
+                f"--workers {self.workers}, --limit {self.limit}: give 0 or more workers, at least one mesh."
+            )
+
+
+@dataclass(frozen=True)
 class ImportOptions(Placement):
     """How existing images become a dataset."""
 

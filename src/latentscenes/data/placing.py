@@ -9,9 +9,10 @@ from jaxtyping import Float
 from latentscenes.core.cameras import Box
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import carving_views, fit_box
-from latentscenes.data.dataset import DatasetWriter, PosedImages, Scene, box_of
+from latentscenes.data.dataset import PosedImages, Scene, box_of
 from latentscenes.data.images import white_background
 from latentscenes.data.options import Front, Placement, Up
+from latentscenes.data.writing import DatasetWriter
 
 SOLID = 26
 """Least alpha that counts as object: a tenth, so that thin parts stay inside the box."""
@@ -75,7 +76,8 @@ def place(folder: Path, out: Path, placing: Placement, fit: Box | None = None) -
             boxes.append(box)
             own = box if scene.box and fit is None else None
             alpha = None if images.alpha is None else images.alpha[views]
-            writer.add(scene.name, images.rgb[views], cameras, scene.split, scene.held_out, alpha, own)
+            rgb, held_out = images.rgb[views], scene.held_out
+            writer.add(scene.name, rgb, cameras, scene.split, held_out, alpha, own, scene.tags)
         writer.finish(fit or box_of(boxes))
     return PosedImages.open(out)
 

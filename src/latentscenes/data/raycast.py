@@ -20,11 +20,14 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from latentscenes.core.cameras import Box, Cameras, upper_hemisphere
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import parse_box
-from latentscenes.data.dataset import DatasetWriter, Split, spread
+from latentscenes.data.dataset import Split, spread
 from latentscenes.data.options import ViewOptions
 from latentscenes.data.placing import fitting
 from latentscenes.data.shading import SRGB_TO_LINEAR, Lights, to_srgb
+from latentscenes.data.writing import DatasetWriter
 
+BLOCK = 16384
+"""Rays that are traced at once: few enough that what is computed of them stays in the processor's caches."""
 LAYERS = 12
 """Most surfaces that one ray passes."""
 STEP = 1e-4
@@ -144,7 +147,7 @@ class RayCaster:
         self.scene = rtcore_scene.EmbreeScene()
         self.mesh = TriangleMesh(self.scene, np.ascontiguousarray(soup.corners, np.float32))
         shapes = np.array([picture.shape[:2] for picture in soup.textures])
-        self.texels = np.concatenate([picture.reshape(-1, 4) for picture in soup.textures])
+        self.texels = np.concatenate([picture.reshape(-1, 4) for picture in soup.textures]).view(np.uint32)
         self.first = np.cumsum([0, *shapes.prod(1)])[:-1].astype(np.int32)[soup.texture]
         self.height, self.width = shapes.astype(np.int32)[soup.texture].T
         codes = [[WRAPS.index(wrap) for wrap in pair] for pair in soup.wraps] or [[0, 0]] * len(shapes)
@@ -165,10 +168,12 @@ class RayCaster:
             height, width = rows.stop - rows.start, columns.stop - columns.start
             if height <= 0 or width <= 0:
                 return
-            inside = tuple(slice(part.start * samples, part.stop * samples) for part in (rows, columns))
-            rays = cameras[view : view + 1].rays(fine, fine)
-            cut = (values.numpy().reshape(fine, fine, 3)[inside].reshape(-1, 3) for values in rays)
-            colors, rest = self.trace(*cut)
+            y, x = (torch.arange(part.start * samples, part.stop * samples) for part in (rows, columns))
+            pixels = (y[:, None] * fine + x).reshape(1, -1)
+            rays = [values[0].numpy() for values in cameras[view : view + 1].rays(fine, fine, pixels)]
+            starts = range(0, len(rays[0]), BLOCK)
+            parts = [self.trace(*(values[k : k + BLOCK] for values in rays)) for k in starts]
+            colors, rest = (np.concatenate(values) for values in zip(*parts))
             rgb[view, rows, columns] = _shrink(colors + rest[:, None], height, width, samples)
             alpha[view, rows, columns] = _shrink(1 - rest[:, None], height, width, samples)[..., 0]
 
@@ -221,13 +226,13 @@ class RayCaster:
         soup = self.soup
         weights = np.stack([1 - u - v, u, v], -1)[:, None]
         # Normal on the visible side
-        normal = (weights @ soup.normals[face])[:, 0]
+        normal = (weights @ soup.normals.take(face, 0))[:, 0]
         geometric = across * -np.sign((across * toward).sum(-1, keepdims=True))
         normal *= np.where((normal * geometric).sum(-1, keepdims=True) < 0, -1, 1).astype(np.float32)
         # Color
-        color = (weights @ soup.colors[face])[:, 0]
+        color = (weights @ soup.colors.take(face, 0))[:, 0]
         painted = np.flatnonzero(self.width[face] > 1)
-        uv = (weights[painted] @ soup.uv[face[painted]])[:, 0]
+        uv = (weights[painted] @ soup.uv.take(face[painted], 0))[:, 0]
         color[painted] *= self._texel(face[painted], uv)
         # Opacity
         cutoff = soup.cutoff[face]
@@ -260,10 +265,10 @@ class RayCaster:
 
     def _decoded(self, places):
         """Returns texels: linear light in [0, 1] with alpha for linear soups, else bytes."""
-        texels = self.texels[places]
+        texels = self.texels.take(places).view(np.uint8).reshape(-1, 4)
         if not self.soup.linear:
             return texels
-        values = SRGB_TO_LINEAR[texels]
+        values = SRGB_TO_LINEAR.take(texels)
         values[:, 3] = texels[:, 3] * np.float32(1 / 255)
         return values
 
@@ -283,7 +288,16 @@ def render_object(
     options: ViewOptions,
     lights: Lights | None = None,
 ) -> None:
-    """Renders the views of one object and appends them to a dataset.
+    """Renders the views of one object and appends them to a dataset. Raises as `render_views`."""
+    rgb, alpha, cameras = render_views(name, soup, options, lights)
+    box = own_box(soup.bounds, options)
+    writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha, box)
+
+
+def render_views(
+    name: str, soup: TriangleSoup, options: ViewOptions, lights: Lights | None = None
+) -> tuple[UInt8[np.ndarray, "v H W 3"], UInt8[np.ndarray, "v H W"], Cameras]:
+    """Returns the pictures of one object over white, its coverage, and the cameras, moved for `options.fit`.
 
     The cameras depend on the seed and the object's name, not on other objects.
 
@@ -309,8 +323,12 @@ def render_object(
         raise UserError(f"{name}: no view shows it; it is transparent, or cameras look past it.")
     if options.fit:  # move the world instead of the object
         cameras = cameras.placed(None, *fitting(box_around([soup.bounds], 0.0), parse_box(options.box)))
-    box = box_around([soup.bounds]) if options.boxes == "object" else None
-    writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha, box)
+    return rgb, alpha, cameras
+
+
+def own_box(bounds: Float32[np.ndarray, "2 3"], options: ViewOptions) -> Box | None:
+    """Returns an object's own box, if the options ask for a box for each."""
+    return box_around([bounds]) if options.boxes == "object" else None
 
 
 def _filled(cameras: Cameras, bounds: Float32[np.ndarray, "2 3"], fill: float) -> Cameras:

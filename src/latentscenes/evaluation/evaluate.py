@@ -23,7 +23,7 @@ from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import LatentView, Model
-from latentscenes.storage.library import SCORES
+from latentscenes.storage.records import SCORES
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 CHUNK = 16

@@ -7,6 +7,7 @@ Notable:
   nearest visible points. Point clouds leave them out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,10 @@ UNLIT = {
 """A glTF material that shows colors as they are, without shading."""
 
 
-def write_glb(path: str | Path, mesh: Mesh, name: str = "") -> int:
-    """Writes a mesh as binary glTF 2.0, y up, and returns the size in bytes. trimesh writes colors in 8 bits
-    and without a material, so 16-bit colors go in as an attribute that becomes COLOR_0 here."""
+def write_glb(path: str | Path, mesh: Mesh, name: str = "", tags: Mapping[str, Any] | None = None) -> int:
+    """Writes a mesh as binary glTF 2.0, y up, and returns the size in bytes. `tags` become `extras` of its
+    node. trimesh writes colors in 8 bits and without a material, so 16-bit colors go in as an attribute that
+    becomes COLOR_0 here."""
 
     def finish(tree: dict[str, Any]) -> None:
         (primitive,) = tree["meshes"][0]["primitives"]
@@ -201,7 +203,8 @@ def write_glb(path: str | Path, mesh: Mesh, name: str = "") -> int:
         tree["meshes"][0]["name"] = name
         tree["asset"]["generator"] = f"latentscenes {__version__}"
         tree["extensionsUsed"] = list(UNLIT["extensions"])
-        tree |= {"materials": [UNLIT], "nodes": [{"mesh": 0, "name": name}], "scenes": [{"nodes": [0]}]}
+        node = {"mesh": 0, "name": name} | ({"extras": dict(tags)} if tags else {})
+        tree |= {"materials": [UNLIT], "nodes": [node], "scenes": [{"nodes": [0]}]}
 
     shape = Trimesh(_y_up(mesh.vertices), mesh.faces, vertex_normals=_y_up(mesh.normals), process=False)
     shape.vertex_attributes["color"] = _linear(mesh.colors)

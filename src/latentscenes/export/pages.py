@@ -21,7 +21,7 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, partial_path, writing_to
-from latentscenes.core.names import file_names, one_line
+from latentscenes.core.names import file_names, one_line, tags_text
 from latentscenes.data.dataset import box_of
 from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
@@ -87,8 +87,7 @@ def write_page(
     entries, captions = [], short_names(loaded.names)
     for scene in tracked(scenes, "rendering"):
         tiles = _tiles(loaded, scene, cameras, size_shown, window)
-        entry = {"name": scene, "caption": cut(captions[scene], CAPTION)}
-        entries.append(entry | {"sheet": base64.b64encode(_webp(sheet(tiles, columns))).decode()})
+        entries.append(_entry(loaded, scene, captions[scene], sheet(tiles, columns)))
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
     size_of_sheets = sum(len(entry["sheet"]) for entry in entries)
     count, total = len(entries), len(loaded.names)
@@ -102,6 +101,14 @@ def write_page(
         data={"frames": frames, **grid, "scenes": entries},
     )
     return save_file(path, page.encode())
+
+
+def _entry(
+    loaded: SceneSet, scene: str, caption: str, pictures: UInt8[np.ndarray, "h w 4"]
+) -> dict[str, str]:
+    """A scene as the page's script reads it."""
+    about, packed = tags_text(loaded.tags(scene)), base64.b64encode(_webp(pictures)).decode()
+    return {"name": scene, "caption": cut(caption, CAPTION), "about": about, "sheet": packed}
 
 
 def window_on(box: Box, cameras: Cameras, size: tuple[int, int]) -> tuple[slice, slice]:

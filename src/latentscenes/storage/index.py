@@ -1,15 +1,13 @@
-"""Facts about a library, read without torch: its description (library.json) and the index of its scenes.
+"""The index of a library's scenes, read without torch.
 
-The index is one SQLite file. A library holds the scenes of committed transactions. The journal is a
+It is one SQLite file. A library holds the scenes of committed transactions. The journal is a
 write-ahead log: a reader sees the state before or after a change and never waits for a writer. A killed
 writer leaves the state before.
 """
 
 import contextlib
-import difflib
 import fnmatch
 import json
-import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +20,13 @@ from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
-from latentscenes.core.names import LONGEST_NAME, short
+from latentscenes.core.names import short, tagged, tags_text, unknown_scene
 from latentscenes.core.reading import parse_json
-from latentscenes.storage.sqlite import guard
+from latentscenes.storage.sqlite import address, guard
 
 FILE = "index.sqlite"
-MOST_SHARDS, MOST_COMPARED = 10**9, 10_000
-"""The last shard; and the names among which the nearest to a wrong one are sought."""
+MOST_SHARDS = 10**9
+"""The last shard."""
 REMEDY = "Restore it from a copy, or make it from the shards again: latentscenes library rebuild"
 """What to do if the index is lost."""
 VERSION = 1
@@ -85,7 +83,7 @@ class SceneInfo:
     psnr_lost: float | None
     """PSNR lost by storing the scene at `precision`, dB."""
     tags: dict[str, Any] = field(default_factory=dict)
-    """Notes of the user."""
+    """What a catalog says about the object (`category`, `license`, …), and notes of the user."""
 
     @property
     def spent(self) -> Spent | None:
@@ -113,13 +111,6 @@ class Place:
     checksum: str
 
 
-def unknown_scene(path: Path, name: str, names: Sequence[str]) -> UserError:
-    """Returns the error for a name that `path` does not hold; it states the nearest known names."""
-    near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)
-    hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "it holds no scenes"
-    return UserError(f"{path}: no scene {name!r} here; {hint}.")
-
-
 class Index:
     """An opened index. Threads may share it."""
 
@@ -128,11 +119,12 @@ class Index:
         Raises a UserError if the file is absent, damaged, or of another version."""
         self.path = path
         self._lock = threading.RLock()
+        self._abouts: tuple[tuple[int, int], dict[str, str]] | None = None
         if not path.is_file():
             raise UserError(f"{path}: absent; without it, the scenes in the shards cannot be found. {REMEDY}")
         with self._reading():
             self._connection = sqlite3.connect(
-                _address(path), uri=True, isolation_level=None, check_same_thread=False, timeout=60
+                address(path), uri=True, isolation_level=None, check_same_thread=False, timeout=60
             )
             self._begin = guard(self._connection, path)
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -188,10 +180,21 @@ class Index:
         """Returns all names in the order of addition."""
         return self._column("SELECT name FROM scenes ORDER BY id")
 
-    def infos(self, match: str = "*") -> list[SceneInfo]:
-        """Returns the metadata of scenes whose names match a pattern (* and ?), in the order of addition."""
+    def infos(self, match: str = "*", where: Sequence[str] = ()) -> list[SceneInfo]:
+        """Returns the metadata of scenes whose names match a pattern (* and ?), in the order of addition, and
+        whose tags meet the conditions `where` (see `tagged`)."""
         found = self._ask(f"SELECT {self._info_columns()} FROM scenes ORDER BY id")
-        return [self._info(row) for row in found if match == "*" or fnmatch.fnmatchcase(str(row[0]), match)]
+        infos = [self._info(row) for row in found if match == "*" or fnmatch.fnmatchcase(str(row[0]), match)]
+        kept = set(tagged({info.name: info.tags for info in infos}, where)) if where else None
+        return [info for info in infos if kept is None or info.name in kept]
+
+    def abouts(self) -> dict[str, str]:
+        """Returns all names, in the order of addition, with the scenes' tags as lines of text; kept until the
+        index changes."""
+        if self._abouts is None or self._abouts[0] != self.version:
+            texts = {info.name: tags_text(info.tags) if info.tags else "" for info in self.infos()}
+            self._abouts = self.version, texts
+        return self._abouts[1]
 
     def info(self, name: str) -> SceneInfo | None:
         """Returns the metadata of one scene; None if there is no such scene."""
@@ -363,29 +366,6 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error}). Free some disk space, or check the permissions of the "
             "folder and its files; then run the same command again."
         ) from None
-
-
-def _address(path: Path) -> str:
-    if os.access(path.parent, os.W_OK):
-        mode = "rw"
-    else:
-        mode = "ro" if path.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
-    return f"{path.resolve().as_uri()}?mode={mode}"
-
-
-def index_problem(path: Path) -> str | None:
-    """Returns what is wrong with the file of an index: absent, empty, or what SQLite's own check finds. None
-    if nothing."""
-    if not path.is_file():
-        return "it is absent"
-    try:
-        with contextlib.closing(sqlite3.connect(_address(path), uri=True, timeout=60)) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                return "it is empty"
-            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        return str(error)
-    return None if found == "ok" else " ".join(found.split())
 
 
 def _fits(value: Any, kind: Kind) -> bool:

@@ -45,12 +45,12 @@ from latentscenes.core.files import (
     write_sealed,
     writing_to,
 )
-from latentscenes.core.names import check_name, short
+from latentscenes.core.names import check_name, short, unknown_scene
 from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
-from latentscenes.storage.index import FILE, Index, SceneInfo, unknown_scene
+from latentscenes.storage.index import FILE, Index, SceneInfo
 from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind, unpack
 from latentscenes.storage.records import FIT_SCORES, SCORES, circumstances, read_metrics
 from latentscenes.storage.run import SETTINGS

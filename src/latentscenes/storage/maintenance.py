@@ -21,7 +21,7 @@ from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked
 from latentscenes.core.reading import reason, require_regular
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
-from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo, index_problem
+from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo
 from latentscenes.storage.library import SHARED, START, TRIES, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
     PRECISIONS,
@@ -34,6 +34,7 @@ from latentscenes.storage.quantize import (
 )
 from latentscenes.storage.recovery import unlisted, unlisted_for_sure
 from latentscenes.storage.shards import MOST_SCENES, NAME, ShardScene
+from latentscenes.storage.sqlite import database_problem
 
 SHARD_BYTES = 64 << 20
 """Target size of merged shards."""
@@ -79,7 +80,7 @@ class Change:
 def verify(library: LibraryFolder) -> list[Damage]:
     """Compares the model, all scenes and the index with what was written. Returns all differences, and shards
     that the index does not list."""
-    if problem := index_problem(library.path / FILE):
+    if problem := database_problem(library.path / FILE):
         return [Damage(FILE, f"is damaged ({problem}). {REMEDY} {library.path}")]
     found = []
     for name, use in ((SHARED, "every scene needs it"), (START, "new scenes start from it")):

@@ -13,9 +13,10 @@ from pathlib import Path
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, refuse_links
 from latentscenes.storage.description import read_description
-from latentscenes.storage.index import FILE, Index, SceneInfo, index_problem
+from latentscenes.storage.index import FILE, Index, SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.shards import ShardScene, shard_scenes
+from latentscenes.storage.sqlite import database_problem
 
 
 @dataclass
@@ -72,7 +73,7 @@ def rebuild(path: Path) -> Rebuilt:
     refuse_links(path)
     result = Rebuilt()
     with locked(path / "lock", True, f"{path}: another process is writing to this library"):
-        if index_problem(path / FILE) is not None:
+        if database_problem(path / FILE) is not None:
             result.index_made = True
             for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal"):
                 if (path / name).exists():

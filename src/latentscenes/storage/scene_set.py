@@ -20,12 +20,13 @@ from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import unknown_scene
 from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.storage.index import SceneInfo, unknown_scene
+from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run
 
@@ -42,6 +43,10 @@ class SceneSet(ABC):
     @abstractmethod
     def parameters(self, name: str) -> SceneParameters:
         """Returns the parameters of one scene (n = 1) on the model's device."""
+
+    def tags(self, name: str) -> dict[str, Any]:
+        """Returns what a catalog says about a scene; empty if nothing is known."""
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -212,9 +217,15 @@ class RunScenes(StoredScenes):
         return self._loaded[1].gather(torch.tensor([self.names.index(name)]))
 
     @cached_property
+    def _images(self) -> PosedImages:
+        return PosedImages.open(self.data)
+
+    @cached_property
     def view(self) -> Viewpoint:
-        images = PosedImages.open(self.data)
-        return Viewpoint.of(images.cameras, images.size, self.box)
+        return Viewpoint.of(self._images.cameras, self._images.size, self.box)
+
+    def tags(self, name: str) -> dict[str, Any]:
+        return next((scene.tags for scene in self._images.scenes if scene.name == name), {})
 
     def require_finished(self) -> None:
         self._folder.require_finished()
@@ -276,6 +287,10 @@ class LibraryScenes(StoredScenes):
     @property
     def view(self) -> Viewpoint:
         return self._folder.info.view
+
+    def tags(self, name: str) -> dict[str, Any]:
+        info = self._folder.index.info(name)
+        return info.tags if info else {}
 
     @property
     def shared_file(self) -> Path:

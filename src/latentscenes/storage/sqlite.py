@@ -1,5 +1,6 @@
 """SQLite files of strangers: none may make SQLite run code, compute without end, or fill the memory."""
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
@@ -48,3 +49,26 @@ def guard(connection: sqlite3.Connection, path: Path) -> Callable[[], None]:
             "Restore it from a copy of the library."
         )
     return begin
+
+
+def address(path: Path) -> str:
+    if os.access(path.parent, os.W_OK):
+        mode = "rw"
+    else:
+        mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
+    return f"{path.resolve().as_uri()}?mode={mode}"
+
+
+def database_problem(path: Path) -> str | None:
+    """Returns what is wrong with a file of SQLite: absent, empty, or what SQLite's own check finds. None
+    if nothing."""
+    if not path.is_file():
+        return "it is absent"
+    try:
+        with contextlib.closing(sqlite3.connect(address(path), uri=True, timeout=60)) as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                return "it is empty"
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    return None if found == "ok" else " ".join(found.split())

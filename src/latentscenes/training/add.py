@@ -21,9 +21,10 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, writing_to
 from latentscenes.data.boxes import fit_box
 from latentscenes.data.checks import check_cameras
-from latentscenes.data.dataset import DatasetWriter, PosedImages
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.images import white_background
 from latentscenes.data.placing import SOLID
+from latentscenes.data.writing import DatasetWriter
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo

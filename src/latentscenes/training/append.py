@@ -105,7 +105,7 @@ def new_scene(
     info = SceneInfo(
         scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split,
         scene.name, now(), spent and spent.wall, spent and spent.cpu, round(before, 3), round(lost, 4),
-        provenance.tags or {},
+        scene.tags | (provenance.tags or {}),
     )  # fmt: skip
     return NewScene(info, payload, thumbnail(model, stored, view))
 

@@ -5,7 +5,7 @@ import fnmatch
 import math
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ GRID = Template(
 .scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 </style><div class="scenes" style="grid-template-columns: repeat({{columns}}, minmax(0, 1fr))">
-{% for button, name, picture, caption in tiles %}
-<label for="{{button}}" title="{{name}}"><img alt="" src="{{picture}}"><div>{{name}}</div>
+{% for button, name, about, picture, caption in tiles %}
+<label for="{{button}}" title="{{name}}{% if about %}&#10;{{about}}{% endif %}">
+<img alt="" src="{{picture}}"><div>{{name}}</div>
 {% if caption %}<div>{{caption}}</div>{% endif %}</label>
 {% endfor %}</div>""",
     autoescape=True,
@@ -120,14 +121,15 @@ class Thumbnails:
 
     def show(self, names: Sequence[str], captions: Sequence[str] = ()) -> None:
         """Shows up to `count` scenes, each with an optional second line of text."""
-        self._names = list(names)
+        self._names, abouts = list(names), self._library.folder.index.abouts()
         tiles = []
         for place, button in enumerate(self._buttons):
             button.visible = place < len(names)
             if place < len(names):
                 button.label = names[place]
                 caption = captions[place] if captions else ""
-                tiles.append((element_id(button), names[place], self._picture(names[place]), caption))
+                name, about = names[place], abouts.get(names[place], "")
+                tiles.append((element_id(button), name, about, self._picture(name), caption))
         self._folder.visible = bool(names)
         self._grid.content = GRID.render(columns=self._columns, tiles=tiles)
 
@@ -158,11 +160,13 @@ def element_id(handle: GuiButtonHandle) -> str:
 
 
 class Gallery:
-    """The scenes whose names match a search, in pages. Only the thumbnails of one page are read."""
+    """The scenes whose names or tags match a search, in pages. Only the thumbnails of one page are read."""
 
     def __init__(self, gui: GuiApi, callbacks: Callbacks, library: Library, select: Callable[[str], None]):
         self._library, self._page, self._highlighted = library, 0, ""
-        self._search = gui.add_text("Search", "", hint="Part of a name, or a pattern with * and ?")
+        self._search = gui.add_text(
+            "Search", "", hint="Part of a name or tag, or a pattern for names with * and ?"
+        )
         self._step = gui.add_button_group("Page", ("previous", "next"))
         self._count = gui.add_html("")
         self._thumbnails = Thumbnails(gui, callbacks, library, PAGE, 3, select)
@@ -173,12 +177,15 @@ class Gallery:
         self._show(0)
 
     def _show(self, page: int) -> None:
-        names = matching(self._library.names, self._search.value)
+        abouts = self._library.folder.index.abouts()
+        names = matching(abouts, self._search.value)
         pages = max(1, -(-len(names) // PAGE))
         self._page = page % pages
         first = self._page * PAGE
         shown = names[first : first + PAGE]
-        text = f"{first + 1:,}–{first + len(shown):,} of {len(names):,}" if shown else "No name matches."
+        text = (
+            f"{first + 1:,}–{first + len(shown):,} of {len(names):,}" if shown else "No name or tag matches."
+        )
         self._count.content = NOTE.render(text=text)
         self._step.visible = pages > 1
         self._thumbnails.show(shown)
@@ -190,12 +197,13 @@ class Gallery:
         self._thumbnails.highlight(name)
 
 
-def matching(names: Sequence[str], search: str) -> list[str]:
-    """Returns names that contain `search`, or match it if it has * or ?, ignoring case."""
+def matching(abouts: Mapping[str, str], search: str) -> list[str]:
+    """Returns names that contain `search` or whose tags do, ignoring case. With * or ?, `search` is a pattern
+    for names."""
     search = search.strip().casefold()
     if any(letter in search for letter in "*?"):
-        return [name for name in names if fnmatch.fnmatchcase(name.casefold(), search)]
-    return [name for name in names if search in name.casefold()]
+        return [name for name in abouts if fnmatch.fnmatchcase(name.casefold(), search)]
+    return [name for name, about in abouts.items() if search in f"{name}\n{about}".casefold()]
 
 
 class Datasets:

@@ -23,7 +23,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import bytes_text
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line, printable
+from latentscenes.core.names import one_line, printable, tags_text
 from latentscenes.viewer.guard import guarded
 from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, ViewRequest
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
@@ -40,7 +40,8 @@ MODES: dict[str, Mode] = {
 }
 ABOUT = Template(
     """<div style="padding: 2px 14px 10px; overflow-wrap: anywhere">
-<div style="font-size: 16px; font-weight: 600">{{name}}</div><div style="font-size: 13px">{{blend}}</div>
+<div style="font-size: 16px; font-weight: 600">{{name}}</div>
+<div style="font-size: 13px">{{about}}</div><div style="font-size: 13px">{{blend}}</div>
 <div style="font-size: 12px; opacity: 0.7">{{facts}}</div></div>""",
     autoescape=True,
 )
@@ -340,7 +341,8 @@ class Session:
         facts = [info.origin, f"{info.precision}, {bytes_text(info.bytes)}"]
         facts += [] if info.psnr is None else [f"{info.psnr:.2f} dB"]
         blend = f"blended with {self._other}" if self._other else ""
-        self._about.content = ABOUT.render(name=info.name, blend=blend, facts=" · ".join(facts))
+        about, facts = tags_text(info.tags), " · ".join(facts)
+        self._about.content = ABOUT.render(name=info.name, about=about, blend=blend, facts=facts)
         self._gallery.highlight(self._scene)
         if self._library.config.planes.macro:
             self._choose.label = "Now click a thumbnail …" if self._choosing else "Choose a second scene"

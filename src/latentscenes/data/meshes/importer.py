@@ -1,92 +1,142 @@
-"""Renders a folder of meshes (GLB, glTF, OBJ, PLY) into a dataset.
+"""Renders meshes (GLB, glTF, OBJ, PLY) of a folder or archive into a dataset.
 
 - Every file that cannot be read is reported with the reason.
 - Each format has a reader of its own (gltf.py, obj.py, ply.py); what it leaves out is reported.
 - Objects are moved and scaled: bounding box centered at the origin, with diagonal 1, z up.
+- Several processes render; finished objects are kept until the dataset is complete (work.py).
 """
 
-import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from latentscenes.core.console import say, tracked
+from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
-from latentscenes.data.dataset import DatasetWriter, Split
-from latentscenes.data.importing import choose_splits, is_leftover
+from latentscenes.data.dataset import Split, spread
+from latentscenes.data.importing import choose_splits
 from latentscenes.data.meshes.gltf import read_gltf
 from latentscenes.data.meshes.obj import read_obj
 from latentscenes.data.meshes.ply import read_ply
+from latentscenes.data.meshes.sources import FORMATS, Found, find_sources, listed
 from latentscenes.data.meshes.surfaces import Remarks, to_soup
-from latentscenes.data.options import MeshOptions, ViewOptions
+from latentscenes.data.meshes.work import Job, Rendered, Work, render_jobs, work_folder
+from latentscenes.data.options import MeshChoice, MeshOptions, ViewOptions
 from latentscenes.data.placing import rotation
-from latentscenes.data.raycast import DEFAULT_VIEWS, TriangleSoup, render_object, scene_box
+from latentscenes.data.raycast import DEFAULT_VIEWS, TriangleSoup, own_box, render_views, scene_box
 from latentscenes.data.shading import LIGHTS
+from latentscenes.data.writing import DatasetWriter
 
-FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
-"""Readable formats, and the axis that points up if `up` is "auto"."""
 MESHES = MeshOptions()
-NAMED = 8
-"""Objects that a remark names; of more it gives the number."""
+ALL = MeshChoice()
 
 
 def make_meshes(
     folder: Path,
     out: Path,
     options: ViewOptions = DEFAULT_VIEWS,
-    *,
-    split: Path | None = None,
-    new: int = 0,
     reading: MeshOptions = MESHES,
-    limit: int | None = None,
-    strict: bool = False,
+    choice: MeshChoice = ALL,
 ) -> None:
-    """Renders meshes into a new dataset.
+    """Renders meshes into a new dataset. A stopped call goes on when it is made again.
 
     Args:
-        folder: a folder, searched with its subfolders, or one file.
+        folder: a folder, searched with its subfolders and the archives in it; an archive; or one mesh.
         out: the dataset's folder; must not exist or be empty.
         options: views, size, held-out views, seed, camera distance, scene box.
-        split: JSON file {"train": [...], "new": [...]} with file names without their endings.
-        new: without `split`: mark the last meshes by name, this many, as new; the others as train.
         reading: how files are read: axes, turn, scale, light.
-        limit: read at most this many meshes of each split.
-        strict: raise a UserError for the first file that cannot be read, instead of reporting it at the end.
+        choice: catalog, splits, limit, processes, and whether the first unreadable file ends the import.
+
+    Raises:
+        UserError: nothing can be read, or `choice.strict` and one file cannot.
+        Interrupted: a signal asked to stop. Finished objects are kept.
     """
-    files = find_meshes(Path(folder))
-    listed = choose_splits(list(files), split, new)
-    splits, unlisted = _at_most(limit, listed), sorted(set(files) - set(listed))
-    for suffix in {path.suffix.lower() for path in files.values()}:
-        _matrix(suffix, reading)  # refuses a wrong axis before anything is rendered
-    bounds, failed, remarks = [], {}, {}
-    size = options.size, options.size
-    with DatasetWriter(out, size, alpha=True, origin=f"meshes {folder}") as writer:
-        for name in tracked(splits, "rendering meshes"):
-            try:
-                soup, remarks[name] = read_mesh(files[name], reading)
-                render_object(writer, name, soup, splits[name], options, LIGHTS[reading.light])
-            except UserError as error:
-                if strict:
-                    raise
-                failed[name] = str(error) if str(files[name]) in str(error) else f"{files[name]}: {error}"
-                continue
-            bounds.append(soup.bounds)
-        if not bounds:
+    out = Path(out)
+    writer = DatasetWriter(out, (options.size, options.size), alpha=True, origin=f"meshes {folder}")
+    with work_folder(out) as work:
+        found = find_sources(Path(folder), choice.catalog, work)
+        say(_summary(Path(folder), found))
+        splits = choose_splits(list(found.files), choice.split, choice.new)
+        unlisted = sorted(set(found.files) - set(splits))
+        splits = _at_most(choice.limit, splits)
+        jobs = [_job(name, found) for name in splits]
+        for suffix in {job.path.suffix.lower() for job in jobs}:
+            _matrix(suffix, reading)  # refuses a wrong axis before anything is rendered
+        files = [job.file(work, options, reading) for job in jobs]
+        failed = {}
+        prepare = partial(_renderer, work, options, reading)
+        for job, error in render_jobs(jobs, files, prepare, choice.workers):
+            if error and choice.strict:
+                raise UserError(found.plain(error))
+            failed |= {job.name: found.plain(error)} if error else {}
+        done = [(job, file) for job, file in zip(jobs, files) if job.name not in failed]
+        if not done:
             reasons = "\n".join(failed.values())
-            raise UserError(f"{folder}: none of {len(splits)} meshes could be read.\n{reasons}")
-        writer.finish(scene_box(bounds, options))
-    lines = [f"{out}: {len(bounds)} scenes"]
-    lines += _grouped(remarks)
+            raise UserError(f"{folder}: none of {len(jobs)} meshes could be read.\n{reasons}")
+        remarks = _write(writer, done, found, splits, options)
+    lines = [f"{out}: {len(done)} scenes", *map(found.plain, _grouped(remarks))]
+    lines += [f"remark: {remark}" for remark in found.remarks]
     if unlisted:
-        some = ", ".join(unlisted[:3]) + (" …" if len(unlisted) > 3 else "")
-        lines.append(f"{len(unlisted)} left out, as the split file does not name them: {some}")
-    if failed:
-        lines.append(f"{len(failed)} of {len(splits)} could not be read:")
-        lines += [f"  {reason}" for reason in failed.values()]
+        lines.append(f"{len(unlisted)} left out, as the split file does not name them: {listed(unlisted)}")
+    if failed or found.failed:
+        count = len(splits) + len(found.failed)
+        lines.append(f"{len(failed) + len(found.failed)} of {count} could not be read:")
+        lines += [
+            f"  {reason}" for reason in [*found.failed, *(failed[name] for name in splits if name in failed)]
+        ]
     say("\n".join(lines))
+
+
+def _summary(folder: Path, found: Found) -> str:
+    """What was found, for people."""
+    kinds = [path.suffix.lower() for path in found.files.values()]
+    counts = ", ".join(f"{kinds.count(kind)} {kind[1:].upper()}" for kind in sorted(set(kinds)))
+    rows = f"; {len(found.rows)} with a row in a catalog" if found.rows else ""
+    return f"{folder}: {len(kinds)} meshes ({counts}){rows}"
+
+
+def _job(name: str, found: Found) -> Job:
+    row = found.rows.get(name)
+    return Job(name, found.files[name], found.stamps[name], row.rotation if row else None)
+
+
+def _renderer(work: Path, options: ViewOptions, reading: MeshOptions) -> Work:
+    """Returns the function that reads and renders one mesh into its file."""
+
+    def render(job: Job) -> str:
+        try:
+            soup, remarks = read_mesh(job.path, reading, job.rotation)
+            pictures = render_views(job.name, soup, options, LIGHTS[reading.light])
+        except UserError as error:
+            return str(error) if str(job.path) in str(error) else f"{job.path}: {error}"
+        Rendered(*pictures, soup.bounds, remarks).save(job.file(work, options, reading))
+        return ""
+
+    return render
+
+
+def _write(
+    writer: DatasetWriter,
+    done: list[tuple[Job, Path]],
+    found: Found,
+    splits: dict[str, Split],
+    options: ViewOptions,
+) -> dict[str, tuple[str, ...]]:
+    """Writes the dataset from finished objects. Returns the remarks on each."""
+    bounds, remarks = [], {}
+    held_out = spread(options.views, options.held_out)
+    with writer:
+        for job, file in done:
+            views, row = Rendered.load(file), found.rows.get(job.name)
+            box, tags = own_box(views.bounds, options), row.tags if row else None
+            split = splits[job.name]
+            writer.add(job.name, views.rgb, views.cameras, split, held_out, views.alpha, box, tags)
+            bounds.append(views.bounds)
+            remarks[job.name] = views.remarks
+        writer.finish(scene_box(bounds, options))
+    return remarks
 
 
 def _grouped(remarks: dict[str, tuple[str, ...]]) -> list[str]:
@@ -95,43 +145,7 @@ def _grouped(remarks: dict[str, tuple[str, ...]]) -> list[str]:
     for name, lines in remarks.items():
         for line in lines:
             names.setdefault(line, []).append(name)
-    shown = {
-        line: ", ".join(group[:NAMED]) + (f" and {len(group) - NAMED} more" if len(group) > NAMED else "")
-        for line, group in names.items()
-    }
-    return [f"remark: {line}: {group}" for line, group in shown.items()]
-
-
-def find_meshes(folder: Path) -> dict[str, Path]:
-    """Returns mesh files by name, sorted. A name is the path inside the folder, `/` as `__`, no ending."""
-    if folder.is_file():
-        if folder.suffix.lower() not in FORMATS:
-            raise UserError(f"{folder}: not a readable mesh format; give {', '.join(FORMATS)}.")
-        return {folder.stem: folder}
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
-    files: dict[str, Path] = {}
-    for path in sorted(_walk(folder)):
-        if path.suffix.lower() in FORMATS and path.is_file():
-            name = "__".join(path.relative_to(folder).with_suffix("").parts)
-            if name in files:
-                raise UserError(f"{path} and {files[name]} are both named {name!r}; rename or remove one.")
-            files[name] = path
-    if not files:
-        raise UserError(f"{folder}: holds no mesh ({', '.join(FORMATS)}), even in subfolders.")
-    return files
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder, without leftovers; linked folders are followed, each once."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_leftover(name)]
-        if (real := os.path.realpath(place)) in seen:
-            folders[:] = []
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in names if not is_leftover(name))
+    return [f"remark: {line}: {listed(group)}" for line, group in names.items()]
 
 
 def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
@@ -140,9 +154,14 @@ def _at_most(limit: int | None, splits: dict[str, Split]) -> dict[str, Split]:
     return {name: part for name, part in splits.items() if name in kept}
 
 
-def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, tuple[str, ...]]:
+def read_mesh(
+    path: Path, reading: MeshOptions = MESHES, turn: tuple[float, ...] | None = None
+) -> tuple[TriangleSoup, tuple[str, ...]]:
     """Reads a mesh file as a soup with z up, centered, of bounding-box diagonal `scale`. Also returns what
     the reader left out or did not find.
+
+    Args:
+        turn: turns the file's coordinates first: a 3x3 matrix, row by row.
 
     Raises:
         UserError: the file cannot be read, or holds no triangles.
@@ -155,7 +174,14 @@ def read_mesh(path: Path, reading: MeshOptions = MESHES) -> tuple[TriangleSoup, 
             surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}).") from None
-    return to_soup(path, surfaces, _matrix(suffix, reading)), tuple(remarks)
+    matrix = _matrix(suffix, reading)
+    if turn is not None:
+        own = np.array(turn).reshape(3, 3)
+        if np.abs(own @ own.T - np.eye(3)).max() < 0.01:
+            matrix = matrix @ own
+        else:
+            remarks.add("the catalog's modelRotation is no rotation and is left out")
+    return to_soup(path, surfaces, matrix), tuple(remarks)
 
 
 def _matrix(suffix: str, reading: MeshOptions) -> Float[np.ndarray, "3 3"]:

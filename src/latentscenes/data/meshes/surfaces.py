@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mapbox_earcut
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from latentscenes.core.errors import UserError
@@ -128,33 +128,44 @@ def corner_faces(polygons: list[list[int]], points: Float[np.ndarray, "p 3"]) ->
     Returns:
         Places in the concatenated polygons, three for each triangle.
     """
-    found, start = [], 0
-    for polygon in polygons:
-        count = len(polygon)
+    counts = np.array([len(polygon) for polygon in polygons], np.int64)
+    starts = np.cumsum(counts) - counts
+    found: list[Int[np.ndarray, "t 3"]] = [np.zeros((0, 3), np.int64)] * len(polygons)
+    for count in np.unique(counts[counts >= 3]).tolist():
+        places = np.flatnonzero(counts == count)
         if count == 3:
-            found.append([[0, 1, 2]])
-        elif count > 3:
-            found.append(_cut(points[polygon]))
-        if count >= 3:
-            found[-1] = np.asarray(found[-1], np.int64).reshape(-1, 3) + start
-        start += count
+            fans = np.ones(len(places), bool)
+        else:
+            fans = _convex(points[np.array([polygons[place] for place in places])])
+        fan = np.stack([np.zeros(count - 2, np.int64), np.arange(1, count - 1), np.arange(2, count)], 1)
+        for place, is_fan in zip(places.tolist(), fans.tolist()):
+            found[place] = starts[place] + (fan if is_fan else _cut(points[polygons[place]], fan))
     return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
 
 
-def _cut(corners: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, "t 3"]:
-    """Triangles of one polygon: a fan where it is convex, else ear clipping in its plane (Newell's
-    normal)."""
-    count = len(corners)
-    fan = np.stack([np.zeros(count - 2, np.int64), np.arange(1, count - 1), np.arange(2, count)], 1)
+def _convex(corners: Float[np.ndarray, "k n 3"]) -> Bool[np.ndarray, "k"]:
+    """Whether each polygon is convex, seen along its normal (Newell's), and goes round once: a star turns
+    one way, too."""
+    corners = corners - corners.mean(1, keepdims=True)
+    ahead = np.roll(corners, -1, 1) - corners
+    normal = np.cross(corners, np.roll(corners, -1, 1)).sum(1)
+    following = np.roll(ahead, -1, 1)
+    turned = np.cross(ahead, following)
+    turns = (turned @ normal[..., None])[..., 0]
+    one_way = (turns >= -1e-9 * np.maximum(np.abs(turns).max(1), 1e-300)[:, None]).all(1)
+    length = np.linalg.norm(normal, axis=1)
+    unit = normal / np.maximum(length, 1e-300)[:, None]
+    angles = np.arctan2((turned @ unit[..., None])[..., 0], (ahead * following).sum(2))
+    return one_way & ((length < 1e-300) | (np.abs(angles.sum(1)) < 3 * np.pi))
+
+
+def _cut(corners: Float[np.ndarray, "n 3"], fan: Int[np.ndarray, "t 3"]) -> Int[np.ndarray, "t 3"]:
+    """Triangles of a polygon that is not convex: ear clipping in its plane, or the fan where that finds
+    none."""
     corners = corners - corners.mean(0)
-    following = np.roll(corners, -1, 0)
-    normal = np.cross(corners, following).sum(0)
-    turns = np.cross(following - corners, np.roll(corners, -2, 0) - following) @ normal
-    if (turns >= -1e-9 * max(np.abs(turns).max(), 1e-300)).all() and _winds_once(corners, normal):
-        return fan
-    axis = np.abs(normal).argmax()
-    flat = np.delete(corners, axis, 1)
-    cut = mapbox_earcut.triangulate_float64(np.ascontiguousarray(flat), np.array([count], np.uint32))
+    normal = np.cross(corners, np.roll(corners, -1, 0)).sum(0)
+    flat = np.delete(corners, np.abs(normal).argmax(), 1)
+    cut = mapbox_earcut.triangulate_float64(np.ascontiguousarray(flat), np.array([len(corners)], np.uint32))
     cut = cut.astype(np.int64).reshape(-1, 3)
     if not len(cut):
         return fan
@@ -162,17 +173,6 @@ def _cut(corners: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, "t 3"]:
     turned = np.cross(edges[:, 0], edges[:, 1]) @ normal < 0
     cut[turned] = cut[turned][:, ::-1]  # the polygon's own side stays in front
     return cut
-
-
-def _winds_once(corners: Float[np.ndarray, "n 3"], normal: Float[np.ndarray, "3"]) -> bool:
-    """Whether a polygon whose corners all turn one way goes round only once: a star turns one way too."""
-    length = np.linalg.norm(normal)
-    if length < 1e-300:
-        return True
-    ahead = np.roll(corners, -1, 0) - corners
-    following = np.roll(ahead, -1, 0)
-    angles = np.arctan2(np.cross(ahead, following) @ (normal / length), (ahead * following).sum(1))
-    return bool(abs(angles.sum()) < 3 * np.pi)
 
 
 def smooth_normals(

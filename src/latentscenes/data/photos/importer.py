@@ -23,7 +23,7 @@ from latentscenes.core.cameras import Cameras, look_at
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import GRID, standing_bounds, union_box
-from latentscenes.data.dataset import DatasetWriter, spread
+from latentscenes.data.dataset import spread
 from latentscenes.data.images import image_size, in_parallel, read_image
 from latentscenes.data.importing import (
     FOR_EACH,
@@ -36,6 +36,7 @@ from latentscenes.data.importing import (
 )  # fmt: skip
 from latentscenes.data.options import Boxes
 from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
+from latentscenes.data.writing import DatasetWriter
 
 ROOM = 1.05
 """Width of images, relative to the ball around the object's box."""

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int, UInt8
 
 from latentscenes.core.console import say, tracked
 from latentscenes.core.errors import UserError
-from latentscenes.data.dataset import DatasetWriter
 from latentscenes.data.options import ViewOptions
 from latentscenes.data.raycast import (
     BLEND,
@@ -27,6 +26,7 @@ from latentscenes.data.raycast import (
 )  # fmt: skip
 from latentscenes.data.synthetic.body import KINDS, Car, draw_car, grid_normals, half_width, loft
 from latentscenes.data.synthetic.paint import draw_livery, paint_body
+from latentscenes.data.writing import DatasetWriter
 
 
 def make_cars(out: Path, options: ViewOptions = DEFAULT_VIEWS, *, train: int = 48, new: int = 16) -> None:
