@@ -9,9 +9,10 @@ import torch
 
 from latentscenes.core.errors import UserError
 from latentscenes.rendering import march
+from latentscenes.rendering import render as rendering
 from latentscenes.rendering.field import Field, FusedPlanes, mix
 from latentscenes.rendering.kernels import build, native
-from latentscenes.rendering.render import Rays, march_planes, render_rays
+from latentscenes.rendering.render import Rays, march_planes, render_rays, why_not_triton
 
 needs_compiler = pytest.mark.skipif(build.load()[0] is None, reason=f"no native kernel: {build.load()[1]}")
 
@@ -175,6 +176,98 @@ def test_only_wanted_gradients_and_inference():
         assert torch.equal(a, b)
     with torch.no_grad():
         assert not run_native(planes, field, *rest)[0].requires_grad
+
+
+def with_free_rays(arguments):
+    """Lets rays take gradients. Their directions need not be unit vectors."""
+    planes, field, rays, *numbers = arguments
+    free = {"origins": rays.origins.clone(), "directions": 1.3 * rays.directions}
+    rays = rays._replace(**{name: value.requires_grad_() for name, value in free.items()})
+    return planes, field, rays, *numbers
+
+
+@needs_compiler
+@pytest.mark.parametrize("aggregation", ["sum", "product"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"features": 32, "resolution": 16, "coarse": 16, "fine": 12},
+        {"directed": True, "features": 7},
+        {"directed": True, "features": 16, "scenes": 3, "rays": 7},
+        {"bounds": (0.1, 6.0)},  # samples outside the planes
+    ],
+    ids=str,
+)
+def test_gradients_of_rays(sizes, aggregation):
+    arguments = with_free_rays(problem(**sizes))
+    planes, field, rays = arguments[:3]
+    everything = [planes, *network(field), rays.origins, rays.directions]
+    expected = march_planes(*arguments, "eg3d", aggregation)[:3]
+    actual = run_native(*arguments, "eg3d", aggregation)
+    upstream = [torch.randn_like(value) for value in expected]
+    by_torch = torch.autograd.grad(expected, everything, upstream)
+    found = torch.autograd.grad(actual, everything, upstream)
+    for a, b in zip(found, by_torch, strict=True):
+        assert b.abs().max() > 0
+        assert_close(a, b, 1e-4)
+    # Those of rays alone are the same, and others stay as they are without them
+    alone = run_native(planes.detach(), field.requires_grad_(False), *arguments[2:], "eg3d", aggregation)
+    for a, b in zip(torch.autograd.grad(alone, everything[5:], upstream), found[5:], strict=True):
+        assert torch.equal(a, b)
+    field.requires_grad_(True)
+    fixed = rays._replace(origins=rays.origins.detach(), directions=rays.directions.detach())
+    without = run_native(planes, field, fixed, *arguments[3:], "eg3d", aggregation)
+    for a, b in zip(torch.autograd.grad(without, everything[:5], upstream), found[:5], strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["origins", "directions"])
+def test_gradients_of_rays_are_the_slopes_of_the_render(which):
+    """Finite differences in float64 by the torch path, over steps too small to cross a texel's border."""
+    planes, field, rays, u_coarse, u_fine = with_free_rays(problem(rays=4, directed=True, fine=0))
+    found = run_native(planes, field, rays, u_coarse, u_fine)
+    weights = [torch.randn_like(value) for value in found]
+    (gradient,) = torch.autograd.grad(found, [getattr(rays, which)], weights)
+    exact = Field(5, 3, 64, view_direction=True).double()
+    exact.load_state_dict(field.state_dict())
+    fixed = Rays(*(value.detach().double() for value in rays))
+
+    def value(moved):
+        found = march_planes(
+            planes.detach().double(),
+            exact,
+            fixed._replace(**{which: moved}),
+            u_coarse.double(),
+            u_fine.double(),
+        )
+        return sum((w * part).sum() for w, part in zip(weights, found[:3], strict=True)).item()
+
+    start, slopes = getattr(fixed, which), torch.zeros_like(gradient)
+    for place in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(3)).tolist():
+        step = torch.zeros_like(start)
+        step[tuple(place)] = 1e-7
+        slopes[tuple(place)] = (value(start + step) - value(start - step)) / 2e-7
+    assert_close(gradient, slopes, 1e-4)
+
+
+@needs_compiler
+def test_rays_that_miss_have_no_gradient():
+    planes, field, rays, *numbers = with_free_rays(problem(scenes=1))
+    rays = rays._replace(far=torch.where(torch.arange(13) % 3 == 0, rays.near, rays.far))
+    features = run_native(planes, field, rays, *numbers)[0]
+    for gradient in torch.autograd.grad(features.sum(), [rays.origins, rays.directions]):
+        assert (gradient[:, ::3] == 0).all() and (gradient[:, 1::3] != 0).any()
+
+
+def test_where_rays_take_gradients_the_gpu_kernel_says_no(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(rendering, "triton_kernel", lambda: object())
+    arguments = with_free_rays(problem())
+    assert "no gradients to rays" in why_not_triton(*arguments[:4])
+    with torch.no_grad():
+        assert why_not_triton(*arguments[:4]) == ""
 
 
 @needs_compiler

@@ -54,7 +54,7 @@ def camera_rays(
     units: Float[Tensor, "s"] | None = None,
 ) -> Rays:
     """Returns the rays of s·k cameras, k for each scene in turn, through all h x w pixels or only `pixels`
-    (row · w + column) of each view.
+    (row · w + column) of each view. Near and far are constants for gradients of cameras.
 
     Args:
         boxes: center and half sides of each scene's box, world units.
@@ -67,7 +67,7 @@ def camera_rays(
     unit = torch.ones_like(boxes[:, :1]) if units is None else units[:, None]
     directions = directions * unit[..., None]
     if bounds is None:
-        near, far = march.intersect_cube(origins, directions)
+        near, far = march.intersect_cube(origins.detach(), directions.detach())
     else:
         near, far = (torch.full_like(origins[..., 0], bound) / unit for bound in bounds)
     return Rays(origins, directions, near, far)
@@ -156,6 +156,8 @@ def why_not_triton(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -
         return reason
     if field.hidden.in_features > 64 or field.hidden.out_features > 128 or field.out.out_features > 64:
         return "its shared memory holds networks of up to 64 inputs, 128 hidden units and 64 outputs"
+    if torch.is_grad_enabled() and (rays.origins.requires_grad or rays.directions.requires_grad):
+        return "it gives no gradients to rays"
     if torch.are_deterministic_algorithms_enabled():
         return "torch is set to deterministic algorithms, but it adds gradients of planes in no fixed order"
     return "" if triton_kernel() else "Triton is not installed (pip install triton)"

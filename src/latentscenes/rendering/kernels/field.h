@@ -66,6 +66,8 @@ struct Tile {
   int64_t count = 0;
   float point[3][kTile] = {};
   float direction[3][kTile] = {};  // unit directions, if they are inputs of the network
+  int64_t ray[kTile];  // for gradients of rays: the ray of each point, and t
+  float t[kTile];
   int32_t texel[12][kTile];  // index of each of 4 corners in each of 3 planes, in texels of the scene
   float weight[12][kTile];   // bilinear weight of each corner, 0 outside the plane
   Array x, parts, h, slope, raw, d_x, d_pre;
@@ -88,19 +90,44 @@ struct NetworkGradient {
       : hidden_wt(n.inputs * n.hidden), hidden_b(n.hidden), out_w(n.outputs * n.hidden), out_b(n.outputs) {}
 };
 
+// Gradients of rays, (rays x 3) each. Each ray belongs to one thread.
+struct RayGradient {
+  float *origins, *directions;
+};
+
+inline float length(const float* v) { return std::sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]); }
+
 // Sets the point of sample i, at t along a ray, and the ray's unit direction.
 inline void place(const Problem& p, Tile& tile, int64_t i, int64_t ray, float t) {
   const float *origin = p.origins + 3 * ray, *direction = p.directions + 3 * ray;
   for (int axis = 0; axis < 3; ++axis) tile.point[axis][i] = origin[axis] + t * direction[axis];
   if (!p.directed) return;
-  const float length = std::sqrt(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
-  for (int axis = 0; axis < 3; ++axis) tile.direction[axis][i] = direction[axis] / length;
+  const float whole = length(direction);
+  for (int axis = 0; axis < 3; ++axis) tile.direction[axis][i] = direction[axis] / whole;
+}
+
+// The first of the two texels around a place along one side of a plane, their weights, and the weights' slopes by texels.
+// Texels outside the plane have weight and slope 0.
+struct Pair {
+  int32_t first;
+  float weight[2], slope[2];
+};
+
+inline Pair around(float place, int32_t r) {
+  // Clamped to just outside the plane, where all weights are zero. The comparisons also catch NaN.
+  const float size = static_cast<float>(r);
+  float x = ((place + 1.0f) * size - 1.0f) * 0.5f;
+  x = x > -2.0f ? x : -2.0f;
+  x = x < size + 1.0f ? x : size + 1.0f;
+  const int32_t left = static_cast<int32_t>(x + 2.0f) - 2;
+  const float fraction = x - static_cast<float>(left);
+  const bool first = (left >= 0) & (left < r), second = (left >= -1) & (left < r - 1);
+  return {left, {first ? 1.0f - fraction : 0.0f, second ? fraction : 0.0f}, {first ? -1.0f : 0.0f, second ? 1.0f : 0.0f}};
 }
 
 // Finds the texels around each point and their weights (align_corners = False, zero outside).
 inline void locate(const Problem& p, Tile& tile) {
   const int32_t r = static_cast<int32_t>(p.resolution);
-  const float size = static_cast<float>(r);
   for (int k = 0; k < 3; ++k) {
     const float* column = tile.point[p.column_axis[k]];
     const float* row = tile.point[p.row_axis[k]];
@@ -108,19 +135,13 @@ inline void locate(const Problem& p, Tile& tile) {
     float(*weight)[kTile] = tile.weight + 4 * k;
     const int32_t plane = k * r * r;
     for (int64_t i = 0; i < kTile; ++i) {
-      // Clamped to just outside the plane, where all weights are zero. The comparisons also catch NaN.
-      float x = ((column[i] + 1.0f) * size - 1.0f) * 0.5f, y = ((row[i] + 1.0f) * size - 1.0f) * 0.5f;
-      x = x > -2.0f ? x : -2.0f, y = y > -2.0f ? y : -2.0f;
-      x = x < size + 1.0f ? x : size + 1.0f, y = y < size + 1.0f ? y : size + 1.0f;
-      const int32_t left = static_cast<int32_t>(x + 2.0f) - 2, top = static_cast<int32_t>(y + 2.0f) - 2;
-      const float fx = x - static_cast<float>(left), fy = y - static_cast<float>(top);
-      const float wx0 = (left >= 0) & (left < r) ? 1.0f - fx : 0.0f, wx1 = (left >= -1) & (left < r - 1) ? fx : 0.0f;
-      const float wy0 = (top >= 0) & (top < r) ? 1.0f - fy : 0.0f, wy1 = (top >= -1) & (top < r - 1) ? fy : 0.0f;
-      const int32_t x0 = std::min(std::max(left, 0), r - 1), x1 = std::min(std::max(left + 1, 0), r - 1);
-      const int32_t y0 = plane + r * std::min(std::max(top, 0), r - 1);
-      const int32_t y1 = plane + r * std::min(std::max(top + 1, 0), r - 1);
+      const Pair x = around(column[i], r), y = around(row[i], r);
+      const int32_t x0 = std::min(std::max(x.first, 0), r - 1), x1 = std::min(std::max(x.first + 1, 0), r - 1);
+      const int32_t y0 = plane + r * std::min(std::max(y.first, 0), r - 1);
+      const int32_t y1 = plane + r * std::min(std::max(y.first + 1, 0), r - 1);
       texel[0][i] = y0 + x0, texel[1][i] = y0 + x1, texel[2][i] = y1 + x0, texel[3][i] = y1 + x1;
-      weight[0][i] = wy0 * wx0, weight[1][i] = wy0 * wx1, weight[2][i] = wy1 * wx0, weight[3][i] = wy1 * wx1;
+      weight[0][i] = y.weight[0] * x.weight[0], weight[1][i] = y.weight[0] * x.weight[1];
+      weight[2][i] = y.weight[1] * x.weight[0], weight[3][i] = y.weight[1] * x.weight[1];
     }
   }
 }
@@ -166,13 +187,19 @@ inline void gather(const Problem& p, const Network& n, const float* planes, Tile
       for (int axis = 0; axis < 3; ++axis) tile.x[i * n.inputs + p.features + axis] = tile.direction[axis][i];
 }
 
+// Returns the gradient of N features that point i read from plane k, beginning with feature f.
 template <int N>
-inline void scatter_features(const Problem& p, const Network& n, float* gradient, const Tile& tile, int64_t i, int64_t f) {
+inline Vec<N> part_gradient(const Problem& p, const Network& n, const Tile& tile, int k, int64_t i, int64_t f) {
   const int64_t at = i * n.inputs + f, step = kTile * n.inputs;
   const Vec<N> whole = load<N>(&tile.d_x[at]);
+  if (!p.product) return whole;
+  return whole * (load<N>(&tile.parts[at + (k + 1) % 3 * step]) * load<N>(&tile.parts[at + (k + 2) % 3 * step]));
+}
+
+template <int N>
+inline void scatter_features(const Problem& p, const Network& n, float* gradient, const Tile& tile, int64_t i, int64_t f) {
   for (int k = 0; k < 3; ++k) {
-    Vec<N> d = whole;
-    if (p.product) d *= load<N>(&tile.parts[at + (k + 1) % 3 * step]) * load<N>(&tile.parts[at + (k + 2) % 3 * step]);
+    const Vec<N> d = part_gradient<N>(p, n, tile, k, i, f);
     for (int c = 4 * k; c < 4 * k + 4; ++c) {
       float* to = gradient + tile.texel[c][i] * p.features + f;
       store<N>(to, load<N>(to) + tile.weight[c][i] * d);
@@ -192,6 +219,46 @@ inline void scatter(const Problem& p, const Network& n, float* gradient, const T
   }
 }
 
+// Adds the gradients of point i by its column and row in plane k, in texels, through N features beginning with feature f,
+// to N sums each.
+template <int N>
+inline void slope_features(const Problem& p, const Network& n, const float* planes, const Tile& tile, int k, int64_t i,
+                           int64_t f, const Pair& x, const Pair& y, float* column, float* row) {
+  const int32_t(*texel)[kTile] = tile.texel + 4 * k;
+  Vec<N> corner[4];
+  for (int c = 0; c < 4; ++c) corner[c] = load<N>(planes + texel[c][i] * p.features + f);
+  const Vec<N> top = x.weight[0] * corner[0] + x.weight[1] * corner[1], below = x.weight[0] * corner[2] + x.weight[1] * corner[3];
+  const Vec<N> d = part_gradient<N>(p, n, tile, k, i, f), by_row = d * (y.slope[0] * top + y.slope[1] * below);
+  const Vec<N> by_column = d * (y.weight[0] * (x.slope[0] * corner[0] + x.slope[1] * corner[1]) +
+                                y.weight[1] * (x.slope[0] * corner[2] + x.slope[1] * corner[3]));
+  store<N>(column, load<N>(column) + by_column), store<N>(row, load<N>(row) + by_row);
+}
+
+// Adds to the gradients of rays through the points and, if `directed`, the unit directions. Places t are constants.
+inline void differentiate_rays(const Problem& p, const Network& n, const float* planes, const Tile& tile, RayGradient d_rays) {
+  const int32_t r = static_cast<int32_t>(p.resolution);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    float sums[3][kWide] = {}, d_point[3] = {};
+    for (int k = 0; k < 3; ++k) {
+      const Pair x = around(tile.point[p.column_axis[k]][i], r), y = around(tile.point[p.row_axis[k]][i], r);
+      float *column = sums[p.column_axis[k]], *row = sums[p.row_axis[k]];
+      int64_t f = 0;
+      for (; f + kWide <= p.features; f += kWide) slope_features<kWide>(p, n, planes, tile, k, i, f, x, y, column, row);
+      for (; f + 4 <= p.features; f += 4) slope_features<4>(p, n, planes, tile, k, i, f, x, y, column, row);
+      for (; f < p.features; ++f) slope_features<1>(p, n, planes, tile, k, i, f, x, y, column, row);
+    }
+    for (int axis = 0; axis < 3; ++axis)
+      for (int j = 0; j < kWide; ++j) d_point[axis] += 0.5f * r * sums[axis][j];
+    float *origin = d_rays.origins + 3 * tile.ray[i], *direction = d_rays.directions + 3 * tile.ray[i];
+    for (int axis = 0; axis < 3; ++axis) origin[axis] += d_point[axis], direction[axis] += tile.t[i] * d_point[axis];
+    if (!p.directed) continue;
+    const float *d_unit = &tile.d_x[i * n.inputs + p.features], whole = length(p.directions + 3 * tile.ray[i]);
+    float along = 0;  // a unit vector cannot become longer
+    for (int axis = 0; axis < 3; ++axis) along += d_unit[axis] * tile.direction[axis][i];
+    for (int axis = 0; axis < 3; ++axis) direction[axis] += (d_unit[axis] - along * tile.direction[axis][i]) / whole;
+  }
+}
+
 // Computes tile.raw, the network's outputs before their activations, from tile.point.
 inline void field_forward(const Problem& p, const Network& n, const float* planes, Tile& tile) {
   gather(p, n, planes, tile);
@@ -203,9 +270,9 @@ inline void field_forward(const Problem& p, const Network& n, const float* plane
                 [=, &n](int64_t i, int64_t j, Vec<kOut> sum) { store<kOut>(raw + i * n.outputs + j, sum); });
 }
 
-// Given the gradient of raw outputs in tile.raw, adds to the gradients of the network and of the planes (if not null).
+// Given the gradient of raw outputs in tile.raw, adds to the gradients of network, planes and rays, where not null.
 inline void field_backward(const Problem& p, const Network& n, const float* planes, Tile& tile, NetworkGradient* network,
-                           float* d_planes) {
+                           float* d_planes, RayGradient d_rays) {
   gather(p, n, planes, tile);
   float *h = tile.h.data(), *slope = tile.slope.data(), *d_pre = tile.d_pre.data(), *d_x = tile.d_x.data();
   const float *x = tile.x.data(), *d_raw = tile.raw.data();
@@ -231,11 +298,13 @@ inline void field_backward(const Problem& p, const Network& n, const float* plan
       for (int64_t j = 0; j < hidden; ++j) network->hidden_b[j] += d_pre[i * hidden + j];
     }
   }
-  if (d_planes) {
-    product<kWide>(tile.count, padded(p.features, kWide), p.hidden, {d_pre, hidden, 1}, n.hidden_w.data(), inputs, nullptr, 0,
+  if (d_planes || d_rays.origins) {
+    const int64_t wanted = d_rays.origins ? inputs : padded(p.features, kWide);
+    product<kWide>(tile.count, wanted, p.hidden, {d_pre, hidden, 1}, n.hidden_w.data(), inputs, nullptr, 0,
                    [=](int64_t i, int64_t j, Vec<kWide> sum) { store<kWide>(d_x + i * inputs + j, sum); });
-    scatter(p, n, d_planes, tile);
   }
+  if (d_planes) scatter(p, n, d_planes, tile);
+  if (d_rays.origins) differentiate_rays(p, n, planes, tile, d_rays);
 }
 
 }  // namespace latentscenes

@@ -272,7 +272,7 @@ struct Share {
 };
 
 void backward_share(const Problem& p, const std::vector<Network>& networks, const Upstream& up, const Saved& saved,
-                    float threshold, Share& share, float* d_planes) {
+                    float threshold, Share& share, float* d_planes, RayGradient d_rays) {
   Tile tile(p, networks[0], true);
   March m(p);
   Array d_raw(p.samples() * p.outputs());
@@ -282,9 +282,11 @@ void backward_share(const Problem& p, const std::vector<Network>& networks, cons
   const int64_t outputs = networks[0].outputs;
   auto flush = [&] {
     share.evaluated += tile.count;
-    if (tile.count) field_backward(p, networks[p.network(scene)], p.planes + scene * p.scene_size(), tile, gradient, d_scene);
+    if (tile.count) field_backward(p, networks[p.network(scene)], p.planes + scene * p.scene_size(), tile, gradient, d_scene, d_rays);
     tile.count = 0;
   };
+  for (float* d : {d_rays.origins, d_rays.directions})
+    if (d) std::fill(d + 3 * share.first, d + 3 * share.last, 0.0f);
   for (int64_t ray = share.first; ray < share.last; ++ray) {
     if (ray / p.rays != scene) {
       flush();
@@ -304,7 +306,9 @@ void backward_share(const Problem& p, const std::vector<Network>& networks, cons
       float largest = 0;
       for (int64_t o = 0; o < p.outputs(); ++o) largest = std::max(largest, std::fabs(from[o]));
       if (largest <= threshold) continue;
-      place(p, tile, tile.count, ray, saved.t[ray * p.samples() + i]);
+      const float t = saved.t[ray * p.samples() + i];
+      place(p, tile, tile.count, ray, t);
+      tile.ray[tile.count] = ray, tile.t[tile.count] = t;
       std::copy_n(from, p.outputs(), &tile.raw[tile.count * outputs]);
       if (++tile.count == kTile) flush();
     }
@@ -392,11 +396,12 @@ extern "C" void latentscenes_forward(const Problem* problem, float* features, fl
 }
 
 // From the gradients of features, depth and opacity (each may be null) and the saved samples, writes d_planes (unless
-// null) and the gradients of the network (all four or none; hidden weights for each network).
+// null), the gradients of the network (all four or none; hidden weights for each network), and those of rays (both or
+// none).
 extern "C" void latentscenes_backward(const Problem* problem, const float* up_features, const float* up_depth,
                                       const float* up_opacity, const float* t, const float* density,
                                       const float* sample_features, float* d_planes, float* d_hidden_w, float* d_hidden_b,
-                                      float* d_out_w, float* d_out_b) {
+                                      float* d_out_w, float* d_out_b, float* d_origins, float* d_directions) {
   const Problem& p = *problem;
   const std::vector<Network> all = networks(p);
   const Upstream up{up_features, up_depth, up_opacity};
@@ -414,7 +419,7 @@ extern "C" void latentscenes_backward(const Problem* problem, const float* up_fe
       const int64_t touched = p.network((share.last - 1) / p.rays) - p.network(share.first / p.rays) + 1;
       share.networks.assign(touched, NetworkGradient(all[0]));
     }
-    backward_share(p, all, up, saved, threshold, share, d_planes);
+    backward_share(p, all, up, saved, threshold, share, d_planes, {d_origins, d_directions});
   }
   evaluated_backward = 0;
   for (const Share& share : shares) evaluated_backward += share.evaluated;

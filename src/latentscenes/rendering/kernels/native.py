@@ -1,7 +1,7 @@
 """The CPU kernel (native.cpp, planes.cpp) as differentiable torch operators. `render` computes as
 `march_planes`.
 
-Gradients reach planes and network, not rays or random numbers.
+Gradients reach planes, network, origins and directions of rays; not near, far or random numbers.
 """
 
 import ctypes
@@ -159,14 +159,12 @@ def _render_backward(
     axes: str,
     aggregation: str,
     skip: float,
-    planes_too: bool,
-    network_too: bool,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    """Returns gradients of planes, hidden_w, hidden_b, out_w and out_b; empty ones where not wanted."""
+    """Returns gradients of the first seven INPUTS; empty ones where not wanted."""
     inputs = [tensor.contiguous() for tensor in given]
     gradients = [
-        torch.empty_like(inputs[k]) if (network_too if k else planes_too) else inputs[k].new_empty(0)
-        for k in range(5)
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=False)
     ]
     if inputs[INPUTS.index("near")].numel():
         arguments = [*(tensor.contiguous() for tensor in upstream), *saved, *gradients]
@@ -176,9 +174,10 @@ def _render_backward(
 
 
 @_render_backward.register_fake
-def _(upstream, saved, given, axes, aggregation, skip, planes_too, network_too):
-    wanted = [planes_too] + 4 * [network_too]
-    return [given[k].new_empty(given[k].shape if wanted[k] else 0) for k in range(5)]
+def _(upstream, saved, given, axes, aggregation, skip, wanted):
+    return [
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=False)
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -189,17 +188,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, *upstream):
-    tensors = ctx.saved_tensors
-    planes_too, network_too = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+    tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
     given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
     results = [gradient if gradient is not None else given[0].new_empty(0) for gradient in upstream[:3]]
-    gradients = _render_backward(
-        results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, planes_too, network_too
-    )
-    wanted = [planes_too] + 4 * [network_too]
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *10 * [
-        None
-    ]
+    wanted = [needed[0], *4 * [any(needed[1:5])], *2 * [any(needed[5:7])]]
+    gradients = _render_backward(results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, wanted)
+    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return *found, *8 * [None]
 
 
 _render.register_autograd(_backward, setup_context=_setup_context)
@@ -227,9 +222,9 @@ def render(
 
     Results and gradients are exactly reproducible for a fixed number of torch threads.
     """
-    trained = (planes, hidden_w, hidden_b, out_w, out_b)
+    trained = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
+    fixed = (tensor.detach() for tensor in (near, far, u_coarse, u_fine))
     run = _render if _needs_operator(*trained) else _render_plainly
     return run(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
 
