@@ -102,18 +102,21 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         library: its folder.
         scene: name of a scene.
     """
-    from latentscenes.core.console import Spent, bytes_text
+    from latentscenes.core.console import Spent, bytes_text, capture_lines
     from latentscenes.storage.description import SHARED, check_model_file, read_description
 
     if scene is not None:
-        index = _index(library, [scene])
-        facts = asdict(index.info(scene))
+        facts = asdict(_index(library, [scene]).info(scene))
         tags = facts.pop("tags")
         for key, value in facts.items():
             print(one_line(f"{key:11} {value}"))
         for key, value in tags.items():
+            if isinstance(value, dict):  # what learning found out
+                continue
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"tag {plain_text(key):11} {plain_text(text)}")
+        for line in capture_lines(tags):
+            print(one_line(line))
         return
     infos, about = _index(library).infos(), read_description(library)
     file, known = library / "library.json", Facts.__dataclass_fields__

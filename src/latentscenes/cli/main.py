@@ -71,6 +71,7 @@ def exploit(
     overrides: Overrides = (),
     finetune: bool = False,
     fit: bool = False,
+    refine: bool = False,
     options: Annotated[ExploitOptions, FLAT] = EXPLOIT,
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
@@ -89,6 +90,7 @@ def exploit(
             scenes.
         fit: find out, by learning a few objects for a few steps, how objects must be turned, and learn them
             from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
+        refine: also learn small corrections of each view: its color (gain and offset) and its camera.
         print_config: print every setting as YAML and stop.
     """
     from latentscenes.storage.pretrained import open_parent
@@ -98,7 +100,7 @@ def exploit(
         raise UserError(
             f"{out}: no library here yet. With --run, name the run that provides its shared parts."
         )
-    settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune)
+    settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.finetune import learn_new
@@ -245,13 +247,21 @@ def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
 
 
 def _settings(
-    source: str, overrides: tuple[str, ...], print_and_stop: bool, finetune: bool = False
+    source: str,
+    overrides: tuple[str, ...],
+    print_and_stop: bool,
+    finetune: bool = False,
+    refine: bool = False,
 ) -> "Config":
     from latentscenes.core import config, config_io
 
     settings = config_io.load(source, overrides)
     if finetune:
         settings = config.learning_shared(settings)
+    if refine:
+        from latentscenes.training.corrections import refining
+
+        settings = refining(settings)
     if print_and_stop:
         print(config_io.dump(settings), end="")
         sys.exit(0)

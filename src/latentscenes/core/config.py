@@ -44,6 +44,11 @@ class CodecConfig:
     bfloat16: bool = True
     """Convolve in bfloat16 if the processor supports it in hardware (built-in)."""
 
+    @property
+    def has_colors(self) -> bool:
+        """Whether latents start with the colors of pixels."""
+        return self.kind in ("guided", "identity")
+
 
 @dataclass(frozen=True)
 class NormalizerConfig:
@@ -167,6 +172,12 @@ class Rates:
     """Base planes, shared by all scenes."""
     field: float = 0.0
     """The network from plane features to density and latent."""
+    colors: float = 0.0
+    """Corrections of each view's colors (gain and offset by channel), where exposures differ: the weight of
+    its newest rays, from 0 to 1. Needs codec.kind: identity or guided."""
+    cameras: float = 0.0
+    """Corrections of each view's camera (turn and shift), where cameras are a little off: the part of a
+    Gauss-Newton step, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +305,9 @@ class ExploitOptions:
     """Number of processes that learn groups in parallel and share the threads. 0: one per thread, as far as
     groups and memory suffice; one on a GPU. In Python, more than one needs `if __name__ == "__main__"` in the
     script."""
+    drop_views: bool = False
+    """Learn a scene again without the views that turn out odd: they disagree with the others, their cameras
+    miss the object, or their masks do not match."""
     track: TrackerKind = "none"
     """Also send metrics to a tracker."""
 

@@ -74,10 +74,7 @@ def _check_stage(config: "Config", stage: "StageConfig") -> None:
             not stage.rays or not (losses.rgb or losses.depth_tv or stage.crop),
             "rays: crop, rgb and depth_tv need neighboring pixels; set rays to 0",
         ),
-        (
-            not losses.color or kind in ("guided", "identity"),
-            "losses.color needs codec.kind: guided or identity",
-        ),
+        (not losses.color or config.codec.has_colors, "losses.color needs codec.kind: guided or identity"),
         (
             not (losses.color and stage.rays) or not (losses.latent or losses.preview),
             "rays: those of `color` go through pixels of the image, those of latent and preview do not",
@@ -102,11 +99,29 @@ def _check_stage(config: "Config", stage: "StageConfig") -> None:
             not codec_only or rates.encoder or rates.decoder,
             "its losses reach only encoder and decoder, but their rates are 0",
         ),
+        (
+            not rates.colors or config.codec.has_colors,
+            "rates.colors needs codec.kind: identity or guided, because other latents do not brighten like "
+            "images",
+        ),
+        (max(rates.colors, rates.cameras) <= 1, "rates.colors and rates.cameras must not exceed 1"),
+        (
+            not (rates.colors or rates.cameras) or correctable(stage),
+            "rates.colors and rates.cameras need losses.latent, or losses.color with rays, and no rgb, "
+            "preview or depth_tv",
+        ),
         (not losses.preview or config.render.preview, "losses.preview needs render.preview: true"),
         (0 <= stage.beta2 < 1, "beta2 must be in [0, 1)"),
         (stage.schedule == "constant" or 0 < stage.decay <= 1, "decay must be in (0, 1]"),
     ):
         _require(holds, f"{where}: {message}")
+
+
+def correctable(stage: "StageConfig") -> bool:
+    """Whether corrections of views can be learned from a stage's losses: these compare rays one by one."""
+    losses = stage.losses
+    compared = losses.latent or losses.color and stage.rays
+    return bool(compared) and not (losses.rgb or losses.preview or losses.depth_tv)
 
 
 def _require(holds: object, message: str) -> None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -210,6 +210,39 @@ def seconds_text(seconds: float | None) -> str:
 def percent_text(change: float) -> str:
     """Formats a change in percent with a true minus sign: −44 %."""
     return f"{change:+.0f} %".replace("-", "−")
+
+
+ODD_VIEWS = {
+    "missing": "miss the object",
+    "disagreeing": "disagree with the others",
+    "masks": "have masks that do not match",
+}
+"""Kinds of odd views in a scene's tag `odd_views`, and what they do."""
+
+
+def capture_lines(tags: dict[str, Any]) -> list[str]:
+    """Returns what learning found out about a scene's views, from its tags `view_corrections` and
+    `odd_views`. Tags of these names that a user wrote for something else say nothing."""
+    try:
+        return list(_capture_lines(tags.get("view_corrections", {}), tags.get("odd_views", {})))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _capture_lines(found: dict[str, list[float]], odd: dict[str, Any]) -> Iterator[str]:
+    if "turned_degrees" in found:
+        (turn, most), (way, longest) = found["turned_degrees"], found["moved_percent"]
+        yield (
+            f"cameras corrected by {turn:.2f}° and {way:.2f} % of the box's diagonal (medians; at most "
+            f"{most:.2f}° and {longest:.2f} %)"
+        )
+    if "gains" in found:
+        (low, high), (least, most) = found["gains"], found["offsets"]
+        yield f"colors corrected by gains {low:.2f} to {high:.2f}, offsets {least:+.3f} to {most:+.3f}"
+    for kind, what in ODD_VIEWS.items():
+        if views := odd.get(kind):
+            fate = "left out" if odd.get("left_out") else "--drop-views learns without them"
+            yield f"views {', '.join(map(str, views))} {what} ({fate})"
 
 
 def _three_digits(value: float) -> str:

@@ -91,7 +91,9 @@ def tags_text(tags: Mapping[str, object]) -> str:
     """Formats what is known of an object as one line: name, category, keywords, size, creator, license, then
     the other tags with their keys."""
     values = {
-        key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in tags.items()
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in tags.items()
+        if not isinstance(value, dict)  # what learning found out
     }
     known = ("name", "category", "tags", "size", "creator", "license", "description")
     parts = [values[key] for key in known if values.get(key)]

@@ -12,7 +12,7 @@ The views of one scene are consecutive. Splits and held-out views are chosen whe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,6 +54,10 @@ class Scene:
         held = set(self.held_out)
         keep = {"fit": lambda k: k not in held, "held_out": lambda k: k in held, "all": lambda k: True}[part]
         return [self.first + k for k in range(self.count) if keep(k)]
+
+    def without(self, views: Sequence[int]) -> "Scene":
+        """Returns the scene with these views (0 … count − 1) held out, too."""
+        return replace(self, held_out=tuple(sorted({*self.held_out, *views})))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class LatentView(NamedTuple):
     depth: Float[Tensor, "v p"]
     """Expected distance along the ray, world units."""
     opacity: Float[Tensor, "v p"]
+    rays: Rays
+    """In box coordinates."""
 
     def image(self, height: int, width: int) -> Float[Tensor, "v c h w"]:
         """Returns the latents as images. All pixels must have been rendered."""
@@ -149,16 +151,20 @@ class Model(nn.Module):
         generator: torch.Generator | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
         behind: Float[Tensor, "v p c"] | None = None,
+        free_rays: bool = False,
     ) -> LatentView:
         """Renders views of s scenes at the background's resolution. Cameras come scene by scene,
         equally many each.
 
         With a generator, samples are jittered; without, they lie in the middle of their slices. `pixels`
         picks the rays of each view (row · w + column); without it, all are rendered. `behind` gives each ray
-        a background of its own.
+        a background of its own. With `free_rays`, each ray's origin and direction take gradients.
         """
         settings = self.config.render
         rays = self.rays(planes, cameras, *background.shape[1:], pixels)
+        if free_rays:
+            free = {name: getattr(rays, name).detach().requires_grad_() for name in ("origins", "directions")}
+            rays = rays._replace(**free)
         shape = rays.near.shape
 
         def numbers(count: int) -> Tensor:
@@ -179,7 +185,7 @@ class Model(nn.Module):
         empty = 1 - opacity[..., None]
         channels = self.codec.channels
         return LatentView(
-            features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity
+            features[..., :channels] + empty * behind, features[..., channels:] + empty, depth, opacity, rays
         )
 
 

@@ -167,9 +167,9 @@ def quick(config: Config, views: int) -> Config:
             "search: no exploit stage of this library's configuration learns weights from latents."
         )
     epochs = math.ceil(QUICK_STEPS / math.ceil(views / stages[0].views))
-    return dataclasses.replace(
-        frozen(config), exploit=(dataclasses.replace(stages[0], epochs=epochs),), exploit_start="mean"
-    )
+    rates = dataclasses.replace(stages[0].rates, colors=0.0, cameras=0.0)
+    stage = dataclasses.replace(stages[0], epochs=epochs, rates=rates)
+    return dataclasses.replace(frozen(config), exploit=(stage,), exploit_start="mean")
 
 
 def quick_weights(

@@ -138,7 +138,7 @@ class BatchSource:
         cameras = self.images.cameras[index].to(self.device)
 
         # Rays
-        stage, views = self.stage, self._slot[index].to(self.device) if self.focus else None
+        stage, views = self.stage, self._slot[index].to(self.device)
         pixels, cells, grid = None, None, None
         corners, size = self._corners[scenes].repeat_interleave(stage.views, 0), background.shape[1:]
         if stage.rays:
@@ -177,7 +177,7 @@ class BatchSource:
         height: int,
         width: int,
         step: int,
-        views: Int[Tensor, "v"] | None,
+        views: Int[Tensor, "v"],
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None]:
         """Draws pixels of each view from the rectangle around the corners of the scene's box, or from the
         whole view if rays do not end at the box. With error-guided sampling, also returns their cells."""
@@ -199,7 +199,7 @@ class BatchSource:
         height: int,
         width: int,
         step: int,
-        views: Int[Tensor, "v"] | None,
+        views: Int[Tensor, "v"],
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None, tuple[int, int]]:
         """Draws a square of each view inside the rectangle around the scene's box, or over it where that is
         smaller. Returns its pixels, their cells with error-guided sampling, and its rows and columns."""

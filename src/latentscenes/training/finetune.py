@@ -39,6 +39,8 @@ def learn_new(
     if published or (shared_rates(config.exploit) and not LibraryFolder.exists(out)):
         if parent is None:
             raise UserError("exploit: to finetune, name with --run the run or library to start from.")
+        if options.drop_views:
+            raise UserError("--drop-views: not with --finetune, which learns all scenes in one run.")
         if options.workers > 1:
             raise UserError(
                 f"--workers {options.workers}: with --finetune, one process learns all scenes. Leave it out."

@@ -28,6 +28,7 @@ from latentscenes.rendering.field import FusedPlanes
 from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource, TrainingScenes
+from latentscenes.training.corrections import Corrected, ViewCorrections, corrects, view_ranges
 from latentscenes.training.losses import Batch, needs_render, terms, total
 from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
@@ -96,6 +97,8 @@ class Trainer:
         self.run, self.model, self.scenes = run, model, scenes
         self.tracker = tracker or Tracker("none", run.path, {})
         self.label = label
+        self.corrections: ViewCorrections | None = None
+        """Those of all fitted views, after `fit` with stages that learn them."""
 
     def fit(self, stages: Sequence[StageConfig]) -> None:
         """Runs all stages that are not done yet, from the newest checkpoint of the run.
@@ -108,6 +111,11 @@ class Trainer:
         try:
             self.run.restore(self.model, self.scenes.parameters)
             position = self.run.position
+            if corrects(stages):
+                views = view_ranges(self.scenes.entries)
+                self.corrections = ViewCorrections.none(views, self._boxes(), stages)
+                if position.total:
+                    self.run.restore_state(self.corrections.state())
             self.run.cut_metrics(position.total)
             with StopFlag() as stopped:
                 while position.stage < len(stages):
@@ -115,14 +123,21 @@ class Trainer:
         finally:
             self.run.unlock()
 
+    def _boxes(self) -> Float[Tensor, "n 6"]:
+        """Returns center and half sides of each scene's box."""
+        own = self.scenes.parameters.box
+        boxes = own if own.numel() else self.model.box.numbers.expand(len(own), 6)
+        return boxes.to(self.model.device)
+
     def _fit_stage(self, stages: Sequence[StageConfig], position: Position, stopped: StopFlag) -> None:
         run, model, stage, seed = self.run, self.model, stages[position.stage], self.run.config.seed
         begun, saved = Spent.so_far(), time.monotonic()
 
         # Optimizers and batches, restored
-        learner = StageLearner(model, self.scenes.parameters, stage, run.files)
+        learner = StageLearner(model, self.scenes.parameters, stage, run.files, self.corrections)
         source = BatchSource(model, self.scenes, stage, seed, run.path)
-        state = learner.state() | source.state()
+        kept = self.corrections.state() if self.corrections else {}
+        state = learner.state() | source.state() | kept
         if position.step:
             run.restore_state(state)
         elif run.files:
@@ -139,7 +154,7 @@ class Trainer:
                 generator = seeded(source.device, seed, stage.name, "step", position.step)
                 learner.freeze_by(position.step // source.steps_per_epoch)
                 factor = rate_factor(stage, position.step, source.steps_per_epoch)
-                found, errors = learner.step(batch, factor, generator)
+                found, errors = learner.step(batch, factor, generator, position.step / source.steps)
                 source.learn(batch, errors)
                 position.step += 1
                 position.total += 1
@@ -167,7 +182,7 @@ class Trainer:
                     raise Interrupted
             position.spend(stage.name, before + (Spent.so_far() - begun))
         position.stage, position.step = position.stage + 1, 0
-        run.save(model, self.scenes.parameters, {}, position)
+        run.save(model, self.scenes.parameters, kept, position)
 
 
 def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Position) -> None:
@@ -183,7 +198,7 @@ class StageLearner:
 
     def __init__(
         self, model: Model, parameters: SceneParameters, stage: StageConfig, files: RowFiles | None = None,
-        shortcuts: bool = True,
+        corrections: ViewCorrections | None = None, shortcuts: bool = True,
     ):  # fmt: skip
         """With `shortcuts`, the renderer mixes features, and macro planes that no longer change are computed
         once. Without, planes are composed in full at every step. Results differ only by rounding."""
@@ -192,6 +207,7 @@ class StageLearner:
         self.shared = SharedAdam(model.parts(), rates, stage.beta2)
         own = {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights, "mixing": rates.mixing}
         self.own = RowAdam(parameters, own, files, stage.beta2)
+        self.corrections = corrections
         self._macro: Float[Tensor, "n 3 r r g"] | None = None  # set when it no longer changes
 
     def state(self) -> dict[str, Tensor]:
@@ -207,17 +223,22 @@ class StageLearner:
             self.own.freeze("weights", "bias")
 
     def step(
-        self, batch: Batch, factor: float, generator: torch.Generator
+        self, batch: Batch, factor: float, generator: torch.Generator, progress: float = 0.0
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Takes one step at `factor` times the stage's learning rates. Returns the objective's unweighted
+        """Takes one step at `factor` times the stage's learning rates, after a `progress` of the stage in
+        [0, 1), which matters to corrections of views. Returns the objective's unweighted
         terms and the errors of rays before the step (see `terms`)."""
         losses = self.stage.losses
         leaves = planes = None
         if needs_render(losses) or losses.tv:
             leaves = self.parameters.gather(batch.scenes, self.model.device)
             planes = self._planes(leaves, batch)
+        if self.corrections is not None:
+            batch = Corrected(self.corrections, batch, self.stage).batch
         found, errors = terms(self.model, planes, batch, losses, generator)
         total(found, losses).backward()
+        if batch.corrected is not None and (self.stage.rates.colors or self.stage.rates.cameras):
+            batch.corrected.learn(batch.scenes, errors, factor, progress)
         if leaves is not None:
             self.own.step(batch.scenes, leaves, factor)
         self.shared.step(factor)

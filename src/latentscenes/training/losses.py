@@ -15,6 +15,7 @@ weight are not computed.
 
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import LossWeights
 from latentscenes.model.codec import COLORS
-from latentscenes.model.model import Model
+from latentscenes.model.model import LatentView, Model
 from latentscenes.rendering.field import FusedPlanes
 from latentscenes.rendering.kernels import native
+
+if TYPE_CHECKING:
+    from latentscenes.training.corrections import Corrected
 
 
 @dataclass
@@ -48,11 +52,13 @@ class Batch:
     """Target of rendered colors, 2 · color − 1, where rays are scattered. None: `images`, as coarse as the
     grid."""
     views: Int[Tensor, "v"] | None = None
-    """Rows of the views in the error map of error-guided sampling, None without it."""
+    """Ranks of the views among all fitted views: their rows in the error map and in the corrections."""
     cells: Int[Tensor, "v p"] | None = None
     """Cells of that map that the pixels lie in."""
     behind: Float[Tensor, "v p c"] | None = None
     """Latents behind each ray, which `latents` show too. None: those of `background`."""
+    corrected: "Corrected | None" = None
+    """Corrections of the views, if they have any. The cameras are corrected already."""
 
 
 def needs_images(weights: LossWeights) -> bool:
@@ -91,7 +97,7 @@ def terms(
 
     # Renders against their targets
     if needs_render(weights):
-        view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, batch.behind)
+        view = _rendered(model, planes, batch, generator)
         grid = batch.grid or tuple(batch.background.shape[1:])
         pixels = None if batch.grid else batch.pixels  # images are cropped as the grid is
         if weights.latent:
@@ -102,6 +108,8 @@ def terms(
             target = at_pixels(_coarser(images, grid)) if batch.colors is None else batch.colors
             errors = (view.latents[..., :COLORS] - target).square().mean(-1)
             found["color"] = errors.mean()
+        if batch.corrected is not None and (weights.latent or weights.color):
+            batch.corrected.compare(target)
         if weights.rgb:
             decoded.append(model.decode(view.image(*grid)))
             squares = (decoded[-1] - images).square()
@@ -120,6 +128,14 @@ def terms(
         part = planes.texels if planes.own is None else planes.own
         found["tv"] = total_variation(part) * (part.shape[-1] / planes.texels.shape[-1])
     return found, errors if errors is None else errors.detach()
+
+
+def _rendered(model: Model, planes: FusedPlanes, batch: Batch, generator: torch.Generator) -> LatentView:
+    """Renders a batch, with the corrections of its views if they have any."""
+    corrected = batch.corrected
+    free = corrected is not None and corrected.moves
+    view = model.render(planes, batch.cameras, batch.background, generator, batch.pixels, batch.behind, free)
+    return view if corrected is None else corrected.recolored(view, batch)
 
 
 def _coarser(images: Float[Tensor, "v 3 H W"], size: tuple[int, int]) -> Float[Tensor, "v 3 h w"]:

@@ -175,7 +175,8 @@ def march(
     height, width = background.shape[1:]
     rays = model.rays(planes, camera, height, width)
     latents, opacity = background.flatten(1).t()[None].clone(), torch.zeros_like(rays.near)
-    whole = LatentView(latents, latents.new_ones(*opacity.shape, 0), rays.far * model.units(planes), opacity)
+    depth, preview = rays.far * model.units(planes), latents.new_ones(*opacity.shape, 0)
+    whole = LatentView(latents, preview, depth, opacity, rays)
     for some in (rays.far > rays.near)[0].nonzero()[:, 0].split(RAYS):
         if is_stale():
             return None
