@@ -28,8 +28,8 @@ SIDE = 24
 """Pixels compared along each side of a view."""
 OUTLIER = 4.0
 """Times the median error (6 dB) from which a view is out of line."""
-COLOR_FLOOR, MASK_FLOOR = 0.01, 0.05
-"""Smaller errors are never out of line: mean square of latents (26 dB in pixels), mean |opacity − alpha|."""
+COLOR_FLOOR, MASK_FLOOR = 0.04, 0.05
+"""Smaller errors are never out of line: mean square of latents (20 dB in pixels), mean |opacity − alpha|."""
 CHUNK = 8
 """Views rendered together."""
 
