@@ -33,13 +33,14 @@ class Disk:
         with open(self.image, "wb") as stream:
             stream.truncate(32 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-F", self.image], check=True)
-        self.mount(self.image, self.path)
+        if fault := self.mount(self.image, self.path):
+            pytest.skip(f"no loop device can be mounted: {fault}")
         self.cuts = 0
 
-    def mount(self, image: Path, place: Path) -> None:
+    def mount(self, image: Path, place: Path) -> str:
+        """Returns what is wrong, or an empty text."""
         done = subprocess.run(["mount", "-o", "loop", image, place], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no loop device can be mounted: {done.stderr.strip()}")
+        return f"{done.stderr.strip()} ({done.returncode})" if done.returncode else ""
 
     def after_a_cut(self) -> Path:
         """Returns a copy of what the disk holds if the power is cut now."""
@@ -47,7 +48,7 @@ class Disk:
         image, place, copy = (self.folder / f"{name}{self.cuts}" for name in ("cut.img", "cut", "copy"))
         place.mkdir()
         shutil.copyfile(self.image, image)
-        self.mount(image, place)
+        assert not (fault := self.mount(image, place)), fault
         try:
             shutil.copytree(place, copy, ignore=shutil.ignore_patterns("lost+found"))
         finally:

@@ -140,11 +140,13 @@ class BatchSource:
         # Rays
         stage, views = self.stage, self._slot[index].to(self.device)
         pixels, cells, grid = None, None, None
-        corners, size = self._corners[scenes].repeat_interleave(stage.views, 0), background.shape[1:]
-        if stage.rays:
-            pixels, cells = self._pixels(cameras, corners, *size, step, views)
-        elif stage.crop:
-            pixels, cells, grid = self._crops(cameras, corners, *size, step, views)
+        if stage.rays or stage.crop:
+            corners, size = self._corners[scenes].repeat_interleave(stage.views, 0), background.shape[1:]
+            edges = window(cameras, corners, *size)
+            if stage.rays:
+                pixels, cells = self._pixels(edges, tuple(size), step, views)
+            else:
+                pixels, cells, grid = self._crops(edges, tuple(size), step, views)
 
         # Targets
         images = latents = colors = behind = None
@@ -171,45 +173,35 @@ class BatchSource:
             self.focus.learn(batch.views, batch.cells, errors)
 
     def _pixels(
-        self,
-        cameras: Cameras,
-        corners: Float[Tensor, "v 8 3"],
-        height: int,
-        width: int,
-        step: int,
-        views: Int[Tensor, "v"],
+        self, edges: Float[Tensor, "v 4"], size: tuple[int, int], step: int, views: Int[Tensor, "v"]
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None]:
-        """Draws pixels of each view from the rectangle around the corners of the scene's box, or from the
-        whole view if rays do not end at the box. With error-guided sampling, also returns their cells."""
+        """Draws pixels of each view from the rectangle with these edges (see `window`), or from the whole
+        view if rays do not end at the box. With error-guided sampling, also returns their cells."""
+        height, width = size
         generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
         count = min(self.stage.rays, height * width)
-        x, y, cells = *torch.rand(2, len(cameras), count, generator=generator).to(self.device), None
+        x, y, cells = *torch.rand(2, len(views), count, generator=generator).to(self.device), None
         if self.focus:
-            u = torch.rand(len(cameras), count, generator=generator).to(self.device)
+            u = torch.rand(len(views), count, generator=generator).to(self.device)
             x, y, cells = self.focus.draw(views, x, y, u)
         if self.model.config.render.near is not None:
             return (y * height).long() * width + (x * width).long(), cells
-        left, right, top, bottom = window(cameras, corners, height, width)[..., None].unbind(1)
+        left, right, top, bottom = edges[..., None].unbind(1)
         return (top + y * (bottom - top)).long() * width + (left + x * (right - left)).long(), cells
 
     def _crops(
-        self,
-        cameras: Cameras,
-        corners: Float[Tensor, "v 8 3"],
-        height: int,
-        width: int,
-        step: int,
-        views: Int[Tensor, "v"],
+        self, edges: Float[Tensor, "v 4"], size: tuple[int, int], step: int, views: Int[Tensor, "v"]
     ) -> tuple[Int[Tensor, "v p"], Int[Tensor, "v p"] | None, tuple[int, int]]:
-        """Draws a square of each view inside the rectangle around the scene's box, or over it where that is
-        smaller. Returns its pixels, their cells with error-guided sampling, and its rows and columns."""
+        """Draws a square of each view inside the rectangle with these edges (see `window`), or over it where
+        that is smaller. Returns its pixels, their cells with error-guided sampling, its rows and columns."""
+        height, width = size
         generator = seeded("cpu", self.seed, self.stage.name, "crops", step)
-        x, y = torch.rand(2, len(cameras), 1, generator=generator).to(self.device)
+        x, y = torch.rand(2, len(views), 1, generator=generator).to(self.device)
         if self.focus:
-            u = torch.rand(len(cameras), 1, generator=generator).to(self.device)
+            u = torch.rand(len(views), 1, generator=generator).to(self.device)
             x, y, _ = self.focus.draw(views, x, y, u)
         grid = (min(self.stage.crop, height), min(self.stage.crop, width))
-        left, right, top, bottom = window(cameras, corners, height, width)[..., None].unbind(1)
+        left, right, top, bottom = edges[..., None].unbind(1)
 
         def placed(low: Tensor, high: Tensor, place: Tensor, side: int, most: int) -> Tensor:
             middle = low + place * (high - low)
