@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_up
+from latentscenes.cli.machines import library_join
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
@@ -314,6 +315,7 @@ LIBRARY_COMMANDS = {
     "remove": library_remove,
     "rename": library_rename,
     "export": library_export,
+    "join": library_join,
     "model": library_model,
     "verify": library_verify,
     "rebuild": library_rebuild,

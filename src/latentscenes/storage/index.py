@@ -257,6 +257,12 @@ class Index:
         question = "SELECT png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene WHERE name = ?"
         return next(iter(self._column(question, name)), None)
 
+    def thumbnails(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Returns the PNG files of those scenes that have one."""
+        question = "SELECT name, png FROM thumbnails JOIN scenes ON scenes.id = thumbnails.scene "
+        question += "WHERE name IN (SELECT value FROM json_each(?))"
+        return dict(self._ask(question, json.dumps(list(names))))
+
     def without_thumbnail(self) -> list[str]:
         """Returns the names of scenes without a thumbnail."""
         return self._column(
@@ -304,7 +310,7 @@ class Index:
                 continue
             info, checksum, png = entry
             place = {"shard": shard, "row": row, "checksum": checksum}
-            values = vars(info) | place | {"tags": json.dumps(info.tags)}
+            values = vars(info) | place | {"tags": json.dumps(info.tags) if info.tags else "{}"}
             scene = run(
                 f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
             ).lastrowid

@@ -128,6 +128,27 @@ def stack_payloads(payloads: Sequence[Payload]) -> dict[str, Tensor]:
     return tensors
 
 
+def unstack_payloads(tensors: dict[str, Tensor]) -> list[Payload]:
+    """Returns the payloads of a shard's tensors, row by row: the inverse of `stack_payloads`, without copies.
+    Raises a ValueError if the tensors are not those of a shard."""
+    columns, counts = {}, set()
+    for name, tensor in tensors.items():
+        if name.endswith(".ends"):
+            continue
+        if name.endswith(STREAM):
+            ends = tensors.get(f"{name}.ends", torch.zeros(0)).tolist()
+            if ends != sorted(ends) or ends and not 0 <= ends[0] <= ends[-1] == len(tensor):
+                raise ValueError(f"{name} does not end where its ends say")
+            begins = [0, *ends[:-1]] if ends else []
+            columns[name] = [tensor[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        else:
+            columns[name] = tensor.unbind(0) if tensor.dim() else ()
+        counts.add(len(columns[name]))
+    if len(counts) != 1:
+        raise ValueError("its tensors hold different numbers of scenes")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def payload_at(shard: safe_open, row: int) -> Payload:
     """Reads one payload of a shard. Raises a SafetensorError if the shard does not hold that row."""
     try:

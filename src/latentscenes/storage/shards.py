@@ -5,11 +5,12 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from latentscenes.core.files import now, reading_from
 from latentscenes.core.reading import reason, require_regular
@@ -22,6 +23,7 @@ from latentscenes.storage.quantize import (
     payload_checksum,
     payload_precision,
     stack_payloads,
+    unstack_payloads,
 )
 from latentscenes.storage.tensors import write_tensors
 
@@ -102,12 +104,28 @@ class Shards:
         entries = self._stated[1]
         return entries[place.row] if entries else None
 
-    def write(self, shard: int, scenes: Sequence[tuple[SceneInfo, Payload]]) -> None:
-        """Writes a new shard of scenes whose payloads are of one kind."""
+    def read_all(self, shard: int) -> list[Payload]:
+        """Reads all payloads of a shard, row by row. Raises as `open`, and leaves no file open."""
+        file = self.file(shard)
+        try:
+            require_regular(file)
+            return unstack_payloads(load_file(file))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file}: absent, though the index lists it") from None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise SafetensorError(f"{file}: cannot be read ({reason(error)})") from None
+
+    def write(
+        self, shard: int, scenes: Sequence[tuple[SceneInfo, Payload]], checksums: Sequence[str] | None = None
+    ) -> None:
+        """Writes a new shard of scenes whose payloads are of one kind. `checksums` are the payloads', if they
+        are known."""
         if self.file(shard).exists():
             raise FileExistsError(f"{self.file(shard)}: a shard is never replaced")
         payloads = [payload for _, payload in scenes]
-        entries = [asdict(info) | {"checksum": payload_checksum(payload)} for info, payload in scenes]
+        known = checksums or map(payload_checksum, payloads)
+        infos = (info for info, _ in scenes)
+        entries = [vars(info) | {"checksum": one} for info, one in zip(infos, known, strict=True)]
         write_tensors(self.file(shard), stack_payloads(payloads), {"scenes": json.dumps(entries)})
 
 

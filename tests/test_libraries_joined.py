@@ -1,0 +1,210 @@
+"""Libraries joined into one: every scene once and bit by bit, clashes refused, kills without a trace."""
+
+import pytest
+import torch
+from conftest import TINY
+from results import made_run
+
+from latentscenes.core import config_io
+from latentscenes.core.errors import UserError
+from latentscenes.model.planes import random_parameters
+from latentscenes.storage import joining
+from latentscenes.storage.index import SceneInfo
+from latentscenes.storage.joining import Joined, empty_copy, join
+from latentscenes.storage.library import LibraryFolder, NewScene
+from latentscenes.storage.maintenance import compact, verify
+from latentscenes.storage.quantize import (
+    pack,
+    payload_bytes,
+    payload_checksum,
+    stack_payloads,
+    unstack_payloads,
+)
+from latentscenes.training.append import library_from_run
+
+PLANES = config_io.parse(TINY, "tiny").planes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, solids):
+    """Returns a library with the scenes of stage 1."""
+    config = config_io.parse(TINY, "tiny")
+    run = made_run(tmp_path_factory.mktemp("runs") / "run", config, solids, "train")
+    path = tmp_path_factory.mktemp("libraries") / "whole"
+    return library_from_run(path, run, solids, config, "int8", True, "cpu")
+
+
+def scene(name, seed, precision="int8", dataset="/data", source=None):
+    rows = random_parameters(1, PLANES, torch.Generator().manual_seed(seed))
+    payload = pack(rows, precision)
+    info = SceneInfo(
+        name, precision, payload_bytes(payload), "exploit", dataset, "new", source or name,
+        "2026-01-01T00:00:00+00:00", 2.0, 1.5, 30.0 + seed, 0.01, {"seed": seed},
+    )  # fmt: skip
+    return NewScene(info, payload, f"picture of {name}".encode())
+
+
+@pytest.fixture
+def part(whole, tmp_path):
+    """Returns a function that makes a part of groups of scenes."""
+
+    def made(name, *groups):
+        library = empty_copy(whole.path, tmp_path / name, "DELETE")
+        for group in groups:
+            library.append(group)
+        library.close()
+        return library.path
+
+    return made
+
+
+def content(path):
+    """Returns all that a library holds of each scene."""
+    library = LibraryFolder.open(path)
+    found = {
+        info.name: (
+            info,
+            library.index.place(info.name).checksum,
+            payload_checksum(library.payload(info.name)),
+            library.index.thumbnail(info.name),
+        )
+        for info in library.index.infos()
+    }
+    assert verify(library) == []
+    return found
+
+
+def test_parts_become_one_library(part, tmp_path):
+    a, b = [scene("a", 1)], [scene("b", 2, "float32"), scene("c", 3)]
+    first, second = part("first", a, b), part("second", [scene("d", 4)], [scene("c", 3)])
+    out = tmp_path / "out"
+    assert join(out, [first, second]) == Joined(added=4, known=1)
+    assert content(out) == content(second) | content(first)
+    library = LibraryFolder.open(out)
+    assert library.index.names() == ["a", "b", "c", "d"]
+    # Shards were merged as far as their scenes are stored alike
+    assert [written for written, _ in library.index.shards().values()] == [1, 1, 1, 1]
+    assert join(out, [second, first, first]) == Joined(added=0, known=5)
+    assert join(out, [part("third", [scene("e", 5)])]) == Joined(added=1, known=0)
+    assert len(content(out)) == 5
+
+
+def test_small_shards_are_merged_and_big_ones_cut(part, tmp_path, monkeypatch):
+    groups = [[scene(f"s{k}", k), scene(f"t{k}", 50 + k)] for k in range(6)]
+    many = part("many", *groups)
+    assert join(tmp_path / "out", [many]).added == 12
+    assert list(LibraryFolder.open(tmp_path / "out").index.shards().values()) == [(12, 12)]
+    assert content(tmp_path / "out") == content(many)
+    monkeypatch.setattr(joining, "MOST_SCENES", 5)
+    join(tmp_path / "cut", [many])
+    assert [size for size, _ in LibraryFolder.open(tmp_path / "cut").index.shards().values()] == [5, 5, 2]
+    assert content(tmp_path / "cut") == content(many)
+
+
+def test_two_different_scenes_of_one_name_are_refused(part, tmp_path):
+    first, other = part("first", [scene("a", 1), scene("b", 2)]), part("other", [scene("b", 3)])
+    with pytest.raises(UserError, match="other: the scene 'b' is another one than that of .*first"):
+        join(tmp_path / "out", [first, other])
+    assert not (tmp_path / "out").exists()
+    join(tmp_path / "out", [first])
+    before = content(tmp_path / "out")
+    with pytest.raises(UserError, match="'b' is another one than that of .*out. Rename or remove one"):
+        join(tmp_path / "out", [part("more", [scene("c", 4)]), other])
+    assert content(tmp_path / "out") == before
+    assert join(tmp_path / "out", [other], {other: []}) == Joined(0, 0)
+
+
+def test_a_scene_that_was_renamed_is_taken_once(part, tmp_path):
+    first = part("first", [scene("a", 1)])
+    join(tmp_path / "out", [first])
+    LibraryFolder.open(tmp_path / "out").rename("a", "my a")
+    assert join(tmp_path / "out", [first]) == Joined(added=0, known=1)
+    made = part("made", [scene("x", 7, dataset=None)])  # of no dataset, so its name alone tells it
+    join(tmp_path / "out", [made])
+    LibraryFolder.open(tmp_path / "out").rename("x", "my x")
+    assert join(tmp_path / "out", [made]) == Joined(added=1, known=0)
+
+
+def test_removed_and_moved_scenes_of_a_part(part, tmp_path):
+    path = part("first", [scene("a", 1), scene("b", 2), scene("c", 3)], [scene("d", 4)])
+    library = LibraryFolder.open(path)
+    library.remove(["b"])
+    library.rename("c", "see")
+    assert join(tmp_path / "out", [path]).added == 3
+    assert content(tmp_path / "out").keys() == {"a", "see", "d"}
+    compact(library)
+    assert join(tmp_path / "out", [path]) == Joined(added=0, known=3)
+
+
+def test_a_killed_join_goes_on(part, tmp_path, monkeypatch):
+    class Crash(Exception):
+        pass
+
+    def crash(*_):
+        raise Crash
+
+    first = part("first", [scene("a", 1), scene("b", 2)])
+    second = part("second", [scene("c", 3, "int4"), scene("d", 4)])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    join(whole, [first, second])
+    add = joining._add
+    for step in (0, 1, 2):
+        for place in ("before", "within"):
+            with monkeypatch.context() as broken:
+                calls = []
+
+                def fragile(target, *rest, step=step, place=place, calls=calls, broken=broken):
+                    calls.append(1)
+                    if len(calls) == step + 1 and place == "before":
+                        crash()
+                    if len(calls) == step + 1:
+                        broken.setattr(target.index, "add", crash)
+                    add(target, *rest)
+
+                broken.setattr(joining, "_add", fragile)
+                joined = out.with_name(f"out{step}{place}")
+                if step < 2:
+                    with pytest.raises(Crash):
+                        join(joined, [first, second])
+            join(joined, [first, second])
+            assert content(joined) == content(whole)
+
+
+def test_what_cannot_be_joined_is_refused(part, whole, tmp_path, solids):
+    first = part("first", [scene("a", 1)], [scene("b", 2)])
+    with pytest.raises(UserError, match="no parts named"):
+        join(tmp_path / "out", [])
+    with pytest.raises(UserError, match="named as a part of itself"):
+        join(first, [first])
+    with pytest.raises(UserError, match="no library here"):
+        join(tmp_path / "out", [first, tmp_path / "nothing"])
+    config = config_io.parse(TINY, "tiny", ["seed=6"])
+    run = made_run(tmp_path / "run", config, solids, "train")  # with other random weights
+    other = library_from_run(tmp_path / "other", run, solids, config, "int8", True, "cpu")
+    with pytest.raises(UserError, match="other: a library of another model than .*first"):
+        join(tmp_path / "out", [first, other.path])
+    shard = sorted((first / "shards").iterdir())[1]
+    whole_bytes = bytearray(shard.read_bytes())
+    whole_bytes[-3] ^= 1
+    shard.write_bytes(whole_bytes)
+    with pytest.raises(UserError, match="scene 'b' is damaged.*000002.safetensors"):
+        join(tmp_path / "out", [first])
+    shard.unlink()
+    with pytest.raises(UserError, match="000002.safetensors: absent.*join again"):
+        join(tmp_path / "out", [first])
+
+
+def test_payloads_are_unstacked():
+    payloads = [
+        pack(random_parameters(1, PLANES, torch.Generator().manual_seed(k)), "int6") for k in range(3)
+    ]
+    tensors = stack_payloads(payloads)
+    assert [payload_checksum(one) for one in unstack_payloads(tensors)] == list(
+        map(payload_checksum, payloads)
+    )
+    with pytest.raises(ValueError, match="different numbers of scenes"):
+        unstack_payloads(tensors | {"weights": tensors["weights"][:2]})
+    ends = tensors["micro.stream.ends"]
+    for wrong in (ends + 1, ends.flip(0), ends - ends[0] - 1):
+        with pytest.raises(ValueError, match="does not end where"):
+            unstack_payloads(tensors | {"micro.stream.ends": wrong})
