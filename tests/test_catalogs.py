@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import trimesh
 from conftest import TINY
+from drawn_scenes import around, pictures, write_object, write_transforms
 from results import made_run
 
 import latentscenes
@@ -20,14 +21,16 @@ from latentscenes.cli import library as commands
 from latentscenes.core import config_io
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.names import plain_text, tags_text
+from latentscenes.data.catalog import Row, assign, properties, read_catalog
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.meshes import archives, importer
 from latentscenes.data.meshes.archives import unpack
-from latentscenes.data.meshes.catalog import Row, assign, properties, read_catalog
 from latentscenes.data.meshes.importer import make_meshes, read_mesh
 from latentscenes.data.meshes.sources import short_names
-from latentscenes.data.options import MeshChoice, MeshOptions, Placement, ViewOptions
+from latentscenes.data.options import ImportOptions, MeshChoice, MeshOptions, Placement, ViewOptions
 from latentscenes.data.placing import place
+from latentscenes.data.srn import make_srn
+from latentscenes.data.transforms import make_transforms
 from latentscenes.storage.scene_set import SceneSet
 
 FEW = ViewOptions(views=3, size=16, held_out=1)
@@ -487,3 +490,38 @@ def test_tags_of_a_run_are_those_of_its_dataset(tagged):
         scenes.tags("green_box") == {"category": "Box", "license": "CC0 1.0"}
         and scenes.tags("blue_egg") == {}
     )
+
+
+# Catalogs of captures
+
+
+@pytest.mark.parametrize("make, write", [(make_transforms, write_transforms), (make_srn, write_object)])
+def test_posed_images_get_the_tags_of_a_catalog(tmp_path, make, write):
+    cameras = around(5)
+    for name in ("chair_1", "chair_2"):
+        write(tmp_path / "in" / name, cameras, pictures(cameras))
+    table = tmp_path / "table.csv"
+    table.write_text("file,title,category\nchair_2,Second chair,Seats\nchair_9,Gone,Seats\n")
+    made = make(tmp_path / "in", tmp_path / "set", options=ImportOptions(catalog=table, held_out=1))
+    tags = {scene.name: scene.tags for scene in PosedImages.open(tmp_path / "set").scenes}
+    assert tags == {"chair_1": {}, "chair_2": {"name": "Second chair", "category": "Seats"}}
+    assert f"{table}: 1 rows that name no object: chair_9" in made.notes
+    assert f"{table}: 1 objects without a row: chair_1" in made.notes
+
+
+def test_the_only_object_gets_its_row(tmp_path):
+    cameras = around(5)
+    write_transforms(tmp_path / "lamp", cameras, pictures(cameras))
+    table = tmp_path / "table.json"
+    table.write_text('[{"file": "lamp", "license": "CC0"}]')
+    make_transforms(tmp_path / "lamp", tmp_path / "set", options=ImportOptions(catalog=table, held_out=1))
+    assert PosedImages.open(tmp_path / "set").scenes[0].tags == {"license": "CC0"}
+
+
+def test_a_catalog_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path):
+    cameras = around(5)
+    write_transforms(tmp_path / "lamp", cameras, pictures(cameras))
+    options = ImportOptions(catalog=tmp_path / "absent.csv")
+    with pytest.raises(UserError, match="absent.csv: cannot be read"):
+        make_transforms(tmp_path / "lamp", tmp_path / "set", options=options)
+    assert not (tmp_path / "set").exists()

@@ -26,8 +26,8 @@ from latentscenes.core.names import check_name, file_names, one_line, printable,
 from latentscenes.core.reading import parse_json, read_json, read_text
 from latentscenes.data import images
 from latentscenes.data.dataset import PosedImages
-from latentscenes.data.importing import choose_splits
 from latentscenes.data.meshes.importer import read_mesh
+from latentscenes.data.splits import choose_splits
 from latentscenes.data.writing import DatasetWriter
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage import sqlite

@@ -28,7 +28,8 @@ from latentscenes.data.boxes import fit_box, parse_box
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.images import over_white, read_image, white_background
-from latentscenes.data.importing import ImportOptions, choose_splits, natural_key, read_split
+from latentscenes.data.importing import ImportOptions
+from latentscenes.data.splits import choose_splits, natural_key, read_split
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
+from latentscenes.data.options import SceneChoice
 from latentscenes.data.photos.importer import make_photos, read_capture
 from latentscenes.data.raycast import RayCaster, TriangleSoup, soup_from_mesh
 from latentscenes.data.shading import Lights
@@ -113,8 +114,12 @@ def check(found, truth: Cameras) -> tuple[float, np.ndarray, np.ndarray]:
 
 def test_a_capture_comes_back_where_it_is(made, tmp_path):
     folder, truth = made
-    made_set = make_photos(folder, tmp_path / "set", size=SIZE, held_out=2)
+    (tmp_path / "table.csv").write_text("file,category\nballs,Toys\n")
+    made_set = make_photos(
+        folder, tmp_path / "set", size=SIZE, held_out=2, choice=SceneChoice(catalog=tmp_path / "table.csv")
+    )
     views = PosedImages.open(tmp_path / "set")
+    assert views.scenes[0].tags == {"category": "Toys"}
     assert (made_set.scenes, made_set.views, views.size) == (1, COUNT, (SIZE, SIZE))
     assert len(views.scenes[0].held_out) == 2
     found = read_capture(folder / "balls", SIZE)

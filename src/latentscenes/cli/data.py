@@ -16,6 +16,7 @@ from latentscenes.data.options import (
     MeshChoice,
     MeshOptions,
     Placement,
+    SceneChoice,
     ViewOptions,
 )
 
@@ -31,6 +32,8 @@ Placing = Annotated[Placement, tyro.conf.arg(name="")]
 PLACING = Placement()
 Choice = Annotated[MeshChoice, tyro.conf.arg(name="")]
 ALL = MeshChoice()
+Objects = Annotated[SceneChoice, tyro.conf.arg(name="")]
+EVERY = SceneChoice()
 Import = Annotated[ImportOptions, tyro.conf.arg(name="")]
 IMPORT = ImportOptions()
 Fitting = TypeVar("Fitting", ViewOptions, ImportOptions)
@@ -161,9 +164,7 @@ def data_photos(
     out: Path,
     size: int = 128,
     held_out: int = 4,
-    split: Path | None = None,
-    new: int = 0,
-    limit: int | None = None,
+    choice: Objects = EVERY,
     cores: CoreOptions = CORES,
     boxes: Boxes = "common",
 ) -> None:
@@ -175,16 +176,12 @@ def data_photos(
         out: folder of the new dataset.
         size: pixels along each side of the stored images.
         held_out: views of each object kept for evaluation.
-        split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
-        new: without `split`: keep the last objects, this many, for stage 2.
-        limit: import at most this many objects.
         boxes: one scene box for all objects (`common`), or one for each (`object`).
     """
     set_up(cores)
     from latentscenes.data.photos.importer import make_photos
 
-    which = {"split": split, "new": new, "limit": limit}
-    _report(make_photos(folder, out, size=size, held_out=held_out, boxes=boxes, **which))
+    _report(make_photos(folder, out, size=size, held_out=held_out, boxes=boxes, choice=choice))
 
 
 def _one_box(model: Path) -> "Box | None":

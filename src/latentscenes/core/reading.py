@@ -52,6 +52,14 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
         raise OSError(None, f"is no UTF-8 text (byte {error.start})", str(path)) from None
 
 
+def read_any_json(path: Path) -> Any:
+    """Reads a JSON file of any content. Raises a UserError that names the file if it cannot be read."""
+    try:
+        return parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({reason(error)}).") from None
+
+
 def read_json(path: str | Path, remedy: str, most: int = MOST_TEXT) -> dict[str, Any]:
     """Reads a file that holds one JSON object. Raises a UserError, which ends with `remedy`, if it cannot."""
     try:

@@ -5,14 +5,11 @@ reads images, fits the box and writes the dataset. It holds one scene's images a
 if they are large.
 """
 
-import difflib
 import os
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +18,6 @@ from jaxtyping import UInt8
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import check_name
-from latentscenes.core.reading import parse_json, read_text, reason
 from latentscenes.data.boxes import (
     Extent,
     carving_views,
@@ -32,6 +27,7 @@ from latentscenes.data.boxes import (
     union_box,
     visible_cube,
 )  # fmt: skip
+from latentscenes.data.catalog import tags_of_folders
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import Split, spread
 from latentscenes.data.images import (
@@ -44,6 +40,7 @@ from latentscenes.data.images import (
 )
 from latentscenes.data.options import Axes, Background, ImportOptions
 from latentscenes.data.placing import fitting, turn_of
+from latentscenes.data.splits import choose_splits, natural_key
 from latentscenes.data.writing import DatasetWriter
 
 IN_MEMORY = 512 << 20
@@ -105,6 +102,7 @@ def import_scenes(
         notes: remarks to return in the result.
     """
     splits = _choose(origin, names, options)
+    tags, remarks = tags_of_folders(options.catalog, origin, names)
     box = None if options.box is None else parse_box(options.box)
     first = load(next(iter(splits)))
     size = _target_size(first.images[0], options)
@@ -128,7 +126,7 @@ def import_scenes(
             held_out = source.held_out
             if held_out is None:
                 held_out = _spread(name, len(images), options.held_out)
-            writer.add(name, images, cameras, split, held_out, alpha, own)
+            writer.add(name, images, cameras, split, held_out, alpha, own, tags.get(name))
             views += len(images)
         if box is not None:
             found = "given"
@@ -141,8 +139,8 @@ def import_scenes(
         writer.finish(box)
     if left_out := 0 if options.limit else len(names) - len(splits):
         omitted = f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"
-        notes = [*notes, omitted]
-    return Imported(Path(out), len(splits), views, size, box, found, background, tuple(notes))
+        remarks.append(omitted)
+    return Imported(Path(out), len(splits), views, size, box, found, background, (*notes, *remarks))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -175,14 +173,6 @@ def open_folder(folder: str | Path) -> Path:
     if not any(folder.iterdir()):
         raise UserError(f"{folder}: is empty; nothing to import.")
     return folder
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises a UserError that names the file if it cannot be read."""
-    try:
-        return parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({reason(error)}).") from None
 
 
 def _choose(origin: Path, names: list[str], options: ImportOptions) -> dict[str, Split]:
@@ -305,63 +295,3 @@ def _space(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile(dir=scratch) as file:
         return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
-# Splits
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Returns a sort key that puts `car_9` before `car_10`."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    numbers = (part.lstrip("0") if part[0] in "0123456789" else None for part in parts)
-    return [
-        (1, 0, part) if digits is None else (0, len(digits), digits) for part, digits in zip(parts, numbers)
-    ]
-
-
-def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
-    """Reads splits from a JSON file {"train": [name, …], "new": [name, …]}, in the order of `names`.
-
-    Every name in the file must be among `names`. Names that the file does not list are left out.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such split file.")
-    lists = read_json(path)
-    well_formed = isinstance(lists, dict) and all(
-        isinstance(group, list) and all(isinstance(name, str) for name in group) for group in lists.values()
-    )
-    if not well_formed or not lists or not set(lists) <= {"train", "new"}:
-        raise UserError(f'{path}: a split file looks like {{"train": ["name", …], "new": ["name", …]}}.')
-    chosen: dict[str, Split] = {}
-    known = set(names)
-    for split in ("train", "new"):
-        for name in lists.get(split, []):
-            if name not in known:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(names)[:5])} …"
-                raise UserError(
-                    f"{path}: lists scene {name!r}, which is not among the {len(names)} found; {hint}"
-                )
-            if name in chosen:
-                raise UserError(f"{path}: lists scene {name!r} twice; a scene is either `train` or `new`.")
-            chosen[name] = split
-    if not chosen:
-        raise UserError(f"{path}: lists no scene at all.")
-    return {name: chosen[name] for name in names if name in chosen}
-
-
-def choose_splits(names: Sequence[str], split: str | Path | None = None, new: int = 0) -> dict[str, Split]:
-    """Returns the split of every scene, in natural order of names.
-
-    `split` names a file for `read_split`. Without it, the last `new` scenes are `new` and all others `train`.
-    """
-    ordered = sorted((check_name(name, "scenes") for name in names), key=natural_key)
-    if split is not None:
-        if new:
-            raise UserError(f"--split {split} and --new {new} are both given; give one of them.")
-        return read_split(split, ordered)
-    if not 0 <= new <= len(ordered):
-        raise UserError(f"--new {new}, but there are {len(ordered)} scenes; give at most that many.")
-    first_new = len(ordered) - new
-    return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}

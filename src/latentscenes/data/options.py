@@ -95,28 +95,38 @@ class MeshOptions(Placement):
 
 
 @dataclass(frozen=True)
-class MeshChoice:
-    """Which meshes are imported, what is known of them, and how many processes render."""
+class SceneChoice:
+    """Which objects are imported, and what is known of them."""
 
     catalog: Path | None = None
     """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
-    and license. That of a furniture library (.sh3f) is found by itself."""
+    and license; `file` names a mesh or the folder of an object. That of a furniture library (.sh3f) is found
+    by itself."""
     split: Path | None = None
     """JSON file {"train": [...], "new": [...]} with names of scenes; others are left out."""
     new: int = 0
-    """Without `split`: keep the last meshes by name, this many, for stage 2."""
+    """Without `split`: keep the last objects by name, this many, for stage 2."""
     limit: int | None = None
-    """Use at most this many meshes of each split."""
+    """Import at most this many objects."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: give at least one object.")
+
+
+@dataclass(frozen=True)
+class MeshChoice(SceneChoice):
+    """Which meshes are imported, what is known of them, and how many processes render."""
+
     strict: bool = False
     """Stop at the first file that cannot be read."""
     workers: int = 0
     """Processes that render side by side; 0: one per core. Pictures do not depend on it."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or (self.limit is not None and self.limit < 1):
-            raise UserError(
-                f"--workers {self.workers}, --limit {self.limit}: give 0 or more workers, at least one mesh."
-            )
+        super().__post_init__()
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: give 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,9 @@ class ImportOptions(Placement):
     """Without `split`: mark the last scenes, this many, as new; the others as train."""
     limit: int | None = None
     """Import at most this many scenes; not together with `split`."""
-
+    catalog: Path | None = None
+    """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
+    and license; `file` names the folder of an object."""
     fit: bool = False
     """Move and scale each object so that it just fits `box`."""
 

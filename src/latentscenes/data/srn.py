@@ -24,12 +24,12 @@ from latentscenes.data.importing import (
     Source,
     import_scenes,
     is_leftover,
-    natural_key,
     open_folder,
     require_file_name,
     subfolders,
 )  # fmt: skip
 from latentscenes.data.options import Axes, ImportOptions
+from latentscenes.data.splits import natural_key
 
 ABOVE = -0.5
 """Least camera height of the "Above" subset."""

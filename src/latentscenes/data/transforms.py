@@ -13,19 +13,19 @@ import torch
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import read_any_json
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
     Imported,
     Source,
     import_scenes,
-    natural_key,
     open_folder,
-    read_json,
     require_file_name,
     subfolders,
 )  # fmt: skip
 from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions
+from latentscenes.data.splits import natural_key
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 """Tried in this order if file_path has none."""
@@ -108,7 +108,7 @@ def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, not
     matrices, intrinsics, held_out = [], [], []
     parts = _parts(folder, held_out_from)
     for file, held in parts:
-        meta = read_json(file)
+        meta = read_any_json(file)
         if not isinstance(meta, dict):
             raise UserError(f"{file}: must hold an object with a list of frames.")
         frames, marked = _frames(meta, file), set()

@@ -15,18 +15,19 @@ from jaxtyping import Float
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
+from latentscenes.data.catalog import listed
 from latentscenes.data.dataset import Split, spread
-from latentscenes.data.importing import choose_splits
 from latentscenes.data.meshes.gltf import read_gltf
 from latentscenes.data.meshes.obj import read_obj
 from latentscenes.data.meshes.ply import read_ply
-from latentscenes.data.meshes.sources import FORMATS, Found, find_sources, listed
+from latentscenes.data.meshes.sources import FORMATS, Found, find_sources
 from latentscenes.data.meshes.surfaces import Remarks, to_soup
 from latentscenes.data.meshes.work import Job, Rendered, Work, render_jobs, work_folder
 from latentscenes.data.options import MeshChoice, MeshOptions, ViewOptions
 from latentscenes.data.placing import rotation
 from latentscenes.data.raycast import DEFAULT_VIEWS, TriangleSoup, own_box, render_views, scene_box
 from latentscenes.data.shading import LIGHTS
+from latentscenes.data.splits import choose_splits
 from latentscenes.data.writing import DatasetWriter
 
 MESHES = MeshOptions()

@@ -10,16 +10,14 @@ from typing import Any
 
 from latentscenes.core.console import bytes_text, say
 from latentscenes.core.errors import UserError
+from latentscenes.data.catalog import OWN, Row, assign, misfits, read_catalog
 from latentscenes.data.importing import is_leftover
 from latentscenes.data.meshes.archives import ARCHIVES, unpack
-from latentscenes.data.meshes.catalog import OWN, Row, assign, read_catalog
 
 FORMATS = {".glb": "y", ".gltf": "y", ".obj": "y", ".ply": "z"}
 """Readable formats, and the axis that points up if `up` is "auto"."""
 TEXTS = {".csv", ".json", ".properties", ".txt", ".md", ".html"}
 """Endings of files that do not change how a mesh looks."""
-NAMED = 8
-"""Objects that a remark names; of more it gives the number."""
 Stamp = tuple[Any, ...]
 
 
@@ -179,17 +177,5 @@ def _assign(found: Found, rows: list[Row], catalog: Path, root: Path) -> None:
     own = catalog.name == OWN  # stands for its own folder or archive only
     meshes = {name: path for name, path in meshes.items() if not own or path.is_relative_to(root)}
     taken, lost, late = assign(rows, meshes, root)
-    shown = found.shown(catalog)
     found.rows = taken | found.rows
-    for text, names in (
-        ("rows that name no mesh", [row.shown for row in lost]),
-        ("rows of meshes that an earlier row names", [row.shown for row in late]),
-        ("meshes without a row", [name for name in meshes if name not in taken]),
-    ):
-        if names:
-            found.remarks.append(f"{shown}: {len(names)} {text}: {listed(names)}")
-
-
-def listed(names: list[str]) -> str:
-    """The first NAMED names, and the number of the others."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    found.remarks += misfits(found.shown(catalog), "mesh", meshes, taken, lost, late)

@@ -23,7 +23,8 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import MOST_MODEL, require_regular
 from latentscenes.data.images import image_orientation, image_size, open_image
-from latentscenes.data.importing import is_leftover, natural_key, subfolders
+from latentscenes.data.importing import is_leftover, subfolders
+from latentscenes.data.splits import natural_key
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 """File endings of photographs."""

@@ -22,20 +22,15 @@ from PIL import Image
 from latentscenes.core.cameras import Cameras, look_at
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
+from latentscenes.core.reading import read_any_json
 from latentscenes.data.boxes import GRID, standing_bounds, union_box
+from latentscenes.data.catalog import tags_of_folders
 from latentscenes.data.dataset import spread
 from latentscenes.data.images import image_size, in_parallel, read_image
-from latentscenes.data.importing import (
-    FOR_EACH,
-    Imported,
-    choose_splits,
-    natural_key,
-    open_folder,
-    read_json,
-    subfolders,
-)  # fmt: skip
-from latentscenes.data.options import Boxes
+from latentscenes.data.importing import FOR_EACH, Imported, open_folder, subfolders
+from latentscenes.data.options import Boxes, SceneChoice
 from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
+from latentscenes.data.splits import choose_splits, natural_key
 from latentscenes.data.writing import DatasetWriter
 
 ROOM = 1.05
@@ -65,10 +60,8 @@ def make_photos(
     *,
     size: int = 128,
     held_out: int = 4,
-    split: str | Path | None = None,
-    new: int = 0,
-    limit: int | None = None,
     boxes: Boxes = "common",
+    choice: SceneChoice | None = None,
 ) -> Imported:
     """Packs photographs with COLMAP reconstructions into a dataset.
 
@@ -78,24 +71,20 @@ def make_photos(
         out: the dataset to make; must not exist or be an empty folder.
         size: pixels along each side of the stored images.
         held_out: views of each object kept for evaluation, evenly spread.
-        split: JSON file {"train": [...], "new": [...]} with object names; others are left out.
-        new: without `split`: mark the last objects, this many, as new; the others as train.
-        limit: import at most this many objects.
         boxes: one scene box for all objects (`common`), or one for each (`object`).
+        choice: which objects, and what is known of them.
     """
-    folder = open_folder(folder)
+    folder, choice = open_folder(folder), choice or SceneChoice()
     single = (folder / "images").is_dir() or (folder / "sparse").is_dir()
     places = {place.name: place for place in ([folder.resolve()] if single else subfolders(folder))}
     if not places:
         raise UserError(f"{folder}: holds no object folders (with images/, sparse/0 and masks/).")
-    if limit is not None and (limit < 1 or split is not None):
-        raise UserError(
-            f"--limit {limit}: at least 1, and not together with a split file; shorten its lists."
-        )
     if size < 1 or held_out < 0:
         raise UserError(f"--size {size} must be at least 1, and --held-out {held_out} at least 0.")
-    splits = choose_splits(sorted(places, key=natural_key)[:limit], split, new)
-    notes, extents, views = [], [], 0
+    names = sorted(places, key=natural_key)[: choice.limit]
+    splits = choose_splits(names, choice.split, choice.new)
+    tags, notes = tags_of_folders(choice.catalog, folder, list(places))
+    extents, views = [], 0
     with DatasetWriter(out, (size, size), alpha=True, origin=f"photographs {folder}") as writer:
         for name, part in tracked(splits.items(), "reading photographs"):
             capture = read_capture(places[name], size)
@@ -103,7 +92,7 @@ def make_photos(
             half = capture.half
             extents.append((-half, half, 2 * half / GRID))
             own = union_box(extents[-1:]) if boxes == "object" else None
-            writer.add(name, capture.images, capture.cameras, part, held, capture.alpha, own)
+            writer.add(name, capture.images, capture.cameras, part, held, capture.alpha, own, tags.get(name))
             notes.extend(capture.notes)
             views += len(capture.images)
         box = union_box(extents)
@@ -212,7 +201,7 @@ def _refuse_enlarging(folder: Path, shots: list[Photograph], focal: list[float],
 def _read_pose(folder: Path, photographs: list[Photograph]) -> tuple[Float[np.ndarray, "3"], Photograph]:
     """Returns up in COLMAP's world, and the photograph from the front; from pose.json if it is there."""
     file = folder / "pose.json"
-    pose: Any = read_json(file) if file.is_file() else {}
+    pose: Any = read_any_json(file) if file.is_file() else {}
     known = isinstance(pose, dict) and set(pose) <= {"front", "up"}
     if not known or not isinstance(pose.get("front", ""), str):
         raise UserError(

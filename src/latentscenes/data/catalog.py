@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,6 +41,8 @@ COLUMNS = {
 KNOWN = {word: name for name, words in COLUMNS.items() for word in words.split()}
 SIDES = ("width", "depth", "height")
 MOST_TAGS, MOST_COLUMNS = 32, 64
+NAMED = 8
+"""Objects that a remark names; of more it gives the number."""
 Tags = dict[str, str | list[str]]
 
 
@@ -287,3 +289,46 @@ def _scenes(row: Row, inside: Mapping[str, list[str]], ends: Mapping[str, set[st
         if re.match(r"[/\\]|[A-Za-z]:", row.file):  # a path of another machine
             wanted += ["/".join(parts[start:]) for start in range(1, len(parts))]
     return next((list(ends[text]) for text in wanted if len(ends.get(text, ())) == 1), [])
+
+
+def tags_of_folders(
+    catalog: Path | None, folder: Path, names: Sequence[str]
+) -> tuple[dict[str, Tags], list[str]]:
+    """Returns the tags of objects that are folders, and remarks on rows and objects that do not fit.
+
+    Args:
+        catalog: the table; None: no tags.
+        folder: the folder of the objects, or the only object.
+        names: the objects, named after their folders.
+
+    Raises:
+        UserError: the catalog cannot be read.
+    """
+    if catalog is None:
+        return {}, []
+    root = folder.absolute()
+    places = {name: root if names == [root.resolve().name] else root / name for name in names}
+    taken, lost, late = assign(
+        read_catalog(catalog), places, root.parent if root in places.values() else root
+    )
+    return {name: row.tags for name, row in taken.items()}, misfits(
+        catalog, "object", places, taken, lost, late
+    )
+
+
+def misfits(
+    shown: Path, what: str, scenes: Iterable[str], taken: Mapping[str, Row], lost: list[Row], late: list[Row]
+) -> list[str]:
+    """Returns remarks on what `assign` could not put together; `what` are the scenes, `mesh` for instance."""
+    many = "meshes" if what == "mesh" else f"{what}s"
+    found = (
+        (f"rows that name no {what}", [row.shown for row in lost]),
+        (f"rows of {many} that an earlier row names", [row.shown for row in late]),
+        (f"{many} without a row", [name for name in scenes if name not in taken]),
+    )
+    return [f"{shown}: {len(names)} {text}: {listed(names)}" for text, names in found if names]
+
+
+def listed(names: list[str]) -> str:
+    """The first NAMED names, and the number of the others."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
