@@ -12,6 +12,7 @@ import tyro
 
 from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_up
 from latentscenes.cli.machines import library_join
+from latentscenes.cli.publishing import PUBLISHING_COMMANDS
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
@@ -321,6 +322,7 @@ LIBRARY_COMMANDS = {
     "rebuild": library_rebuild,
     "compact": library_compact,
     "repack": library_repack,
+    **PUBLISHING_COMMANDS,
 }
 
 

@@ -12,16 +12,15 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from latentscenes.core.config import StoragePrecision
-from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import short, tagged, tags_text, unknown_scene
-from latentscenes.core.reading import parse_json
+from latentscenes.storage.entries import SceneInfo, scene_info
 from latentscenes.storage.sqlite import address, guard
 
 FILE = "index.sqlite"
@@ -34,8 +33,6 @@ VERSION = 1
 ADDED = "cpu_seconds"
 """A column that indexes of earlier versions lack. The first change of such an index adds it, empty; versions
 without it still read and write the index."""
-
-Origin = Literal["stage 1", "exploit", "add"]
 
 TABLES = f"""
 CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, scenes INTEGER NOT NULL);
@@ -52,54 +49,6 @@ CREATE TABLE thumbnails (
 );
 PRAGMA user_version = {VERSION};
 """
-
-
-@dataclass(frozen=True)
-class SceneInfo:
-    """The metadata of a stored scene."""
-
-    name: str
-    precision: StoragePrecision
-    bytes: int
-    """Size of the stored planes, weights and bias, without index entry and thumbnail."""
-    origin: Origin
-    """`stage 1`: learned with the shared parts. `exploit`: learned by the command. `add`: added in Python."""
-    dataset: str | None
-    """Folder of the dataset that the scene was learned from; None if its images were not kept."""
-    split: str | None
-    """Split of the dataset: `train` or `new`."""
-    source: str
-    """Name in the dataset; differs from `name` after a rename."""
-    added: str
-    """Time of storage, ISO 8601."""
-    seconds: float | None
-    """Learning time by the clock; None for scenes of stage 1, which are learned together with the shared
-    parts."""
-    cpu_seconds: float | None
-    """Learning time of the processor, over all threads; None for scenes of stage 1 and of earlier
-    versions."""
-    psnr: float | None
-    """Mean PSNR as learned, dB, on a few held-out views (on fitted views if none is held out)."""
-    psnr_lost: float | None
-    """PSNR lost by storing the scene at `precision`, dB."""
-    tags: dict[str, Any] = field(default_factory=dict)
-    """What a catalog says about the object (`category`, `license`, …), and notes of the user."""
-
-    @property
-    def spent(self) -> Spent | None:
-        """Learning time; None for scenes of stage 1."""
-        return None if self.seconds is None else Spent(self.seconds, self.cpu_seconds)
-
-
-Kind = tuple[type, ...] | frozenset
-TEXT, NUMBER, NONE = (str,), (int, float, type(None)), type(None)
-KINDS: dict[str, Kind] = {
-    "precision": frozenset(get_args(StoragePrecision)), "origin": frozenset(get_args(Origin)),
-    "bytes": (int,), "dataset": (str, NONE), "split": frozenset({"train", "new", None}),
-    **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
-}  # fmt: skip
-"""What fields of SceneInfo may hold; the others hold text."""
-FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
@@ -173,6 +122,17 @@ class Index:
 
     # Reading
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Within the block, the index reads as it was at the beginning, whatever other processes change. For
+        an index that no other thread uses."""
+        with self._reading():
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("COMMIT")
+
     def __len__(self) -> int:
         return self._column("SELECT count(*) FROM scenes")[0]
 
@@ -196,23 +156,32 @@ class Index:
             self._abouts = self.version, texts
         return self._abouts[1]
 
+    def pages(self, size: int) -> Iterator[list[tuple[SceneInfo, Place]]]:
+        """Yields metadata and places of all scenes in the order of addition, `size` at a time."""
+        columns, last = self._info_columns(), 0
+        question = f"SELECT {columns}, shard, row, checksum, id FROM scenes WHERE id > ? ORDER BY id LIMIT ?"
+        while found := self._ask(question, last, size):
+            yield [(self._info(row[:-4]), _place(row[-4:-1])) for row in found]
+            last = found[-1][-1]
+
+    def checksums(self) -> list[str]:
+        """Returns the checksums of all payloads in the order of addition."""
+        return self._column("SELECT checksum FROM scenes ORDER BY id")
+
     def info(self, name: str) -> SceneInfo | None:
         """Returns the metadata of one scene; None if there is no such scene."""
         found = self._ask(f"SELECT {self._info_columns()} FROM scenes WHERE name = ?", name)
         return self._info(found[0]) if found else None
 
     def _info(self, row: tuple) -> SceneInfo:
-        """Refuses what no version wrote. Parses no JSON for empty tags, which is slow for 100,000 scenes."""
-        try:
-            tags = {} if row[-1] == "{}" else parse_json(row[-1])
-            if all(map(_fits, row, FIELD_KINDS)) and isinstance(tags, dict):
-                return SceneInfo(*row[:-1], tags=tags)
-        except (TypeError, ValueError):
-            pass
-        raise UserError(
-            f"{self.path}: the entry of scene {short(row[0])} is damaged. "
-            "Restore it from a copy of the library."
-        )
+        """Refuses what no version wrote."""
+        info = scene_info(row)
+        if info is None:
+            raise UserError(
+                f"{self.path}: the entry of scene {short(row[0])} is damaged. "
+                "Restore it from a copy of the library."
+            )
+        return info
 
     def _info_columns(self) -> str:
         columns = ", ".join(SceneInfo.__dataclass_fields__)
@@ -372,11 +341,6 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error}). Free some disk space, or check the permissions of the "
             "folder and its files; then run the same command again."
         ) from None
-
-
-def _fits(value: Any, kind: Kind) -> bool:
-    """Returns whether a value is of a type, or one of a set of texts."""
-    return isinstance(value, kind) if isinstance(kind, tuple) else value in kind
 
 
 def _place(row: Sequence[Any]) -> Place:

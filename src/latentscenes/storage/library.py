@@ -50,7 +50,8 @@ from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
-from latentscenes.storage.index import FILE, Index, SceneInfo
+from latentscenes.storage.entries import SceneInfo
+from latentscenes.storage.index import FILE, Index, Place
 from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind, unpack
 from latentscenes.storage.records import FIT_SCORES, SCORES, circumstances, read_metrics
 from latentscenes.storage.run import SETTINGS
@@ -223,18 +224,21 @@ class LibraryFolder:
         """Raises a UserError if the file of the shared parts is absent or damaged."""
         check_model_file(self.shared_file, "every scene needs it", self.checksums.get(SHARED))
 
+    def check_start(self) -> Path:
+        """Returns the file of initial values. Raises a UserError if it is absent or damaged."""
+        file = self.path / "model" / START
+        check_model_file(file, "new scenes start from it", self.checksums.get(START))
+        return file
+
     @property
     def has_boxes(self) -> bool:
         """Whether scenes have boxes of their own."""
-        file = self.path / "model" / START
-        check_model_file(file, "new scenes start from it", self.checksums.get(START))
-        return holds_boxes(file, "Restore it from a copy.")
+        return holds_boxes(self.check_start(), "Restore it from a copy.")
 
     def starting_scene(self) -> SceneParameters:
         """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
         Raises a UserError if their file is absent or damaged."""
-        file = self.path / "model" / START
-        check_model_file(file, "new scenes start from it", self.checksums.get(START))
+        file = self.check_start()
         tables = {name: table[0].float() for name, table in load_file(file).items() if len(table) == 1}
         if not self.config.planes.mixing or "mixing" not in tables:
             tables["mixing"] = zero_mixing(1, self.config.planes)[0]
@@ -271,20 +275,24 @@ class LibraryFolder:
     def all_weights(self) -> tuple[list[str], Float[Tensor, "n M"]]:
         """Reads the names of all scenes, in the order of addition, and their weights over the M base planes.
         Raises a UserError if a shard cannot be read."""
-        planes = self.config.planes
 
         def read() -> tuple[list[str], Tensor]:
             places = self.index.places()
-            table = torch.zeros(len(places), planes.bases if planes.macro else 0)
-            by_shard: dict[int, list[tuple[int, int]]] = {}
-            for line, place in enumerate(places.values() if table.shape[1] else ()):
-                by_shard.setdefault(place.shard, []).append((line, place.row))
-            for shard, found in by_shard.items():
-                lines, rows = zip(*found, strict=True)
-                table[list(lines)] = self._weights(shard, list(rows), table.shape[1])
-            return list(places), table
+            return list(places), self.weights_at(list(places.values()))
 
         return self._retried(read)
+
+    def weights_at(self, places: Sequence[Place]) -> Float[Tensor, "n M"]:
+        """Reads the weights of the scenes at some places. Raises as `Shards.open`."""
+        planes = self.config.planes
+        table = torch.zeros(len(places), planes.bases if planes.macro else 0)
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for line, place in enumerate(places if table.shape[1] else ()):
+            by_shard.setdefault(place.shard, []).append((line, place.row))
+        for shard, found in by_shard.items():
+            lines, rows = zip(*found, strict=True)
+            table[list(lines)] = self._weights(shard, list(rows), table.shape[1])
+        return table
 
     def _weights(self, shard: int, rows: list[int], bases: int) -> Float[Tensor, "n M"]:
         opened = self.shards.open(shard)

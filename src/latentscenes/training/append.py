@@ -19,7 +19,7 @@ from latentscenes.model import metrics
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.pictures import with_alpha
 from latentscenes.model.planes import SceneParameters, mean_parameters
-from latentscenes.storage.index import Origin, SceneInfo
+from latentscenes.storage.entries import Origin, SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
 from latentscenes.storage.quantize import check_precision, pack, payload_bytes, unpack
 from latentscenes.storage.run import Run

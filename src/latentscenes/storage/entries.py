@@ -1,0 +1,76 @@
+"""The metadata of stored scenes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from latentscenes.core.config import StoragePrecision
+from latentscenes.core.console import Spent
+from latentscenes.core.reading import parse_json
+
+Origin = Literal["stage 1", "exploit", "add"]
+
+
+@dataclass(frozen=True)
+class SceneInfo:
+    """The metadata of a stored scene."""
+
+    name: str
+    precision: StoragePrecision
+    bytes: int
+    """Size of the stored planes, weights and bias, without index entry and thumbnail."""
+    origin: Origin
+    """`stage 1`: learned with the shared parts. `exploit`: learned by the command. `add`: added in Python."""
+    dataset: str | None
+    """Folder of the dataset that the scene was learned from; None if its images were not kept."""
+    split: str | None
+    """Split of the dataset: `train` or `new`."""
+    source: str
+    """Name in the dataset; differs from `name` after a rename."""
+    added: str
+    """Time of storage, ISO 8601."""
+    seconds: float | None
+    """Learning time by the clock; None for scenes of stage 1, which are learned together with the shared
+    parts."""
+    cpu_seconds: float | None
+    """Learning time of the processor, over all threads; None for scenes of stage 1 and of earlier
+    versions."""
+    psnr: float | None
+    """Mean PSNR as learned, dB, on a few held-out views (on fitted views if none is held out)."""
+    psnr_lost: float | None
+    """PSNR lost by storing the scene at `precision`, dB."""
+    tags: dict[str, Any] = field(default_factory=dict)
+    """What a catalog says about the object (`category`, `license`, …), and notes of the user."""
+
+    @property
+    def spent(self) -> Spent | None:
+        """Learning time; None for scenes of stage 1."""
+        return None if self.seconds is None else Spent(self.seconds, self.cpu_seconds)
+
+
+Kind = tuple[type, ...] | frozenset
+TEXT, NUMBER, NONE = (str,), (int, float, type(None)), type(None)
+KINDS: dict[str, Kind] = {
+    "precision": frozenset(get_args(StoragePrecision)), "origin": frozenset(get_args(Origin)),
+    "bytes": (int,), "dataset": (str, NONE), "split": frozenset({"train", "new", None}),
+    **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
+}  # fmt: skip
+"""What fields of SceneInfo may hold; the others hold text."""
+FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__]
+
+
+def scene_info(row: Sequence[Any]) -> SceneInfo | None:
+    """Returns the metadata that a row of fields, with the tags as JSON, holds; None if no version wrote it.
+    Parses no JSON for empty tags, which is slow for 100,000 scenes."""
+    try:
+        tags = {} if row[-1] == "{}" else parse_json(row[-1])
+        if all(map(_fits, row, FIELD_KINDS)) and isinstance(tags, dict):
+            return SceneInfo(*row[:-1], tags=tags)
+    except (TypeError, ValueError):
+        pass
+    return None
+
+
+def _fits(value: Any, kind: Kind) -> bool:
+    """Returns whether a value is of a type, or one of a set of texts."""
+    return isinstance(value, kind) if isinstance(kind, tuple) else value in kind

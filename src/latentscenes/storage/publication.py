@@ -1,0 +1,164 @@
+"""The format of published libraries: names of files, sizes, pages and buckets (docs/published.md)."""
+
+import gzip
+import hashlib
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from latentscenes.core.errors import UserError
+from latentscenes.core.names import short
+from latentscenes.core.reading import MOST_TEXT, parse_json
+from latentscenes.storage.entries import SceneInfo
+
+FORMAT = "latentscenes published 1"
+DESCRIPTION = "published.json"
+PACK_BYTES = 8 << 20
+"""Most bytes of a pack of several scenes."""
+PAGE = 1000
+"""Scenes of a page."""
+BUCKET = 256
+"""Most scenes of a bucket, on average."""
+SIDE = 10
+"""Thumbnails along each side of an atlas."""
+CELL = 96
+"""Pixels along each side of a thumbnail's cell."""
+ENDINGS = {
+    "model": ".safetensors", "packs": ".pack", "index": ".json.gz", "names": ".json.gz", "weights": ".f32",
+    "thumbnails": ".webp",
+}  # fmt: skip
+"""Folders of a published library, and how the names of their files end."""
+NAME = re.compile(
+    r"(packs/[0-9a-f]{2}/[0-9a-f]{32}\.pack|model/[0-9a-f]{32}(\.web)?\.safetensors|weights/[0-9a-f]{32}\.f32"
+    r"|(index|names)/[0-9a-f]{32}\.json\.gz|thumbnails/[0-9a-f]{32}\.webp)"
+)
+"""Paths of all files but DESCRIPTION, below the folder."""
+LISTS = "packs", "pages", "weights", "names", "atlases"
+"""Entries of DESCRIPTION that list files."""
+MODELS = "model", "start", "web_model"
+"""Entries of DESCRIPTION that name one file."""
+HIDDEN = {"dataset", "split", "source"}
+"""Fields of SceneInfo that are not published: paths and names of the publisher's machine."""
+INFO = {name: name for name in SceneInfo.__dataclass_fields__ if name not in HIDDEN | {"bytes"}}
+INFO["stored"] = "bytes"
+"""Columns of a page that hold metadata, and their fields of SceneInfo."""
+PLACE = "pack", "offset", "bytes", "sha256", "payload", "atlas", "cell"
+"""Columns of a page that say where a scene and its thumbnail are."""
+ENTRY = "pack", "offset", "bytes", "atlas", "cell", "sha256"
+"""What a bucket says of a scene, after its row."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of a published library, which never changes."""
+
+    file: str
+    """Path below the folder."""
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: str, content: bytes, ending: str | None = None) -> "PublishedFile":
+        """Names a file after its content."""
+        digest = hashlib.sha256(content).hexdigest()
+        inner = f"{digest[:2]}/" if folder == "packs" else ""
+        return cls(f"{folder}/{inner}{digest[:32]}{ending or ENDINGS[folder]}", len(content), digest)
+
+    @classmethod
+    def read(cls, entry: Any, where: str) -> "PublishedFile":
+        """Reads an entry of DESCRIPTION. Raises a UserError if it names no file of the format."""
+        fits = (
+            isinstance(entry, dict)
+            and isinstance(entry.get("file"), str)
+            and NAME.fullmatch(entry["file"])
+            and type(entry.get("bytes")) is int
+            and entry["bytes"] >= 0
+            and isinstance(entry.get("sha256"), str)
+            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        )
+        if not fits:
+            raise UserError(f"{where}: {short(entry)} names no published file. Publish the library again.")
+        return cls(entry["file"], entry["bytes"], entry["sha256"])
+
+
+def check_description(content: Any, where: str) -> dict[str, Any]:
+    """Returns the content of DESCRIPTION with its files as `PublishedFile`. Raises a UserError, which begins
+    with `where`, if it is of another format or damaged."""
+    if not isinstance(content, dict) or not str(content.get("format", "")).startswith(
+        FORMAT.rsplit(" ", 1)[0]
+    ):
+        raise UserError(f"{where}: describes no published library.")
+    if content["format"] != FORMAT:
+        raise UserError(
+            f"{where}: a library published as {short(content['format'])}, but this version reads {FORMAT!r}. "
+            "Install a newer version."
+        )
+    damaged = UserError(f"{where}: damaged. Publish the library again.")
+    scenes, sizes = content.get("scenes"), {name: content.get(name) for name in ("page_size", "thumbnail")}
+    if (
+        type(scenes) is not int
+        or scenes < 0
+        or not all(type(size) is int and 0 < size <= 10_000 for size in sizes.values())
+    ):
+        raise damaged
+    found = dict(content)
+    for name in LISTS:
+        if not isinstance(content.get(name), list):
+            raise damaged
+        found[name] = [PublishedFile.read(entry, where) for entry in content[name]]
+    for name in MODELS:
+        found[name] = PublishedFile.read(content.get(name), where)
+    pages, buckets = math.ceil(scenes / content["page_size"]), len(found["names"])
+    if len(found["pages"]) != pages or len(found["weights"]) not in (0, pages) or buckets & (buckets - 1):
+        raise damaged
+    return found
+
+
+def files_of(description: dict[str, Any]) -> list[PublishedFile]:
+    """Returns all files that a description, as `check_description` returns it, names."""
+    if not description:
+        return []
+    return [*(description[name] for name in MODELS), *(file for name in LISTS for file in description[name])]
+
+
+def bucket_count(scenes: int) -> int:
+    """Returns the number of buckets of names: the smallest power of two with at most BUCKET scenes in each,
+    on average."""
+    return 1 << max(0, math.ceil(math.log2(max(1, scenes) / BUCKET)))
+
+
+def bucket_of(name: str, buckets: int) -> int:
+    """Returns the bucket of a scene's name: its 32-bit FNV-1a hash, modulo the number of buckets.
+
+    Source: Fowler, Noll, Vo; RFC 9923.
+    """
+    number = 0x811C9DC5
+    for byte in name.encode():
+        number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return number % buckets
+
+
+def as_json(content: Any) -> str:
+    """Returns strict JSON without spaces."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def packed(text: str) -> bytes:
+    """Returns gzipped text; the same bytes for the same text."""
+    return gzip.compress(text.encode(), 9, mtime=0)
+
+
+def unpacked_json(content: bytes, most: int = MOST_TEXT) -> Any:
+    """Returns the content of gzipped JSON. Raises a ValueError if it is damaged or unfolds to more than
+    `most` bytes."""
+    inflating = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        text = inflating.decompress(content, most)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not inflating.eof:
+        raise ValueError(f"it is cut, or unfolds to more than {most >> 20} MiB")
+    return parse_json(text.decode())
