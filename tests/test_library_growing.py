@@ -16,7 +16,7 @@ from conftest import SOLIDS, TINY, photograph
 from results import made_run
 
 import latentscenes
-from latentscenes.cli import library as cli_library
+from latentscenes.cli import listing
 from latentscenes.cli import main as cli
 from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
@@ -312,7 +312,7 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     status, out, _ = call("library", "list", path, "--as-json", "--limit", 1)
     assert status == 0 and json.loads(out)["name"] == "red_ball" and json.loads(out)["split"] == "train"
     with monkeypatch.context() as fewer:
-        fewer.setattr(cli_library, "MANY", 3)
+        fewer.setattr(listing, "MANY", 3)
         status, out, _ = call("library", "list", path, "--limit", 0)
     lines = out.splitlines()
     assert (

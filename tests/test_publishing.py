@@ -8,16 +8,14 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
-from results import made_run
+from publications import add, made_library
 from safetensors.torch import load, load_file
 
 import latentscenes
-from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.storage import publishing
-from latentscenes.storage.library import LibraryFolder, NewScene
+from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.publication import (
     DESCRIPTION,
     PublishedFile,
@@ -29,17 +27,14 @@ from latentscenes.storage.publication import (
 )
 from latentscenes.storage.published_parts import TagCounts
 from latentscenes.storage.publishing import publish
-from latentscenes.storage.quantize import pack, payload_checksum
+from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.targets import LOCK, BucketTarget, FolderTarget, open_target
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, solids):
     """A library of four solids with random parameters."""
-    folder = tmp_path_factory.mktemp("published")
-    run = made_run(folder / "run", config_io.parse(TINY, "tiny"), solids, "train")
-    latentscenes.create_library(folder / "library", run.path, device="cpu").close()
-    return folder / "library"
+    return made_library(tmp_path_factory.mktemp("published"), solids)
 
 
 @pytest.fixture
@@ -48,23 +43,6 @@ def library(made, tmp_path) -> LibraryFolder:
     copied = tmp_path / "library"
     latentscenes.Library(opened).export(opened.index.names(), copied)
     return LibraryFolder.open(copied)
-
-
-def add(library: LibraryFolder, *names: str, seed: int = 0) -> None:
-    """Adds scenes of random parameters, with a thumbnail and tags."""
-    generator = torch.Generator().manual_seed(seed)
-    from latentscenes.model.planes import random_parameters
-
-    png = io.BytesIO()
-    Image.new("RGBA", (40, 30), (10, 200, 30, 255)).save(png, "PNG")
-    old = library.index.infos()[0]
-    scenes = []
-    for number, name in enumerate(names):
-        payload = pack(random_parameters(1, library.config.planes, generator), "int8")
-        tags = {"category": "Box", "number": number, "odd": float("inf")}
-        info = type(old)(**asdict(old) | {"name": name, "tags": tags})
-        scenes.append(NewScene(info, payload, png.getvalue()))
-    library.append(scenes)
 
 
 def described(folder) -> dict:
@@ -96,7 +74,7 @@ def stored_scenes(folder) -> dict[str, bytes]:
             assert hashlib.sha256(content).hexdigest() == page["sha256"][row] and begin % 8 == 0
             payload = load(content)
             assert np.array_equal(payload["weights"].numpy(), weights[row])
-            assert payload_checksum(payload)[:32] == page["payload"][row]
+            assert payload_checksum(payload) == page["payload"][row]
             found[name] = content
             bucket = about["names"][bucket_of(name, len(about["names"]))]
             entry = unpacked_json((folder / bucket.file).read_bytes())[name]

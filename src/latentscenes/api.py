@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,15 @@ from latentscenes.core.config import Config, StoragePrecision, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
-from latentscenes.model.planes import Metric, SceneParameters, weight_distances
+from latentscenes.model.planes import Metric, SceneParameters, base_products
 from latentscenes.rendering.field import FusedPlanes
 from latentscenes.storage import maintenance
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
+from latentscenes.storage.neighbors import Neighbor, WeightTable
 from latentscenes.storage.pretrained import library_from_model, open_parent
+from latentscenes.storage.published import PublishedLibrary, open_source
+from latentscenes.storage.source import SceneSource
 from latentscenes.training.add import learn_from_pictures, quick_weights
 from latentscenes.training.append import library_from_run
 
@@ -50,14 +53,6 @@ class RenderedViews:
     def images(self) -> UInt8[np.ndarray, "v H W 3"]:
         """`rgb` as uint8, 0 to 255."""
         return np.round(255 * self.rgb).astype(np.uint8)
-
-
-class Neighbor(NamedTuple):
-    """A similar scene."""
-
-    name: str
-    distance: float
-    """At least 0; 0 for equal weights."""
 
 
 class LearnedScene:
@@ -141,7 +136,7 @@ class LearnedScene:
 class Library:
     """An opened library. Threads may share it. Reading never waits for a writer."""
 
-    def __init__(self, folder: LibraryFolder, device: torch.device | str = "cpu"):
+    def __init__(self, folder: SceneSource, device: torch.device | str = "cpu"):
         self.folder, self.device = folder, torch.device(device)
         self._kept: dict[str, tuple[object, Any]] = {}
 
@@ -149,8 +144,16 @@ class Library:
         return f"<latentscenes library {self.path}, {len(self)} scenes>"
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
+        """Folder, or address of a published library."""
         return self.folder.path
+
+    @property
+    def _own(self) -> LibraryFolder:
+        """The folder, for changes. Raises a UserError for a published library."""
+        if isinstance(self.folder, PublishedLibrary):
+            self.folder.refuse_change()
+        return self.folder
 
     @property
     def config(self) -> Config:
@@ -233,12 +236,10 @@ class Library:
 
     def weights(self, names: Sequence[str] | None = None) -> Float[np.ndarray, "n M"]:
         """Returns weights over the M base planes: of some scenes, or of all in the order of `self.names`."""
-        known, table = self._current("weights", self.folder.all_weights)
         if names is None:
-            return table.numpy().copy()
+            return self._weights().table.numpy().copy()
         self.folder.index.require(names)
-        place = {name: row for row, name in enumerate(known)}
-        return table[[place[name] for name in names]].numpy()
+        return self._weights().of(names).numpy()
 
     def nearest(
         self, to: str | Float[np.ndarray, "M"], count: int = 5, metric: Metric = "planes"
@@ -254,27 +255,22 @@ class Library:
         Raises:
             UserError: the scene is unknown, or the library has no base planes or another number of them.
         """
-        bases = self.model.bases.detach().cpu()
-        if not bases.numel():
+        if not self._products.numel():
             raise UserError(
                 f"{self.path}: its scenes have no base planes in common (planes.macro = 0), "
                 "so there are no weights to compare."
             )
-        (names, table), own = self._current("weights", self.folder.all_weights), None
         if isinstance(to, str):
             self.folder.index.require([to])
-            own = names.index(to)
-            wanted = table[own]
-        else:
-            wanted = torch.as_tensor(np.asarray(to, np.float32))
-            if wanted.shape != table.shape[1:]:
-                raise UserError(
-                    f"nearest: {tuple(wanted.shape)} weights given, "
-                    f"but this library has {table.shape[1]} base planes."
-                )
-        distance = weight_distances(table, wanted, bases, metric)
-        order = distance.argsort(stable=True).tolist()
-        return [Neighbor(names[k], float(distance[k])) for k in order if k != own][:count]
+        wanted = to if isinstance(to, str) else torch.as_tensor(np.asarray(to, np.float32))
+        return self._weights().nearest(wanted, count, self._products, metric)
+
+    @cached_property
+    def _products(self) -> Float[torch.Tensor, "M M"]:
+        return base_products(self.model.bases.detach().cpu())
+
+    def _weights(self) -> WeightTable:
+        return self._current("weights", lambda: WeightTable(*self.folder.all_weights()))
 
     def search(self, views: PosedImages, name: str, count: int = 5) -> list[Neighbor]:
         """Returns the scenes most similar to a scene of a dataset, by the cosine between weights. Learns the
@@ -307,20 +303,20 @@ class Library:
             UserError: the name is taken, or images, masks and cameras do not fit each other or the library.
             Interrupted: Ctrl-C; nothing is stored.
         """
-        folder, device = self.folder, self.device
+        folder, device = self._own, self.device
         return self[learn_from_pictures(folder, name, images, cameras, masks, precision, tags, device)]
 
     def remove(self, *names: str) -> None:
         """Removes all given scenes, or none and raises a UserError. `compact` frees their space."""
-        self.folder.remove(names)
+        self._own.remove(names)
 
     def rename(self, old: str, new: str) -> None:
         """Renames a scene. Raises a UserError if it is unknown or the new name is empty or taken."""
-        self.folder.rename(old, new)
+        self._own.rename(old, new)
 
     def tag(self, name: str, **tags: Any) -> None:
         """Sets notes of a scene (JSON); None removes a note. Raises a UserError if the scene is unknown."""
-        self.folder.tag(name, tags)
+        self._own.tag(name, tags)
 
     def export(self, names: Sequence[str], out: str | Path) -> int:
         """Copies scenes to a new library or to one with the same model. Returns the number of new ones.
@@ -330,19 +326,21 @@ class Library:
 
     def repack(self, precision: StoragePrecision) -> int:
         """Stores scenes of finer precision at `precision`, notes the lost PSNR, and returns their number."""
-        return maintenance.repack(self.folder, precision, self.device)
+        return maintenance.repack(self._own, precision, self.device)
 
     def dial(self) -> list[maintenance.Setting]:
         """Measures bytes per scene and lost PSNR (dB) at each precision, on some scenes."""
-        return maintenance.dial(self.folder, self.device)
+        return maintenance.dial(self._own, self.device)
 
     def verify(self) -> list[maintenance.Damage]:
         """Compares all files with their checksums and returns the differences."""
+        if isinstance(self.folder, PublishedLibrary):
+            return self.folder.verify()
         return maintenance.verify(self.folder)
 
     def compact(self) -> int:
         """Merges small shards and frees the space of removed scenes. Returns the freed bytes."""
-        return maintenance.compact(self.folder)
+        return maintenance.compact(self._own)
 
     def close(self) -> None:
         """Closes all files; the library cannot be used afterwards."""
@@ -356,17 +354,19 @@ class Library:
 
 
 def open_library(path: str | Path, device: str = "auto", wait: bool = True) -> Library:
-    """Opens a library made by `latentscenes exploit` or `create_library`.
+    """Opens a library made by `latentscenes exploit` or `create_library`, or one that was published.
 
     Args:
+        path: its folder; of a published library, its folder or address (https://…, http://…, s3://…, gs://…).
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         wait: changes wait for other writers. False: they raise a UserError.
 
     Raises:
         UserError: there is no library at `path`, or it cannot be read.
     """
-    folder = LibraryFolder.open(path)
-    folder.wait = wait
+    folder = open_source(path)
+    if isinstance(folder, LibraryFolder):
+        folder.wait = wait
     return Library(folder, runtime.set_up(device=device))
 
 

@@ -1,151 +1,26 @@
-"""The `library` commands and `search`. `list`, `show` and wrong names are answered without loading torch."""
+"""The `library` commands and `search`. Wrong names are answered without loading torch."""
 
-import itertools
-import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_up
+from latentscenes.cli.listing import Folder, Where, library_list, library_show, opened_index
 from latentscenes.cli.machines import library_join
 from latentscenes.cli.publishing import PUBLISHING_COMMANDS
-from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line, plain_text
+from latentscenes.core.names import one_line, plain_text, tags_text
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
     from latentscenes.core.console import Table
-    from latentscenes.storage.index import Index
     from latentscenes.storage.maintenance import Setting
 
-MANY = 1000
-"""Longest list printed as a table; formatting 100,000 rows as a table would take minutes."""
-Folder = Annotated[Path, tyro.conf.Positional]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
-Where = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAG=PATTERN …")]
-WIDEST = 28
-"""Characters of a tag in a table."""
-
-
-def library_list(
-    library: Folder, match: str = "*", where: Where = (), limit: int = 50, as_json: bool = False
-) -> None:
-    """List the scenes of a library.
-
-    Args:
-        library: its folder.
-        match: only scenes whose names match this pattern (* and ?).
-        where: only scenes whose tags match, such as category=chair* license=CC0*.
-        limit: maximum number of scenes; 0: all.
-        as_json: print one JSON object per line with all metadata of a scene.
-    """
-    from latentscenes.core.console import Table, bytes_text, seconds_text, show
-
-    if limit < 0:
-        raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
-    index = _index(library)
-    infos = index.infos(match, where)
-    shown = infos[:limit] if limit else infos
-    if as_json:
-        for info in shown:
-            print(json.dumps(asdict(info)))
-        return
-    told = [key for key in ("name", "category") if any(key in info.tags for info in shown)]
-    rows = [
-        (info.name, *(plain_text(info.tags.get(key, "–"), WIDEST) for key in told), info.origin,
-         info.precision, bytes_text(info.bytes), _decibels(info.psnr), _decibels(info.psnr_lost, 3),
-         seconds_text(info.cpu_seconds), seconds_text(info.seconds), info.added[:10])
-        for info in shown
-    ]  # fmt: skip
-    known = [info.psnr for info in infos if info.psnr is not None]
-    size = bytes_text(sum(info.bytes for info in infos))
-    note = f"{_thousands(len(infos))} of {_thousands(len(index))} scenes, {size}"
-    if known:
-        note += f"; mean {sum(known) / len(known):.2f} dB"
-    if len(shown) < len(infos):
-        note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
-    labels = [f"tag {key}" for key in told]
-    columns = ("scene", *labels, "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
-    if len(rows) <= MANY:
-        show(Table(str(library), columns, tuple(rows), (), note))
-        return
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows)
-    )
-    for line in itertools.chain(lines, [note]):
-        print(one_line(line))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What `library show` takes from library.json."""
-
-    precision: StoragePrecision
-    parent: str
-    parent_seconds: float
-    parent_scenes: int
-    view: dict[str, Any]
-    parent_cpu_seconds: float | None = None
-    finetuned_from: str | None = None
-
-
-def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positional] = None) -> None:
-    """Show facts about a library, or the metadata of one scene.
-
-    Args:
-        library: its folder.
-        scene: name of a scene.
-    """
-    from latentscenes.core.console import Spent, bytes_text, capture_lines
-    from latentscenes.storage.description import SHARED, check_model_file, read_description
-
-    if scene is not None:
-        facts = asdict(_index(library, [scene]).info(scene))
-        tags = facts.pop("tags")
-        for key, value in facts.items():
-            print(one_line(f"{key:11} {value}"))
-        for key, value in tags.items():
-            if isinstance(value, dict):  # what learning found out
-                continue
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"tag {plain_text(key):11} {plain_text(text)}")
-        for line in capture_lines(tags):
-            print(one_line(line))
-        return
-    infos, about = _index(library).infos(), read_description(library)
-    file, known = library / "library.json", Facts.__dataclass_fields__
-    facts = config_io.build(Facts, {key: about[key] for key in known if key in about}, file)
-    height, width = config_io.build(tuple[int, int], facts.view.get("size"), f"{file}: view: size")
-    shared = library / "model" / SHARED
-    check_model_file(shared, "every scene needs it", about.get("checksums", {}).get(SHARED))
-    counts = {
-        origin: sum(info.origin == origin for info in infos) for origin in ("stage 1", "exploit", "add")
-    }
-    kinds = Counter(str(info.tags["category"]) for info in infos if "category" in info.tags)
-    origins = ", ".join(f"{count} from {origin}" for origin, count in counts.items() if count)
-    spent = Spent(facts.parent_seconds, facts.parent_cpu_seconds)
-    lines = {
-        "scenes": f"{len(infos)} ({origins})",
-        "scenes' bytes": bytes_text(sum(info.bytes for info in infos)),
-        "shared bytes": bytes_text(shared.stat().st_size),
-        "precision": facts.precision,
-        "image size": f"{width}x{height}",
-        "made from": f"{facts.parent}: {facts.parent_scenes} scenes, {spent}",
-        "finetuned from": facts.finetuned_from,
-        "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
-        "categories": ", ".join(f"{plain_text(kind)} {count}" for kind, count in kinds.most_common()),
-    }
-    for key, value in lines.items():
-        if value:
-            print(one_line(f"{key:14} {value}"))
 
 
 def library_remove(library: Folder, scenes: Names) -> None:
@@ -192,7 +67,7 @@ def library_export(
         where: … or conditions on tags, such as category=chair*.
         out: folder of the other library.
     """
-    matching = _index(library, scenes).infos(match or "*", where) if match or where else []
+    matching = opened_index(library, scenes).infos(match or "*", where) if match or where else []
     names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
@@ -218,7 +93,7 @@ def library_verify(library: Folder) -> None:
     """Compare all scenes with their checksums. The exit status is 1 if any is damaged.
 
     Args:
-        library: its folder.
+        library: its folder, or the address of a published library, which is read whole.
     """
     opened = _open(library)
     damaged = opened.verify()
@@ -226,7 +101,7 @@ def library_verify(library: Folder) -> None:
         print(one_line(f"{damage.name}: {damage.what}"))
     if damaged:
         raise SystemExit(1)
-    say(f"{library}: {len(opened)} scenes, all intact.")
+    say(f"{opened.path}: {len(opened)} scenes, all intact.")
 
 
 def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
@@ -347,7 +222,7 @@ def search(
 
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1.")
-    kept = {info.name for info in _index(library).infos(where=where)} if where else None
+    kept = {info.name for info in opened_index(library).infos(where=where)} if where else None
     opened = _open(library, [] if data else [scene], machine)
     among = count if kept is None else len(opened)
     if data is None:
@@ -357,37 +232,19 @@ def search(
 
         found, note = opened.search(PosedImages.open(data), scene, among), "1 − cosine between weights."
     found = [near for near in found if kept is None or near.name in kept][:count]
-    abouts = opened.folder.index.abouts()
-    rows = [(near.name, plain_text(abouts.get(near.name, ""), 80), f"{near.distance:.4f}") for near in found]
+    infos = [opened.folder.index.info(near.name) for near in found]
+    abouts = [plain_text(tags_text(info.tags), 80) if info else "" for info in infos]
+    rows = [(near.name, about, f"{near.distance:.4f}") for near, about in zip(found, abouts, strict=True)]
     columns = ("scene", "tags", "distance")
     if not any(about for _, about, _ in rows):
         rows, columns = [(name, distance) for name, _, distance in rows], ("scene", "distance")
     show(Table(f"Most similar to {scene}", columns, tuple(rows), (), note))
 
 
-def _index(library: Path, scenes: Sequence[str] = ()) -> "Index":
-    """Opens the index of a library without loading torch. Raises a UserError if a scene is unknown."""
-    from latentscenes.storage.description import read_description
-    from latentscenes.storage.index import FILE, Index
-
-    read_description(library)
-    index = Index(library / FILE)
-    index.require(scenes)
-    return index
-
-
 def _open(library: Path, scenes: Sequence[str] = (), machine: Machine | None = None) -> "Library":
     """Opens a library. Raises a UserError, before torch is loaded, if a scene is unknown."""
-    _index(library, scenes).close()
+    opened_index(library, scenes).close()
     from latentscenes.api import Library
-    from latentscenes.storage.library import LibraryFolder
+    from latentscenes.storage.published import open_source
 
-    return Library(LibraryFolder.open(library), set_up(machine) if machine else "cpu")
-
-
-def _thousands(count: int) -> str:
-    return f"{count:,}".replace(",", " ")
-
-
-def _decibels(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return Library(open_source(library), set_up(machine) if machine else "cpu")

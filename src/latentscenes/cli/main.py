@@ -213,7 +213,7 @@ def view(
     """View a library in a browser: gallery, orbits, depth, latents, blends of scenes, photographs, cameras.
 
     Args:
-        library: library folder.
+        library: library folder, or address of a published library.
         host: address to serve at; the default admits this machine only, 0.0.0.0 every machine on the network.
         port: port to serve at; 0: any free port.
         data: dataset that the scenes were learned from, if it has moved.
@@ -222,7 +222,7 @@ def view(
     """
     device = set_up(machine)
     from latentscenes.api import Library
-    from latentscenes.storage.library import LibraryFolder
+    from latentscenes.storage.published import open_source
 
     try:
         from latentscenes.viewer.server import view as serve
@@ -231,7 +231,7 @@ def view(
             raise
         raise UserError("view needs viser. Run: pip install latentscenes[viewer]") from None
 
-    serve(Library(LibraryFolder.open(library), device), host, port, data, moving, still)
+    serve(Library(open_source(library), device), host, port, data, moving, still)
 
 
 def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:

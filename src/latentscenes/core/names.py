@@ -118,7 +118,7 @@ def tagged(tags: Mapping[str, Mapping[str, Any]], where: Sequence[str]) -> list[
     return names
 
 
-def unknown_scene(path: Path, name: str, names: Sequence[str]) -> UserError:
+def unknown_scene(path: Path | str, name: str, names: Sequence[str]) -> UserError:
     """Returns the error for a name that `path` does not hold; it states the nearest known names."""
     near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)
     hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "it holds no scenes"

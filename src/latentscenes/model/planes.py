@@ -169,15 +169,21 @@ def macro_planes(
     return macro + bias[:, :, None, None, None] if bias.shape[1] else macro
 
 
+def base_products(bases: Float[Tensor, "k 3 r r g"]) -> Float[Tensor, "k k"]:
+    """Returns the mean products of base planes."""
+    flat = bases.flatten(1)
+    return flat @ flat.T / flat.shape[1]
+
+
 def weight_distances(
-    table: Float[Tensor, "n k"], wanted: Float[Tensor, "k"], bases: Float[Tensor, "k 3 r r g"], metric: Metric
+    table: Float[Tensor, "n k"], wanted: Float[Tensor, "k"], products: Float[Tensor, "k k"], metric: Metric
 ) -> Float[Tensor, "n"]:
-    """Returns distances of scenes' weights from others: the root mean square difference of macro planes, or
-    1 minus the cosine between the weights."""
+    """Returns distances of scenes' weights from others: the root mean square difference of macro planes (with
+    `products` of bases), or 1 minus the cosine between the weights."""
     if metric == "cosine":
         return 1 - torch.cosine_similarity(table, wanted[None])
-    offset, flat = table - wanted, bases.flatten(1)
-    return ((offset @ (flat @ flat.T / flat.shape[1])) * offset).sum(1).clamp_min(0).sqrt()
+    offset = table - wanted
+    return ((offset @ products) * offset).sum(1).clamp_min(0).sqrt()
 
 
 def join(

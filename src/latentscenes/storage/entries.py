@@ -56,16 +56,18 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
 }  # fmt: skip
 """What fields of SceneInfo may hold; the others hold text."""
-FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__]
+FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__ if name != "tags"]
 
 
 def scene_info(row: Sequence[Any]) -> SceneInfo | None:
-    """Returns the metadata that a row of fields, with the tags as JSON, holds; None if no version wrote it.
-    Parses no JSON for empty tags, which is slow for 100,000 scenes."""
+    """Returns the metadata that a row of fields holds, with the tags as an object or as JSON; None if no
+    version wrote it. Parses no JSON for empty tags, which is slow for 100,000 scenes."""
+    *values, tags = row
     try:
-        tags = {} if row[-1] == "{}" else parse_json(row[-1])
-        if all(map(_fits, row, FIELD_KINDS)) and isinstance(tags, dict):
-            return SceneInfo(*row[:-1], tags=tags)
+        if isinstance(tags, str):
+            tags = {} if tags == "{}" else parse_json(tags)
+        if all(map(_fits, values, FIELD_KINDS)) and isinstance(tags, dict):
+            return SceneInfo(*values, tags=tags)
     except (TypeError, ValueError):
         pass
     return None

@@ -25,13 +25,10 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentscenes.core import config_io
-from latentscenes.core.cameras import Box, Viewpoint
-from latentscenes.core.config import Config, StoragePrecision
-from latentscenes.core.console import Spent
+from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import (
     PARTIAL,
@@ -45,18 +42,19 @@ from latentscenes.core.files import (
     write_sealed,
     writing_to,
 )
-from latentscenes.core.names import check_name, short, unknown_scene
+from latentscenes.core.names import check_name, unknown_scene
 from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneParameters, zero_mixing
+from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
-from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind, unpack
+from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind
 from latentscenes.storage.records import FIT_SCORES, SCORES, circumstances, read_metrics
 from latentscenes.storage.run import SETTINGS
 from latentscenes.storage.shards import Shards, in_parts
-from latentscenes.storage.tensors import holds_boxes, stored_model, write_tensors
+from latentscenes.storage.source import LibraryInfo, SceneSource
+from latentscenes.storage.tensors import write_tensors
 
 T = TypeVar("T")
 
@@ -72,33 +70,6 @@ OURS = {
 
 
 @dataclass(frozen=True)
-class LibraryInfo:
-    """Facts about a library, fixed at its creation."""
-
-    box: Box
-    """Scene box, world units."""
-    view: Viewpoint
-    """Typical camera of the images that the model learned from."""
-    precision: StoragePrecision
-    """Default for new scenes."""
-    parent: str
-    """Folder of the run that the shared parts come from."""
-    parent_seconds: float
-    """Wall time of that run."""
-    parent_scenes: int
-    """Number of scenes in that run."""
-    finetuned_from: str | None = None
-    """Folder of the run or library whose shared parts were finetuned with this library's first scenes."""
-    parent_cpu_seconds: float | None = None
-    """CPU time of that run; None if an earlier version learned it."""
-
-    @property
-    def parent_spent(self) -> Spent:
-        """Time of that run."""
-        return Spent(self.parent_seconds, self.parent_cpu_seconds)
-
-
-@dataclass(frozen=True)
 class NewScene:
     """A scene to be stored."""
 
@@ -108,7 +79,7 @@ class NewScene:
     """A PNG file."""
 
 
-class LibraryFolder:
+class LibraryFolder(SceneSource):
     """An opened library folder. Threads may share it. Methods that write take the lock themselves."""
 
     def __init__(self, path: Path, config: Config, info: LibraryInfo, checksums: dict[str, str]):
@@ -214,12 +185,6 @@ class LibraryFolder:
         """The file with the weights of the shared parts."""
         return self.path / "model" / SHARED
 
-    def model(self, device: torch.device | str = "cpu") -> Model:
-        """Returns the shared parts, frozen. Raises a UserError if their file is absent or damaged."""
-        self.check_model()
-        model = stored_model(self.config, self.info.box, self.shared_file, "Restore it from a copy.")
-        return model.to(device).eval().requires_grad_(False)
-
     def check_model(self) -> None:
         """Raises a UserError if the file of the shared parts is absent or damaged."""
         check_model_file(self.shared_file, "every scene needs it", self.checksums.get(SHARED))
@@ -230,36 +195,7 @@ class LibraryFolder:
         check_model_file(file, "new scenes start from it", self.checksums.get(START))
         return file
 
-    @property
-    def has_boxes(self) -> bool:
-        """Whether scenes have boxes of their own."""
-        return holds_boxes(self.check_start(), "Restore it from a copy.")
-
-    def starting_scene(self) -> SceneParameters:
-        """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
-        Raises a UserError if their file is absent or damaged."""
-        file = self.check_start()
-        tables = {name: table[0].float() for name, table in load_file(file).items() if len(table) == 1}
-        if not self.config.planes.mixing or "mixing" not in tables:
-            tables["mixing"] = zero_mixing(1, self.config.planes)[0]
-        return self.unpacked(tables, str(file))
-
     # Scenes
-
-    def parameters(self, name: str) -> SceneParameters:
-        """Reads one scene (n = 1) without the others. Raises a UserError if there is no such scene, or its
-        shard cannot be read."""
-        return self.unpacked(self.payload(name), f"scene {short(name)}")
-
-    def unpacked(self, payload: Payload, what: str = "a scene") -> SceneParameters:
-        """Returns the parameters (n = 1) of a payload. Raises a UserError that names `what` if it
-        does not fit the library's configuration."""
-        try:
-            return unpack(payload, self.config.planes)
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: {what} cannot be read ({error}). Restore it from a copy of this library."
-            ) from None
 
     def payload(self, name: str) -> Payload:
         """Reads one scene as stored. Raises as `parameters`."""

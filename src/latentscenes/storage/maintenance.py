@@ -34,6 +34,7 @@ from latentscenes.storage.quantize import (
 )
 from latentscenes.storage.recovery import unlisted, unlisted_for_sure
 from latentscenes.storage.shards import MOST_SCENES, NAME, ShardScene
+from latentscenes.storage.source import SceneSource
 from latentscenes.storage.sqlite import database_problem
 
 SHARD_BYTES = 64 << 20
@@ -231,7 +232,7 @@ def loss(library: LibraryFolder, model: Model, fine: Payload, coarse: Payload, p
     return 10 * math.log10(1 + difference / 10 ** (-psnr / 10))
 
 
-def export(library: LibraryFolder, names: Sequence[str], out: str | Path) -> int:
+def export(library: SceneSource, names: Sequence[str], out: str | Path) -> int:
     """Copies scenes, bit for bit and with metadata, to a new library or to one with the same model. Returns
     how many `out` did not hold yet. Raises a UserError if `out` has another model or another scene of that
     name."""
@@ -245,7 +246,8 @@ def export(library: LibraryFolder, names: Sequence[str], out: str | Path) -> int
     else:
         start = library.starting_scene()
         target = LibraryFolder.create(out, library.config, library.info, library.model(), start)
-    ours, theirs = library.index.places(), target.index.places()
+    theirs = target.index.places()
+    ours = library.index.places() if len(names) > SAMPLE else {one: library.index.place(one) for one in names}
     if clash := [name for name in names if name in theirs and theirs[name].checksum != ours[name].checksum]:
         raise UserError(f"{out}: holds another scene named {clash[0]!r}. Rename one of the two.")
     wanted = [name for name in names if name not in theirs]
@@ -263,7 +265,7 @@ def export(library: LibraryFolder, names: Sequence[str], out: str | Path) -> int
     return len(wanted)
 
 
-def checked_payload(library: LibraryFolder, name: str) -> Payload:
+def checked_payload(library: SceneSource, name: str) -> Payload:
     """Returns a scene's payload. Raises a UserError if its checksum is wrong."""
     payload, place = library.payload(name), library.index.place(name)
     if place is None or payload_checksum(payload) != place.checksum:

@@ -97,6 +97,8 @@ def check_description(content: Any, where: str) -> dict[str, Any]:
             "Install a newer version."
         )
     damaged = UserError(f"{where}: damaged. Publish the library again.")
+    if not isinstance(content.get("library"), dict) or not isinstance(content.get("config"), str):
+        raise damaged
     scenes, sizes = content.get("scenes"), {name: content.get(name) for name in ("page_size", "thumbnail")}
     if (
         type(scenes) is not int

@@ -174,7 +174,7 @@ class _Publication:
             for pack, offset, size, sha256, payload, *picture in zip(
                 *(page[column] for column in PLACE), strict=True
             ):
-                key = bytes.fromhex(payload)
+                key = _key(payload)
                 if key in live and 0 <= pack < packs:
                     stored.setdefault(key, Stored(pack, offset, size, sha256))
                 if key in live and 0 <= picture[0] < atlases:
@@ -227,7 +227,13 @@ class _Publication:
                 self._close_atlas()
         atlas, cell = self._pictured.get(key, NOWHERE)
         metadata = {column: finite(getattr(info, name)) for column, name in INFO.items()}
-        return {**asdict(self._stored[key]), "payload": key.hex(), "atlas": atlas, "cell": cell, **metadata}
+        return {
+            **asdict(self._stored[key]),
+            "payload": place.checksum,
+            "atlas": atlas,
+            "cell": cell,
+            **metadata,
+        }
 
     def _packed(self, name: str, place: Place) -> Stored:
         """Appends a scene to the pack that is being filled."""
@@ -295,8 +301,7 @@ class _Publication:
 
 
 def _key(checksum: str) -> bytes:
-    """Returns the key of a payload: the first 32 digits of its checksum in the library. Raises a ValueError
-    if that is none."""
+    """Returns the first 16 bytes of a payload's checksum. Raises a ValueError if that is none."""
     if not SHA256.fullmatch(checksum):
         raise ValueError("the index holds no checksum of it")
     return bytes.fromhex(checksum[:32])

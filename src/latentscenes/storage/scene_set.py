@@ -26,9 +26,13 @@ from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
+from latentscenes.storage.addresses import address_of
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
+from latentscenes.storage.published import open_source
+from latentscenes.storage.published_index import is_published
 from latentscenes.storage.run import Run
+from latentscenes.storage.source import SceneSource
 
 
 class SceneSet(ABC):
@@ -88,6 +92,11 @@ class SceneSet(ABC):
         Raises:
             UserError: there is neither a run nor a library, or it holds no scenes of that split.
         """
+        if is_published(path):
+            raise UserError(
+                f"{address_of(path) or path}: a published library names no datasets. Name the library that "
+                "it was published from."
+            )
         path = Path(path)
         if LibraryFolder.exists(path):
             return LibraryScenes.learned_from(LibraryFolder.open(path), data, split, device)
@@ -104,9 +113,9 @@ class SceneSet(ABC):
     @staticmethod
     def open_all(path: str | Path, device: torch.device | str = "cpu") -> "StoredScenes":
         """Opens all scenes of a folder, of any dataset: to render them, not to score them."""
-        if not LibraryFolder.exists(path):
+        if not (is_published(path) or LibraryFolder.exists(path)):
             return SceneSet.open(path, device=device)
-        library = LibraryFolder.open(path)
+        library = open_source(path)
         names = tuple(library.index.names())
         return LibraryScenes(library, "", "new", names, names, device)
 
@@ -132,7 +141,7 @@ class StoredScenes(SceneSet):
 
     def __init__(
         self,
-        folder: Run | LibraryFolder,
+        folder: Run | SceneSource,
         data: str,
         split: Split,
         names: tuple[str, ...],
@@ -144,7 +153,7 @@ class StoredScenes(SceneSet):
         self.data, self.split, self.names = data, split, names
         self._folder, self._sources, self._device = folder, sources, device
 
-    path: Path
+    path: Path | str
     config: Config
     box: Box
     data: str

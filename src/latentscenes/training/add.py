@@ -28,6 +28,7 @@ from latentscenes.data.writing import DatasetWriter
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo
+from latentscenes.storage.source import SceneSource
 from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.exploit import GroupLearner, starting_parameters
 from latentscenes.training.loop import Trainer
@@ -173,7 +174,7 @@ def quick(config: Config, views: int) -> Config:
 
 
 def quick_weights(
-    store: LibraryFolder, images: PosedImages, name: str, device: torch.device
+    store: SceneSource, images: PosedImages, name: str, device: torch.device
 ) -> Float[np.ndarray, "M"]:
     """Learns the base-plane weights of a dataset's scene for a second or two. Stores nothing."""
     found = [scene for scene in images.scenes if scene.name == name]

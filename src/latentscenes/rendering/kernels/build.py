@@ -13,11 +13,12 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
+from latentscenes.core import caches
+from latentscenes.core.caches import cache_folders, is_trusted
 from latentscenes.core.files import publish
 
 SOURCE = Path(__file__).parent
@@ -67,31 +68,11 @@ def cpu_model() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def cache_folders() -> list[Path]:
-    """Returns where the library may lie: the user's cache or, for those who cannot write there, a folder of
-    the user in the temporary directory."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [Path(root) / "latentscenes", Path(tempfile.gettempdir()) / f"latentscenes-{user}"]
-
-
-def is_trusted(path: Path) -> bool:
-    """Returns whether only this user and root can have written a file or folder: code is loaded from it."""
-    found = path.lstat()
-    if not hasattr(os, "getuid"):
-        return True
-    return found.st_uid in (0, os.getuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o002
-
-
 def cache_folder() -> Path:
-    """Returns the first folder of `cache_folders` that can be written, made if needed. Raises BuildError."""
-    for folder in cache_folders():
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK | os.X_OK) and is_trusted(folder):
-            return folder
+    """Returns the user's cache folder, made if needed. Code is loaded from it, so only the user and root may
+    be able to write it. Raises BuildError."""
+    if folder := caches.cache_folder():
+        return folder
     tried = " and ".join(map(str, cache_folders()))
     raise BuildError(f"{tried} cannot be written, or belong to other users. Set XDG_CACHE_HOME to a folder")
 
