@@ -17,7 +17,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, spread
 from latentscenes.data.writing import DatasetWriter
 from latentscenes.rendering.render import camera_rays
-from latentscenes.training import exploit as stage_two
+from latentscenes.training import groups as stage_two
 from latentscenes.training import loop
 from latentscenes.training.corrections import Corrected, ViewCorrections, corrects, moved, refining, summary
 from latentscenes.training.exploit import exploit

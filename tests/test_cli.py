@@ -70,6 +70,7 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
         for name in inspect.signature(function).parameters:
             groups = (
                 "machine",
+                "ranks",
                 "cores",
                 "options",
                 "choice",

@@ -9,7 +9,7 @@ from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage import joining
-from latentscenes.storage.index import SceneInfo
+from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.maintenance import compact, verify

@@ -1,11 +1,39 @@
-"""Several machines: libraries joined into one."""
+"""Several machines: one rank's share of `exploit`, and libraries joined into one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from latentscenes.cli.common import say
+from latentscenes.core.config import ExploitOptions
+from latentscenes.core.errors import UserError
+from latentscenes.core.ranks import RankOptions, chosen_rank
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentscenes.core.config import Config
+
+
+def learn_share(
+    data: Path, out: Path, settings: "Config", run: Path | None, refused: dict[str, bool],
+    chosen: tuple[ExploitOptions, RankOptions], device: "torch.device",
+) -> None:  # fmt: skip
+    """Learns new scenes into a library together with other ranks, and says what became of them. `refused` are
+    options that one process must carry out alone, and whether they are given."""
+    options, ranks = chosen
+    if given := [name for name, is_given in refused.items() if is_given]:
+        raise UserError(f"{given[0]}: one process does this alone. Leave out either this or --rank.")
+    rank = chosen_rank(ranks)
+    say(f"Rank {rank.number} of {rank.count}, by {rank.source}.")
+    from latentscenes.data.dataset import PosedImages
+    from latentscenes.training.ranks import exploit_rank
+
+    share = exploit_rank(out, PosedImages.open(data), settings, run, options, device, (rank, ranks))
+    say(f"{out}: all scenes are in the library. This process learned {share.groups} groups.")
+    if share.joined:
+        say(f"{out}: {share.joined.added} scenes joined from all parts.")
 
 
 def library_join(

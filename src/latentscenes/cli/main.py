@@ -19,14 +19,16 @@ from latentscenes.cli.common import (
 from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
+from latentscenes.cli.machines import learn_share
 from latentscenes.core.config import ExploitOptions, TrackerKind
 from latentscenes.core.errors import UserError
+from latentscenes.core.ranks import RankOptions
 
 if TYPE_CHECKING:
     from latentscenes.core.config import Config
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE …")]
-EXPLOIT = ExploitOptions(workers=0)
+EXPLOIT, RANKS = ExploitOptions(workers=0), RankOptions()
 
 
 def train(
@@ -73,11 +75,13 @@ def exploit(
     fit: bool = False,
     refine: bool = False,
     options: Annotated[ExploitOptions, FLAT] = EXPLOIT,
+    ranks: Annotated[RankOptions, FLAT] = RANKS,
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Stage 2: learn the dataset's new scenes with the shared parts of stage 1, into a library. The same
-    command continues a stopped run; another dataset adds its scenes to the same library.
+    command continues a stopped run; another dataset adds its scenes to the same library. With --rank, several
+    processes, also of several machines, share the work.
 
     Args:
         data: dataset whose `new` scenes are learned, except scenes that the library holds already.
@@ -102,6 +106,11 @@ def exploit(
         )
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
     device = set_up(machine)
+    if ranks.rank is not None:
+        learn_share(
+            data, out, settings, run, {"--finetune": finetune, "--fit": fit}, (options, ranks), device
+        )
+        return
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.finetune import learn_new
 

@@ -18,7 +18,8 @@ from latentscenes.core.files import file_checksum, locked, make_folder, new_file
 from latentscenes.core.names import check_name, short
 from latentscenes.core.reading import reason
 from latentscenes.storage.description import SHARED, check_model_file, read_description
-from latentscenes.storage.index import FILE, Index, Place, SceneInfo
+from latentscenes.storage.entries import SceneInfo
+from latentscenes.storage.index import FILE, Index, Place
 from latentscenes.storage.library import START, LibraryFolder, refuse_foreign
 from latentscenes.storage.quantize import Payload, payload_bytes, payload_checksum, payload_kind
 from latentscenes.storage.run import SETTINGS

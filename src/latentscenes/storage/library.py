@@ -7,6 +7,7 @@
     index.sqlite                one entry per scene (index.py)
     shards/000001.safetensors   scenes, stacked tensor by tensor (quantize.py); written once
     work/                       runs in progress
+    parts/                      what several ranks learn, until it is joined
     lock                        held by the process that writes
 
 A shard is written under a temporary name, flushed to disk, and renamed. One transaction then adds its scenes
@@ -63,7 +64,7 @@ START = "start.safetensors"
 TRIES = 5
 """Attempts to read a scene that another process moves to a new shard meanwhile."""
 OURS = {
-    "library.json", "config.yaml", "model", "shards", "work", "lock", "metrics.jsonl",
+    "library.json", "config.yaml", "model", "shards", "work", "parts", "lock", "metrics.jsonl",
     SCORES, FIT_SCORES, FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal",
 }  # fmt: skip
 """Names of files and folders in a library."""

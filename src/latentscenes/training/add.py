@@ -30,7 +30,7 @@ from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.storage.source import SceneSource
 from latentscenes.training.batches import TrainingScenes
-from latentscenes.training.exploit import GroupLearner, starting_parameters
+from latentscenes.training.groups import GroupLearner, starting_parameters
 from latentscenes.training.loop import Trainer
 
 QUICK_STEPS = 60

@@ -23,7 +23,7 @@ from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.add import quick
 from latentscenes.training.batches import TrainingScenes
-from latentscenes.training.exploit import starting_parameters
+from latentscenes.training.groups import starting_parameters
 from latentscenes.training.loop import Trainer
 
 TURNS = (0.0, 90.0, 180.0, 270.0)

@@ -1,0 +1,195 @@
+"""Claims of work in a folder that several machines share: leases that lapse when their holder dies.
+
+    ITEM.N.claim      the N-th claim of an item; holds the name of its owner
+    ITEM.done.OWNER   the owner has finished the item
+
+The newest claim counts. A claim is made by creating its file, which must not exist yet: of several processes,
+one succeeds. Its holder renews it by setting the file's time. A process that watched a claim for as long as a
+lease without seeing the time change makes the next claim. It measures this with its own clock, and compares
+times of the file only for being equal, so clocks of machines need not agree.
+
+A holder that was merely slow may go on after its claim was taken over. So work must be such that it does no
+harm if two processes do it. Files of `done` say who has finished an item; if two have, the first by name
+counts, so all readers choose alike.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from latentscenes.core.files import make_folder, sync, writing_to
+
+CLAIM, DONE = "claim", "done"
+RENEWALS = 4
+"""Renewals of a claim in the time of a lease."""
+MOST_CLAIMS = 8
+"""Claims after which an item is given up: it seems to end every process that works on it."""
+
+
+@dataclass
+class State:
+    """What the folder says of all items."""
+
+    newest: dict[str, int] = field(default_factory=dict)
+    """The number of the newest claim of each item."""
+    done: dict[str, str] = field(default_factory=dict)
+    """Who has finished each finished item."""
+
+
+class Claims:
+    """The claims of one process in a shared folder. Within `renewing`, they are renewed by a thread."""
+
+    def __init__(self, folder: Path, owner: str, lease: float):
+        """`owner` is a name that no other process uses at the same time; `lease` in seconds."""
+        self.folder, self.owner, self.lease = folder, owner, lease
+        self._held: dict[str, Path] = {}
+        self._seen: dict[str, tuple[int, int, float]] = {}
+        """Number and file time of a claim of another process, and since when they are so."""
+        with writing_to(folder):
+            make_folder(folder)
+
+    @contextmanager
+    def renewing(self) -> Iterator["Claims"]:
+        """Renews what is held until the end of the block. What is held then lapses, unless it is done."""
+        stopped = threading.Event()
+
+        def renew() -> None:
+            while not stopped.wait(self.lease / RENEWALS):
+                for file in list(self._held.values()):
+                    with suppress(OSError):  # a shared folder may be away for a while
+                        os.utime(file)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stopped.set()
+            thread.join()
+
+    def state(self) -> State:
+        """Reads the folder."""
+        found = State()
+        for name in sorted(os.listdir(self.folder)):
+            item, _, rest = name.partition(".")
+            kind, _, owner = rest.partition(".")
+            if kind == DONE and owner:
+                found.done.setdefault(item, owner)
+            elif kind.isdigit() and owner == CLAIM:
+                found.newest[item] = max(found.newest.get(item, 0), int(kind))
+        return found
+
+    def take(self, item: str) -> bool:
+        """Claims an item that nobody has claimed yet. Returns whether this process holds it now."""
+        return self._claim(item, 1)
+
+    def take_over(self, item: str, newest: int) -> bool:
+        """Claims an item again after its claim number `newest`, if that has lapsed. Returns whether this
+        process holds the item now."""
+        return self.has_lapsed(item, newest) and self._claim(item, newest + 1)
+
+    def has_lapsed(self, item: str, number: int) -> bool:
+        """Returns whether a claim was made under the same owner before, or was not renewed for a lease."""
+        try:
+            with open(self._file(item, number)) as stream:  # opening asks a file server for the newest time
+                owner, changed = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return False
+        if owner == self.owner:
+            return item not in self._held
+        seen = self._seen.get(item)
+        if seen is None or seen[:2] != (number, changed):
+            self._seen[item] = number, changed, time.monotonic()
+            return False
+        return time.monotonic() - seen[2] >= self.lease
+
+    def finish(self, item: str) -> None:
+        """Notes that an item is finished; its result must be on the disk."""
+        file = self.folder / f"{item}.{DONE}.{self.owner}"
+        created(file, "")
+        with writing_to(file):
+            sync(file)
+            sync(self.folder)
+        self.drop(item)
+
+    def drop(self, item: str) -> None:
+        """Stops renewing the claim of an item."""
+        self._held.pop(item, None)
+
+    def forget(self, item: str) -> None:
+        """Removes all claims of an item that this process holds, so that it can be claimed anew."""
+        self.drop(item)
+        for file in self.folder.glob(f"{item}.*.{CLAIM}"):
+            file.unlink(missing_ok=True)
+
+    def _file(self, item: str, number: int) -> Path:
+        return self.folder / f"{item}.{number}.{CLAIM}"
+
+    def _claim(self, item: str, number: int) -> bool:
+        file = self._file(item, number)
+        if not created(file, self.owner):
+            return False
+        self._held[item] = file
+        return True
+
+
+def created(file: Path, content: str) -> bool:
+    """Creates a file, unless there is one. Returns whether it did. Of several processes, one succeeds."""
+    with writing_to(file):
+        try:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as stream:
+            stream.write(content)
+    return True
+
+
+@contextmanager
+def own_name(folder: Path, stem: str) -> Iterator[str]:
+    """Yields a name that no other process uses: STEM, STEM-2 and so on. A name goes to one process after
+    another: of the same machine if its process ended in any way, of any machine if it was not killed.
+
+    A file FOLDER/NAME states the machine, by the number of its boot; a lock that ends with the process tells
+    processes of one machine apart.
+    """
+    boot, number = this_boot(), 1
+    with writing_to(folder):
+        make_folder(folder)
+    while True:
+        name = stem if number == 1 else f"{stem}-{number}"
+        file, lock = folder / name, FileLock(folder / f"{name}.lock", thread_local=False)
+        number += 1
+        with writing_to(folder):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+        try:
+            if not created(file, boot) and file.read_text() != boot:
+                continue
+            try:
+                yield name
+            finally:
+                with suppress(OSError):  # another process may have removed the folder, with what it holds
+                    file.unlink()
+                    sync(folder)
+            return
+        finally:
+            lock.release()
+
+
+def this_boot() -> str:
+    """Returns what tells this machine, since it was started, from all others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        import uuid
+
+        return f"{uuid.getnode():x}"

@@ -1,0 +1,164 @@
+"""Groups of new scenes: what is learned, stored and committed together.
+
+A group depends on nothing but the frozen shared parts, the dataset and the seed. So who learns it, and when,
+changes no bit of its scenes.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from latentscenes.core import config_io
+from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.console import say
+from latentscenes.core.errors import Damaged, UserError
+from latentscenes.core.files import locked
+from latentscenes.core.runtime import seeded
+from latentscenes.data.dataset import PosedImages, Scene
+from latentscenes.model.model import Model
+from latentscenes.model.planes import SceneParameters, mean_parameters, random_parameters
+from latentscenes.storage.entries import Origin
+from latentscenes.storage.index import Index
+from latentscenes.storage.library import LibraryFolder, NewScene
+from latentscenes.storage.records import METRICS
+from latentscenes.storage.run import Run, RunInfo
+from latentscenes.training.append import Provenance, new_scene
+from latentscenes.training.batches import TrainingScenes
+from latentscenes.training.diagnosis import Fit, diagnose, view_tags
+from latentscenes.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class GroupLearner:
+    """Learns groups of scenes with frozen shared parts and appends them to a library."""
+
+    library: LibraryFolder
+    model: Model
+    config: Config
+    images: PosedImages
+    precision: StoragePrecision
+    drop_views: bool = False
+    """Learn scenes again without odd views."""
+
+    def learn(
+        self, scenes: Sequence[Scene], label: str = "", origin: Origin = "exploit", work: Path | None = None,
+        tags: dict[str, Any] | None = None,
+    ) -> list[NewScene]:  # fmt: skip
+        """Learns some scenes and appends them. Continues a run begun in `work` (default: the library's)."""
+        library, images, model = self.library, self.images, self.model
+        fits, run = self._fit(scenes, label, work)
+        runs, odd = [run], [diagnose(model, images, fit) for fit in fits]
+        fewer = {k: scene.without(odd[k].views) for k, scene in enumerate(scenes) if odd[k].views}
+        again = {k: scene for k, scene in fewer.items() if self.drop_views and scene.views("fit")}
+        if again:
+            better, run = self._fit(list(again.values()), f"{label} again", work)
+            runs.append(run)
+            for k, fit in zip(again, better, strict=True):
+                fits[k] = dataclasses.replace(fit, spent=fits[k].spent + fit.spent)
+        found, split = [], "new" if origin == "exploit" else None
+        for k, (scene, fit) in enumerate(zip(scenes, fits, strict=True)):
+            learned = (tags or {}) | view_tags(fit, odd[k], k in again, images)
+            ready = (fit.parameters, library.info.view, images, scene, self.precision)
+            found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned)))
+        library.append(found)
+        finish(run, library)
+        for other in runs[:-1]:
+            shutil.rmtree(other.path)
+        return found
+
+    def _fit(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], Run]:
+        """Learns some scenes from their views `fit`, in a run of their own."""
+        library, images, config, model = self.library, self.images, self.config, self.model
+        names, data = [scene.name for scene in scenes], str(images.path.resolve())
+        dropped = [scene.held_out for scene in scenes if scene not in images.scenes]
+        recipe = f"{data} {names} {config_io.dump(config)}{dropped or ''}"
+        key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+        info = RunInfo("exploit", data, "new", names, library.info.box, str(library.path.resolve()))
+        run = Run.create((work or library.path / "work") / key, config, info)
+        parameters = starting_parameters(config, library.starting_scene(), images, scenes).to(model.device)
+        trainer = Trainer(run, model, TrainingScenes(parameters, images, scenes), label=label)
+        trainer.fit(config.exploit)
+        model.eval().requires_grad_(False)
+        _check_unchanged(model, library)
+        found, spent = trainer.corrections, run.spent.times(1 / len(scenes))
+        rows = enumerate(zip(scenes, parameters.one_by_one(), strict=True))
+        return [Fit(scene, row, found and found.of_scene(k), spent) for k, (scene, row) in rows], run
+
+
+def starting_parameters(
+    config: Config, mean: SceneParameters, images: PosedImages, scenes: Sequence[Scene]
+) -> SceneParameters:
+    """Where scenes start: at the mean of stage 1, or at random numbers that depend only on seed and name. If
+    scenes of stage 1 have boxes of their own, these have too."""
+    if config.exploit_start == "mean":
+        start = mean_parameters(len(scenes), mean)
+    else:
+        seeds = (seeded("cpu", config.seed, "new rows", scene.name) for scene in scenes)
+        random = [random_parameters(1, config.planes, seed) for seed in seeds]
+        start = SceneParameters(
+            **{table: torch.cat([getattr(one, table) for one in random]) for table in SceneParameters.NAMES}
+        )
+    return dataclasses.replace(start, box=images.boxes(scenes) if mean.box.numel() else None)
+
+
+def missing_scenes(library: LibraryFolder, images: PosedImages, scenes: Sequence[Scene]) -> list[Scene]:
+    """Returns the scenes that the library does not hold, by name or (if renamed) by their dataset."""
+    known = library.index.known([scene.name for scene in scenes])
+    known |= library.index.sources(str(images.path.resolve()), "new")
+    return [scene for scene in scenes if scene.name not in known]
+
+
+def sweep(work: Path, index: Index | None) -> None:
+    """Removes what cannot go on in a folder `work`, unless a process is at work on it: runs whose scenes are
+    in the index already, broken runs, and remains of scenes that were added in Python."""
+    for folder in work.iterdir() if work.is_dir() else ():
+        if not folder.is_dir() or not any(folder.iterdir()):
+            continue
+        try:
+            with locked(folder / "lock", False, str(folder)):
+                done = _is_broken(folder) or index is not None and _is_known(folder, index)
+        except UserError:  # at work
+            continue
+        if done:
+            shutil.rmtree(folder)
+
+
+def _is_broken(folder: Path) -> bool:
+    if not (folder / "run.json").is_file():
+        return True
+    try:
+        Run.open(folder).check()
+    except Damaged as error:
+        if any(folder.glob("checkpoints/*")):
+            say(f"{error} Here, the folder is removed, and its scenes are learned again.")
+        return True
+    return False
+
+
+def _is_known(folder: Path, index: Index) -> bool:
+    names = Run.open(folder).info.scenes
+    return len(index.known(names)) == len(names)
+
+
+def finish(run: Run, library: LibraryFolder) -> None:
+    """Removes the run of scenes that are in the library now. Its metrics stay."""
+    if (run.path / METRICS).exists():
+        (run.path / METRICS).replace(library.path / METRICS)
+    shutil.rmtree(run.path)
+
+
+def _check_unchanged(model: Model, library: LibraryFolder) -> None:
+    """Checks that frozen parts kept every bit; otherwise the library's scenes would look different."""
+    with safe_open(library.shared_file, "pt") as stored:
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(tensor.cpu(), stored.get_tensor(name)):
+                raise RuntimeError(
+                    f"{library.path}: {name} is frozen, but changed while new scenes were learned."
+                )
