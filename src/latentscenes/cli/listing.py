@@ -16,6 +16,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import one_line, plain_text
 
 if TYPE_CHECKING:
+    from latentscenes.storage.entries import SceneInfo, Totals
     from latentscenes.storage.index import Index
     from latentscenes.storage.published_index import PublishedIndex
 
@@ -45,8 +46,7 @@ def library_list(
     if limit < 0:
         raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
     index = opened_index(library)
-    infos = index.infos(match, where)
-    shown = infos[:limit] if limit else infos
+    shown, found = _found(index, match, where, limit)
     if as_json:
         for info in shown:
             print(json.dumps(asdict(info)))
@@ -58,13 +58,11 @@ def library_list(
          seconds_text(info.cpu_seconds), seconds_text(info.seconds), info.added[:10])
         for info in shown
     ]  # fmt: skip
-    known = [info.psnr for info in infos if info.psnr is not None]
-    size = bytes_text(sum(info.bytes for info in infos))
-    note = f"{_thousands(len(infos))} of {_thousands(len(index))} scenes, {size}"
-    if known:
-        note += f"; mean {sum(known) / len(known):.2f} dB"
-    if len(shown) < len(infos):
-        note += f"; {_thousands(len(infos) - len(shown))} not shown, --limit 0 shows all"
+    note = f"{_thousands(found.count)} of {_thousands(len(index))} scenes, {bytes_text(found.bytes)}"
+    if found.psnr is not None:
+        note += f"; mean {found.psnr:.2f} dB"
+    if len(shown) < found.count:
+        note += f"; {_thousands(found.count - len(shown))} not shown, --limit 0 shows all"
     labels = [f"tag {key}" for key in told]
     columns = ("scene", *labels, "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
     if len(rows) <= MANY:
@@ -76,6 +74,21 @@ def library_list(
     )
     for line in itertools.chain(lines, [note]):
         print(one_line(line))
+
+
+def _found(
+    index: "Index | PublishedIndex", match: str, where: Sequence[str], limit: int
+) -> "tuple[list[SceneInfo], Totals]":
+    """Returns the scenes to show, and totals of all that were found. Reads no others where all are found."""
+    from latentscenes.storage.entries import Totals
+
+    if match == "*" and not where and limit:
+        return index.first(limit), index.totals()
+    infos = index.infos(match, where)
+    known = [info.psnr for info in infos if info.psnr is not None]
+    mean = sum(known) / len(known) if known else None
+    totals = Totals(len(infos), sum(info.bytes for info in infos), mean)
+    return infos[:limit] if limit else infos, totals
 
 
 @dataclass(frozen=True)

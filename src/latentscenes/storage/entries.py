@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import Spent
@@ -46,6 +46,15 @@ class SceneInfo:
     def spent(self) -> Spent | None:
         """Learning time; None for scenes of stage 1."""
         return None if self.seconds is None else Spent(self.seconds, self.cpu_seconds)
+
+
+class Totals(NamedTuple):
+    """What the scenes of a library are together."""
+
+    count: int
+    bytes: int
+    psnr: float | None
+    """Mean over the scenes with a known PSNR, dB; None if there are none."""
 
 
 Kind = tuple[type, ...] | frozenset

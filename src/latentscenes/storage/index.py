@@ -20,7 +20,7 @@ from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import short, tagged, tags_text, unknown_scene
-from latentscenes.storage.entries import SceneInfo, scene_info
+from latentscenes.storage.entries import SceneInfo, Totals, scene_info
 from latentscenes.storage.sqlite import address, guard
 
 FILE = "index.sqlite"
@@ -139,6 +139,16 @@ class Index:
     def names(self) -> list[str]:
         """Returns all names in the order of addition."""
         return self._column("SELECT name FROM scenes ORDER BY id")
+
+    def totals(self) -> Totals:
+        """Returns the number of scenes, their size and mean PSNR."""
+        count, size, psnr = self._ask("SELECT count(*), total(bytes), avg(psnr) FROM scenes")[0]
+        return Totals(count, int(size), psnr)
+
+    def first(self, count: int) -> list[SceneInfo]:
+        """Returns the metadata of the first `count` scenes, in the order of addition."""
+        question = f"SELECT {self._info_columns()} FROM scenes ORDER BY id LIMIT ?"
+        return [self._info(row) for row in self._ask(question, count)]
 
     def infos(self, match: str = "*", where: Sequence[str] = ()) -> list[SceneInfo]:
         """Returns the metadata of scenes whose names match a pattern (* and ?), in the order of addition, and

@@ -99,6 +99,9 @@ def check_description(content: Any, where: str) -> dict[str, Any]:
     damaged = UserError(f"{where}: damaged. Publish the library again.")
     if not isinstance(content.get("library"), dict) or not isinstance(content.get("config"), str):
         raise damaged
+    psnr, kinds = content.get("psnr"), (int, float, type(None))
+    if type(content.get("bytes")) is not int or not isinstance(psnr, kinds):
+        raise damaged
     scenes, sizes = content.get("scenes"), {name: content.get(name) for name in ("page_size", "thumbnail")}
     if (
         type(scenes) is not int

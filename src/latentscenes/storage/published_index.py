@@ -2,6 +2,7 @@
 
 import fnmatch
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import MOST_COMPARED, short, tagged, tags_text, unknown_scene
 from latentscenes.core.reading import reason
 from latentscenes.storage.addresses import address_of, open_files
-from latentscenes.storage.entries import SceneInfo, scene_info
+from latentscenes.storage.entries import SceneInfo, Totals, scene_info
 from latentscenes.storage.index import Place
 from latentscenes.storage.publication import DESCRIPTION, INFO, SIDE, PublishedFile, bucket_of, unpacked_json
 from latentscenes.storage.published_files import PublishedFiles
@@ -79,9 +80,14 @@ class PublishedIndex:
     def _damage(self, file: PublishedFile, what: str) -> UserError:
         return UserError(f"{self.files.address}/{file.file}: damaged ({what}). Publish the library again.")
 
+    def _count(self, page: int) -> int:
+        """Returns the number of scenes of a page."""
+        size = self.about["page_size"]
+        return min(size, len(self) - page * size)
+
     def _read_page(self, number: int) -> dict[str, list]:
-        file, size = self.about["pages"][number], self.about["page_size"]
-        page, count = self._json(file), min(size, len(self) - number * size)
+        file = self.about["pages"][number]
+        page, count = self._json(file), self._count(number)
         for column in ("pack", "payload", *INFO):
             if not isinstance(page.get(column), list) or len(page[column]) != count:
                 raise self._damage(file, f"it has no {count} values of {column}")
@@ -157,6 +163,17 @@ class PublishedIndex:
             )
         return info
 
+    def totals(self) -> Totals:
+        """As `Index.totals`."""
+        size, psnr = self.about["bytes"], self.about["psnr"]
+        return Totals(len(self), size, None if psnr is None else float(psnr))
+
+    def first(self, count: int) -> list[SceneInfo]:
+        """As `Index.first`. Reads the first pages."""
+        pages = range(min(-(-count // self.about["page_size"]), len(self.about["pages"])))
+        found = (self._info(self._page(page), row) for page in pages for row in range(self._count(page)))
+        return list(itertools.islice(found, count))
+
     def infos(self, match: str = "*", where: Sequence[str] = ()) -> list[SceneInfo]:
         """As `Index.infos`. Reads all pages."""
         infos = [
@@ -174,7 +191,7 @@ class PublishedIndex:
 
     def abouts(self) -> dict[str, str]:
         """As `Index.abouts`. Reads all pages, once."""
-        return self.abouts
+        return self._abouts
 
     def _row(self, name: str) -> tuple[dict[str, list], int] | None:
         """Returns a scene's page and its row there; None if there is no such scene."""

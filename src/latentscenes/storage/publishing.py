@@ -203,9 +203,10 @@ class _Publication:
             weights += self._weights([place for _, place in entries])
         self._close_pack()
         self._close_atlas()
-        model = library.model()
+        model, totals = library.model(), library.index.totals()
         return {
-            "format": FORMAT, "version": __version__, "made": now(), "scenes": row,
+            "format": FORMAT, "version": __version__, "made": now(), "scenes": row, "bytes": totals.bytes,
+            "psnr": finite(totals.psnr),
             "library": library_facts(library), "config": portable_config(library.config),
             "render": render_facts(model),
             **{name: self._write(*made) for name, made in model_files(library, model).items()},
