@@ -22,7 +22,12 @@ from published_pages import (
     served,
 )
 
-from latentscenes.model.model import Model
+from latentscenes.core.errors import UserError
+from latentscenes.export import live
+from latentscenes.export.live import write_live_page
+from latentscenes.model.model import Model, render_images
+from latentscenes.storage.quantize import pack, unpack
+from latentscenes.storage.scene_set import SceneSet
 
 pytest.importorskip("websockets", reason="the browser is driven by websockets, which the viewer extra brings")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
@@ -298,3 +303,41 @@ def test_without_webgl_the_thumbnail_stays(tab, site):
         " return [...data]; })()"
     )
     assert abs(middle[1] - 200) < 12 and middle[3] == 255 and middle[0] < 30
+
+
+@pytest.mark.parametrize("shared_from", [0, 2.5], ids=["with base planes", "fused"])
+def test_live_page_works_without_a_network(tab, libraries, tmp_path, monkeypatch, shared_from):
+    monkeypatch.setattr(live, "SHARED_FROM", shared_from)
+    tab.problems.clear()
+    tab.requests.clear()
+    loaded = SceneSet.open_all(libraries["colors"].path)
+    file = tmp_path / "live.html"
+    assert write_live_page(file, loaded, ["small", "two <b>"], title="<i>") == file.stat().st_size
+    tab.open(f"file://{file}")
+    poster = "[...document.querySelectorAll('latent-scene')].map(e => e.shadowRoot.querySelector('.poster'))"
+    tab.wait("document.querySelectorAll('latent-scene').length === 2")
+    tab.wait(f"{poster}.every(part => part.classList.contains('past'))")
+    text = tab.evaluate("document.body.innerText")
+    assert "two <b>" in text and "2 of 3 scenes, rendered live" in text and "<i>" in text
+    before = tab.evaluate(shape(tab, 1))
+    tab.wait(f"{shape(tab, 1)} !== {json.dumps(before)}")  # it turns
+    tab.click("figcaption button")
+    tab.wait(
+        "document.querySelector('dialog').open && document.querySelector('dialog latent-scene') !== null"
+    )
+    assert tab.requests == [f"file://{file}"] and not tab.problems
+
+
+def test_live_page_is_refused_where_latents_are_no_colors(libraries, tmp_path):
+    with pytest.raises(UserError, match="--live: .*convolutional"):
+        write_live_page(tmp_path / "page.html", SceneSet.open_all(libraries["other"].path), ["one"])
+
+
+def test_fused_scenes_look_alike(libraries):
+    loaded = SceneSet.open_all(libraries["colors"].path)
+    small, rows = live.without_bases(loaded.model), live.fused(loaded, "small", loaded.parameters("small"))
+    stored = unpack(pack(rows, "int8"), small.config.planes)
+    cameras = loaded.view_of("small").dome(2)
+    before = render_images(loaded.model, loaded.planes("small"), cameras, SIZE).images
+    after = render_images(small, small.compose(stored), cameras, SIZE).images
+    assert small.bases.numel() == 0 and -10 * (before - after).square().mean().log10() > 40

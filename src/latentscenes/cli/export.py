@@ -185,6 +185,7 @@ def export_page(
     frames: int = 36,
     size: int | None = None,
     elevations: tuple[float, ...] = (20.0,),
+    live: bool = False,
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Write one HTML file that turns scenes in any browser, without a network.
@@ -196,14 +197,25 @@ def export_page(
         frames: number of pictures in one turn.
         size: pixels along the wider side of a picture; unset: as in the data.
         elevations: elevations in degrees; with more than one, dragging up and down changes the elevation.
+        live: the page renders the scenes instead of showing pictures; needs WebGL2, and scenes whose latents
+            are colors.
     """
     from latentscenes.export.mesh import check_ending
-    from latentscenes.export.pages import write_page
 
     check_ending(out, ".html")
+    pictures = {"frames": frames, "size": size, "elevations": elevations}
+    if live and pictures != {"frames": 36, "size": None, "elevations": (20.0,)}:
+        raise UserError("--live: shows scenes from all sides; leave --frames, --size and --elevations out.")
     learned, names = _chosen(run, choice, set_up(machine))
-    options = {"title": title or run.resolve().name, "frames": frames, "size": size, "elevations": elevations}
-    written = write_page(out, learned, learned.view, names, **options)
+    title = title or run.resolve().name
+    if live:
+        from latentscenes.export.live import write_live_page
+
+        written = write_live_page(out, learned, names, title=title)
+    else:
+        from latentscenes.export.pages import write_page
+
+        written = write_page(out, learned, learned.view, names, title=title, **pictures)
     say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 

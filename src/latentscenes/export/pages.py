@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from jinja2 import Template
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
@@ -29,7 +29,8 @@ from latentscenes.model.model import render_images
 from latentscenes.model.pictures import Backdrop, over, with_alpha
 from latentscenes.storage.scene_set import SceneSet
 
-TEMPLATE = Path(__file__).with_name("page.html")
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+"""Templates of pages."""
 QUALITY = 80
 """WebP quality, out of 100."""
 FIRST = 40.0
@@ -86,14 +87,15 @@ def write_page(
         )
     entries, captions = [], short_names(loaded.names)
     for scene in tracked(scenes, "rendering"):
-        tiles = _tiles(loaded, scene, cameras, size_shown, window)
-        entries.append(_entry(loaded, scene, captions[scene], sheet(tiles, columns)))
+        pictures = sheet(_tiles(loaded, scene, cameras, size_shown, window), columns)
+        packed = base64.b64encode(_webp(pictures)).decode()
+        entries.append(described(loaded, scene, captions[scene]) | {"sheet": packed})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
     size_of_sheets = sum(len(entry["sheet"]) for entry in entries)
-    count, total = len(entries), len(loaded.names)
-    many = f"{count} of {total} scenes" if count < total else "1 scene" if count == 1 else f"{count} scenes"
-    summary = f"{many}, {len(cameras)} views of {width}×{height} pixels each"
-    page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
+    summary = (
+        f"{how_many(len(entries), len(loaded.names))}, {len(cameras)} views of {width}×{height} pixels each"
+    )
+    page = TEMPLATES.get_template("page.html").render(
         title=one_line(title),
         summary=f"{summary}; {size_of_sheets / 2**20:.1f} MiB in one file.",
         aspect=f"{width / height:.4g}",
@@ -103,12 +105,14 @@ def write_page(
     return save_file(path, page.encode())
 
 
-def _entry(
-    loaded: SceneSet, scene: str, caption: str, pictures: UInt8[np.ndarray, "h w 4"]
-) -> dict[str, str]:
-    """A scene as the page's script reads it."""
-    about, packed = tags_text(loaded.tags(scene)), base64.b64encode(_webp(pictures)).decode()
-    return {"name": scene, "caption": cut(caption, CAPTION), "about": about, "sheet": packed}
+def how_many(count: int, total: int) -> str:
+    """Returns how many of the scenes a page shows, in words."""
+    return f"{count} of {total} scenes" if count < total else "1 scene" if count == 1 else f"{count} scenes"
+
+
+def described(loaded: SceneSet, scene: str, caption: str) -> dict[str, str]:
+    """A scene as the scripts of pages read it."""
+    return {"name": scene, "caption": cut(caption, CAPTION), "about": tags_text(loaded.tags(scene))}
 
 
 def window_on(box: Box, cameras: Cameras, size: tuple[int, int]) -> tuple[slice, slice]:

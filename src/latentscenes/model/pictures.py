@@ -6,19 +6,30 @@ Notable:
 - docs/export.md states what this does to the error over white and over black.
 """
 
+import io
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor, nn
 
+from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.data.images import white_background
-from latentscenes.model.model import RenderedImages, to_uint8
+from latentscenes.model.model import Model, RenderedImages, render_images, to_uint8
+from latentscenes.model.planes import SceneParameters
 
 Backdrop = Literal["white", "black", "transparent"]
 FAINT = 0.1
 """Opacities up to this are haze, and those that are as near to 1 are solid."""
+THUMBNAIL = 96
+"""Pixels of a thumbnail's longer side."""
+THUMBNAIL_ANGLES = 25.0, 40.0
+"""Elevation and azimuth of a thumbnail's camera, degrees. `web/camera.js` has the same."""
+THUMBNAIL_REACH = 0.48
+"""How far the box reaches from the middle of a thumbnail, as a fraction of its side; `web/camera.js` has the
+same."""
 
 
 def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
@@ -65,3 +76,23 @@ def over(
     alpha = pictures[..., 3:].astype(np.float32) / 255
     behind = 255.0 if background == "white" else 0.0
     return np.round(pictures[..., :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+
+
+@torch.no_grad()
+def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
+    """Renders a small PNG of a scene, cut out. The image just holds the scene's box, and the camera looks
+    from the same side for all."""
+    camera = view.around(rows.own_box).orbit(1, *THUMBNAIL_ANGLES)
+    corners = (rows.own_box or model.box).corners()
+    reach = (camera.project(corners)[0] - 0.5).abs().max()
+    near = Cameras(
+        camera.cam2world,
+        camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (THUMBNAIL_REACH / reach)
+        + torch.tensor([0, 0, 0.5, 0.5]),
+    )
+    shown = render_images(model, model.compose(rows), near, view.size, geometry=False)
+    image = Image.fromarray(with_alpha(shown)[0])
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()

@@ -1,23 +1,21 @@
 """Prepares learned scenes for a library: quantizes them, measures their loss, and renders thumbnails."""
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.progress import track
 
-from latentscenes.core.cameras import Cameras, Viewpoint
+from latentscenes.core.cameras import Viewpoint
 from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.console import Spent, console
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import Model, render_images
-from latentscenes.model.pictures import with_alpha
+from latentscenes.model.pictures import thumbnail
 from latentscenes.model.planes import SceneParameters, mean_parameters
 from latentscenes.storage.entries import Origin, SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
@@ -26,10 +24,6 @@ from latentscenes.storage.run import Run
 
 MEASURED_VIEWS = 4
 """Views per scene for measuring its PSNR."""
-THUMBNAIL = 96
-"""Pixels of a thumbnail's longer side."""
-THUMBNAIL_ANGLES = 25.0, 40.0
-"""Elevation and azimuth of a thumbnail's camera, degrees."""
 
 
 def library_from_run(
@@ -129,21 +123,3 @@ def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Seq
     cameras = images.cameras[torch.tensor(index)].to(rows.weights.device)
     shown = render_images(model, model.compose(rows), cameras, images.size, geometry=False)
     return metrics.psnr(shown.images, images.images(list(index)).float() / 255).mean().item()
-
-
-def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
-    """Renders a small PNG of a scene, cut out. The image just holds the scene's box, and the camera looks
-    from the same side for all."""
-    camera = view.around(rows.own_box).orbit(1, *THUMBNAIL_ANGLES)
-    corners = (rows.own_box or model.box).corners()
-    reach = (camera.project(corners)[0] - 0.5).abs().max()
-    near = Cameras(
-        camera.cam2world,
-        camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (0.48 / reach) + torch.tensor([0, 0, 0.5, 0.5]),
-    )
-    shown = render_images(model, model.compose(rows), near, view.size, geometry=False)
-    image = Image.fromarray(with_alpha(shown)[0])
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()

@@ -3,6 +3,8 @@
 /** Where thumbnails are seen from, degrees; also where elements start. */
 export const START = {azimuth: 40, elevation: 25, zoom: 1};
 const STEEPEST = 89, ZOOMS = [0.5, 8], FILLED = 0.95;
+/** How far the box reaches from the middle of thumbnails (see model/pictures.py). */
+const THUMBNAIL_REACH = 0.48;
 
 /** Returns a view whose numbers are finite and in range; angles in degrees. */
 export function tamed({azimuth, elevation, zoom}) {
@@ -29,18 +31,30 @@ export function cameraOf(typical, box, view, width, height) {
 }
 
 /** How much larger pictures are at zoom 1 than those in which the typical camera's picture lies in the middle. */
-export function fitOf(typical, box, view, width, height) {
+function fitOf(typical, box, view, width, height) {
   let most = 1e-6;
   for (let azimuth = 0; azimuth < 180; azimuth += 15) {
-    const {axes, eye, lens} = cameraAt(typical, {...view, azimuth}, width, height);
-    for (let corner = 0; corner < 8; corner++) {
-      const offset = eye.map((value, k) => box.center[k] + (corner >> k & 1 ? 1 : -1) * box.half[k] - value);
-      const [x, y, z] = [0, 3, 6].map(k => offset[0] * axes[k] + offset[1] * axes[k + 1] + offset[2] * axes[k + 2]);
-      if (z <= 0) return 1; // the camera is inside
-      most = Math.max(most, Math.abs(lens[0] * x / z), Math.abs(lens[1] * y / z));
-    }
+    most = Math.max(most, reach(cameraAt(typical, {...view, azimuth}, width, height), box));
   }
-  return FILLED / (2 * most);
+  return most === Infinity ? 1 : FILLED / (2 * most);
+}
+
+/** How much larger a thumbnail has to be shown than in the middle of a picture, to lie where the object will. */
+export function thumbnailFit(typical, box, width, height) {
+  const [tall, wide] = typical.size, own = THUMBNAIL_REACH / reach(cameraAt(typical, START, wide, tall), box);
+  return fitOf(typical, box, START, width, height) / own;
+}
+
+/** The farthest that the box reaches from the middle of the picture, as a fraction of width or height. */
+function reach({axes, eye, lens}, box) {
+  let most = 0;
+  for (let corner = 0; corner < 8; corner++) {
+    const offset = eye.map((value, k) => box.center[k] + (corner >> k & 1 ? 1 : -1) * box.half[k] - value);
+    const [x, y, z] = [0, 3, 6].map(k => offset[0] * axes[k] + offset[1] * axes[k + 1] + offset[2] * axes[k + 2]);
+    if (z <= 0) return Infinity; // the camera is inside
+    most = Math.max(most, Math.abs(lens[0] * x / z), Math.abs(lens[1] * y / z));
+  }
+  return most;
 }
 
 function cameraAt({size: [tall, wide], distance, focal, center}, {azimuth, elevation}, width, height) {

@@ -20,7 +20,7 @@
 //
 // `provide(address, source)` gives a library that is not on a server; its elements have this address as `src`.
 
-import {START, fitOf, tamed} from "./camera.js";
+import {START, tamed, thumbnailFit} from "./camera.js";
 import {Scene} from "./compose.js";
 import {PublishedLibrary} from "./library.js";
 import {ServerSource, Unreadable} from "./source.js";
@@ -220,8 +220,8 @@ export class LatentScene extends HTMLElement {
       if (load !== this.#load || !picture) return;
       [poster.width, poster.height] = [picture.width, picture.height];
       poster.getContext("2d").drawImage(picture, 0, 0);
-      const {view, box} = library.description.library, fit = fitOf(view, box, START, ...this.#actor.box);
-      poster.style.transform = given ? "" : `scale(${fit})`; // thumbnails show the typical camera's picture
+      const {view, box} = library.description.library;
+      poster.style.transform = given ? "" : `scale(${thumbnailFit(view, box, ...this.#actor.box)})`;
     } catch {
       // An object without its poster is complete
     }

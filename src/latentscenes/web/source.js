@@ -47,13 +47,14 @@ export class ServerSource {
 
 /** Reads files that the page holds as base64 texts by path. */
 export class InnerSource {
+  #decoded = new Map();
+
   constructor(files) {
     this.files = files;
   }
 
   async whole(path, most, bytes = null) {
-    if (!Object.hasOwn(this.files, path)) throw new Unreadable(`${path}: not in this page.`);
-    const found = Uint8Array.from(atob(this.files[path]), letter => letter.charCodeAt(0));
+    const found = this.#decode(path);
     if (found.length > most || (bytes !== null && found.length !== bytes)) {
       throw new Unreadable(`${path}: ${found.length} bytes instead of ${bytes ?? most}.`);
     }
@@ -61,9 +62,19 @@ export class InnerSource {
   }
 
   async part(path, offset, bytes) {
-    const found = await this.whole(path, Infinity);
+    const found = this.#decode(path);
     if (found.length < offset + bytes) throw new Unreadable(`${path}: ends after ${found.length} bytes.`);
     return found.slice(offset, offset + bytes);
+  }
+
+  #decode(path) {
+    if (!Object.hasOwn(this.files, path)) throw new Unreadable(`${path}: not in this page.`);
+    if (!this.#decoded.has(path)) {
+      const text = atob(this.files[path]), found = new Uint8Array(text.length);
+      for (let k = 0; k < text.length; k++) found[k] = text.charCodeAt(k);
+      this.#decoded.set(path, found);
+    }
+    return this.#decoded.get(path);
   }
 }
 
