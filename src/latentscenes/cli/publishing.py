@@ -1,7 +1,7 @@
-"""The `library` commands that write a library for others to read."""
+"""The `library` commands that publish a library for others to read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -9,6 +9,7 @@ from latentscenes.cli.common import say
 from latentscenes.core.errors import UserError
 
 Folder = Annotated[Path, tyro.conf.Positional]
+Name = Annotated[str, tyro.conf.Positional]
 
 
 def library_publish(library: Folder, out: str) -> None:
@@ -33,4 +34,43 @@ def library_publish(library: Folder, out: str) -> None:
     )
 
 
-PUBLISHING_COMMANDS = {"publish": library_publish}
+def library_push(
+    library: Folder, repository: Name, kind: Literal["dataset", "model"] = "dataset", private: bool = False
+) -> None:
+    """Publish a library in a repository of the Hugging Face hub (hub extra); later calls add what is new.
+
+    Args:
+        library: its folder.
+        repository: USER/NAME; made if absent.
+        kind: kind of the repository.
+        private: whether a new repository is private.
+    """
+    from latentscenes.core.console import bytes_text
+    from latentscenes.storage.hub import push
+    from latentscenes.storage.library import LibraryFolder
+
+    done = push(LibraryFolder.open(library), repository, kind, private)
+    say(
+        f"{repository}: {done.scenes} scenes; {done.files} files uploaded ({bytes_text(done.bytes)}), "
+        f"{done.removed} outdated ones removed."
+    )
+
+
+def library_pull(
+    repository: Name,
+    out: Annotated[Path, tyro.conf.Positional],
+    kind: Literal["dataset", "model"] = "dataset",
+) -> None:
+    """Copy a library from a repository of the Hugging Face hub into a library folder (hub extra).
+
+    Args:
+        repository: USER/NAME.
+        out: library folder, made if absent; another library of the same model gets the scenes that it lacks.
+        kind: kind of the repository.
+    """
+    from latentscenes.storage.hub import pull
+
+    say(f"{out}: {pull(repository, kind, out)} scenes copied from {repository}.")
+
+
+PUBLISHING_COMMANDS = {"publish": library_publish, "push": library_push, "pull": library_pull}
