@@ -15,8 +15,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.evaluation.charts import Series, line_chart, smooth
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.evaluation.report import write_report
-from latentscenes.evaluation.tables import print_cost, print_scores, scores_table, summary_table
-from latentscenes.model.metrics import PSNR_CAP
+from latentscenes.evaluation.tables import Variant, print_cost, print_scores, scores_table, summary_table
 
 
 def made_evaluation(count: int, perceptual: float | None = 0.1, codec_psnr: float = 30.0) -> Evaluation:
@@ -141,9 +140,8 @@ def test_summary_compares_the_same_scenes(content):
     (shared,) = content.common
     score = next(score for score in content.evaluation_new.scenes if score.name == shared)
     assert table.rows[1][1] == f"{score.psnr:.2f}" and "1 of 2 new scenes" in table.note
-    ready = summary_table(
-        dataclasses.replace(content, pretrained=content.train, evaluation_pretrained=content.evaluation_new)
-    )
+    other = Variant("on the shipped model", content.train, content.evaluation_new)
+    ready = summary_table(dataclasses.replace(content, variants=(other,)))
     assert (
         ready.rows[2][0] == "… on the shipped model"
         and ready.rows[2][1:3] == table.rows[1][1:3]
@@ -226,12 +224,16 @@ def test_report_without_baseline(content, tmp_path):
 
 def test_a_model_in_pixels_has_no_latent_space(page, content, tmp_path):
     assert "Inside the latent space" in page
-    exact = [dataclasses.replace(score, codec_psnr=PSNR_CAP) for score in content.evaluation_new.scenes]
-    scores = dataclasses.replace(content.evaluation_new, scenes=exact, mean=mean_score(exact))
-    told = dataclasses.replace(content, introduction="", evaluation_new=scores)
+    pixels, scores = content.rgb, content.evaluation_rgb
+    told = dataclasses.replace(
+        content, introduction="", new=pixels, evaluation_new=scores, rgb=None, evaluation_rgb=None
+    )
     text = write_report(tmp_path / "r.html", told).read_text()
     assert "Channels of the render" in text and "learned with the base planes of" in text
     assert "latent space" not in re.sub(r'"data:[^"]*"', "", text)
+    other = Variant("with latents", content.new, content.evaluation_new)
+    both = write_report(tmp_path / "r.html", dataclasses.replace(told, variants=(other,))).read_text()
+    assert "Channels of the render" in both and "Inside the latent space, new scenes with latents" in both
 
 
 def test_chart_places_points():

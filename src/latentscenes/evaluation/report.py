@@ -60,7 +60,6 @@ def write_report(path: str | Path, content: Comparison) -> Path:
         lead=content.introduction
         or f"{len(content.new.names)} new objects, learned {'' if in_pixels else 'in the latent space and '}"
         f"with the base planes of {len(content.train.names)} earlier objects.",
-        in_pixels=in_pixels,
         tiles=_tiles(content, ours, rgb),
         summary=summary_table(content),
         orbits=_orbits(content),
@@ -117,7 +116,8 @@ def _pictures(content: Comparison) -> dict[str, Any]:
     """A contact sheet for each of the first new scenes, and the latent channels of some."""
     (ours, others), scenes = _labeled(content), content.new.scenes(content.views)
     codec = ["codec (the ceiling)"] if has_ceiling(content.mean(content.evaluation_new)) else []
-    dashboard = dashboard_sheet(ours, content.views, scenes, limit=DASHBOARD_SCENES)
+    latent = [other for other in content.variants if other.scenes.config.codec.kind != "identity"]
+    inside = [("", ours), *((f", new scenes {other.label}", other.scenes) for other in latent)]
     return {
         "columns": ["truth", *codec, "ours", *(["RGB tri-planes"] if others else [])],
         "shown": f"{min(SHEET_SCENES, len(scenes))} of {len(scenes)} new objects are shown. "
@@ -127,8 +127,15 @@ def _pictures(content: Comparison) -> dict[str, Any]:
             _image(comparison_sheet(ours, content.views, [scene], others=others, across=1), scene.name)
             for scene in scenes[:SHEET_SCENES]
         ],
-        "inside": _image(dashboard, "latent channels, decoded image, depth and opacity"),
+        "inside": [
+            (of, shown.config.codec.kind, _image(_inside(shown, content), f"channels and depth{of}"))
+            for of, shown in inside
+        ],
     }
+
+
+def _inside(learned: SceneSet, content: Comparison) -> Picture:
+    return dashboard_sheet(learned, content.views, content.new.scenes(content.views), limit=DASHBOARD_SCENES)
 
 
 def _orbits(content: Comparison) -> list[dict[str, Any]]:
@@ -268,8 +275,10 @@ def _details(content: Comparison) -> dict[str, Any]:
         "New scenes": content.evaluation_new,
         "RGB tri-planes": content.evaluation_rgb,
         "Scenes of stage 1": content.evaluation_train,
+        **{f"New scenes {other.label}": other.evaluation for other in content.variants},
     }
     trainings = {"stage 1": content.train, "the new scenes": content.new, "RGB tri-planes": content.rgb}
+    trainings |= {f"the new scenes {other.label}": other.scenes for other in content.variants}
     notes = [learned.notes for learned in trainings.values() if learned]
     views, (height, width) = content.views, content.views.size
     return {

@@ -21,6 +21,16 @@ SHOWN_WORST, SHOWN_BEST = 8, 4
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The same new scenes learned in another way."""
+
+    label: str
+    """Names it in tables, after "latentscenes" or "…"."""
+    scenes: StoredScenes
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The content of a report: a finished stage 1, new scenes learned with it, and RGB tri-planes of these
     scenes."""
@@ -34,9 +44,8 @@ class Comparison:
     rgb: StoredScenes | None = None
     """RGB tri-planes of the same new scenes, or of some of them."""
     evaluation_rgb: Evaluation | None = None
-    pretrained: StoredScenes | None = None
-    """The same new scenes learned with a pretrained model of the package instead of this stage 1."""
-    evaluation_pretrained: Evaluation | None = None
+    variants: tuple[Variant, ...] = ()
+    """Further rows of the summary."""
     title: str = "latentscenes"
     introduction: str = ""
     """One or two sentences under the title."""
@@ -288,8 +297,7 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
         rows.append(line("RGB tri-planes", content.rgb, content.evaluation_rgb))
     rows.append(line("latentscenes, new scenes", content.new, content.evaluation_new))
     stressed, empty = len(rows) - 1, [""] * 5
-    if content.pretrained and content.evaluation_pretrained:
-        rows.append(line("… on the shipped model", content.pretrained, content.evaluation_pretrained))
+    rows += [line(f"… {other.label}", other.scenes, other.evaluation) for other in content.variants]
     trained = content.evaluation_train
     cells = _quality_cells(trained.mean, perceptual)
     rows.append(("… scenes of stage 1", *cells, *empty, *_view_cells(trained)))

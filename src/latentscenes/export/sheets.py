@@ -186,24 +186,25 @@ def dashboard_sheet(
     loaded: SceneSet, dataset: PosedImages, scenes: Sequence[Scene], *, limit: int | None = 6
 ) -> Picture:
     """Makes a sheet of intermediate results, one held-out view for each of the first `limit` scenes: truth,
-    its latent channels, the rendered latent channels, their first three principal components as colors, the
-    decoded render, depth, opacity. Says how many scenes are left out."""
+    its latent channels (if the codec encodes all), the rendered latent channels, their first three principal
+    components as colors, the decoded render, depth, opacity. Says how many scenes are left out."""
     model, captions = loaded.model, short_names(loaded.names)
     shown, truths, encoded = [], [], []
     for scene in scenes[:limit]:
         index = torch.tensor(spread_evenly(scene.views("held_out") or scene.views("all"), 1))
         truth = dataset.images(index).float() / 255
-        with torch.no_grad():
-            encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
+        if model.codec.encodes_all:
+            with torch.no_grad():
+                encoded.append(model.encode(truth.to(loaded.device)).cpu().float())
         truths.append(truth)
         shown.append(render_images(model, loaded.planes(scene.name), dataset.cameras[index], dataset.size))
     names = ("images", "latents", "depth", "opacity")
     together = RenderedImages(*(torch.cat([getattr(one, name) for one in shown]) for name in names))
     height, width = dataset.size
-    reference = torch.cat(encoded)
+    reference = torch.cat(encoded) if encoded else together.latents
     columns = [
         ("truth", to_uint8(torch.cat(truths))),
-        ("latent of the truth", channel_tiles(reference, reference, height)),
+        *([("latent of the truth", channel_tiles(reference, reference, height))] if encoded else []),
         ("latent rendered", channel_tiles(together.latents, reference, height)),
         ("as colors", enlarge(_color_code(together.latents, reference, together.opacity), (height, width))),
         ("decoded", to_uint8(together.images)),
