@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -241,7 +242,9 @@ def test_a_stop_on_request_is_no_error(monkeypatch, capsys, tmp_path):
         raise Interrupted
 
     monkeypatch.setattr("latentscenes.training.loop.train", stopped)
-    monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", lambda path: None)
+    monkeypatch.setattr(
+        "latentscenes.data.dataset.PosedImages.open", lambda path: SimpleNamespace(size=(8, 8))
+    )
     status, _, err = call(
         monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb"
     )

@@ -166,3 +166,35 @@ def test_every_setting_says_what_it_is():
             ):
                 said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert said, f"{kind.__name__}.{entry.target.id} has no docstring"
+
+
+SIZES = """
+planes: {resolution: 64}
+larger_pictures:
+  384: {planes.resolution: 128, train.fit.rays: 300}
+  192: {planes.resolution: 96, planes.bases: 8}
+train: [{name: fit, epochs: 1, scenes: 2, views: 2, rays: 100, losses: {latent: 1}, rates: {micro: 1}}]
+"""
+
+
+@pytest.mark.parametrize(
+    "size, resolution, bases, rays",
+    [(0, 64, 50, 100), (191, 64, 50, 100), (192, 96, 8, 100), (512, 128, 8, 300)],
+)
+def test_settings_follow_the_size_of_pictures(size, resolution, bases, rays):
+    config = parse(SIZES + "\n", "x.yaml", ["planes.micro=4"], size)
+    found = config.planes.resolution, config.planes.bases, config.train[0].rays
+    assert found == (resolution, bases, rays)
+    assert parse(dump(config), "y.yaml", (), 4096) == config  # what is written holds for its size alone
+
+
+def test_given_settings_come_before_those_for_a_size():
+    assert parse(SIZES, "x.yaml", ["planes.resolution=32"], 512).planes.resolution == 32
+
+
+@pytest.mark.parametrize("text", ["[1]", "{big: {seed: 1}}", "{192: 5}"])
+def test_mistaken_sizes_are_refused(text):
+    with pytest.raises(UserError, match="larger_pictures: give settings by the least side"):
+        parse(f"larger_pictures: {text}", "x.yaml")
+    with pytest.raises(UserError, match="planes: unknown setting 'resolutoin'"):
+        parse("larger_pictures: {100: {planes.resolutoin: 5}}", "x.yaml", (), 128)

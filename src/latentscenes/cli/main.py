@@ -52,14 +52,16 @@ def train(
         split: split of the dataset to learn.
         limit: learn at most this many scenes, in order.
         track: also send metrics to a tracker.
-        print_config: print every setting as YAML and stop.
+        print_config: print every setting as YAML, as they are for this dataset if it exists, and stop.
     """
-    settings = _settings(config, overrides, print_config)
+    if print_config and not (data / "views.json").is_file():
+        _settings(config, overrides, print_config)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.loop import train as run_training
 
     views = PosedImages.open(data)
+    settings = _settings(config, overrides, print_config, size=max(views.size))
     run = run_training(settings, views, out, split=split, limit=limit, device=device, track=track)
     learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
     say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
@@ -261,10 +263,11 @@ def _settings(
     print_and_stop: bool,
     finetune: bool = False,
     refine: bool = False,
+    size: int = 0,
 ) -> "Config":
     from latentscenes.core import config, config_io
 
-    settings = config_io.load(source, overrides)
+    settings = config_io.load(source, overrides, size)
     if finetune:
         settings = config.learning_shared(settings)
     if refine:

@@ -22,6 +22,9 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import short
 from latentscenes.core.reading import read_text, reason
 
+LARGER = "larger_pictures"
+"""Key of settings that change with the size of pictures. Runs and libraries keep what it led to, not the
+key."""
 MOST_YAML = 64 << 10
 """Bytes of the largest configuration."""
 LIMITS = {
@@ -38,9 +41,15 @@ MOST_VALUES = 20_000
 """Values in a configuration, those that aliases repeat counted each time."""
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file or a preset and applies overrides such as `planes.resolution=32` or
-    `train.0.epochs=5`. A stage is selected by its number or name."""
+def load(source: str | Path, overrides: Sequence[str] = (), size: int = 0) -> Config:
+    """Reads a YAML file or a preset.
+
+    Args:
+        source: the file, or the name of the preset.
+        overrides: settings to change, such as `planes.resolution=32` or `train.0.epochs=5`. A stage is
+            selected by its number or name.
+        size: longer side of the pictures, pixels; settings under `larger_pictures` apply to it.
+    """
     path = Path(source)
     preset = resources.files("latentscenes") / "presets" / f"{source}.yaml"
     if path.suffix in (".yaml", ".yml"):
@@ -54,7 +63,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = preset.read_text()
     else:
         raise UserError(f"{source}: neither a YAML file nor a preset. Presets: {', '.join(presets())}.")
-    return parse(text, str(source), overrides)
+    return parse(text, str(source), overrides, size)
 
 
 def presets() -> list[str]:
@@ -63,19 +72,35 @@ def presets() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a Config from YAML text; `where` names the source in errors."""
+def parse(text: str, where: str, overrides: Sequence[str] = (), size: int = 0) -> Config:
+    """Reads a Config from YAML text; `where` names the source in errors. The rest as in `load`."""
     try:
         tree = parse_yaml(text) or {}
     except ValueError as error:
         raise UserError(f"{where}: not valid YAML: {reason(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected settings, got {short(tree)}.")
-    for override in overrides:
+    for override in (*_for_size(tree, size, where), *overrides):
         change(tree, override)
     config = build(Config, tree, where)
     _check_limits(config, where)
     return config
+
+
+def _for_size(tree: dict, size: int, where: str) -> list[str]:
+    """Takes `larger_pictures` out of a settings tree and returns what it changes for pictures of that size:
+    {least longer side in pixels: {setting: value}}; of several that apply, larger ones come last."""
+    larger = tree.pop(LARGER, None) or {}
+    well_formed = isinstance(larger, dict) and all(
+        isinstance(least, int) and isinstance(changes, dict) for least, changes in larger.items()
+    )
+    if not well_formed:
+        raise UserError(
+            f"{where}: {LARGER}: give settings by the least side in pixels, for instance "
+            "{192: {planes.resolution: 96}}."
+        )
+    applying = (larger[least] for least in sorted(larger) if least <= size)
+    return [f"{key}={value}" for changes in applying for key, value in changes.items()]
 
 
 def _check_limits(config: Config, where: str) -> None:
