@@ -180,9 +180,9 @@ def _made(
     names = [[scene.name for scene in group] for group in groups]
     library.close()
     return Plan(
-        uuid.uuid4().hex[:ID_LETTERS], str(out.resolve()), str(images.path.resolve()), config_io.dump(config), _stated(options),
-        library.checksums.get(SHARED), options.precision or library.info.precision, torch.get_num_threads(),
-        names,
+        uuid.uuid4().hex[:ID_LETTERS], str(out.resolve()), str(images.path.resolve()),
+        config_io.dump(config), _stated(options), library.checksums.get(SHARED),
+        options.precision or library.info.precision, torch.get_num_threads(), names,
     )  # fmt: skip
 
 
