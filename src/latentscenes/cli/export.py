@@ -87,24 +87,46 @@ def render(
 
 
 def export_mesh(
-    run: Path, scene: str, out: Path, cells: int = 128, lowest: float = 0.0, machine: MachineOptions = MACHINE
+    run: Path,
+    scene: str,
+    out: Path,
+    texture: int | None = None,
+    faces: int | None = None,
+    cells: int | None = None,
+    lowest: float = 0.0,
+    machine: MachineOptions = MACHINE,
 ) -> None:
-    """Write the surface of a scene as a closed mesh with vertex colors (GLB).
+    """Write the surface of a scene as a closed mesh: with vertex colors (GLB), or with a texture (GLB, OBJ,
+    USDZ).
 
     Args:
         run: library, or run folder of train.
         scene: name of the scene.
-        out: .glb file.
+        out: .glb, .obj or .usdz file; OBJ is written with an MTL and a PNG beside it.
+        texture: texels along each side of the texture. Unset: vertex colors for GLB, 1024 for OBJ and USDZ.
+        faces: merge triangles until at most this many are left. Unset: 20000 with a texture, else all.
         cells: number of cells along the longest side of the scene box; more cells are finer and slower.
+            Unset: 192 with a texture, else 128.
         lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
     """
     from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
+    from latentscenes.export.mesh_files import ENDINGS, require_usd, write_textured
+    from latentscenes.export.texture import CELLS, FACES, TEXELS, textured_mesh
 
-    check_ending(out, ".glb")
+    check_ending(out, *ENDINGS)
+    if out.suffix.lower() == ".usdz":
+        require_usd()
     learned = _opened(run, scene, set_up(machine))
-    mesh = scene_mesh(learned, scene, learned.view_of(scene), cells, lowest)
-    size = write_glb(out, mesh, scene, learned.tags(scene))
+    view = learned.view_of(scene)
+    if texture is None and out.suffix.lower() == ".glb":
+        mesh = scene_mesh(learned, scene, view, 128 if cells is None else cells, lowest, faces)
+        size = write_glb(out, mesh, scene, learned.tags(scene))
+    else:
+        side = TEXELS if texture is None else texture
+        finer, most = CELLS if cells is None else cells, FACES if faces is None else faces
+        mesh = textured_mesh(learned, scene, view, side, most, finer, lowest)
+        size = write_textured(out, mesh, scene, learned.tags(scene))
     say(f"{out}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles, {_bytes(size)}.")
 
 

@@ -26,7 +26,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place
 from latentscenes.core.version import __version__
 from latentscenes.export.sheets import save_file
-from latentscenes.export.surface import Surface, surface
+from latentscenes.export.surface import REACHED, Surface, simplified, surface
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
 from latentscenes.storage.scene_set import SceneSet
 
@@ -68,7 +68,14 @@ class Points:
     """sRGB in [0, 1]."""
 
 
-def scene_mesh(loaded: SceneSet, scene: str, view: Viewpoint, cells: int = 128, lowest: float = 0.0) -> Mesh:
+def scene_mesh(
+    loaded: SceneSet,
+    scene: str,
+    view: Viewpoint,
+    cells: int = 128,
+    lowest: float = 0.0,
+    faces: int | None = None,
+) -> Mesh:
     """Extracts the closed surface of a scene, in color.
 
     Args:
@@ -76,20 +83,19 @@ def scene_mesh(loaded: SceneSet, scene: str, view: Viewpoint, cells: int = 128, 
         cells: number of cells along the longest side of the scene box. More cells give a finer surface.
         lowest: elevation in degrees of the lowest camera that colors come from. Use −90 for objects
             photographed from below too; for others, colors rendered from below are arbitrary.
+        faces: most triangles; unset: as many as the cells give.
 
     Raises:
         UserError: the export extra is absent, nothing in the scene is solid, or no picture shows it.
     """
-    found, shown, cameras = _photographed(loaded, scene, view, cells, lowest)
+    found, shown, cameras = photographed(loaded, scene, view, cells, lowest)
+    found = found if faces is None else simplified(found, faces)
     from scipy.spatial import cKDTree  # comes with scikit-image, without which there is no surface
 
     normals = found.normals()
     colors, seen = paint(found.vertices, normals, found, shown, cameras)
     if not seen.any():
-        raise UserError(
-            f"{scene}: no picture shows its surface, so it has no colors. "
-            "Check it with latentscenes render --mode opacity."
-        )
+        raise unseen(scene)
     distance, nearest = cKDTree(found.vertices[seen]).query(found.vertices[~seen], min(NEAREST, seen.sum()))
     weights = 1 / np.maximum(distance.reshape(len(nearest), -1, 1), found.step)
     colors[~seen] = (weights * colors[seen][nearest.reshape(weights.shape[:2])]).sum(1) / weights.sum(1)
@@ -103,15 +109,13 @@ def scene_points(
     errors are as for `scene_mesh`."""
     if count < 1:
         raise UserError(f"--count {count}: at least 1.")
-    found, shown, cameras = _photographed(loaded, scene, view, cells, lowest)
+    found, shown, cameras = photographed(loaded, scene, view, cells, lowest)
     random, parts = np.random.default_rng(0), []
     while sum(len(part[0]) for part in parts) < count:
         positions, normals = sampled(found, count, random)
         colors, seen = paint(positions, normals, found, shown, cameras)
         if not seen.any():
-            raise UserError(
-                f"{scene}: no picture shows its surface. Check it with latentscenes render --mode opacity."
-            )
+            raise unseen(scene)
         parts.append((positions[seen], normals[seen], colors[seen]))
     return Points(*(np.concatenate(values)[:count] for values in zip(*parts, strict=True)))
 
@@ -138,15 +142,29 @@ def random_places(
     return face, np.stack([1 - root, root * (1 - share), root * share], -1)[..., None]
 
 
-def _photographed(
-    loaded: SceneSet, scene: str, view: Viewpoint, cells: int, lowest: float
+def unseen(scene: str) -> UserError:
+    return UserError(
+        f"{scene}: no picture shows its surface, so it has no colors. "
+        "Check it with latentscenes render --mode opacity."
+    )
+
+
+def photographed(
+    loaded: SceneSet,
+    scene: str,
+    view: Viewpoint,
+    cells: int,
+    lowest: float,
+    finer: int = 1,
+    reached: float = REACHED,
 ) -> tuple[Surface, RenderedImages, Cameras]:
-    """Returns a scene's surface, pictures of it from all around, and their cameras."""
+    """Returns a scene's surface, pictures of it from all around, and their cameras. Pictures have `finer`
+    times the pixels of the dataset's on each side. `reached` is as for `surface`."""
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     planes, cameras = loaded.planes(scene), view.dome(VIEWS, lowest)
-    shown = render_images(loaded.model, planes, cameras, view.size)
-    return surface(loaded.model, planes, to_uint8(shown.images), cameras, cells), shown, cameras
+    shown = render_images(loaded.model, planes, cameras, (finer * view.size[0], finer * view.size[1]))
+    return surface(loaded.model, planes, to_uint8(shown.images), cameras, cells, reached), shown, cameras
 
 
 def paint(
@@ -206,7 +224,7 @@ def write_glb(path: str | Path, mesh: Mesh, name: str = "", tags: Mapping[str, A
         node = {"mesh": 0, "name": name} | ({"extras": dict(tags)} if tags else {})
         tree |= {"materials": [UNLIT], "nodes": [node], "scenes": [{"nodes": [0]}]}
 
-    shape = Trimesh(_y_up(mesh.vertices), mesh.faces, vertex_normals=_y_up(mesh.normals), process=False)
+    shape = Trimesh(y_up(mesh.vertices), mesh.faces, vertex_normals=y_up(mesh.normals), process=False)
     shape.vertex_attributes["color"] = _linear(mesh.colors)
     return save_file(path, export_glb(shape.scene(), include_normals=True, tree_postprocessor=finish))
 
@@ -219,7 +237,7 @@ def write_ply(path: str | Path, points: Points) -> int:
     return save_file(path, export_ply(cloud, vertex_normal=True))
 
 
-def _y_up(vectors: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "p 3"]:
+def y_up(vectors: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "p 3"]:
     x, y, z = vectors.T
     return np.stack([x, z, -y], 1)
 
@@ -231,12 +249,13 @@ def _linear(colors: Float[np.ndarray, "p 3"]) -> UInt16[np.ndarray, "p 4"]:
     return np.round(65535 * np.pad(light, ((0, 0), (0, 1)), constant_values=1)).astype(np.uint16)
 
 
-def check_ending(path: Path, ending: str) -> None:
-    """Refuses a file name with another ending, or a place that cannot be written to, before any work is
-    done."""
-    if path.suffix.lower() != ending:
+def check_ending(path: Path, *endings: str) -> None:
+    """Refuses a file name with another ending than these, or a place that cannot be written to, before any
+    work is done."""
+    if path.suffix.lower() not in endings:
+        kinds = " or ".join(ending[1:].upper() for ending in endings)
         raise UserError(
-            f"{path}: this command writes {ending[1:].upper()}; name a file that ends in {ending}."
+            f"{path}: this command writes {kinds}; name a file that ends in {' or '.join(endings)}."
         )
     if path.is_dir():
         raise UserError(f"{path}: this is a folder. Name a file.")

@@ -35,6 +35,8 @@ SMALLEST = 0.02
 """Parts with a smaller share of the largest part's volume are left out."""
 FEWEST, MOST = 8, 512
 """Allowed numbers of cells along the longest side."""
+FEWEST_FACES = 100
+"""Triangles that a simplified surface may have at least."""
 CHUNK = 1 << 18
 """Number of points evaluated at once."""
 
@@ -157,12 +159,14 @@ def surface(
     pictures: UInt8[np.ndarray, "v H W 3"],
     cameras: Cameras,
     cells: int = 128,
+    reached: float = REACHED,
 ) -> Surface:
     """Extracts the surface of a scene from its fused planes.
 
     Args:
         pictures: pictures of the scene from all around.
         cells: number of cubic cells along the box's longest side.
+        reached: a point is outside if this share of the light reaches it.
 
     Raises:
         UserError: the export extra is absent, `cells` is out of range, or nothing is solid.
@@ -182,22 +186,43 @@ def surface(
     grid = Grid.filling(model.box_of(planes), cells)
     found = density(model, planes, grid).cpu().numpy()
     light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
-    near = np.argwhere(binary_dilation(light < REACHED))  # other cells do not touch the surface
+    near = np.argwhere(binary_dilation(light < reached))  # other cells do not touch the surface
     ground = seen_as_ground(grid.points()[tuple(near.T)], pictures, cameras) > GROUND
     light[tuple(near[ground].T)] = 1.0
     light = np.pad(light, 1, constant_values=1.0)
-    solid = large_parts(light < REACHED)
+    solid = large_parts(light < reached)
     if not solid.any():
         raise UserError(
             "nothing in this scene is solid, so it has no surface. Check whether it was learned long enough: "
             "latentscenes render --mode opacity"
         )
     air = large_parts(~solid, 1.0)  # keeps only the outer space: light leaks through thin cracks
-    field = np.where(air, np.maximum(light, REACHED + 1e-3), np.minimum(light, REACHED - 1e-3))
-    vertices, faces, _, _ = marching_cubes(field, REACHED, gradient_direction="descent")
+    field = np.where(air, np.maximum(light, reached + 1e-3), np.minimum(light, reached - 1e-3))
+    vertices, faces, _, _ = marching_cubes(field, reached, gradient_direction="descent")
     return Surface(
         grid.origin + grid.step * (vertices - 1).astype(np.float64), faces.astype(np.int64), grid.step
     )
+
+
+def simplified(found: Surface, faces: int) -> Surface:
+    """Merges triangles of a surface until at most `faces` are left, those first whose loss moves it least
+    (quadric error, Garland and Heckbert, SIGGRAPH 1997).
+
+    Raises:
+        UserError: the export extra is absent, or `faces` is too small for a closed surface.
+    """
+    if faces < FEWEST_FACES:
+        raise UserError(f"--faces {faces}: at least {FEWEST_FACES}.")
+    if len(found.faces) <= faces:
+        return found
+    try:
+        from fast_simplification import simplify
+    except ImportError:
+        raise UserError("--faces needs fast-simplification. Run: pip install latentscenes[export]") from None
+    vertices, triangles = simplify(
+        found.vertices.astype(np.float32), found.faces.astype(np.int32), target_count=faces
+    )
+    return Surface(vertices.astype(np.float64), triangles.astype(np.int64), found.step)
 
 
 def seen_as_ground(
