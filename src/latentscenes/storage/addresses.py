@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line
 from latentscenes.core.reading import open_regular, read_bytes, reason
 from latentscenes.core.version import __version__
 from latentscenes.storage.publication import DESCRIPTION
@@ -26,6 +27,8 @@ TRIES, PAUSE = 3, 0.5
 """Attempts to fetch a file from a server that fails or breaks off, and seconds between them."""
 SECONDS = 30
 """Longest wait for a server to say something."""
+PIECE, SLOWEST = 1 << 18, 1000
+"""Bytes read at a time; bytes a second below which a server is given up, after SECONDS."""
 KEPT = 4
 """Packs kept in memory for servers that send whole files only."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -149,12 +152,16 @@ class WebFiles(Files):
         return self._all(answer, name, size)
 
     def _all(self, answer: Answer, name: str, most: int) -> bytes:
-        content = answer.read(most + 1)
+        content, begun = bytearray(), time.monotonic()
+        while len(content) <= most and (piece := answer.read1(min(most + 1 - len(content), PIECE))):
+            content += piece
+            if (waited := time.monotonic() - begun) > SECONDS and len(content) < SLOWEST * waited:
+                raise TimeoutError(f"only {len(content)} bytes in {waited:.0f} s")
         if len(content) > most:
             raise self.too_long(name, most)
         if answer.length:  # what the server announced and did not send
-            raise http.client.IncompleteRead(content, answer.length)
-        return content
+            raise http.client.IncompleteRead(bytes(content), answer.length)
+        return bytes(content)
 
     def _fetched(
         self, name: str, headers: dict[str, str], read: Callable[[http.client.HTTPResponse], T]
@@ -180,7 +187,7 @@ class WebFiles(Files):
                 if isinstance(cause, socket.gaierror | ConnectionRefusedError | ValueError):
                     break
         cause = getattr(problem, "reason", problem)
-        said = reason(cause) if isinstance(cause, Exception) else str(cause)
+        said = one_line(reason(cause if isinstance(cause, Exception) else OSError(str(cause))))
         code = f"HTTP {problem.code}: " if isinstance(problem, urllib.error.HTTPError) else ""
         raise UserError(
             f"{self.address}/{name}: cannot be fetched ({code}{said}). Check the address and the network."

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import short
 from latentscenes.model.planes import Metric, weight_distances
 
 
@@ -31,7 +32,15 @@ class WeightTable:
 
     def of(self, names: Sequence[str]) -> Float[Tensor, "k M"]:
         """Returns the weights of k scenes."""
-        return self.table[[self._rows[name] for name in names]]
+        return self.table[[self._row(name) for name in names]]
+
+    def _row(self, name: str) -> int:
+        if name not in self._rows:
+            raise UserError(
+                f"scene {short(name)}: not among the names of all scenes. If the library changed just now, "
+                "try again; else `latentscenes library verify` lists the damage."
+            )
+        return self._rows[name]
 
     def nearest(
         self, to: str | Float[Tensor, "k"], count: int, products: Float[Tensor, "M M"], metric: Metric
@@ -39,7 +48,7 @@ class WeightTable:
         """Returns the `count` scenes nearest to a scene, which is left out, or to weights; nearest first.
         `products` and `metric`: see `weight_distances`. Raises a UserError if there are other than M weights.
         """
-        own = self._rows[to] if isinstance(to, str) else None
+        own = self._row(to) if isinstance(to, str) else None
         wanted = to if own is None else self.table[own]
         if wanted.shape != self.table.shape[1:]:
             raise UserError(

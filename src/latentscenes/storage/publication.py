@@ -26,6 +26,8 @@ SIDE = 10
 """Thumbnails along each side of an atlas."""
 CELL = 96
 """Pixels along each side of a thumbnail's cell."""
+MOST, MOST_CELL = 1 << 50, 512
+"""The largest count or size that a description may state; pixels of the largest cell that a reader takes."""
 ENDINGS = {
     "model": ".safetensors", "packs": ".pack", "index": ".json.gz", "names": ".json.gz", "weights": ".f32",
     "thumbnails": ".webp",
@@ -51,6 +53,14 @@ ENTRY = "pack", "offset", "bytes", "atlas", "cell", "sha256"
 """What a bucket says of a scene, after its row."""
 
 
+NUMBERS = {*PLACE, "stored", "seconds", "cpu_seconds", "psnr", "psnr_lost"} - {"sha256", "payload"}
+"""Columns of numbers."""
+COLUMN_KINDS = dict.fromkeys(("name", "sha256", "payload"), {str}) | {
+    name: {int} if name in (*PLACE, "stored") else {int, float, type(None)} for name in NUMBERS
+}
+"""Types of the values in columns that readers compute with."""
+
+
 @dataclass(frozen=True)
 class PublishedFile:
     """A file of a published library, which never changes."""
@@ -74,8 +84,7 @@ class PublishedFile:
             isinstance(entry, dict)
             and isinstance(entry.get("file"), str)
             and NAME.fullmatch(entry["file"])
-            and type(entry.get("bytes")) is int
-            and entry["bytes"] >= 0
+            and _within(entry.get("bytes"), 0, MOST)
             and isinstance(entry.get("sha256"), str)
             and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
         )
@@ -99,16 +108,16 @@ def check_description(content: Any, where: str) -> dict[str, Any]:
     damaged = UserError(f"{where}: damaged. Publish the library again.")
     if not isinstance(content.get("library"), dict) or not isinstance(content.get("config"), str):
         raise damaged
-    psnr, kinds = content.get("psnr"), (int, float, type(None))
-    if type(content.get("bytes")) is not int or not isinstance(psnr, kinds):
-        raise damaged
-    scenes, sizes = content.get("scenes"), {name: content.get(name) for name in ("page_size", "thumbnail")}
+    psnr = content.get("psnr")
+    numbers = (("scenes", 0, MOST), ("bytes", 0, MOST), ("page_size", 1, 10_000), ("thumbnail", 1, MOST_CELL))
+    known = psnr is None or (type(psnr) in (int, float) and abs(psnr) < MOST)
     if (
-        type(scenes) is not int
-        or scenes < 0
-        or not all(type(size) is int and 0 < size <= 10_000 for size in sizes.values())
+        "psnr" not in content
+        or not known
+        or not all(_within(content.get(name), *ends) for name, *ends in numbers)
     ):
         raise damaged
+    scenes = content["scenes"]
     found = dict(content)
     for name in LISTS:
         if not isinstance(content.get(name), list):
@@ -116,10 +125,35 @@ def check_description(content: Any, where: str) -> dict[str, Any]:
         found[name] = [PublishedFile.read(entry, where) for entry in content[name]]
     for name in MODELS:
         found[name] = PublishedFile.read(content.get(name), where)
-    pages, buckets = math.ceil(scenes / content["page_size"]), len(found["names"])
-    if len(found["pages"]) != pages or len(found["weights"]) not in (0, pages) or buckets & (buckets - 1):
+    pages, buckets = -(-scenes // content["page_size"]), len(found["names"])
+    if (
+        len(found["pages"]) != pages
+        or len(found["weights"]) not in (0, pages)
+        or not buckets
+        or buckets & (buckets - 1)
+    ):
         raise damaged
     return found
+
+
+def _within(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def check_page(page: Any, count: int | None = None) -> None:
+    """Raises a ValueError if a page lacks a column, if a column has other than `count` values (None: as many
+    as there are names), or if values are of another kind. Metadata are checked by `scene_info`."""
+    if not isinstance(page, dict) or not isinstance(page.get("name"), list):
+        raise ValueError("it holds no names")
+    count = len(page["name"]) if count is None else count
+    for column in (*PLACE, *INFO):
+        values = page.get(column)
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError(f"it has no {count} values of {column}")
+        if set(map(type, values)) - COLUMN_KINDS.get(column, set(map(type, values))):
+            raise ValueError(f"a value of {column} is none")
+        if column in NUMBERS and max((abs(value) for value in values if value is not None), default=0) > MOST:
+            raise ValueError(f"a value of {column} is too large")
 
 
 def files_of(description: dict[str, Any]) -> list[PublishedFile]:
@@ -141,7 +175,7 @@ def bucket_of(name: str, buckets: int) -> int:
     Source: Fowler, Noll, Vo; RFC 9923.
     """
     number = 0x811C9DC5
-    for byte in name.encode():
+    for byte in name.encode(errors="surrogatepass"):  # text that is no UTF-8 names no scene
         number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
     return number % buckets
 

@@ -149,7 +149,7 @@ class PublishedLibrary(SceneSource):
     def _rows(self) -> Iterator[tuple[int, str, list]]:
         row = 0
         for page in self.index.pages():
-            for name, *place in zip(page["name"], *(page.get(key, ()) for key in ENTRY)):
+            for name, *place in zip(page["name"], *(page[key] for key in ENTRY), strict=True):
                 yield row, name, place
                 row += 1
 

@@ -80,8 +80,8 @@ class PublishedFiles:
 
     def part(self, file: PublishedFile, begin: int, size: int, sha256: str) -> bytes:
         """Returns a part of a file. Raises a UserError if it is absent or damaged."""
-        if size > MOST_PACK:
-            raise UserError(f"{self.address}/{file.file}: a scene of {size} bytes; no scene has that many.")
+        if file.bytes > MOST_PACK:
+            raise UserError(f"{self.address}/{file.file}: {file.bytes} bytes; no pack has that many.")
         try:
             content = self.files.part(file.file, begin, size, file.bytes)
         except FileNotFoundError:

@@ -16,7 +16,15 @@ from latentscenes.core.reading import reason
 from latentscenes.storage.addresses import address_of, open_files
 from latentscenes.storage.entries import SceneInfo, Totals, scene_info
 from latentscenes.storage.index import Place
-from latentscenes.storage.publication import DESCRIPTION, INFO, SIDE, PublishedFile, bucket_of, unpacked_json
+from latentscenes.storage.publication import (
+    DESCRIPTION,
+    INFO,
+    SIDE,
+    PublishedFile,
+    bucket_of,
+    check_page,
+    unpacked_json,
+)
 from latentscenes.storage.published_files import PublishedFiles
 
 FEW = 16
@@ -88,11 +96,10 @@ class PublishedIndex:
     def _read_page(self, number: int) -> dict[str, list]:
         file = self.about["pages"][number]
         page, count = self._json(file), self._count(number)
-        for column in ("pack", "payload", *INFO):
-            if not isinstance(page.get(column), list) or len(page[column]) != count:
-                raise self._damage(file, f"it has no {count} values of {column}")
-        if not all(isinstance(name, str) for name in page["name"]):
-            raise self._damage(file, "a name is no text")
+        try:
+            check_page(page, count)
+        except ValueError as error:
+            raise self._damage(file, reason(error)) from None
         return page
 
     def _read_bucket(self, number: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from latentscenes.storage.publication import (
     bucket_count,
     bucket_of,
     check_description,
+    check_page,
     files_of,
     packed,
     unpacked_json,
@@ -170,7 +171,10 @@ class _Publication:
             content = self.target.read(file.file)
             if content is None or PublishedFile.of("index", content) != file:
                 continue
-            page = unpacked_json(content)
+            try:
+                check_page(page := unpacked_json(content))
+            except ValueError:
+                continue
             for pack, offset, size, sha256, payload, *picture in zip(
                 *(page[column] for column in PLACE), strict=True
             ):
@@ -294,11 +298,24 @@ class _Publication:
         kept = {file.file for file in (*files_of(description), *files_of(self._old or {}))}
         plain = json.loads(json.dumps(description, default=asdict))
         sealed = plain | {CHECKSUM: object_checksum(plain)}
-        self._put(DESCRIPTION, json.dumps(sealed, indent=1).encode())
+        text = json.dumps(sealed, indent=1).encode()
+        self._put(DESCRIPTION, text)
+        self._refuse_another(text, description)
         outdated = sorted(self._present.keys() - kept)
         for name in outdated:
             self.target.remove(name)
         return Published(description["scenes"], self._files, self._bytes, len(outdated))
+
+    def _refuse_another(self, text: bytes, description: dict[str, Any]) -> None:
+        """Deletes nothing if another process published there meanwhile, which buckets do not prevent."""
+        sizes = self.target.sizes()
+        lost = next((file.file for file in files_of(description) if sizes.get(file.file) != file.bytes), None)
+        if lost or self.target.read(DESCRIPTION) != text:
+            what = f"{lost} is absent" if lost else f"its {DESCRIPTION} is another one"
+            raise UserError(
+                f"{self.target.address}: another process published there meanwhile ({what}). Wait for it; "
+                "then run this again."
+            )
 
 
 def _key(checksum: str) -> bytes:
