@@ -93,6 +93,22 @@ def test_a_bucket_reads_as_the_library(library, out, tmp_path):
         )
 
 
+def test_an_s3_address_reads_through_obstore(library, out, tmp_path, monkeypatch):
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    (tmp_path / "bucket").mkdir()
+    out.rename(tmp_path / "bucket" / "cars")
+    with serving(tmp_path) as server:
+        settings = {"ENDPOINT": server.address, "ALLOW_HTTP": "true", "SKIP_SIGNATURE": "true", "REGION": "x"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        opened = latentscenes.open_library("s3://bucket/cars", device="cpu")
+        ours = latentscenes.Library(library)
+        assert np.array_equal(rendered(opened, "a chair").rgb, rendered(ours, "a chair").rgb)
+        assert [path.split("/")[3] for path, part in server.asked if part] == ["packs"]
+        with pytest.raises(UserError, match="s3://bucket/sofas: no published library here"):
+            latentscenes.open_library("s3://bucket/sofas", device="cpu")
+
+
 def test_a_scene_is_one_request_and_the_rest_is_cached(out):
     with serving(out) as server:
         opened = latentscenes.open_library(server.address, device="cpu")
