@@ -6,9 +6,11 @@ import http.server
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from PIL import Image
@@ -66,9 +68,13 @@ def random_scene(model: Model, seed: int, box: Sequence[float] = ()) -> ScenePar
 
 
 def library_of(
-    path: Path, model: Model, scenes: dict[str, SceneParameters], precision: StoragePrecision = "int8"
+    path: Path,
+    model: Model,
+    scenes: dict[str, SceneParameters],
+    precision: StoragePrecision = "int8",
+    tags: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> LibraryFolder:
-    """Writes a library of these scenes, all with a green thumbnail."""
+    """Writes a library of these scenes, all with a green thumbnail, and with tags by name."""
     png = io.BytesIO()
     Image.new("RGBA", (40, 30), (10, 200, 30, 255)).save(png, "PNG")
     known = []
@@ -76,6 +82,7 @@ def library_of(
         info = SceneInfo(
             name=name, dataset=None, split=None, source=name, precision=precision, bytes=1, origin="exploit",
             added=now(), seconds=None, cpu_seconds=None, psnr=None, psnr_lost=None,
+            tags=tags.get(name, {}),
         )  # fmt: skip
         known.append(NewScene(info, pack(rows, precision), png.getvalue()))
     info = LibraryInfo(BOX, VIEW, precision, "run", 1.0, 1)
@@ -132,10 +139,11 @@ class Site:
 
 
 @contextlib.contextmanager
-def served(folder: Path, ranges: bool = True) -> Iterator[Site]:
-    """Serves a folder, and the modules below /web, on 127.0.0.1."""
+def served(folder: Path, ranges: bool = True, modules: bool = True) -> Iterator[Site]:
+    """Serves a folder on 127.0.0.1, and the modules below /web, if they are not in it already."""
     folder.mkdir(exist_ok=True)
-    (folder / "web").symlink_to(MODULES)
+    if modules:
+        (folder / "web").symlink_to(MODULES)
     handler = functools.partial(Files, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.ranges = ranges

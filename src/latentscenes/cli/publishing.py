@@ -12,12 +12,14 @@ Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
 
 
-def library_publish(library: Folder, out: str) -> None:
+def library_publish(library: Folder, out: str, site: bool = False, title: str | None = None) -> None:
     """Write a library as static files that any web server or bucket can serve; later calls add what is new.
 
     Args:
         library: its folder.
         out: folder, or s3://BUCKET/PATH or gs://BUCKET/PATH (need the cloud extra).
+        site: also write a gallery, index.html, which shows and searches the library in browsers.
+        title: title of the gallery; unset: the library's name.
     """
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.addresses import address_of
@@ -27,11 +29,21 @@ def library_publish(library: Folder, out: str) -> None:
 
     if address := address_of(library):
         raise UserError(f"{address}: published already. Name the folder of a library.")
-    done = publish(LibraryFolder.open(library), open_target(out))
+    if title is not None and not site:
+        raise UserError("--title: only with --site.")
+    target = open_target(out)
+    if site:
+        from latentscenes.export.site import check_site, write_site
+
+        check_site(target)
+    done = publish(LibraryFolder.open(library), target)
     say(
         f"{out}: {done.scenes} scenes; {done.files} files written ({bytes_text(done.bytes)}), "
         f"{done.removed} outdated ones removed."
     )
+    if site:
+        written = write_site(target, title or library.resolve().name)
+        say(f"{out}/index.html: the gallery; {written} of its files written.")
 
 
 def library_push(

@@ -17,6 +17,8 @@ FOREVER = "public, max-age=31536000, immutable"
 """How long servers and browsers may keep files that never change."""
 TYPES = {
     ".json": "application/json", ".gz": "application/gzip", ".webp": "image/webp",
+    ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
 }  # fmt: skip
 """Media types of files by ending; of others, bytes."""
 
@@ -178,7 +180,7 @@ class BucketTarget(Target):
         import obstore
 
         kind = TYPES.get(Path(name).suffix, "application/octet-stream")
-        keep = "no-cache" if name == DESCRIPTION else FOREVER
+        keep = FOREVER if NAME.fullmatch(name) else "no-cache"
         with self._asking(f"{self.address}/{name}"):
             attributes = {"Content-Type": kind, "Cache-Control": keep}
             try:

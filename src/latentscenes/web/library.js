@@ -8,7 +8,7 @@ export const FORMAT = "latentscenes published 1";
 const MEBIBYTE = 1 << 20;
 /** The most bytes that are read of each kind of file, and that its JSON may inflate to. */
 const MOST = {description: 16 * MEBIBYTE, json: 16 * MEBIBYTE, inflated: 64 * MEBIBYTE, model: 512 * MEBIBYTE,
-              scene: 64 * MEBIBYTE, atlas: 16 * MEBIBYTE};
+              scene: 64 * MEBIBYTE, atlas: 16 * MEBIBYTE, weights: 64 * MEBIBYTE};
 const PATH = /^[a-z]+\/(?:[0-9a-f]{2}\/)?[0-9a-f]{32}\.[a-z0-9.]+$/;
 /** Least and largest values of numbers in `render`. */
 const RANGES = {resolution: [1, 512], micro: [0, 128], macro: [0, 128], bases: [0, 10000], hidden: [1, 256],
@@ -63,14 +63,29 @@ export class PublishedLibrary {
   }
 
   /** Returns the tensors of the scene at a place. */
-  async tensors({pack, offset, bytes, sha256}) {
+  async tensors(place) {
+    const file = await this.file(place);
+    return parseTensors(file, this.description.packs[place.pack].file);
+  }
+
+  /** Returns the safetensors file of the scene at a place. */
+  async file({pack, offset, bytes, sha256}) {
     const entry = this.description.packs[isCount(pack) ? pack : -1];
     if (!entry || !isCount(offset) || !isCount(bytes) || offset + bytes > entry.bytes || bytes > MOST.scene) {
       throw new Unreadable("the index names a place that no pack has. The library must be published again.");
     }
     const found = await this.source.part(entry.file, offset, bytes);
     await verify(found, sha256, entry.file);
-    return parseTensors(found, entry.file);
+    return found;
+  }
+
+  /** Returns the weights over the base planes of a page's scenes, one scene after another; null without any. */
+  async weights(page) {
+    const entry = this.description.weights[page], {bases} = this.render;
+    if (!entry || !bases) return null;
+    const found = await this.source.whole(entry.file, MOST.weights, entry.bytes);
+    if (found.length % (4 * bases)) throw new Unreadable(`${entry.file}: no weights over ${bases} base planes.`);
+    return new Float32Array(found.slice().buffer);
   }
 
   /** Returns the tensors of the shared model; read once. */
@@ -85,11 +100,17 @@ export class PublishedLibrary {
 
   /** Returns the thumbnail at a place of the index as an ImageBitmap; null without one. */
   async thumbnail({atlas, cell}) {
-    const entry = this.description.atlases[isCount(atlas) ? atlas : -1];
-    if (!entry || !isCount(cell) || cell > 99) return null;
-    const bytes = await this.#once(entry.file, () => this.source.whole(entry.file, MOST.atlas, entry.bytes));
+    if (!isCount(cell) || cell > 99) return null;
+    const bytes = await this.atlas(atlas);
+    if (!bytes) return null;
     const side = this.description.thumbnail, [x, y] = [cell % 10, Math.floor(cell / 10)];
     return createImageBitmap(new Blob([bytes], {type: "image/webp"}), x * side, y * side, side, side);
+  }
+
+  /** Returns a file of thumbnails (WebP); null if there is none of that number. */
+  async atlas(number) {
+    const entry = this.description.atlases[isCount(number) ? number : -1];
+    return entry ? this.#once(entry.file, () => this.source.whole(entry.file, MOST.atlas, entry.bytes)) : null;
   }
 
   #json(entry) {
@@ -139,7 +160,7 @@ function checked(description) {
   const require = (holds, problem) => { if (!holds) throw new Unreadable(`published.json: ${problem}.`); };
   const isFile = entry => typeof entry?.file === "string" && PATH.test(entry.file) && isCount(entry.bytes);
   require(description?.format === FORMAT, "no published library of the format that this page reads");
-  for (const key of ["packs", "pages", "names", "atlases"]) {
+  for (const key of ["packs", "pages", "weights", "names", "atlases"]) {
     require(Array.isArray(description[key]) && description[key].every(isFile), `${key} is no list of files`);
   }
   const count = description.names.length;
