@@ -128,7 +128,18 @@ async function showList(parameters, mine) {
   const found = current.found.slice(from, from + SCREEN), total = current.found.length;
   showScreen(body, parameters, from, found, total > from + SCREEN);
   if (!total) say("No object has these words and tags.");
-  else say(range(from, found.length, current.done ? number(total) : `at least ${number(total)}`));
+  else say(range(from, found.length, current.done ? number(total) : counted(text, tags) ?? `at least ${number(total)}`));
+}
+
+/** How many objects have a single tag, as published.json counts them; null for other searches. */
+function counted(text, tags) {
+  if (text.trim() || tags.length !== 1) return null;
+  for (const [key, values] of Object.entries(library.description.tags ?? {})) {
+    for (const [value, count] of Object.entries(values ?? {})) {
+      if (`${key}=${value}` === tags[0] && Number.isFinite(count)) return number(count);
+    }
+  }
+  return null;
 }
 
 function range(from, count, total) {
