@@ -37,13 +37,14 @@ def test_a_library_is_pushed_again_and_pulled(solids, tmp_path):
             assert done.returncode == 0, done.stderr
         sizes = [len(commit) for commit in hub.commits[2:]]
         assert sizes == [5, 1, 1, 3]  # new files, description; description, outdated page, weights and bucket
+        hub.files["notes/large.bin"] = b"of somebody else"
         done = call("pull", "maker/cars", tmp_path / "pulled")
         assert done.returncode == 0 and "5 scenes copied" in done.stderr + done.stdout, done.stderr
         pulled = LibraryFolder.open(tmp_path / "pulled")
         ours, theirs = (
             {name: place.checksum for name, place in one.index.places().items()} for one in (library, pulled)
         )
-        assert ours == theirs
+        assert ours == theirs and not list((tmp_path / "home").rglob("large.bin"))
         done = call("pull", "maker/planes", tmp_path / "planes")
         assert done.returncode == 2 and "the hub refuses" in done.stderr and "Traceback" not in done.stderr
         hub.files.clear()

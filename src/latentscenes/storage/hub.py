@@ -12,7 +12,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.reading import MOST_TEXT, read_bytes, reason
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.maintenance import export
-from latentscenes.storage.publication import DESCRIPTION, NAME
+from latentscenes.storage.publication import DESCRIPTION, ENDINGS, NAME
 from latentscenes.storage.published import PublishedLibrary
 from latentscenes.storage.publishing import Published, publish
 from latentscenes.storage.targets import Target
@@ -22,6 +22,8 @@ COMMIT_BYTES, COMMIT_FILES = 256 << 20, 500
 """Most bytes and files of a commit."""
 BESIDE = {".gitattributes", "README.md"}
 """Files of a repository in which nothing is published yet."""
+WANTED = [DESCRIPTION, *(f"{folder}/*{ending}" for folder, ending in ENDINGS.items())]
+"""Files that are copied from a repository; what else lies there stays there."""
 
 
 class HubTarget(Target):
@@ -98,7 +100,7 @@ def pull(repository: str, kind: RepositoryKind, out: Path) -> int:
     """
     with _asking(f"hub repository {repository}"):
         folder = _hub().snapshot_download(
-            repository, repo_type=kind, ignore_patterns=["model/*.web.safetensors"]
+            repository, repo_type=kind, allow_patterns=WANTED, ignore_patterns=["model/*.web.safetensors"]
         )
     library = PublishedLibrary.open(folder)
     return export(library, library.index.names(), out)
