@@ -43,6 +43,7 @@ def train(
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Stage 1: learn a codec, base planes and the training scenes. The same command continues a stopped run.
+    Several processes, also of several machines, share the work if torchrun starts them.
 
     Args:
         data: dataset made by `latentscenes data`.
@@ -58,13 +59,15 @@ def train(
         _settings(config, overrides, print_config)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
+    from latentscenes.training.distributed import joined
     from latentscenes.training.loop import train as run_training
 
     views = PosedImages.open(data)
     settings = _settings(config, overrides, print_config, size=max(views.size))
-    run = run_training(settings, views, out, split=split, limit=limit, device=device, track=track)
-    learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
-    say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
+    with joined(device) as (team, own):
+        run = run_training(settings, views, out, split=split, limit=limit, device=own, track=track, team=team)
+        learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
+        say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
 
 
 def exploit(

@@ -10,12 +10,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from latentscenes.core.console import console
 from latentscenes.core.errors import Interrupted, UserError
@@ -60,6 +62,30 @@ def seeded(device: torch.device | str, *key: int | str) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class PartOfNumbers:
+    """A source of random numbers for some scenes of a batch: those that `generator` gives these scenes when
+    it draws for the whole batch of `count` scenes."""
+
+    generator: torch.Generator
+    places: list[int]
+    count: int
+
+
+Numbers = torch.Generator | PartOfNumbers
+
+
+def uniform(numbers: Numbers, *shape: int, axis: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Draws from [0, 1). `axis` is the one along which scenes lie, equally many entries for each."""
+    if isinstance(numbers, torch.Generator):
+        return torch.rand(*shape, generator=numbers, device=device)
+    each = shape[axis] // len(numbers.places)
+    whole = (*shape[:axis], each * numbers.count, *shape[axis + 1 :])
+    drawn = torch.rand(*whole, generator=numbers.generator, device=device)
+    chosen = torch.tensor(numbers.places, device=drawn.device)
+    return drawn.unflatten(axis, (numbers.count, each)).index_select(axis, chosen).flatten(axis, axis + 1)
 
 
 class StopFlag:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latentscenes.core.cameras import Box, Cameras, box_sizes
 from latentscenes.core.config import CodecConfig, Config
 from latentscenes.core.errors import UserError
+from latentscenes.core.runtime import Numbers, uniform
 from latentscenes.model.codec import Codec
 from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
@@ -148,7 +149,7 @@ class Model(nn.Module):
         planes: FusedPlanes,
         cameras: Cameras,
         background: Float[Tensor, "c h w"],
-        generator: torch.Generator | None = None,
+        generator: Numbers | None = None,
         pixels: Int[Tensor, "v p"] | None = None,
         behind: Float[Tensor, "v p c"] | None = None,
         free_rays: bool = False,
@@ -170,7 +171,7 @@ class Model(nn.Module):
         def numbers(count: int) -> Tensor:
             if generator is None:
                 return torch.full((*shape, count), 0.5, device=self.device)
-            return torch.rand(*shape, count, generator=generator, device=self.device)
+            return uniform(generator, *shape, count, device=self.device)
 
         rendered = render_rays(
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),

@@ -62,6 +62,10 @@ class SceneParameters:
             }
         )
 
+    def rows(self, index: Int[Tensor, "s"]) -> "SceneParameters":
+        """Copies the rows at `index`."""
+        return SceneParameters(**{name: table[index].clone() for name, table in self.tables().items()})
+
     def one_by_one(self) -> "Iterator[SceneParameters]":
         """Yields each scene alone (n = 1)."""
         return (self.gather(torch.tensor([row])) for row in range(len(self)))

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,6 +62,12 @@ from latentscenes.storage.tensors import fill_model, holds_boxes, read_tensors, 
 KEPT = 2
 """Number of checkpoints that are kept."""
 SETTINGS = "config.yaml"
+Part = Callable[[str, Tensor], Tensor]
+
+
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """The part of a tensor that is restored where one process holds all."""
+    return tensor
 
 
 @dataclass
@@ -260,15 +267,16 @@ class Run:
         if problem:
             raise problem
 
-    def restore(self, model: Model, rows: SceneParameters) -> None:
-        """Copies the newest intact checkpoint, if any, into the given model and parameters. Says which newer
-        ones are damaged, and puts them aside. Raises a UserError if all are damaged."""
+    def restore(self, model: Model, rows: SceneParameters, part: Part = whole) -> None:
+        """Copies the newest intact checkpoint, if any, into the given model and parameters; `part` gives
+        the part of a tensor that they hold. Says which newer ones are damaged, and puts them aside. Raises a
+        UserError if all are damaged."""
         for checkpoint in self._checkpoints():
             try:
                 self._check(checkpoint)
                 position = self.position
                 fill_model(model, checkpoint / "shared.safetensors", self._remedy())
-                self._fill(rows.tables(), checkpoint / "rows.safetensors")
+                self._fill(rows.tables(), checkpoint / "rows.safetensors", part)
                 break
             except Damaged as error:
                 if self.files or checkpoint == self._checkpoints()[-1]:
@@ -280,12 +288,12 @@ class Run:
         if self.files:
             self.files.go_back(position.total)
 
-    def restore_state(self, state: dict[str, Tensor]) -> None:
+    def restore_state(self, state: dict[str, Tensor], part: Part = whole) -> None:
         """Copies the state of a stage, such as the optimizers' moments, from the newest checkpoint."""
-        self._fill(state, self.newest() / "optimizer.safetensors")
+        self._fill(state, self.newest() / "optimizer.safetensors", part)
 
-    def _fill(self, tensors: dict[str, Tensor], file: Path) -> None:
-        saved = read_tensors(file, self._remedy())
+    def _fill(self, tensors: dict[str, Tensor], file: Path, part: Part) -> None:
+        saved = {name: part(name, tensor) for name, tensor in read_tensors(file, self._remedy()).items()}
         for name, tensor in self._unfiled(tensors).items():
             if name not in saved and not tensor.numel():
                 continue  # a table that earlier versions did not have, and that is unused

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Cameras, box_corners
 from latentscenes.core.config import StageConfig
-from latentscenes.core.runtime import machine_memory, seeded
+from latentscenes.core.runtime import Numbers, PartOfNumbers, machine_memory, seeded, uniform
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.codec import COLORS
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
+from latentscenes.training.distributed import ALONE, Team
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
 ENCODE_CHUNK = 32
@@ -26,11 +27,13 @@ ENCODE_CHUNK = 32
 
 @dataclass(frozen=True)
 class TrainingScenes:
-    """n scenes to learn. Row k of the parameters belongs to `entries[k]` of the dataset `images`."""
+    """Scenes to learn. Row k of the parameters belongs to the k-th of the scenes in `entries`, of the dataset
+    `images`, that this process of a team owns: usually to `entries[k]`."""
 
     parameters: SceneParameters
     images: PosedImages
     entries: Sequence[Scene]
+    team: Team = ALONE
 
 
 class BatchSource:
@@ -42,12 +45,14 @@ class BatchSource:
         boxes = scenes.parameters.box
         self._corners = box_corners(boxes) if boxes.numel() else model.box.corners().expand(len(boxes), 8, 3)
         self.model, self.images, self.stage, self.seed = model, images, stage, seed
+        self.team = scenes.team
         self.device, self.scratch = model.device, scratch
         self.fitted = [torch.tensor(scene.views("fit")) for scene in scenes.entries]
-        every = torch.cat(self.fitted)
-        self._slot = torch.full((len(images.rgb),), -1)  # rank of each fitted view among all fitted views
-        self._slot[every] = torch.arange(len(every))
-        self.focus = ErrorGuidedSampling(len(every), stage.focus, self.device) if stage.focus else None
+        owned = self.team.owned(len(self.fitted)).tolist()
+        self._own = torch.cat([self.fitted[scene] for scene in owned])
+        self._slot = torch.full((len(images.rgb),), -1)  # rank of each fitted view of own scenes among them
+        self._slot[self._own] = torch.arange(len(self._own))
+        self.focus = ErrorGuidedSampling(len(self._own), stage.focus, self.device) if stage.focus else None
         self.images_needed = needs_images(stage.losses) or stage.losses.color and not stage.rays
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         only_latents = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
@@ -78,16 +83,24 @@ class BatchSource:
     def _encoded(self, index: Int[Tensor, "n"]) -> Tensor:
         return self.model.codec.encode(self._images(index))
 
+    def numbers(self, purpose: str, step: int, device: torch.device | str = "cpu") -> Numbers:
+        """Returns the random numbers of a step, for the scenes that this process owns."""
+        generator = seeded(device, self.seed, self.stage.name, purpose, step)
+        if self.team.count == 1:
+            return generator
+        scenes, _ = self._at(step)
+        return PartOfNumbers(generator, self.team.places(scenes), len(scenes))
+
     def _settle(self, chunks: Iterable[Tensor]) -> None:
         """Sets the normalizer's statistics from views. Once is enough for a frozen codec."""
         for chunk in chunks:
             self.model.normalizer.update(self._encoded(chunk))
 
     def _cache(self) -> None:
-        index = torch.cat(self.fitted)
-        chunks = index.split(ENCODE_CHUNK)
         if self.model.normalizer.untouched:
-            self._settle(chunks)
+            self._settle(torch.cat(self.fitted).split(ENCODE_CHUNK))
+        index = self._own
+        chunks = index.split(ENCODE_CHUNK)
         background = self.model.background(*self.images.size)
         self._latents = self._allocate(len(index), background[0].numel(), len(background))
         for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
@@ -124,14 +137,23 @@ class BatchSource:
                 batches.append((group, [chunked[scene][turn] for scene in group]))
         return batches
 
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of a step (0 = first of the stage)."""
-        # Scenes and views
+    def _at(self, step: int) -> tuple[list[int], list[Tensor]]:
+        """Returns the scenes of a step, and the views of each."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
-        scenes, chunks = self._epoch[1][place]
-        index = torch.cat(chunks)
+        return self._epoch[1][place]
+
+    def batch(self, step: int) -> Batch | None:
+        """Returns the batch of a step (0 = first of the stage): its scenes that this process owns. None if it
+        owns none of them."""
+        # Scenes and views
+        whole, chunks = self._at(step)
+        places = self.team.places(whole)
+        if not places:
+            return None
+        scenes = [self.team.row(whole[place]) for place in places]
+        index = torch.cat([chunks[place] for place in places])
         background = self._background
         if background is None:
             background = self.model.background(*self._size)
@@ -164,7 +186,7 @@ class BatchSource:
                 latents = latents + change
         return Batch(
             torch.tensor(scenes), cameras, background, images, latents, pixels, grid, colors, views, cells,
-            behind,
+            behind, share=len(scenes) / len(whole),
         )  # fmt: skip
 
     def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:
@@ -178,11 +200,11 @@ class BatchSource:
         """Draws pixels of each view from the rectangle with these edges (see `window`), or from the whole
         view if rays do not end at the box. With error-guided sampling, also returns their cells."""
         height, width = size
-        generator = seeded("cpu", self.seed, self.stage.name, "rays", step)
+        generator = self.numbers("rays", step)
         count = min(self.stage.rays, height * width)
-        x, y, cells = *torch.rand(2, len(views), count, generator=generator).to(self.device), None
+        x, y, cells = *uniform(generator, 2, len(views), count, axis=1).to(self.device), None
         if self.focus:
-            u = torch.rand(len(views), count, generator=generator).to(self.device)
+            u = uniform(generator, len(views), count).to(self.device)
             x, y, cells = self.focus.draw(views, x, y, u)
         if self.model.config.render.near is not None:
             return (y * height).long() * width + (x * width).long(), cells
@@ -195,10 +217,10 @@ class BatchSource:
         """Draws a square of each view inside the rectangle with these edges (see `window`), or over it where
         that is smaller. Returns its pixels, their cells with error-guided sampling, its rows and columns."""
         height, width = size
-        generator = seeded("cpu", self.seed, self.stage.name, "crops", step)
-        x, y = torch.rand(2, len(views), 1, generator=generator).to(self.device)
+        generator = self.numbers("crops", step)
+        x, y = uniform(generator, 2, len(views), 1, axis=1).to(self.device)
         if self.focus:
-            u = torch.rand(len(views), 1, generator=generator).to(self.device)
+            u = uniform(generator, len(views), 1).to(self.device)
             x, y, _ = self.focus.draw(views, x, y, u)
         grid = (min(self.stage.crop, height), min(self.stage.crop, width))
         left, right, top, bottom = edges[..., None].unbind(1)
@@ -249,11 +271,11 @@ class BatchSource:
 
         Stored images are over white: c + (1 − α). So the background can be replaced.
         """
-        generator = seeded("cpu", self.seed, self.stage.name, "behind", step)
+        generator = self.numbers("behind", step)
         behind = background.flatten(1).t()[pixels]
         white = behind[..., :COLORS]
-        colors = 2 * torch.rand(white.shape, generator=generator).to(self.device) - 1
-        chosen = torch.rand(pixels.shape, generator=generator).to(self.device) < self.stage.random_background
+        colors = 2 * uniform(generator, *white.shape).to(self.device) - 1
+        chosen = uniform(generator, *pixels.shape).to(self.device) < self.stage.random_background
         seen = torch.where(chosen[..., None], colors, white)
         clear = 1 - self.images.pixel_alpha(index, pixels.cpu()).to(self.device).float()[..., None] / 255
         return torch.cat([seen, behind[..., COLORS:]], -1), clear * (seen - white)

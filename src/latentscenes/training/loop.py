@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import Config, StageConfig, TrackerKind
+from latentscenes.core.config import Config, LossWeights, StageConfig, TrackerKind
 from latentscenes.core.console import Spent, StageProgress
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.runtime import StopFlag, machine_memory, seeded
+from latentscenes.core.runtime import Numbers, StopFlag, machine_memory
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.convolutional import ConvolutionalCodec
 from latentscenes.model.model import Model
@@ -29,12 +30,14 @@ from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource, TrainingScenes
 from latentscenes.training.corrections import Corrected, ViewCorrections, corrects, view_ranges
+from latentscenes.training.distributed import ALONE, Shares, Team, refuse_alone
 from latentscenes.training.losses import Batch, needs_render, terms, total
 from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
 SAVE_SECONDS = 60.0
 """Time between checkpoints. A crash loses at most this much work and nothing of the result."""
 LOG_EVERY = 10
+LOSSES = [entry.name for entry in fields(LossWeights)]
 COMPONENT_VIEWS = 256
 """Images from which our own codec computes its principal components."""
 
@@ -48,9 +51,10 @@ def train(
     limit: int | None = None,
     device: torch.device,
     track: TrackerKind = "none",
+    team: Team = ALONE,
 ) -> Run:
     """Learns the shared parts and the scenes of a split from scratch, in the run folder `out`. Continues a
-    run that was begun there.
+    run that was begun there. All processes of a team make the same call.
 
     Raises:
         UserError: the configuration has no stages, or `out` holds another run.
@@ -62,15 +66,22 @@ def train(
     half = config.render.half_side
     box = images.box if half is None else Box(images.box.center, (half, half, half))
     info = RunInfo("train", str(images.path.resolve()), split, [scene.name for scene in scenes], box)
+    refuse_alone(config, len(scenes), team)
+    if not team.first:
+        team.wait()  # until the first has made the folder
     run = Run.create(out, config, info)
+    if team.first:
+        team.wait()
     model = Model(config, box).to(device)
     if isinstance(model.codec, ConvolutionalCodec) and not config.codec.path and run.newest() is None:
         model.codec.fit_components(_sample(images, scenes).to(device))
-    tracker = Tracker(track, run.path, {"seed": config.seed})
+    tracker = Tracker(track if team.first else "none", run.path, {"seed": config.seed})
     rows = run.begin_parameters(device)
     if images.has_boxes and half is None:
         rows.box = images.boxes(scenes).to(rows.weights.device)
-    Trainer(run, model, TrainingScenes(rows, images, scenes), tracker).fit(config.train)
+    if team.count > 1:
+        rows = rows.rows(team.owned(len(scenes)))
+    Trainer(run, model, TrainingScenes(rows, images, scenes, team), tracker).fit(config.train)
     tracker.close()
     return run
 
@@ -94,7 +105,8 @@ class Trainer:
         label: str = "",
     ):
         """With a `label`, the progress bar shows it and disappears at the end, for one of many runs."""
-        self.run, self.model, self.scenes = run, model, scenes
+        self.run, self.model, self.scenes, self.team = run, model, scenes, scenes.team
+        self.shares = Shares.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
         self.tracker = tracker or Tracker("none", run.path, {})
         self.label = label
         self.corrections: ViewCorrections | None = None
@@ -107,21 +119,31 @@ class Trainer:
             UserError: another process works on the run, or a loss is no longer finite.
             Interrupted: a signal asked to stop. Everything is saved.
         """
-        self.run.lock()
+        if self.team.first:
+            self.run.lock()
         try:
-            self.run.restore(self.model, self.scenes.parameters)
+            self._restore()
             position = self.run.position
             if corrects(stages):
                 views = view_ranges(self.scenes.entries)
                 self.corrections = ViewCorrections.none(views, self._boxes(), stages)
                 if position.total:
                     self.run.restore_state(self.corrections.state())
-            self.run.cut_metrics(position.total)
+            if self.team.first:
+                self.run.cut_metrics(position.total)
             with StopFlag() as stopped:
                 while position.stage < len(stages):
                     self._fit_stage(stages, position, stopped)
         finally:
             self.run.unlock()
+
+    def _restore(self) -> None:
+        if not self.team.first:
+            self.team.wait()  # until the first has put damaged checkpoints aside
+        self.run.restore(self.model, self.scenes.parameters, self.shares.of)
+        if self.team.first:
+            self.team.wait()
+        self.team.align(self.model)
 
     def _boxes(self) -> Float[Tensor, "n 6"]:
         """Returns center and half sides of each scene's box."""
@@ -134,12 +156,14 @@ class Trainer:
         begun, saved = Spent.so_far(), time.monotonic()
 
         # Optimizers and batches, restored
-        learner = StageLearner(model, self.scenes.parameters, stage, run.files, self.corrections)
+        learner = StageLearner(
+            model, self.scenes.parameters, stage, run.files, self.corrections, team=self.team
+        )
         source = BatchSource(model, self.scenes, stage, seed, run.path)
         kept = self.corrections.state() if self.corrections else {}
         state = learner.state() | source.state() | kept
         if position.step:
-            run.restore_state(state)
+            run.restore_state(state, self.shares.of)
         elif run.files:
             run.files.clear_moments()
 
@@ -151,22 +175,24 @@ class Trainer:
             while position.step < source.steps:
                 # One step
                 batch = source.batch(position.step)
-                generator = seeded(source.device, seed, stage.name, "step", position.step)
+                numbers = source.numbers("step", position.step, source.device)
                 learner.freeze_by(position.step // source.steps_per_epoch)
                 factor = rate_factor(stage, position.step, source.steps_per_epoch)
-                found, errors = learner.step(batch, factor, generator, position.step / source.steps)
-                source.learn(batch, errors)
+                found, errors = learner.step(batch, factor, numbers, position.step / source.steps)
+                if errors is not None:
+                    source.learn(batch, errors)
                 position.step += 1
                 position.total += 1
 
                 # Log
-                spent = before + (Spent.so_far() - begun)
-                last, stop = position.step == source.steps, bool(stopped)
-                save = stop or time.monotonic() - saved > SAVE_SECONDS
-                logged = position.step % LOG_EVERY == 0 or last
-                values = {name: value.item() for name, value in found.items()} if logged or save else {}
+                due = time.monotonic() - saved > SAVE_SECONDS
+                stop, due, spent = self.team.agreed(bool(stopped), due, Spent.so_far() - begun)
+                spent, save = before + spent, stop or due
+                logged = position.step % LOG_EVERY == 0 or position.step == source.steps
+                share = batch.share if batch else 0.0
+                values = self.team.mean_terms(found, LOSSES, share) if logged or save else {}
                 _refuse_nonfinite(values, stage, position)
-                if logged:
+                if logged and self.team.first:
                     bar.show(position.step, values)
                     where = {"stage": stage.name, "step": position.step, "total": position.total}
                     took = {"seconds": round(spent.wall, 3), "cpu_seconds": spent.cpu and round(spent.cpu, 3)}
@@ -176,13 +202,14 @@ class Trainer:
                 # Save
                 if save:
                     position.spend(stage.name, spent)
-                    run.save(model, self.scenes.parameters, state, position)
+                    self.shares.save(run, model, self.scenes.parameters, state, position)
                     saved = time.monotonic()
                 if stop:
                     raise Interrupted
-            position.spend(stage.name, before + (Spent.so_far() - begun))
+            *_, spent = self.team.agreed(False, False, Spent.so_far() - begun)
+            position.spend(stage.name, before + spent)
         position.stage, position.step = position.stage + 1, 0
-        run.save(model, self.scenes.parameters, kept, position)
+        self.shares.save(run, model, self.scenes.parameters, kept, position)
 
 
 def _refuse_nonfinite(values: dict[str, float], stage: StageConfig, position: Position) -> None:
@@ -198,11 +225,12 @@ class StageLearner:
 
     def __init__(
         self, model: Model, parameters: SceneParameters, stage: StageConfig, files: RowFiles | None = None,
-        corrections: ViewCorrections | None = None, shortcuts: bool = True,
+        corrections: ViewCorrections | None = None, shortcuts: bool = True, team: Team = ALONE,
     ):  # fmt: skip
         """With `shortcuts`, the renderer mixes features, and macro planes that no longer change are computed
         once. Without, planes are composed in full at every step. Results differ only by rounding."""
         self.model, self.parameters, self.stage, self.shortcuts = model, parameters, stage, shortcuts
+        self.team = team
         rates = stage.rates
         self.shared = SharedAdam(model.parts(), rates, stage.beta2)
         own = {"micro": rates.micro, "weights": rates.weights, "bias": rates.weights, "mixing": rates.mixing}
@@ -223,11 +251,15 @@ class StageLearner:
             self.own.freeze("weights", "bias")
 
     def step(
-        self, batch: Batch, factor: float, generator: torch.Generator, progress: float = 0.0
+        self, batch: Batch | None, factor: float, numbers: Numbers, progress: float = 0.0
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Takes one step at `factor` times the stage's learning rates, after a `progress` of the stage in
-        [0, 1), which matters to corrections of views. Returns the objective's unweighted
-        terms and the errors of rays before the step (see `terms`)."""
+        [0, 1), which matters to corrections of views. Without a batch, shared parts learn from what the other
+        processes see. Returns the objective's unweighted terms and the errors of rays before the step (see
+        `terms`)."""
+        if batch is None:
+            self._step_shared(factor)
+            return {}, None
         losses = self.stage.losses
         leaves = planes = None
         if needs_render(losses) or losses.tv:
@@ -235,14 +267,19 @@ class StageLearner:
             planes = self._planes(leaves, batch)
         if self.corrections is not None:
             batch = Corrected(self.corrections, batch, self.stage).batch
-        found, errors = terms(self.model, planes, batch, losses, generator)
-        total(found, losses).backward()
+        found, errors = terms(self.model, planes, batch, losses, numbers)
+        objective = total(found, losses)
+        (objective if batch.share == 1 else batch.share * objective).backward()
         if batch.corrected is not None and (self.stage.rates.colors or self.stage.rates.cameras):
             batch.corrected.learn(batch.scenes, errors, factor, progress)
         if leaves is not None:
             self.own.step(batch.scenes, leaves, factor)
-        self.shared.step(factor)
+        self._step_shared(factor)
         return found, errors
+
+    def _step_shared(self, factor: float) -> None:
+        self.team.sum_gradients(self.shared.parameters())
+        self.shared.step(factor)
 
     def _planes(self, leaves: SceneParameters, batch: Batch) -> FusedPlanes:
         if not self.shortcuts:

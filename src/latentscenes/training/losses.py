@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import LossWeights
+from latentscenes.core.runtime import Numbers, uniform
 from latentscenes.model.codec import COLORS
 from latentscenes.model.model import LatentView, Model
 from latentscenes.rendering.field import FusedPlanes
@@ -59,6 +60,8 @@ class Batch:
     """Latents behind each ray, which `latents` show too. None: those of `background`."""
     corrected: "Corrected | None" = None
     """Corrections of the views, if they have any. The cameras are corrected already."""
+    share: float = 1.0
+    """These views as a part of the step's, if several processes share its scenes."""
 
 
 def needs_images(weights: LossWeights) -> bool:
@@ -70,7 +73,7 @@ def needs_render(weights: LossWeights) -> bool:
 
 
 def terms(
-    model: Model, planes: FusedPlanes | None, batch: Batch, weights: LossWeights, generator: torch.Generator
+    model: Model, planes: FusedPlanes | None, batch: Batch, weights: LossWeights, generator: Numbers
 ) -> tuple[dict[str, Tensor], Float[Tensor, "v p"] | None]:
     """Computes every term that has a weight. Returns unweighted terms by their names in LossWeights, and the
     mean squared error of each ray in the last of the terms latent, color and rgb. Planes may be None if no
@@ -130,7 +133,7 @@ def terms(
     return found, errors if errors is None else errors.detach()
 
 
-def _rendered(model: Model, planes: FusedPlanes, batch: Batch, generator: torch.Generator) -> LatentView:
+def _rendered(model: Model, planes: FusedPlanes, batch: Batch, generator: Numbers) -> LatentView:
     """Renders a batch, with the corrections of its views if they have any."""
     corrected = batch.corrected
     free = corrected is not None and corrected.moves
@@ -180,11 +183,11 @@ def edge_error(a: Float[Tensor, "v 3 H W"], b: Float[Tensor, "v 3 H W"]) -> Floa
 
 
 def transform_alike(
-    latents: Float[Tensor, "v c h w"], images: Float[Tensor, "v 3 H W"], generator: torch.Generator
+    latents: Float[Tensor, "v c h w"], images: Float[Tensor, "v 3 H W"], generator: Numbers
 ) -> tuple[Float[Tensor, "v c h w"], Float[Tensor, "v 3 H W"]]:
     """Applies the same random rotation, zoom (0.75 to 1.33) and mirroring to both. Borders are repeated."""
     count, device = len(images), images.device
-    angle, zoom, mirror = torch.rand(3, count, generator=generator, device=device)
+    angle, zoom, mirror = uniform(generator, 3, count, axis=1, device=device)
     angle, zoom = 2 * math.pi * angle, 0.75 * (4 / 3 / 0.75) ** zoom
     flip = torch.where(mirror < 0.5, -1.0, 1.0)
     affine = torch.zeros(count, 2, 3, device=device)
