@@ -103,8 +103,17 @@ def tab(tmp_path_factory):
     shutil.rmtree(profile, ignore_errors=True)
 
 
+def emptied(tab) -> None:
+    """Leaves the last page and forgets what happened there."""
+    tab.open("about:blank")
+    tab.wait("document.readyState === 'complete' && location.href === 'about:blank'")
+    tab.problems.clear()
+    tab.requests.clear()
+
+
 def drawn(tab, site, kind: str, name: str, cameras) -> np.ndarray:
     """Pictures over white (v, h, w, 3) and opacity (v, h, w) from the browser."""
+    emptied(tab)
     tab.open(f"{site.address}/empty.html")
     tab.wait("document.title === 'empty'")
     values = {
@@ -150,8 +159,7 @@ for (const kind of ["load", "error", "change"]) document.addEventListener(kind, 
 
 def page_of(tab, site, name: str, *elements: str) -> None:
     """Opens a page of elements, each given by its attributes."""
-    tab.problems.clear()
-    tab.requests.clear()
+    emptied(tab)
     body = "".join(f"<latent-scene {attributes}></latent-scene>" for attributes in elements)
     (site.folder / "watch.js").write_text(WATCH)
     (site.folder / "small.css").write_text("latent-scene { width: 120px; float: left; }")
@@ -160,7 +168,7 @@ def page_of(tab, site, name: str, *elements: str) -> None:
         '<script type="module" src="web/latent-scene.js"></script>'
     )
     tab.open(site.page(name, script + body, STRICT))
-    tab.wait(f"document.title === {json.dumps(name)} && window.events !== undefined")
+    tab.wait(f"document.title === {json.dumps(name)} && customElements.get('latent-scene') !== undefined")
 
 
 def shape(tab, number: int) -> str:
@@ -208,6 +216,20 @@ def test_two_elements_share_a_page(tab, site):
     # The model, the pack and the description are read once for both, or by one request each
     files = [request.rpartition("/")[2] for request in tab.requests if "/colors/" in request]
     assert not tab.problems and len([file for file in files if ".web." in file]) == 1
+
+
+def test_objects_come_back_after_the_graphics_processor_was_lost(tab, site):
+    page_of(tab, site, "lost", 'src="colors" scene="one"')
+    tab.wait("events.length")
+    tab.evaluate(
+        "import('/web/stage.js').then(({stage}) => { const {gl} = stage.renderer;"
+        " const extension = gl.getExtension('WEBGL_lose_context'); extension.loseContext();"
+        " document.querySelector('latent-scene').view = {azimuth: 200};"
+        f" window.before = {shape(tab, 0)};"
+        " setTimeout(() => extension.restoreContext(), 300); })"
+    )
+    tab.wait(f"{shape(tab, 0)} !== window.before")
+    assert tab.evaluate("events").pop()[0] == "load" and not tab.problems
 
 
 def test_elements_say_what_is_wrong(tab, site):
@@ -308,8 +330,7 @@ def test_without_webgl_the_thumbnail_stays(tab, site):
 @pytest.mark.parametrize("shared_from", [0, 2.5], ids=["with base planes", "fused"])
 def test_live_page_works_without_a_network(tab, libraries, tmp_path, monkeypatch, shared_from):
     monkeypatch.setattr(live, "SHARED_FROM", shared_from)
-    tab.problems.clear()
-    tab.requests.clear()
+    emptied(tab)
     loaded = SceneSet.open_all(libraries["colors"].path)
     file = tmp_path / "live.html"
     assert write_live_page(file, loaded, ["small", "two <b>"], title="<i>") == file.stat().st_size

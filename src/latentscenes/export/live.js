@@ -4,7 +4,8 @@ let playing = !still;
 modules["latent-scene.js"].provide("inside", new modules["source.js"].InnerSource(files));
 
 function card(scene, large) {
-  const make = kind => document.createElement(kind), figure = make("figure"), stage = make("div"), caption = make("figcaption");
+  const make = kind => document.createElement(kind);
+  const figure = make("figure"), stage = make("div"), caption = make("figcaption");
   const view = make("latent-scene"), name = make("span"), button = make("button");
   stage.className = "stage";
   view.className = "view";
@@ -45,10 +46,15 @@ const filter = document.getElementById("filter"), play = document.getElementById
 filter.hidden = scenes.length < 9;
 filter.addEventListener("input", () => {
   const wanted = filter.value.trim().toLowerCase();
-  for (const {figure, scene} of cards) figure.hidden = !(scene.name + " " + scene.about).toLowerCase().includes(wanted);
+  for (const {figure, scene} of cards) {
+    figure.hidden = !(scene.name + " " + scene.about).toLowerCase().includes(wanted);
+  }
   document.getElementById("none").hidden = cards.some(({figure}) => !figure.hidden);
 });
-function label() { play.textContent = playing ? "Pause" : "Turn"; play.setAttribute("aria-pressed", playing); }
+function label() {
+  play.textContent = playing ? "Pause" : "Turn";
+  play.setAttribute("aria-pressed", playing);
+}
 play.addEventListener("click", () => {
   playing = !playing;
   for (const view of document.querySelectorAll("latent-scene")) view.toggleAttribute("autorotate", playing);

@@ -18,19 +18,20 @@ export function tamed({azimuth, elevation, zoom}) {
 }
 
 /**
- * Returns the camera of a view for pictures of any shape. At zoom 1, the picture holds the box from all sides at
- * this elevation, as large as it fits.
+ * Returns the camera of a view for pictures of any shape. At zoom 1, the picture holds the box from all sides
+ * at this elevation, as large as it fits.
  *
  * typical: the typical camera of the library (`library.view` in published.json).
  */
 export function cameraOf(typical, box, view, width, height) {
-  const camera = cameraAt(typical, view, width, height), fit = view.zoom * fitOf(typical, box, view, width, height);
+  const camera = cameraAt(typical, view, width, height);
+  const fit = view.zoom * fitOf(typical, box, view, width, height);
   camera.lens[0] *= fit;
   camera.lens[1] *= fit;
   return camera;
 }
 
-/** How much larger pictures are at zoom 1 than those in which the typical camera's picture lies in the middle. */
+/** How much larger pictures are at zoom 1 than those that have the typical camera's picture in the middle. */
 function fitOf(typical, box, view, width, height) {
   let most = 1e-6;
   for (let azimuth = 0; azimuth < 180; azimuth += 15) {
@@ -39,7 +40,7 @@ function fitOf(typical, box, view, width, height) {
   return most === Infinity ? 1 : FILLED / (2 * most);
 }
 
-/** How much larger a thumbnail has to be shown than in the middle of a picture, to lie where the object will. */
+/** How much larger than a picture a thumbnail has to be, to lie where the object will. */
 export function thumbnailFit(typical, box, width, height) {
   const [tall, wide] = typical.size, own = THUMBNAIL_REACH / reach(cameraAt(typical, START, wide, tall), box);
   return fitOf(typical, box, START, width, height) / own;
@@ -50,7 +51,7 @@ function reach({axes, eye, lens}, box) {
   let most = 0;
   for (let corner = 0; corner < 8; corner++) {
     const offset = eye.map((value, k) => box.center[k] + (corner >> k & 1 ? 1 : -1) * box.half[k] - value);
-    const [x, y, z] = [0, 3, 6].map(k => offset[0] * axes[k] + offset[1] * axes[k + 1] + offset[2] * axes[k + 2]);
+    const [x, y, z] = [0, 3, 6].map(k => offset.reduce((sum, value, j) => sum + value * axes[k + j], 0));
     if (z <= 0) return Infinity; // the camera is inside
     most = Math.max(most, Math.abs(lens[0] * x / z), Math.abs(lens[1] * y / z));
   }

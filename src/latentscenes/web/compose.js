@@ -33,13 +33,13 @@ export class Scene {
   }
 
   /**
-   * Returns the planes as layers of RGBA texels: layer 3 g + p holds values 4 g to 4 g + 3 of plane p. Values are
-   * the fused and mixed features; where planes are summed, the hidden layer's products with them, without bias.
-   * Each layer has r + 2 texels a side; the outermost are zero, as is all space outside the planes.
+   * Returns the planes as layers of RGBA texels: layer 3 g + p holds values 4 g to 4 g + 3 of plane p. Values
+   * are the fused and mixed features; where planes are summed, the hidden layer's products with them, without
+   * bias. Each layer has r + 2 texels a side; the outermost are zero, as is all space outside the planes.
    */
   planes() {
-    const {resolution: side, micro, fusion} = this.render, features = featuresOf(this.render), {mixing} = this.own;
-    const macro = this.#macro(), own = this.own.micro, wide = macro ? this.render.macro : 0;
+    const {resolution: side, micro, fusion} = this.render, features = featuresOf(this.render);
+    const macro = this.#macro(), {micro: own, mixing} = this.own, wide = macro ? this.render.macro : 0;
     const shift = micro && wide && fusion === "concat" ? micro : 0;
     const texels = new Float32Array(3 * side * side * features);
     for (let k = 0; k < 3 * side * side; k++) {
@@ -113,22 +113,24 @@ async function ownParts(render, tensors) {
   }
   const box = tensors.has("box") ? Array.from(numbers("box", [6])) : null;
   const bias = tensors.has("bias") ? numbers("bias", [1]) : null;
-  return {micro: planes, weights: numbers("weights", [bases]), bias, mixing: numbers("mixing", [mixed, mixed]), box};
+  const weights = numbers("weights", [bases]), mixing = numbers("mixing", [mixed, mixed]);
+  return {micro: planes, weights, bias, mixing, box};
 }
 
 function finite(numbers, name) {
-  if (!numbers.every(Number.isFinite)) throw new Unreadable(`the scene: ${name} holds numbers that are none.`);
+  if (!numbers.every(Number.isFinite)) throw new Unreadable(`the scene: ${name} holds no numbers.`);
   return numbers;
 }
 
 function fieldOf(render, model) {
-  const features = featuresOf(render), inputs = features + 6 * render.frequencies + 3 * Boolean(render.view_direction);
+  const {hidden, frequencies, view_direction: direction} = render;
+  const inputs = featuresOf(render) + 6 * frequencies + 3 * Boolean(direction);
   const channels = model.get("field.out.bias")?.shape[0] ?? 0;
   if (channels < 4) throw new Unreadable("the model: its field gives no colors.");
-  const part = (name, shape) => floats(tensorOf(model, name, shape, "the model"));
+  const part = (name, shape) => floats(tensorOf(model, `field.${name}`, shape, "the model"));
   return {
-    hidden: {weight: part("field.hidden.weight", [render.hidden, inputs]), bias: part("field.hidden.bias", [render.hidden])},
-    out: {weight: part("field.out.weight", [channels, render.hidden]), bias: part("field.out.bias", [channels])},
+    hidden: {weight: part("hidden.weight", [hidden, inputs]), bias: part("hidden.bias", [hidden])},
+    out: {weight: part("out.weight", [channels, hidden]), bias: part("out.bias", [channels])},
   };
 }
 
@@ -157,7 +159,8 @@ function folded({hidden}, mixing, features) {
 
 /** Returns vectors times a matrix: Σ_j vector[j] matrix[i, j] for each row i. */
 function multiplied(vectors, matrix, features) {
-  const rows = matrix.length / features, count = vectors.length / features, found = new Float32Array(count * rows);
+  const rows = matrix.length / features, count = vectors.length / features;
+  const found = new Float32Array(count * rows);
   for (let k = 0; k < count; k++) {
     for (let i = 0; i < rows; i++) {
       let sum = 0;
@@ -169,7 +172,7 @@ function multiplied(vectors, matrix, features) {
 }
 
 function layers(texels, side, features) {
-  const groups = Math.ceil(features / 4), wide = side + 2, found = new Float32Array(3 * groups * wide * wide * 4);
+  const wide = side + 2, found = new Float32Array(3 * Math.ceil(features / 4) * wide * wide * 4);
   for (let p = 0, k = 0; p < 3; p++) {
     for (let row = 0; row < side; row++) {
       for (let column = 0; column < side; column++) {
@@ -190,5 +193,6 @@ function size(half) {
 /** The typical camera around a scene's own box (see Viewpoint.around in core/cameras.py). */
 function viewAround(view, box) {
   const angle = Math.atan(0.5 / Math.max(...view.focal));
-  return {...view, center: box.center, distance: Math.max(view.distance, Math.hypot(...box.half) / Math.sin(angle))};
+  const least = Math.hypot(...box.half) / Math.sin(angle);
+  return {...view, center: box.center, distance: Math.max(view.distance, least)};
 }

@@ -6,10 +6,10 @@
 // Attributes
 //   src         address of a published library (a folder with published.json)
 //   scene       name of the object
-//   controls    turn by dragging and arrow keys, zoom by pinching, + and −, and the wheel while focused or with Ctrl;
-//               0 resets, the space bar starts and stops turning
-//   autorotate  turns by itself; its value is the degrees per second (18). Not where reduced motion is preferred
-//   poster      address of a picture to show before the object is there; without, the library's thumbnail; "none"
+//   controls    turn by dragging and arrow keys; zoom by pinching, + and −, and the wheel while focused or
+//               with Ctrl; 0 resets, the space bar starts and stops turning
+//   autorotate  turns by itself, so many degrees per second (18); not where reduced motion is preferred
+//   poster      address of a picture to show before the object; without, the library's thumbnail; "none"
 // Properties
 //   view        {azimuth, elevation, zoom}; degrees, zoom 1 as in thumbnails. May be set
 //   library     promise of the PublishedLibrary (library.js)
@@ -18,7 +18,7 @@
 //   error       `detail` says why it cannot be shown; the element shows the same text
 //   change      the reader changed the view
 //
-// `provide(address, source)` gives a library that is not on a server; its elements have this address as `src`.
+// `provide(address, source)` gives a library that is on no server; its elements have this address as `src`.
 
 import {START, tamed, thumbnailFit} from "./camera.js";
 import {Scene} from "./compose.js";
@@ -42,8 +42,8 @@ canvas, img { position: absolute; inset: 0; width: 100%; height: 100%; object-fi
 .handle.live { cursor: grab; touch-action: pan-y; user-select: none; -webkit-user-select: none; }
 .handle.live:active { cursor: grabbing; }
 .handle:focus-visible { outline: 2px solid; }
-p { position: absolute; inset: auto 0 0; margin: 0; padding: 0.6em 0.9em; font: 0.85rem/1.4 system-ui, sans-serif;
-    overflow-wrap: anywhere; text-align: center; }
+p { position: absolute; inset: auto 0 0; margin: 0; padding: 0.6em 0.9em; overflow-wrap: anywhere;
+    font: 0.85rem/1.4 system-ui, sans-serif; text-align: center; }
 p:empty { display: none; }
 @media (prefers-reduced-motion: reduce) { .poster { transition: none; } }
 `);
@@ -70,7 +70,7 @@ const seen = new IntersectionObserver(entries => {
   for (const {target, isIntersecting} of entries) watched.get(target).appear(isIntersecting);
 }, {rootMargin: "100px"});
 const sized = new ResizeObserver(entries => {
-  for (const {target, contentRect} of entries) watched.get(target).resize([contentRect.width, contentRect.height]);
+  for (const {target, contentRect: {width, height}} of entries) watched.get(target).resize([width, height]);
 });
 
 export class LatentScene extends HTMLElement {
@@ -158,7 +158,8 @@ export class LatentScene extends HTMLElement {
   /** Turns on; returns whether the view changed. */
   #advance(milliseconds) {
     const wanted = this.#spinning ?? (this.hasAttribute("autorotate") && !still.matches);
-    if (!wanted || this.#held || performance.now() - this.#rest < PAUSE && this.#spinning === null) return false;
+    const pausing = this.#spinning === null && performance.now() - this.#rest < PAUSE;
+    if (!wanted || this.#held || pausing) return false;
     const speed = parseFloat(this.getAttribute("autorotate")) || DEGREES_PER_SECOND;
     this.#view = tamed({...this.#view, azimuth: this.#view.azimuth + speed * milliseconds / 1000});
     return true;
@@ -187,7 +188,7 @@ export class LatentScene extends HTMLElement {
     this.#loaded = false;
     this.#actor.scene = null;
     this.#parts.message.textContent = "";
-    for (const canvas of [this.#parts.canvas, this.#parts.poster]) canvas.width = canvas.height = 1; // cleared
+    for (const canvas of [this.#parts.canvas, this.#parts.poster]) canvas.width = canvas.height = 1;
     this.#parts.poster.classList.remove("past");
     this.#label();
     if (this.#actor.visible) this.#start();
@@ -197,7 +198,7 @@ export class LatentScene extends HTMLElement {
     this.#loaded = true;
     const load = ++this.#load, name = this.getAttribute("scene"), src = this.getAttribute("src");
     try {
-      if (!src || !name) throw new Unreadable("write the attributes src (a published library) and scene (a name).");
+      if (!src || !name) throw new Unreadable("write the attributes src (a library) and scene (a name).");
       const library = await libraryOf(src), place = await library.find(name);
       if (!place) throw new Unreadable(`the library has no object “${name.slice(0, 80)}”.`);
       if (load !== this.#load) return;
@@ -228,7 +229,8 @@ export class LatentScene extends HTMLElement {
   }
 
   #label() {
-    const {handle} = this.#parts, live = this.hasAttribute("controls"), name = this.getAttribute("scene") ?? "";
+    const {handle} = this.#parts, live = this.hasAttribute("controls");
+    const name = this.getAttribute("scene") ?? "";
     handle.classList.toggle("live", live);
     handle.setAttribute("aria-label", live ? `${name}: turn it with the arrow keys` : name);
     if (live) handle.tabIndex = 0;
@@ -274,7 +276,8 @@ export class LatentScene extends HTMLElement {
     handle.addEventListener("wheel", event => {
       if (!this.hasAttribute("controls") || !(event.ctrlKey || this.shadowRoot.activeElement)) return;
       event.preventDefault();
-      this.#change({zoom: this.#view.zoom * Math.exp(-Math.sign(event.deltaY) * Math.min(60, Math.abs(event.deltaY)) / 400)});
+      const turned = Math.max(-60, Math.min(60, event.deltaY));
+      this.#change({zoom: this.#view.zoom * Math.exp(-turned / 400)});
     }, {passive: false});
   }
 

@@ -35,13 +35,15 @@ export class PublishedLibrary {
     return this.description.scenes;
   }
 
-  /** Returns {row, pack, offset, bytes, atlas, cell, sha256} of a scene; null if there is none of that name. */
+  /** Returns {row, pack, offset, bytes, atlas, cell, sha256} of a scene; null if there is none. */
   async find(name) {
     const {names} = this.description, entry = names[fnv1a(name) & (names.length - 1)];
     const bucket = await this.#json(entry);
     if (!Object.hasOwn(bucket, name)) return null;
     const found = bucket[name];
-    if (!Array.isArray(found) || found.length !== 7) throw new Unreadable(`${entry.file}: an entry of no place.`);
+    if (!Array.isArray(found) || found.length !== 7) {
+      throw new Unreadable(`${entry.file}: an entry of no place.`);
+    }
     const [row, pack, offset, bytes, atlas, cell, sha256] = found;
     return {row, pack, offset, bytes, atlas, cell, sha256};
   }
@@ -166,7 +168,9 @@ function checked(description) {
   const count = description.names.length;
   require(count && !(count & (count - 1)), "names are not in a power of two of files");
   require(isFile(description.web_model), "web_model is no file");
-  for (const key of ["scenes", "page_size", "thumbnail"]) require(isCount(description[key]), `${key} is no number`);
+  for (const key of ["scenes", "page_size", "thumbnail"]) {
+    require(isCount(description[key]), `${key} is no number`);
+  }
   const {render, library} = description;
   for (const [key, [least, most]] of Object.entries(RANGES)) {
     const value = render?.[key], holds = isCount(value) && value >= least && value <= most;

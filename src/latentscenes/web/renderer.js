@@ -1,11 +1,12 @@
 // Draws scenes with WebGL2: one drawing buffer for all pictures of a page.
 
-import {CELLS, EDGE, EMPTY, MATTER, TILES, VERTEX, WHITE, packNetwork, probeShader, sizes, viewShader} from "./shader.js";
+import {CELLS, EDGE, EMPTY, MATTER, TILES, VERTEX, WHITE} from "./shader.js";
+import {packNetwork, probeShader, sizes, viewShader} from "./shader.js";
 import {Unreadable} from "./source.js";
 
 /**
- * Opacities up to the first are haze, those from the second on are solid (see model/pictures.py). With CLEAN, white
- * matter around the object is left out, too; fields grow it if they are learned from pictures over white.
+ * Opacities up to the first are haze, those from the second on are solid (see model/pictures.py). With CLEAN,
+ * white matter around the object is left out, too; fields grow it if they learn from pictures over white.
  */
 export const CLEAN = [0.1, 0.9], RAW = [0, 1];
 /** Optical depth of a whole box that is still empty. */
@@ -26,7 +27,11 @@ export class Renderer {
     const settings = {alpha: true, premultipliedAlpha: true, antialias: false, depth: false};
     this.gl = this.canvas.getContext("webgl2", settings);
     if (!this.gl) throw new Unreadable("this browser has no WebGL2, which is needed to turn the object.");
-    this.canvas.addEventListener("webglcontextlost", event => { event.preventDefault(); this.#forget(); });
+    this.canvas.addEventListener("webglcontextlost", event => event.preventDefault()); // asks for another
+    this.canvas.addEventListener("webglcontextrestored", () => {
+      this.#scenes.clear();
+      this.#programs.clear();
+    });
   }
 
   /**
@@ -99,17 +104,12 @@ export class Renderer {
     this.gl.deleteBuffer(network);
   }
 
-  #forget() {
-    this.#scenes.clear();
-    this.#programs.clear();
-  }
-
   #upload(scene) {
-    const {gl} = this, {render} = scene, {groups} = sizes(render), side = render.resolution + 2;
+    const {gl} = this, {render} = scene, depth = 3 * sizes(render).groups, side = render.resolution + 2;
     const planes = gl.createTexture();
     gl.bindTexture(gl.TEXTURE_2D_ARRAY, planes);
-    gl.texStorage3D(gl.TEXTURE_2D_ARRAY, 1, gl.RGBA16F, side, side, 3 * groups);
-    gl.texSubImage3D(gl.TEXTURE_2D_ARRAY, 0, 0, 0, 0, side, side, 3 * groups, gl.RGBA, gl.FLOAT, scene.planes());
+    gl.texStorage3D(gl.TEXTURE_2D_ARRAY, 1, gl.RGBA16F, side, side, depth);
+    gl.texSubImage3D(gl.TEXTURE_2D_ARRAY, 0, 0, 0, 0, side, side, depth, gl.RGBA, gl.FLOAT, scene.planes());
     smooth(gl, gl.TEXTURE_2D_ARRAY, gl.LINEAR);
     const network = gl.createBuffer();
     gl.bindBuffer(gl.UNIFORM_BUFFER, network);
@@ -195,8 +195,8 @@ function sorted(found, {render, box, unit}) {
   const open = new Uint8Array(count); // cells that the space around the object may reach
   for (let k = 0; k < count; k++) {
     dense[k] = Number(found[4 * k] > level);
-    const white = found[4 * k + 1] >= LEAST_WHITE && found[4 * k + 2] >= LEAST_WHITE && found[4 * k + 3] >= LEAST_WHITE;
-    open[k] = Number(!dense[k] || white);
+    const [red, green, blue] = found.subarray(4 * k + 1, 4 * k + 4);
+    open[k] = Number(!dense[k] || Math.min(red, green, blue) >= LEAST_WHITE);
   }
   const around = flooded(open);
   for (let k = 0; k < count; k++) solid[k] = Number(dense[k] && !around[k]);
@@ -233,7 +233,7 @@ function flooded(open) {
     }
   }
   for (let k = 0; k < end; k++) {
-    const x = found[k] % CELLS, y = Math.floor(found[k] / CELLS) % CELLS, z = Math.floor(found[k] / CELLS ** 2);
+    const [x, y, z] = [1, CELLS, CELLS ** 2].map(step => Math.floor(found[k] / step) % CELLS);
     for (const step of [-1, 1]) {
       reach(x + step, y, z);
       reach(x, y + step, z);

@@ -9,8 +9,10 @@ import {featuresOf} from "./compose.js";
 export const CELLS = 64;
 /** Tiles of the grid's picture in a row; each tile is a layer in z. */
 export const TILES = 8;
-/** What the grid says of a cell, as bytes. `WHITE` cells hold only white matter that is connected with the space
- * around the object; in `EDGE` cells it lies beside other matter. */
+/**
+ * What the grid says of a cell, as bytes. `WHITE` cells hold only white matter that is connected with the
+ * space around the object; in `EDGE` cells it lies beside other matter.
+ */
 export const EMPTY = 0, WHITE = 85, EDGE = 170, MATTER = 255;
 
 export const VERTEX = `#version 300 es
@@ -25,7 +27,8 @@ void main() {
  */
 export function sizes(render) {
   const features = featuresOf(render), folded = render.aggregation === "sum";
-  const more = 6 * render.frequencies + 3 * Boolean(render.view_direction), inputs = folded ? more : features + more;
+  const more = 6 * render.frequencies + 3 * Boolean(render.view_direction);
+  const inputs = folded ? more : features + more;
   const stored = folded ? render.hidden : features;
   return {features, folded, stored, groups: Math.ceil(stored / 4), inputs, inputGroups: Math.ceil(inputs / 4),
           quads: Math.ceil(render.hidden / 4)};
@@ -63,7 +66,9 @@ function declareInputs(render) {
   const more = [];
   for (const wave of ["sin", "cos"]) {
     for (const axis of "xyz") {
-      for (let k = 0; k < render.frequencies; k++) more.push(`${wave}(p.${axis} * ${(Math.PI * 2 ** k).toFixed(7)})`);
+      for (let k = 0; k < render.frequencies; k++) {
+        more.push(`${wave}(p.${axis} * ${(Math.PI * 2 ** k).toFixed(7)})`);
+      }
     }
   }
   if (render.view_direction) more.push("toward.x", "toward.y", "toward.z");
@@ -78,7 +83,8 @@ function field(render) {
   const {folded, inputGroups, quads} = sizes(render), lines = declareInputs(render);
   const units = Array.from({length: quads}, (_, q) => {
     const terms = Array.from({length: inputGroups}, (_, g) => `hidden[${q * inputGroups + g}] * i${g}`);
-    return `raw += outer[${q}] * softplus(${[`hiddenBias[${q}]`, ...(folded ? [planesAt(render, q)] : []), ...terms].join(" + ")});`;
+    const all = [`hiddenBias[${q}]`, ...(folded ? [planesAt(render, q)] : []), ...terms];
+    return `raw += outer[${q}] * softplus(${all.join(" + ")});`;
   });
   const half = (render.resolution / 2).toFixed(1), wide = (render.resolution + 2).toFixed(1);
   return `#version 300 es

@@ -13,8 +13,9 @@ export class ServerSource {
   /** Returns a file of at most `most` bytes; of exactly `bytes`, if given. */
   async whole(path, most, bytes = null) {
     const response = await this.#fetch(path, bytes === null ? {cache: "no-cache"} : {});
-    const decoded = response.headers.get("content-encoding") !== null; // then `bytes` is not the size of the body
-    const found = await collect(response.body, 0, null, decoded || bytes === null ? most : Math.min(most, bytes), path);
+    const decoded = response.headers.get("content-encoding") !== null; // then `bytes` is not the body's size
+    const limit = decoded || bytes === null ? most : Math.min(most, bytes);
+    const found = await collect(response.body, 0, null, limit, path);
     if (bytes !== null && !decoded && found.length !== bytes) {
       throw new Unreadable(`${path}: ${found.length} bytes instead of ${bytes}.`);
     }
@@ -98,7 +99,8 @@ export async function collect(stream, skip, wanted, most, what) {
       if (seen - skip > most) throw new Unreadable(`${what}: more than ${most} bytes.`);
     }
   } catch (problem) {
-    throw problem instanceof Unreadable ? problem : new Unreadable(`${what}: damaged, or the connection broke.`);
+    if (problem instanceof Unreadable) throw problem;
+    throw new Unreadable(`${what}: damaged, or the connection broke.`);
   } finally {
     reader.cancel().catch(() => {});
   }

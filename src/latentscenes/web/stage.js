@@ -9,7 +9,10 @@ const LONG = 40, SHORT = 22, STILL = 200;
 /** Pixels of a sharp picture at most; least share of them, along each side, for moving ones. */
 const MOST_PIXELS = 1_500_000, COARSEST = 0.2;
 
-/** What is drawn: has `visible`, `scene`, `view`, `canvas`, `box` (CSS pixels), `advance(milliseconds)`, `drawn()`, `failed(error)`. */
+/**
+ * Draws actors. Each has `visible`, `scene`, `view`, `canvas`, `box` (CSS pixels), `advance(milliseconds)`,
+ * `drawn()` and `failed(error)`.
+ */
 class Stage {
   #actors = new Map();
   #renderer = null;
@@ -24,6 +27,7 @@ class Stage {
     if (!this.#renderer) {
       this.#renderer = new Renderer();
       this.#renderer.canvas.addEventListener("webglcontextrestored", () => {
+        this.#pending = null;
         for (const actor of this.#actors.keys()) this.touch(actor);
       });
     }
@@ -42,7 +46,8 @@ class Stage {
   touch(actor, moving = false) {
     const state = this.#actors.get(actor);
     if (!state) return;
-    Object.assign(state, {moved: true, sharp: false, band: null, changed: moving ? performance.now() : -Infinity});
+    const changed = moving ? performance.now() : -Infinity;
+    Object.assign(state, {moved: true, sharp: false, band: null, changed});
     this.wake();
   }
 
@@ -62,6 +67,7 @@ class Stage {
     const waiting = actors.filter(([, state]) => !state.sharp);
     this.#before = waiting.length ? now : null;
     if (!waiting.length) return;
+    if (this.renderer.gl.isContextLost()) return; // goes on when it is restored
     this.wake();
     if (this.#ready()) this.#draw(waiting, now);
   }
@@ -70,8 +76,7 @@ class Stage {
   #ready() {
     if (!this.#pending) return true;
     const {gl} = this.renderer, {fence, since, pixels} = this.#pending;
-    const lost = gl.isContextLost(), state = lost ? gl.ALREADY_SIGNALED : gl.clientWaitSync(fence, 0, 0);
-    if (state === gl.TIMEOUT_EXPIRED) return false;
+    if (gl.clientWaitSync(fence, 0, 0) === gl.TIMEOUT_EXPIRED) return false;
     gl.deleteSync(fence);
     this.#pending = null;
     const took = Math.max(1, performance.now() - since);
@@ -114,7 +119,8 @@ class Stage {
   }
 
   #coarse([actor, state], share) {
-    const full = this.#size(actor), scale = Math.min(1, Math.max(COARSEST, Math.sqrt(share / (full[0] * full[1]))));
+    const full = this.#size(actor), wanted = Math.sqrt(share / (full[0] * full[1]));
+    const scale = Math.min(1, Math.max(COARSEST, wanted));
     const [width, height] = full.map(side => Math.max(1, Math.round(side * scale)));
     const camera = cameraFor(actor, width, height);
     this.renderer.paint(actor.scene, camera, actor.canvas, width, height);
@@ -126,9 +132,9 @@ class Stage {
 
   #band([actor, state], budget) {
     const [width, height] = this.#size(actor);
-    const fresh = () => ({canvas: document.createElement("canvas"), from: 0, camera: cameraFor(actor, width, height)});
-    state.band ??= fresh();
-    const {canvas, from, camera} = state.band, rows = Math.min(height - from, Math.max(8, Math.floor(budget / width)));
+    state.band ??= {canvas: document.createElement("canvas"), from: 0};
+    const {canvas, from} = state.band, camera = cameraFor(actor, width, height);
+    const rows = Math.min(height - from, Math.max(8, Math.floor(budget / width)));
     this.renderer.paint(actor.scene, camera, canvas, width, height, {from, rows});
     state.band.from += rows;
     if (state.band.from >= height) {

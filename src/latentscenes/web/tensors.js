@@ -2,7 +2,7 @@
 
 import {Unreadable} from "./source.js";
 
-const WIDTH = {F32: 4, F16: 2, U8: 1, I8: 1};
+const WIDTH = {F32: 4, F16: 2, U8: 1, I8: 1, I64: 8};
 const LONGEST_HEADER = 1 << 20;
 
 /** Returns {name: {kind, shape, bytes}}. Throws Unreadable if the file is damaged. */
@@ -11,14 +11,15 @@ export function parseTensors(file, what) {
   if (file.length < 8) refuse("too short");
   const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
   const length = view.getUint32(0, true);
-  if (view.getUint32(4, true) || length > LONGEST_HEADER || 8 + length > file.length) refuse("its header is too long");
+  const most = Math.min(LONGEST_HEADER, file.length - 8);
+  if (view.getUint32(4, true) || length > most) refuse("its header is too long");
   let header;
   try {
     header = JSON.parse(new TextDecoder("utf-8", {fatal: true}).decode(file.subarray(8, 8 + length)));
   } catch {
     refuse("its header is no JSON");
   }
-  if (header === null || typeof header !== "object" || Array.isArray(header)) refuse("its header is no object");
+  if (header?.constructor !== Object) refuse("its header is no object");
   const content = file.subarray(8 + length), found = new Map();
   for (const [name, entry] of Object.entries(header)) {
     if (name === "__metadata__") continue;
