@@ -1,6 +1,7 @@
 """Micro planes in files learn the same as those in memory, and the last checkpoint survives any crash."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from latentscenes.core import config_io
 from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import CHECKSUM, write_sealed
 from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.storage.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
 from latentscenes.storage.run import Run
@@ -25,6 +27,15 @@ PLANES = PlanesConfig(resolution=3, micro=2, macro=1, bases=2)
 
 def files_of(folder, count=5):
     return rows_on_disk(folder, count, PLANES, seeded("cpu", "rows"))
+
+
+def flip(file, row: int, numbers: int = PLANES.micro * PLANES.resolution**2 * 3) -> None:
+    """Flips a bit of a number in a row of `numbers` numbers."""
+    with open(file, "r+b") as stream:
+        stream.seek(4 * numbers * row + 5)
+        (byte,) = stream.read(1)
+        stream.seek(4 * numbers * row + 5)
+        stream.write(bytes([byte ^ 16]))
 
 
 def test_rows_come_back_after_changes_without_a_checkpoint(tmp_path):
@@ -85,6 +96,46 @@ def test_fresh_rows_are_random_throughout_and_moments_take_no_space(tmp_path):
     files.moments[1][:] = 1
     files.clear_moments()
     assert not files.moments[1].any() and (tmp_path / "rows" / "second.bin").stat().st_blocks == 0
+
+
+def test_a_damaged_row_is_named_before_it_changes(tmp_path):
+    rows, files = files_of(tmp_path / "rows")
+    files.keep([1, 2])
+    rows.micro[1] = 5
+    sums = files.sums()
+    files.flush()
+    files.begin(10)
+    flip(tmp_path / "rows" / "second.bin", row=3)
+    again, reopened = files_of(tmp_path / "rows")
+    reopened.go_back(10, sums)
+    reopened.keep([0, 1])
+    with pytest.raises(UserError, match="second.bin: the scene in row 3 is damaged"):
+        reopened.keep([2, 3])
+
+
+@pytest.mark.parametrize("table", ["micro", "first", "second"])
+def test_a_finished_run_with_a_damaged_row_is_refused(unbroken, table):
+    config, run = unbroken
+    flip(
+        run.path / "rows" / f"{table}.bin",
+        row=2,
+        numbers=config.planes.micro * config.planes.resolution**2 * 3,
+    )
+    if table == "micro":
+        with pytest.raises(UserError, match="micro.bin: the scene in row 2 is damaged"):
+            Run.open(run.path).load()
+    else:  # a finished run needs no moments
+        Run.open(run.path).load()
+
+
+def test_checkpoints_without_checksums_of_rows_are_read(unbroken):
+    _, run = unbroken
+    checkpoint = next((run.path / "checkpoints").iterdir())
+    content = json.loads((checkpoint / "state.json").read_text())
+    del content["checksums"]["sums.safetensors"]
+    (checkpoint / "sums.safetensors").unlink()
+    write_sealed(checkpoint / "state.json", {k: v for k, v in content.items() if k != CHECKSUM})
+    assert len(Run.open(run.path).load()[1]) == len(run.info.scenes)
 
 
 def test_when_rows_belong_on_disk(tiny):

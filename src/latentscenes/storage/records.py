@@ -1,5 +1,7 @@
 """What runs and libraries keep beside their results: logged steps, the command, versions."""
 
+import json
+import math
 import platform
 import shlex
 import sys
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import write_bytes
 from latentscenes.core.reading import parse_json, read_text, reason
 from latentscenes.core.version import __version__
 
@@ -33,6 +36,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [entry for entry in found if isinstance(entry, dict)]
+
+
+def cut_metrics(folder: Path, total: int) -> None:
+    """Removes an incomplete last line and the lines of steps after `total`, which will be repeated."""
+    path = folder / METRICS
+    if path.exists():
+        kept = [line for line in read_metrics(folder) if line.get("total", math.inf) <= total]
+        write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 def command_text(arguments: Sequence[str]) -> str:

@@ -8,9 +8,13 @@ Three tables lie in files of their own and change in place while a run learns:
 To restore checkpoint N, the rows of its journal are copied back into the tables. A row is written to the
 journal, and flushed to disk, before it changes. A checkpoint counts once its folder has its name; other
 journals are then void. After a kill or a power cut at any point, one of the two checkpoints is complete.
+
+A checkpoint holds checksums of all rows. A row is compared with them when it changes for the first time after
+files were opened, and all rows are when the micro planes of a stopped run are read.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -24,11 +28,16 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, sync, write_bytes
 from latentscenes.core.runtime import machine_memory
 from latentscenes.model.planes import SceneParameters, random_parameters, zero_mixing
+from latentscenes.storage.tensors import read_tensors
 
 TABLES = ("micro", "first", "second")
 """Micro planes and their Adam moments."""
 CHUNK = 256
 """Rows initialized at once."""
+SUMS = "sums"
+"""Part of a checkpoint: checksums of all rows."""
+SUM_BYTES = 16
+"""Bytes of SHA-256 that are kept of each row."""
 
 
 class RowFiles:
@@ -45,6 +54,9 @@ class RowFiles:
             mode = "r+" if complete else "w+"
             self.tables[name] = np.memmap(folder / f"{name}.bin", np.float32, mode, shape=shape)
         self._journal, self._journaled, self._total = None, np.zeros(shape[0], bool), 0
+        self._sums: dict[str, np.ndarray] | None = None
+        """Checksums of the rows at the last checkpoint; None if unknown."""
+        self._compared = np.zeros(shape[0], bool)
 
     @property
     def micro(self) -> Tensor:
@@ -62,12 +74,19 @@ class RowFiles:
             path = self.folder / f"{name}.bin"
             os.truncate(path, 0)
             os.truncate(path, self.tables[name].nbytes)
+        self._sums = None
 
     def keep(self, rows: list[int]) -> None:
-        """Writes rows that are about to change to the journal, once per checkpoint."""
+        """Writes rows that are about to change to the journal, once per checkpoint. Raises a UserError if one
+        is damaged."""
         new = [row for row in rows if not self._journaled[row]]
         if not new:
             return
+        for row in new:
+            if self._sums is not None and not self._compared[row]:
+                for name, table in self.tables.items():
+                    _compare(self.folder / f"{name}.bin", row, table[row], self._sums[name])
+            self._compared[row] = True
         if self._journal is None:
             self._journal = open(self._journal_of(self._total), "ab", buffering=0)
             sync(self.folder)
@@ -82,6 +101,19 @@ class RowFiles:
         for table in self.tables.values():
             table.flush()
 
+    def sums(self) -> dict[str, Tensor]:
+        """Returns checksums of all rows by file, for the next checkpoint: (n, SUM_BYTES) uint8."""
+        changed = range(self.shape[0])
+        if self._sums is None:
+            self._sums = {name: np.zeros((self.shape[0], SUM_BYTES), np.uint8) for name in TABLES}
+        else:
+            changed = np.flatnonzero(self._journaled)
+        for name, table in self.tables.items():
+            for row in changed:
+                self._sums[name][row] = _sum(table[row])
+        self._compared[:] = True
+        return {f"{name}.bin": torch.from_numpy(found.copy()) for name, found in self._sums.items()}
+
     def begin(self, total: int) -> None:
         """Starts the journal of the checkpoint after `total` steps and removes all others."""
         if self._journal is not None:
@@ -91,11 +123,14 @@ class RowFiles:
         for path in self.folder.glob("journal-*.bin"):
             path.unlink()
 
-    def go_back(self, total: int) -> None:
-        """Restores the tables at the checkpoint after `total` steps, the newest one.
+    def go_back(self, total: int, sums: dict[str, Tensor] | None = None) -> None:
+        """Restores the tables at the checkpoint after `total` steps, the newest one, with its `sums`.
+        Checkpoints of earlier versions have none.
 
         The last record may be incomplete after a crash; its row has not changed then.
         """
+        self._sums = sums and {name: sums[f"{name}.bin"].numpy() for name in TABLES}
+        self._compared[:] = False
         path = self._journal_of(total)
         size = 8 + len(TABLES) * self.tables["micro"][0].nbytes
         if path.exists():
@@ -131,9 +166,18 @@ def rows_on_disk(
     return SceneParameters(files.micro, small.weights, small.bias, zero_mixing(count, config)), files
 
 
-def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
+def stored_sums(checkpoint: Path | None, remedy: str) -> dict[str, Tensor] | None:
+    """Returns the checksums of rows in a checkpoint; None in those of earlier versions, or without one."""
+    file = checkpoint and checkpoint / f"{SUMS}.safetensors"
+    return read_tensors(file, remedy) if file and file.exists() else None
+
+
+def read_micro(
+    folder: Path, count: int, config: PlanesConfig, sums: dict[str, Tensor] | None = None
+) -> Tensor:
     """Returns the micro planes of a stopped run, (n, 3, r, r, m). Changes to the tensor are not written.
-    Raises a UserError if the run is in progress, or was interrupted."""
+    Raises a UserError if the run is in progress, or was interrupted, or a row has another checksum than in
+    `sums`."""
     if any(folder.glob("journal-*.bin")):
         raise UserError(
             f"{folder.parent}: this run is in progress, or was interrupted. "
@@ -141,7 +185,22 @@ def read_micro(folder: Path, count: int, config: PlanesConfig) -> Tensor:
         )
     shape = (count, 3, config.resolution, config.resolution, config.micro)
     _check_size(folder / "micro.bin", shape)
-    return torch.from_numpy(np.memmap(folder / "micro.bin", np.float32, "c", shape=shape))
+    table = np.memmap(folder / "micro.bin", np.float32, "c", shape=shape)
+    for row in range(count if sums else 0):
+        _compare(folder / "micro.bin", row, table[row], sums["micro.bin"].numpy())
+    return torch.from_numpy(table)
+
+
+def _sum(row: np.ndarray) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(row.data).digest()[:SUM_BYTES], np.uint8)
+
+
+def _compare(file: Path, row: int, values: np.ndarray, sums: np.ndarray) -> None:
+    if not np.array_equal(_sum(values), sums[row]):
+        raise UserError(
+            f"{file}: the scene in row {row} is damaged (another checksum than at the last checkpoint). "
+            "Restore the file from a copy, or start the run again in a new folder."
+        )
 
 
 def _check_size(file: Path, shape: tuple[int, ...]) -> None:

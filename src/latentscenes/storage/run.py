@@ -12,7 +12,6 @@ tensors and counters suffice for an exact continuation.
 """
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -43,7 +42,7 @@ from latentscenes.core.files import (
     write_bytes,
     write_sealed,
     writing_to,
-)
+)  # fmt: skip
 from latentscenes.core.names import check_name
 from latentscenes.core.runtime import seeded
 from latentscenes.model.model import Model
@@ -55,8 +54,15 @@ from latentscenes.storage.records import (
     circumstances,
     command_text,
     read_metrics,
-)
-from latentscenes.storage.row_files import RowFiles, belong_on_disk, read_micro, rows_on_disk
+)  # fmt: skip
+from latentscenes.storage.row_files import (
+    SUMS,
+    RowFiles,
+    belong_on_disk,
+    read_micro,
+    rows_on_disk,
+    stored_sums,
+)  # fmt: skip
 from latentscenes.storage.tensors import fill_model, holds_boxes, read_tensors, stored_model, write_tensors
 
 KEPT = 2
@@ -195,6 +201,7 @@ class Run:
         target = self.path / "checkpoints" / str(position.total)
         partial = target.with_name(f"{target.name}{PARTIAL}")
         parts = {"shared": model.state_dict(), "rows": rows.tables(), "optimizer": state}
+        parts |= {SUMS: self.files.sums()} if self.files else {}
         with writing_to(target):
             shutil.rmtree(partial, ignore_errors=True)
             make_folder(target.parent)
@@ -286,7 +293,7 @@ class Run:
         else:
             position = Position()
         if self.files:
-            self.files.go_back(position.total)
+            self.files.go_back(position.total, stored_sums(self.newest(), self._remedy()))
 
     def restore_state(self, state: dict[str, Tensor], part: Part = whole) -> None:
         """Copies the state of a stage, such as the optimizers' moments, from the newest checkpoint."""
@@ -311,7 +318,8 @@ class Run:
         model = stored_model(self.config, self.info.box, self.shared_file, self._remedy())
         tables = read_tensors(self.rows_file, self._remedy())
         if "micro" not in tables:
-            tables["micro"] = read_micro(self.path / "rows", len(self.info.scenes), self.config.planes)
+            place = self.path / "rows", len(self.info.scenes), self.config.planes
+            tables["micro"] = read_micro(*place, stored_sums(self.newest(), self._remedy()))
         rows = self._scenes(tables)
         return model.to(device).eval().requires_grad_(False), rows.to(device)
 
@@ -367,13 +375,6 @@ class Run:
             )
 
     # Metrics
-
-    def cut_metrics(self, total: int) -> None:
-        """Removes an incomplete last line and the lines of steps after `total`, which will be repeated."""
-        path = self.path / METRICS
-        if path.exists():
-            kept = [line for line in read_metrics(self.path) if line.get("total", math.inf) <= total]
-            write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends a line to the metrics."""

@@ -26,6 +26,7 @@ from latentscenes.model.convolutional import ConvolutionalCodec
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, macro_planes
 from latentscenes.rendering.field import FusedPlanes
+from latentscenes.storage.records import cut_metrics
 from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource, TrainingScenes
@@ -130,7 +131,7 @@ class Trainer:
                 if position.total:
                     self.run.restore_state(self.corrections.state())
             if self.team.first:
-                self.run.cut_metrics(position.total)
+                cut_metrics(self.run.path, position.total)
             with StopFlag() as stopped:
                 while position.stage < len(stages):
                     self._fit_stage(stages, position, stopped)
