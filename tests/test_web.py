@@ -232,6 +232,37 @@ def test_objects_come_back_after_the_graphics_processor_was_lost(tab, site):
     assert tab.evaluate("events").pop()[0] == "load" and not tab.problems
 
 
+PLANES = """(async () => {
+  const {PublishedLibrary} = await import("/web/library.js"), {ServerSource} = await import("/web/source.js");
+  const {Scene} = await import("/web/compose.js"), {Renderer} = await import("/web/renderer.js");
+  const library = await PublishedLibrary.open(new ServerSource("/colors"));
+  const place = await library.find("one"), read = () => Scene.read(library, place, "one");
+  const bytes = 8 * 15 * 14 ** 2, renderer = new Renderer(2.5 * bytes), {gl} = renderer, planes = new Set();
+  const bind = gl.bindTexture.bind(gl);
+  gl.bindTexture = (kind, texture) => {
+    if (kind === gl.TEXTURE_2D_ARRAY) planes.add(texture);
+    bind(kind, texture);
+  };
+  for (let k = 0; k < 4; k++) renderer.occupancy(await read());
+  const left = [...planes].map(texture => gl.isTexture(texture));
+  try {
+    new Renderer(bytes - 1).occupancy(await read());
+  } catch (problem) {
+    return [left, problem.message];
+  }
+})()"""
+"""Uploads the same planes, of 15 layers with 14 x 14 texels, four times."""
+
+
+def test_planes_in_the_graphics_memory_are_limited(tab, site):
+    emptied(tab)
+    tab.open(f"{site.address}/empty.html")
+    tab.wait("document.title === 'empty'")
+    left, problem = tab.evaluate(PLANES)
+    assert left == [False, False, True, True]  # the oldest go
+    assert "1 MiB of graphics memory" in problem
+
+
 def test_elements_say_what_is_wrong(tab, site):
     page_of(
         tab, site, "wrong", 'src="colors" scene="on"', 'src="nowhere" scene="one"', 'src="other" scene="one"',

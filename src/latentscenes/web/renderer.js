@@ -13,16 +13,18 @@ export const CLEAN = [0.1, 0.9], RAW = [0, 1];
 const THIN = 0.1;
 /** Least byte of each channel of white, as in data/images.py. */
 const LEAST_WHITE = 250;
-/** Scenes whose planes stay in the memory of the GPU. */
-const KEPT = 48;
+/** Bytes of planes that stay in the memory of the graphics processor, in sum over scenes. */
+const MOST_BYTES = 2 ** 28;
 const PLANES = 0, GRID = 1;
 
 export class Renderer {
+  #most;
   #programs = new Map();
   #scenes = new Map();
 
   /** Throws Unreadable where WebGL2 is absent. */
-  constructor() {
+  constructor(most = MOST_BYTES) {
+    this.#most = most;
     this.canvas = document.createElement("canvas");
     const settings = {alpha: true, premultipliedAlpha: true, antialias: false, depth: false};
     this.gl = this.canvas.getContext("webgl2", settings);
@@ -93,7 +95,12 @@ export class Renderer {
     this.#scenes.delete(scene);
     const held = known ?? this.#upload(scene);
     this.#scenes.set(scene, held);
-    if (this.#scenes.size > KEPT) this.#drop(this.#scenes.keys().next().value);
+    let bytes = [...this.#scenes.values()].reduce((sum, other) => sum + other.bytes, 0);
+    for (const [other, {bytes: freed}] of this.#scenes) {
+      if (bytes <= this.#most) break;
+      this.#drop(other);
+      bytes -= freed;
+    }
     return held;
   }
 
@@ -106,7 +113,11 @@ export class Renderer {
 
   #upload(scene) {
     const {gl} = this, {render} = scene, depth = 3 * sizes(render).groups, side = render.resolution + 2;
-    const planes = gl.createTexture();
+    const bytes = 8 * depth * side ** 2, planes = gl.createTexture();
+    if (bytes > this.#most) {
+      const [needed, most] = [bytes, this.#most].map(size => Math.ceil(size / 2 ** 20));
+      throw new Unreadable(`the planes of this object take ${needed} MiB of graphics memory; ${most} are allowed.`);
+    }
     gl.bindTexture(gl.TEXTURE_2D_ARRAY, planes);
     gl.texStorage3D(gl.TEXTURE_2D_ARRAY, 1, gl.RGBA16F, side, side, depth);
     gl.texSubImage3D(gl.TEXTURE_2D_ARRAY, 0, 0, 0, 0, side, side, depth, gl.RGBA, gl.FLOAT, scene.planes());
@@ -114,7 +125,7 @@ export class Renderer {
     const network = gl.createBuffer();
     gl.bindBuffer(gl.UNIFORM_BUFFER, network);
     gl.bufferData(gl.UNIFORM_BUFFER, packNetwork(render, scene.network), gl.STATIC_DRAW);
-    const held = {planes, network, grid: null, view: this.#program(render, viewShader)};
+    const held = {planes, bytes, network, grid: null, view: this.#program(render, viewShader)};
     return Object.assign(held, this.#fillGrid(scene, held));
   }
 
