@@ -159,6 +159,37 @@ def export_points(
     say(f"{out}: {len(points.positions)} points, {_bytes(size)}.")
 
 
+def export_splats(
+    run: Path,
+    scene: str,
+    out: Path,
+    count: int = 20_000,
+    cells: int = 192,
+    lowest: float = 0.0,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Write the visible surface of a scene as 3D Gaussian splats: PLY in the layout of 3D Gaussian splatting,
+    or glTF with KHR_gaussian_splatting.
+
+    Args:
+        run: library, or run folder of train.
+        scene: name of the scene.
+        out: .ply or .glb file.
+        count: most splats.
+        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
+        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+            from below too.
+    """
+    from latentscenes.export.mesh import check_ending
+    from latentscenes.export.splats import scene_splats, write_splats
+
+    check_ending(out, ".ply", ".glb")
+    learned = _opened(run, scene, set_up(machine))
+    splats = scene_splats(learned, scene, learned.view_of(scene), count, cells, lowest)
+    size = write_splats(out, splats, scene, learned.tags(scene))
+    say(f"{out}: {len(splats.positions)} splats, {_bytes(size)}.")
+
+
 def export_images(
     run: Path,
     out: Path,
@@ -241,7 +272,13 @@ def export_page(
     say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
 
 
-EXPORT_COMMANDS = {"mesh": export_mesh, "points": export_points, "images": export_images, "page": export_page}
+EXPORT_COMMANDS = {
+    "mesh": export_mesh,
+    "points": export_points,
+    "splats": export_splats,
+    "images": export_images,
+    "page": export_page,
+}
 
 
 def _opened(run: Path, scene: str, device: "torch.device") -> "StoredScenes":

@@ -284,7 +284,7 @@ def _settings(
 
 
 def export() -> None:
-    """Export scenes: export mesh | points | images | page."""
+    """Export scenes: export mesh | points | splats | images | page."""
 
 
 def data() -> None:
