@@ -1,30 +1,43 @@
 """Several machines: one rank's share of `exploit`, and libraries joined into one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.cli.common import say
+from latentscenes.cli.common import Machine, say, set_up
 from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions, chosen_rank
 
 if TYPE_CHECKING:
-    import torch
-
     from latentscenes.core.config import Config
+    from latentscenes.training.ranks import RankCall
 
 
 def learn_share(
     data: Path, out: Path, settings: "Config", run: Path | None, refused: dict[str, bool],
-    chosen: tuple[ExploitOptions, RankOptions], device: "torch.device",
+    chosen: tuple[ExploitOptions, RankOptions], machine: Machine,
 ) -> None:  # fmt: skip
-    """Learns new scenes into a library together with other ranks, and says what became of them. `refused` are
-    options that one process must carry out alone, and whether they are given."""
+    """Learns new scenes into a library together with other ranks, or has an engine start them, and says what
+    became of them. `refused` are options that one process must carry out alone, and whether they are given.
+    """
     options, ranks = chosen
     if given := [name for name, is_given in refused.items() if is_given]:
         raise UserError(f"{given[0]}: one process does this alone. Leave out either this or --rank.")
+    if ranks.engine is not None:
+        from latentscenes.core.config_io import dump
+        from latentscenes.training.ranks import RankCall
+
+        parts = ranks.parts and ranks.parts.absolute()
+        call = RankCall(
+            out.absolute(), data.absolute(), dump(settings), _seen_elsewhere(run), options,
+            replace(ranks, parts=parts), machine.threads, machine.device,
+        )  # fmt: skip
+        _start(call, ranks)
+        return
+    device = set_up(machine)
     rank = chosen_rank(ranks)
     say(f"Rank {rank.number} of {rank.count}, by {rank.source}.")
     from latentscenes.data.dataset import PosedImages
@@ -34,6 +47,33 @@ def learn_share(
     say(f"{out}: all scenes are in the library. This process learned {share.groups} groups.")
     if share.joined:
         say(f"{out}: {share.joined.added} scenes joined from all parts.")
+
+
+def _seen_elsewhere(run: Path | None) -> Path | None:
+    """Returns a run's path for processes that work in other folders; packaged models keep their names."""
+    from latentscenes.storage.pretrained import find_model
+
+    return run.absolute() if run is not None and find_model(run) == run else run
+
+
+def _start(call: "RankCall", ranks: RankOptions) -> None:
+    """Starts ranks by an engine. Waits for those of this machine and of Ray; SLURM's go on by themselves."""
+    count, needs = ranks.world_size, ranks.parsed_options()
+    if ranks.engine == "ray":
+        from latentscenes.training.engines import ray
+
+        ray.learn(call, count, ranks.address, needs)
+    else:
+        from latentscenes.training.engines import slurm
+
+        jobs = slurm.submit(call, count, ranks.engine, needs)
+        where = slurm.jobs_folder(call.out)
+        say(f"{len(jobs)} jobs submitted ({jobs[0].job_id} …); what they print is in {where}.")
+        if ranks.engine == "slurm":
+            say(f"They join what they learn into {call.out}. The same command goes on after any failure.")
+            return
+        slurm.wait(jobs)
+    say(f"{call.out}: all scenes are in the library.")
 
 
 def library_join(

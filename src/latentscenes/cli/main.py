@@ -85,8 +85,8 @@ def exploit(
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Stage 2: learn the dataset's new scenes with the shared parts of stage 1, into a library. The same
-    command continues a stopped run; another dataset adds its scenes to the same library. With --rank, several
-    processes, also of several machines, share the work.
+    command continues a stopped run; another dataset adds its scenes to the same library. With --rank or
+    --engine, several processes, also of several machines, share the work.
 
     Args:
         data: dataset whose `new` scenes are learned, except scenes that the library holds already.
@@ -110,12 +110,11 @@ def exploit(
             f"{out}: no library here yet. With --run, name the run that provides its shared parts."
         )
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
-    device = set_up(machine)
-    if ranks.rank is not None:
-        learn_share(
-            data, out, settings, run, {"--finetune": finetune, "--fit": fit}, (options, ranks), device
-        )
+    if ranks.rank is not None or ranks.engine is not None:
+        alone = {"--finetune": finetune, "--fit": fit}
+        learn_share(data, out, settings, run, alone, (options, ranks), machine)
         return
+    device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.finetune import learn_new
 

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from latentscenes.core.config import Config, ExploitOptions
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, read_object, write_sealed, writing_to
-from latentscenes.core.ranks import Rank, RankOptions
+from latentscenes.core.ranks import Rank, RankOptions, chosen_rank
+from latentscenes.core.runtime import set_up
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import SHARED, read_description
 from latentscenes.storage.joining import Joined, empty_copy, join
@@ -79,6 +80,32 @@ class Share:
     """Groups that it learned."""
     joined: Joined | None
     """What it joined; None if another process did."""
+
+
+@dataclass(frozen=True)
+class RankCall:
+    """All that a process needs to know to be a rank: what engines send to the processes that they start."""
+
+    out: Path
+    data: Path
+    settings: str
+    """The configuration, as YAML."""
+    parent: Path | None
+    options: ExploitOptions
+    ranks: RankOptions
+    threads: int | None
+    device: str
+
+    def of(self, number: int, count: int) -> "RankCall":
+        """Returns the call of one rank."""
+        ranks = RankOptions(str(number), count, self.ranks.parts, self.ranks.lease)
+        return replace(self, ranks=ranks)
+
+    def __call__(self) -> int:
+        """Learns groups until all scenes are in the library. Returns how many groups. See `exploit_rank`."""
+        device, config = set_up(self.threads, self.device), config_io.parse(self.settings, "settings")
+        images, shared = PosedImages.open(self.data), (chosen_rank(self.ranks), self.ranks)
+        return exploit_rank(self.out, images, config, self.parent, self.options, device, shared).groups
 
 
 def exploit_rank(

@@ -1,0 +1,1 @@
+"""Engines that start many ranks: SLURM and this machine by submitit, Ray."""
