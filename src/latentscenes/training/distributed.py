@@ -36,6 +36,8 @@ LONGEST_WAIT = timedelta(minutes=20)
 """Time after which a process that does not answer counts as lost. A process that ends is noticed at once."""
 RANKS = "ranks"
 """Folder in a run where processes put their rows while a checkpoint is written."""
+LARGE = 1 << 16
+"""Numbers of a gradient that is summed where it lies; smaller ones are copied to be sent at once."""
 ROWS, VIEWS = "rows", "views"
 
 
@@ -102,13 +104,21 @@ class Team:
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         if self.count == 1 or not learning:
             return
-        gradients = [one.grad if one.grad is not None else torch.zeros_like(one) for one in learning]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        large = [one for one in learning if one.numel() >= LARGE and one.is_contiguous()]
+        small = [one for one in learning if all(one is not other for other in large)]
         with _all_alive():
+            for parameter in large:
+                parameter.grad = parameter.grad.contiguous()
+                distributed.all_reduce(parameter.grad)
+            if not small:
+                return
+            flat = torch.cat([parameter.grad.flatten() for parameter in small])
             distributed.all_reduce(flat)
-        for parameter, part in zip(learning, flat.split([one.numel() for one in learning]), strict=True):
-            # In the parameter's order in memory, such as channels last, which Adam's kernel takes for granted
-            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))
+        for parameter, part in zip(small, flat.split([one.numel() for one in small]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))  # in its own order in memory, such as channels last
 
     def align(self, model: Model) -> None:
         """Gives all processes the first one's shared parts."""
