@@ -47,6 +47,12 @@ def test_few_triangles_keep_the_shape():
         simplified(few, 99)
 
 
+def test_normals_are_unit_vectors_where_triangles_are_folded():
+    corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    folded = Surface(corners, np.array([[0, 1, 2], [0, 2, 1]]), 0.1)
+    assert (folded.normals() == [0, 0, 1]).all()
+
+
 def test_charts_do_not_overlap_and_lie_in_the_square():
     found = ball(3)
     rows, corners, uv = unwrapped(found, 256)

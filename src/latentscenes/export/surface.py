@@ -145,12 +145,14 @@ class Surface(NamedTuple):
     """Side of the cells it was extracted from, world units."""
 
     def normals(self) -> Float[np.ndarray, "p 3"]:
-        """Unit vectors outward at the vertices: means of the adjacent faces' normals, weighted by area."""
+        """Unit vectors outward at the vertices: means of the adjacent faces' normals, weighted by area; up,
+        where these cancel out."""
         a, b, c = (self.vertices[self.faces[:, corner]] for corner in range(3))
         across, total = np.cross(b - a, c - a), np.zeros_like(self.vertices)
         for corner in range(3):
             np.add.at(total, self.faces[:, corner], across)
-        return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+        length = np.linalg.norm(total, axis=1, keepdims=True)
+        return np.where(length > 1e-15, total / np.maximum(length, 1e-15), [0.0, 0.0, 1.0])
 
 
 def surface(
