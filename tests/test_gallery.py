@@ -21,6 +21,7 @@ TAGS |= {
     "lamp": {"category": "Light", "tags": ["red", "Ünlit"]},
     MARKUP: {"category": "Light", MARKUP: "<b>"},
 }
+TAGS["chair 06"] |= {"name": "Oak <i>seat</i>"}
 CARDS = "[...document.querySelectorAll('#view .card')].map(card => card.dataset.name)"
 STATUS = "document.getElementById('status').textContent"
 
@@ -182,6 +183,15 @@ def test_an_object_with_similar_ones(tab, gallery, library):
     assert f'<latent-scene src="{gallery.address}/" scene="chair 05" controls>' in page
     assert not tab.problems
     opened(tab, gallery, "?object=chair+99", message)
+
+
+@in_browser
+def test_an_object_goes_by_the_name_of_its_catalog(tab, gallery):
+    assert opened(tab, gallery, "?q=oak", "1 object") == ["chair 06"]
+    assert tab.evaluate("document.querySelector('#view .card').textContent") == "Oak <i>seat</i>Seat"
+    opened(tab, gallery, "?object=chair+06", "")
+    assert tab.evaluate("document.querySelector('h2').textContent") == "Oak <i>seat</i>"
+    assert "scenechair 06category" in tab.evaluate("document.querySelector('dl').textContent")
 
 
 @in_browser

@@ -15,8 +15,10 @@ const UNASKED = 4 << 20;
 /** Decoded files of thumbnails that are kept. */
 const ATLASES = 8;
 const TYPING = 250; // milliseconds
-/** Tags that are shown below names, if an object has any of them. */
-const TELLING = ["name", "title", "category"];
+/** Tags that say what an object is called; without, it goes by the name of its scene. */
+const NAMING = ["name", "title"];
+/** Tag that is shown below the name, if the object has it; otherwise all are. */
+const TELLING = "category";
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
 
 const status = document.getElementById("status"), view = document.getElementById("view");
@@ -41,6 +43,11 @@ function make(kind, properties = {}, ...children) {
 /** Text of strangers, which cannot turn the direction of the text around it. */
 function foreign(text) {
   return make("bdi", {textContent: String(text).replace(HIDDEN, "�")});
+}
+
+/** What an object is called, as [tag, text]; the tag is null for the name of its scene. */
+function called(entry) {
+  return tagPairs(entry.tags).find(([key, value]) => NAMING.includes(key) && value.trim()) ?? [null, entry.name];
 }
 
 function link(parameters, properties, ...children) {
@@ -90,9 +97,10 @@ function cards(found) {
   return make("ul", {className: "cards"}, ...found.map(entry => {
     const canvas = make("canvas", {data: {"aria-hidden": "true"}});
     drawThumbnail(canvas, entry);
-    const pairs = tagPairs(entry.tags), told = pairs.filter(([key]) => TELLING.includes(key));
+    const [tag, name] = called(entry), pairs = tagPairs(entry.tags).filter(([key]) => key !== tag);
+    const told = pairs.filter(([key]) => key === TELLING);
     const about = (told.length ? told : pairs).map(([, value]) => value).join(", ").slice(0, 120);
-    const card = link({object: entry.name}, {className: "card"}, canvas, make("span", {}, foreign(entry.name)),
+    const card = link({object: entry.name}, {className: "card"}, canvas, make("span", {}, foreign(name)),
       make("small", {}, foreign(about)));
     card.dataset.name = entry.name;
     return make("li", {}, card);
@@ -204,13 +212,17 @@ async function showObject(name, mine) {
   }
   const entry = await entries.at(place.row), page = await columns(place.row);
   if (mine !== shown) return;
-  document.title = `${name.replace(HIDDEN, "�")} – ${title}`;
+  const [tag, shownName] = called(entry);
+  document.title = `${shownName.replace(HIDDEN, "�")} – ${title}`;
   const scene = make("latent-scene", {data: {src: address, scene: name, controls: "", autorotate: ""}});
-  const heading = make("h2", {tabIndex: -1}, foreign(name));
+  const heading = make("h2", {tabIndex: -1}, foreign(shownName));
   const tools = make("div", {className: "tools"}, make("a", {href: list, className: "button", textContent: "All objects"}),
     button("Copy link", () => copy(location.href)), button("Download", () => download(place, name)));
   const values = new Map();
-  for (const [key, value] of tagPairs(entry.tags)) values.set(key, [...(values.get(key) ?? []), value]);
+  if (tag !== null) values.set("scene", [name]);
+  for (const [key, value] of tagPairs(entry.tags)) {
+    if (key !== tag) values.set(key, [...(values.get(key) ?? []), value]);
+  }
   const pairs = [...values].map(([key, all]) => [foreign(key), foreign(all.join(", "))]);
   const rows = [...pairs, ...page].flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, value)]);
   const likes = make("section", {});
