@@ -154,7 +154,7 @@ FAULTS: dict[str, Callable[[Fleet], None]] = {
 }
 
 
-def measure(
+def main(
     folder: Path, data: Path, run: Path, overrides: Settings = (), rounds: int = 5, seed: int = 0
 ) -> None:
     """Learn scenes with ranks to which something happens; count what is lost, differs or is learned twice.
@@ -204,4 +204,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_program(measure)
+    run_program(main)
