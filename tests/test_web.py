@@ -350,6 +350,7 @@ def test_without_webgl_the_thumbnail_stays(tab, site):
     )
     tab.evaluate("document.querySelector('latent-scene').removeAttribute('hidden')")
     assert "no WebGL2" in message(tab)
+    tab.wait("document.querySelector('latent-scene').shadowRoot.querySelector('.poster').width > 1")
     middle = tab.evaluate(
         "(() => { const poster = document.querySelector('latent-scene').shadowRoot.querySelector('.poster');"
         " const {data} = poster.getContext('2d').getImageData(poster.width / 2, poster.height / 2, 1, 1);"
