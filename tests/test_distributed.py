@@ -174,3 +174,31 @@ def test_what_one_process_does_alone_is_refused(tiny):
     refused("stage 'codec': with a normalizer meanstd", "normalizer.kind=meanstd")
     refused("stage 'scenes' learns corrections", "train.scenes.rates={micro: 0.1, cameras: 0.1}")
     refuse_alone(tiny, 1, Team())
+
+
+RESTARTED = """
+import os, signal, sys, time
+import torch
+from latentscenes.training.distributed import joined
+if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    time.sleep(2)  # the other comes first, and must not find the address of the killed attempt
+with joined(torch.device("cpu")) as (team, _):
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    if team.number == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+    open(f"{sys.argv[1]}/{team.number}", "w").write(f"{total.item():g} of {team.count}")
+"""
+
+
+def test_torchrun_starts_killed_processes_again(tmp_path):
+    (tmp_path / "script.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path],
+        env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 of 2"] * 2

@@ -159,7 +159,15 @@ def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     with _all_alive():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+        store, number, count = next(distributed.rendezvous("env://", timeout=LONGEST_WAIT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=distributed.PrefixStore(f"attempt {attempt}", store),  # torchrun keeps it over restarts
+            rank=number,
+            world_size=count,
+            timeout=LONGEST_WAIT,
+        )
     try:
         team = Team(distributed.get_rank(), distributed.get_world_size())
         console.quiet = not team.first
