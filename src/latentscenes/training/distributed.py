@@ -12,6 +12,7 @@ from it.
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,10 @@ class Team:
 ALONE = Team()
 
 
+class Lost(UserError):
+    """Another process of the run has ended."""
+
+
 @contextmanager
 def _all_alive() -> Iterator[None]:
     try:
@@ -138,7 +143,7 @@ def _all_alive() -> Iterator[None]:
     except RuntimeError as error:  # torch.distributed raises no class of its own with gloo
         if "memory" in str(error):
             raise
-        raise UserError(
+        raise Lost(
             "another process of this run has ended or does not answer "
             f"({' '.join(str(error).split())[:100]}). Its message says why. The same command goes on from "
             "the last checkpoint."
@@ -149,7 +154,7 @@ def _all_alive() -> Iterator[None]:
 def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
     """Joins the processes that torchrun has started, until the end of the block. Yields this process's place
     among them, and its device: with GPUs, the one that torchrun numbers. Without torchrun, this process is
-    alone."""
+    alone. If another process ends, says so and ends this one with status 2."""
     count = os.environ.get("WORLD_SIZE", "1") if "MASTER_ADDR" in os.environ else "1"
     if count == "1":
         yield ALONE, device
@@ -172,6 +177,9 @@ def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
         team = Team(distributed.get_rank(), distributed.get_world_size())
         console.quiet = not team.first
         yield team, device
+    except Lost as error:
+        print(f"latentscenes: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # gloo can abort a process that still tidies up after others are gone
     finally:
         distributed.destroy_process_group()
 
