@@ -27,9 +27,9 @@ from latentscenes.storage.quantize import payload_checksum
 from latentscenes.training import claims as leases
 from latentscenes.training import ranks as module
 from latentscenes.training.claims import Claims, own_name
-from latentscenes.training.exploit import exploit
+from latentscenes.training.exploit import PLAN, exploit
 from latentscenes.training.groups import GroupLearner
-from latentscenes.training.ranks import exploit_rank
+from latentscenes.training.ranks import Plan, _agreed, exploit_rank
 
 CPU = torch.device("cpu")
 COUNT = 6
@@ -103,7 +103,7 @@ def test_ranks_learn_what_one_process_learns(run, boxes, alone, tmp_path):
     shares = side_by_side(*(lambda k=k: learn(out, boxes, run, k, 3) for k in range(3)))
     assert content(out) == alone
     assert sum(share.groups for share in shares) == COUNT
-    assert [share.joined.added for share in shares if share.joined] == [COUNT]
+    assert sum(share.joined.added for share in shares if share.joined) == COUNT
     assert not (out / "parts").exists() and LibraryFolder.open(out).index.thumbnail("box 0")
     again = learn(out, boxes, run, 0, 3)
     assert again.groups == 0 and again.joined.added == 0 and content(out) == alone
@@ -295,6 +295,28 @@ def test_only_stale_claims_are_taken_over(tmp_path):
     assert not theirs.take_over("a", 1) and not theirs.take_over("a", 2)
     again = Claims(tmp_path, "we", 0.4)  # the same owner, started again
     assert again.take_over("a", 2) and not ours.take_over("a", 2) and not again.take_over("a", 3)
+
+
+def test_a_folder_that_others_remove_gets_a_new_plan(tmp_path, monkeypatch):
+    """They join the last scenes and remove the folder just when this process has found no plan in it."""
+    state, parts, calls = Claims.state, tmp_path / "parts", []
+
+    def removed_once(claims):
+        calls.append(1)
+        if len(calls) == 1:
+            parts.rmdir()
+        return state(claims)
+
+    monkeypatch.setattr(Claims, "state", removed_once)
+    plan = Plan("0" * 12, "library", "dataset", "", {}, None, "int8", 1, [])
+    assert _agreed(parts, 5.0, lambda: plan) == plan and len(calls) == 2
+
+    def refused():
+        raise UserError("no such dataset")
+
+    (parts / PLAN).unlink()
+    with pytest.raises(UserError, match="no such dataset"):
+        _agreed(parts, 5.0, refused)
 
 
 def test_names_of_parts(tmp_path, monkeypatch):

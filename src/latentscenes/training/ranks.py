@@ -151,24 +151,34 @@ def exploit_rank(
 
 def _agreed(parts: Path, lease: float, make: Callable[[], Plan]) -> Plan:
     """Returns the plan in a folder. If there is none, makes it, or waits for the process that does."""
-    if (plan := _read(parts)) is not None:
-        return plan
-    with Claims(parts, uuid.uuid4().hex, lease).renewing() as claims:
-        while True:
-            newest = claims.state().newest.get(PLANNING, 0)
-            if (plan := _read(parts)) is not None:
-                return plan
-            if claims.take_over(PLANNING, newest) if newest else claims.take(PLANNING):
-                break
-            time.sleep(min(LONGEST_PAUSE, lease / 8))
-        try:
-            if (plan := _read(parts)) is None:  # it may have been written just before the claim
-                for remains in parts.iterdir():  # of a plan that was carried out
-                    _remove_parts(remains)
-                plan = make()
-                write_sealed(parts / PLAN, asdict(plan))
-        finally:
-            claims.forget(PLANNING)
+    while True:
+        if (plan := _read(parts)) is not None:
+            return plan
+        with Claims(parts, uuid.uuid4().hex, lease).renewing() as claims:
+            try:
+                return _found_or_made(parts, claims, make)
+            except (OSError, UserError):
+                if parts.is_dir():
+                    raise
+        # Others have joined all scenes and removed the folder meanwhile. What is left gets a new plan.
+
+
+def _found_or_made(parts: Path, claims: Claims, make: Callable[[], Plan]) -> Plan:
+    while True:
+        newest = claims.state().newest.get(PLANNING, 0)
+        if (plan := _read(parts)) is not None:
+            return plan
+        if claims.take_over(PLANNING, newest) if newest else claims.take(PLANNING):
+            break
+        time.sleep(min(LONGEST_PAUSE, claims.lease / 8))
+    try:
+        if (plan := _read(parts)) is None:  # it may have been written just before the claim
+            for remains in parts.iterdir():  # of a plan that was carried out
+                _remove_parts(remains)
+            plan = make()
+            write_sealed(parts / PLAN, asdict(plan))
+    finally:
+        claims.forget(PLANNING)
     return plan
 
 
@@ -294,6 +304,8 @@ class _Worker:
             state, given_up, worked = self.claims.state(), [], False
             left = [item for item in order if item not in state.done]
             for item in left:
+                if not (self.home.parent / PLAN).exists():
+                    return  # others have joined all scenes meanwhile
                 newest = state.newest.get(item, 0)
                 if newest >= MOST_CLAIMS and self.claims.has_lapsed(item, newest):
                     given_up.append(item)
