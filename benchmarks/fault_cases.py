@@ -52,6 +52,10 @@ CASES = (
 )
 
 
+CLOCKS = ("time", "seconds", "cpu_seconds")
+"""What differs in two logs of the same steps."""
+
+
 def result_of(out: Path) -> dict:
     """Describes what a command made: a run, a library or a dataset."""
     if (out / "run.json").exists():
@@ -61,7 +65,7 @@ def result_of(out: Path) -> dict:
         sums = {
             name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()
         }
-        lines = [{key: value for key, value in line.items() if key != "time"} for line in run.metrics()]
+        lines = [{key: value for key, value in line.items() if key not in CLOCKS} for line in run.metrics()]
         return {"tensors": sums, "metrics": lines, "finished": run.finished}
     if LibraryFolder.exists(out):
         library = LibraryFolder.open(out)
