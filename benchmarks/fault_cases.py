@@ -1,6 +1,7 @@
 """What benchmarks/faults.py does harm to: commands with their right results, writers and readers at work."""
 
 import hashlib
+import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from latentscenes.core.files import file_checksum
 from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.storage import maintenance
 from latentscenes.storage.library import LibraryFolder, NewScene
+from latentscenes.storage.published import PublishedLibrary
 from latentscenes.storage.run import Run
 
 SETTINGS = """
@@ -48,6 +50,8 @@ CASES = (
     Case("library repack", "library repack {out} --precision int4 --threads 1", "many"),
     Case("library rebuild", "library rebuild {out} --threads 1", "old"),
     Case("library model", "library model {home}/library {out}"),
+    Case("library join", "library join {out} {home}/library"),
+    Case("library publish", "library publish {home}/library --out {out} --site"),
     Case("data join", "data join --folders {home}/cars {home}/cars2 --out {out}"),
 )
 
@@ -73,6 +77,11 @@ def result_of(out: Path) -> dict:
         damage = [str(damage) for damage in maintenance.verify(library)]
         library.close()
         return {"scenes": scenes, "damage": damage, "model": library.checksums["shared.safetensors"]}
+    if (out / "published.json").exists():
+        library, made = PublishedLibrary.open(str(out)), ("made", "checksum")
+        damage = [str(damage) for damage in library.verify()]
+        stated = json.loads((out / "published.json").read_text())
+        return {"damage": damage, "stated": {key: stated[key] for key in stated if key not in made}}
     PosedImages.open(out)
     return {"damage": verify(out), "files": {file.name: file_checksum(file) for file in out.glob("*.npy")}}
 
