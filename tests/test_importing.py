@@ -298,6 +298,7 @@ def test_splits(tmp_path):
     names = ["b_10", "b_9", "a"]
     assert sorted(names, key=natural_key) == ["a", "b_9", "b_10"]
     assert choose_splits(names, new=1) == {"a": "train", "b_9": "train", "b_10": "new"}
+    assert set(choose_splits(names, new="all").values()) == {"new"}
     file = tmp_path / "split.json"
     file.write_text('{"train": ["b_10"], "new": ["a"]}')
     assert list(choose_splits(names, file).items()) == [("a", "new"), ("b_10", "train")]

@@ -14,6 +14,8 @@ HeldOutFrom = Literal["test", "val", "none"]
 Up = Literal["auto", "y", "z"]
 Front = Literal["+x", "-x", "+y", "-y", "+z", "-z"]
 Boxes = Literal["common", "object"]
+New = int | Literal["all"]
+"""Number of objects kept for stage 2."""
 LightName = Literal["studio", "flat", "camera"]
 
 
@@ -104,8 +106,8 @@ class SceneChoice:
     by itself."""
     split: Path | None = None
     """JSON file {"train": [...], "new": [...]} with names of scenes; others are left out."""
-    new: int = 0
-    """Without `split`: keep the last objects by name, this many, for stage 2."""
+    new: New = 0
+    """Without `split`: keep the last objects by name, this many or `all`, for stage 2."""
     limit: int | None = None
     """Import at most this many objects."""
 
@@ -153,8 +155,8 @@ class ImportOptions(Placement):
     """Views of each scene kept for evaluation, evenly spread, if the source does not define any."""
     split: str | Path | None = None
     """JSON file {"train": [...], "new": [...]} with scene names; scenes it does not list are left out."""
-    new: int = 0
-    """Without `split`: mark the last scenes, this many, as new; the others as train."""
+    new: New = 0
+    """Without `split`: mark the last scenes, this many or `all`, as new; the others as train."""
     limit: int | None = None
     """Import at most this many scenes; not together with `split`."""
     catalog: Path | None = None

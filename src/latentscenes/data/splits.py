@@ -9,6 +9,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import check_name
 from latentscenes.core.reading import read_any_json
 from latentscenes.data.dataset import Split
+from latentscenes.data.options import New
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -52,17 +53,21 @@ def read_split(path: str | Path, names: Sequence[str]) -> dict[str, Split]:
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def choose_splits(names: Sequence[str], split: str | Path | None = None, new: int = 0) -> dict[str, Split]:
+def choose_splits(names: Sequence[str], split: str | Path | None = None, new: New = 0) -> dict[str, Split]:
     """Returns the split of every scene, in natural order of names.
 
-    `split` names a file for `read_split`. Without it, the last `new` scenes are `new` and all others `train`.
+    `split` names a file for `read_split`. Without it, the last `new` scenes (or `all`) are `new` and the
+    others `train`.
     """
     ordered = sorted((check_name(name, "scenes") for name in names), key=natural_key)
     if split is not None:
         if new:
             raise UserError(f"--split {split} and --new {new} are both given; give one of them.")
         return read_split(split, ordered)
+    new = len(ordered) if new == "all" else new
     if not 0 <= new <= len(ordered):
-        raise UserError(f"--new {new}, but there are {len(ordered)} scenes; give at most that many.")
+        raise UserError(
+            f"--new {new}, but there are {len(ordered)} scenes; give at most that many, or `all`."
+        )
     first_new = len(ordered) - new
     return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}
