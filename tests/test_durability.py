@@ -528,3 +528,16 @@ def test_a_dataset_is_verified(tmp_path):
     (joined / "views.json").write_text(text.replace("other_0000", "renamed"))
     assert "renamed" in [scene.name for scene in PosedImages.open(joined).scenes]
     assert ["views.json: was edited" in found for found in verify(joined)] == [True]
+
+
+@pytest.mark.parametrize("old, new", [("name", "nane"), ("checksum", "checkswm"), ("[{", "{{")])
+def test_damage_of_what_a_shard_states_is_found(library, old, new):
+    library.append(copies(library, "a", "b"))
+    file = library.shards.file(library.shards.numbers()[-1])
+    data = file.read_bytes()
+    assert data.count(old.encode()) >= 1
+    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    library.close()
+    found = maintenance.verify(LibraryFolder.open(library.path))
+    assert [damage.name for damage in found] == ["a", "b"]
+    assert all("what it states of its scenes is damaged" in damage.what for damage in found)

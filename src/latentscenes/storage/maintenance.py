@@ -116,6 +116,8 @@ def _scene_damage(library: LibraryFolder, name: str, place: Place) -> str | None
         if payload_checksum(library.shards.read(place)) != place.checksum:
             return f"its bytes in {file.name} have changed"
         info, stated = library.index.info(name), library.shards.stated(place)
+        if stated and stated["checksum"] != place.checksum:
+            return f"its shard {file.name} states another checksum than the index"
         if info and stated and (other := [key for key in FIXED if stated.get(key) != getattr(info, key)]):
             return f"its entry in the index is not that of its shard {file.name}: {', '.join(other)}"
     except FileNotFoundError:

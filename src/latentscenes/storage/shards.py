@@ -1,5 +1,6 @@
 """Shards: files of scenes, stacked tensor by tensor. Each is written once and states what it holds."""
 
+import hashlib
 import json
 import re
 import threading
@@ -32,6 +33,9 @@ T = TypeVar("T")
 NAME = re.compile(r"(\d{6,18})\.safetensors")
 MOST_SCENES = 2000
 """Most scenes of a shard: what it states of them is read whenever it is opened."""
+STATED, SEAL = "scenes", "seal"
+"""Metadata of a shard: what it states of its scenes, and the SHA-256 of this text. Earlier versions
+did not write the latter."""
 OPEN = 64
 """Shards kept open for reading."""
 
@@ -98,10 +102,13 @@ class Shards:
         return payload_at(self.open(place.shard), place.row)
 
     def stated(self, place: Place) -> dict | None:
-        """Returns what the shard states of the scene at a place (see `stated_entries`). Raises as `open`."""
+        """Returns what the shard states of the scene at a place (see `stated_entries`). Raises as `open`, and
+        a SafetensorError if the statement is damaged."""
         if self._stated[0] != place.shard:
             self._stated = place.shard, stated_entries(self.open(place.shard))
         entries = self._stated[1]
+        if entries and place.row >= len(entries):
+            raise SafetensorError(f"{self.file(place.shard)}: it states {len(entries)} scenes only")
         return entries[place.row] if entries else None
 
     def read_all(self, shard: int) -> list[Payload]:
@@ -126,7 +133,8 @@ class Shards:
         known = checksums or map(payload_checksum, payloads)
         infos = (info for info, _ in scenes)
         entries = [vars(info) | {"checksum": one} for info, one in zip(infos, known, strict=True)]
-        write_tensors(self.file(shard), stack_payloads(payloads), {"scenes": json.dumps(entries)})
+        text = json.dumps(entries)
+        write_tensors(self.file(shard), stack_payloads(payloads), {STATED: text, SEAL: _seal(text)})
 
 
 def in_parts(scenes: list[T]) -> Iterator[list[T]]:
@@ -137,8 +145,22 @@ def in_parts(scenes: list[T]) -> Iterator[list[T]]:
 
 def stated_entries(shard: safe_open) -> list[dict] | None:
     """Returns what a shard states of its scenes, row by row: the fields of SceneInfo, and `checksum`. None if
-    it is of an earlier version."""
-    return json.loads((shard.metadata() or {}).get("scenes", "null"))
+    it is of an earlier version. Raises a SafetensorError if the statement is damaged."""
+    facts = shard.metadata() or {}
+    if not set(facts) & {STATED, SEAL}:
+        return None
+    try:
+        text = facts[STATED]
+        entries = json.loads(text)
+        if facts.get(SEAL, _seal(text)) == _seal(text) and all(entry["checksum"] for entry in entries):
+            return entries
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise SafetensorError("what it states of its scenes is damaged")
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_scenes(file: Path) -> list[ShardScene]:
