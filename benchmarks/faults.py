@@ -196,7 +196,10 @@ class Campaign:
         total = 0
         for kind, _ in itertools.product(kinds.values(), range(count)):
             file = self.random.choice(kind)
-            before, total = file.read_bytes(), total + 1
+            before = file.read_bytes()
+            if not before:  # a journal that the index has taken in meanwhile
+                continue
+            total += 1
             file.write_bytes(self.mutated(before))
             ended = self.run(check.format(home=self.home, out=out).split())
             text = self.log.read_text(errors="replace")
