@@ -541,3 +541,16 @@ def test_damage_of_what_a_shard_states_is_found(library, old, new):
     found = maintenance.verify(LibraryFolder.open(library.path))
     assert [damage.name for damage in found] == ["a", "b"]
     assert all("what it states of its scenes is damaged" in damage.what for damage in found)
+
+
+def test_a_shard_removed_while_it_is_opened_counts_as_absent(library, monkeypatch):
+    """safetensors opens a file twice; a compaction may remove it in between."""
+
+    def opened(file, kind):
+        file.unlink()
+        raise RuntimeError(f"unable to open file <{file}> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr("latentscenes.storage.shards.safe_open", opened)
+    first = library.shards.numbers()[0]
+    with pytest.raises(FileNotFoundError, match="absent, though the index lists it"):
+        library.shards.open(first)

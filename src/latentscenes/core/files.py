@@ -234,7 +234,7 @@ def reading_from(path: Path, remedy: str) -> Iterator[None]:
         yield
     except PermissionError:
         raise UserError(f"{path}: no permission to read it. Ask its owner for that.") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch maps the file
         raise Damaged(f"{path}: cannot be read ({reason(error)}). {remedy}") from None
 
 

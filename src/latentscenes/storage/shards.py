@@ -88,10 +88,8 @@ class Shards:
                 try:
                     require_regular(file)
                     self._opened[shard] = safe_open(file, "pt")
-                except FileNotFoundError:
-                    raise FileNotFoundError(f"{file}: absent, though the index lists it") from None
-                except (OSError, SafetensorError) as error:
-                    raise SafetensorError(f"{file}: cannot be read ({reason(error)})") from None
+                except (OSError, SafetensorError, RuntimeError) as error:
+                    raise _unread(file, error) from None
                 if len(self._opened) > OPEN:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(shard)
@@ -117,10 +115,8 @@ class Shards:
         try:
             require_regular(file)
             return unstack_payloads(load_file(file))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file}: absent, though the index lists it") from None
-        except (OSError, SafetensorError, ValueError) as error:
-            raise SafetensorError(f"{file}: cannot be read ({reason(error)})") from None
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise _unread(file, error) from None
 
     def write(
         self, shard: int, scenes: Sequence[tuple[SceneInfo, Payload]], checksums: Sequence[str] | None = None
@@ -135,6 +131,14 @@ class Shards:
         entries = [vars(info) | {"checksum": one} for info, one in zip(infos, known, strict=True)]
         text = json.dumps(entries)
         write_tensors(self.file(shard), stack_payloads(payloads), {STATED: text, SEAL: _seal(text)})
+
+
+def _unread(file: Path, error: Exception) -> Exception:
+    """The error for a shard that cannot be read. safetensors opens a file twice, and torch raises a
+    RuntimeError if it was removed in between."""
+    if not file.exists():
+        return FileNotFoundError(f"{file}: absent, though the index lists it")
+    return SafetensorError(f"{file}: cannot be read ({reason(error)})")
 
 
 def in_parts(scenes: list[T]) -> Iterator[list[T]]:
