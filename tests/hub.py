@@ -4,9 +4,9 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.servers import served_by
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -95,17 +95,6 @@ class Hub(BaseHTTPRequestHandler):
         return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
-@contextmanager
 def hub_served():
     """Serves an empty hub on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.commits, server.repository = {".gitattributes": b""}, [], None
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return served_by(Hub, files={".gitattributes": b""}, commits=[], repository=None)

@@ -2,11 +2,9 @@
 
 import io
 import re
-import threading
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from latentscenes.core import config_io
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.quantize import pack
+from tests.servers import served_by
 
 
 def made_library(folder: Path, solids) -> Path:
@@ -80,18 +79,7 @@ class Parts(WholeFiles):
         self.wfile.write(part)
 
 
-@contextmanager
 def serving(folder: Path, kind: type = Parts):
     """Serves a folder on this machine. `server.asked` holds paths and ranges of all requests; the next
     `server.failing` requests are answered with 503."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=str(folder)))
-    server.asked, server.failing, server.shift = [], 0, 0
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return served_by(partial(kind, directory=str(folder)), asked=[], failing=0, shift=0)

@@ -5,7 +5,6 @@ import functools
 import http.server
 import io
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
 from latentscenes.storage.publishing import publish
 from latentscenes.storage.quantize import pack
 from latentscenes.storage.targets import open_target
+from tests.servers import served_by
 
 MODULES = Path(__file__).resolve().parents[1] / "src" / "latentscenes" / "web"
 BOX = Box((0.05, -0.1, 0.02), (0.5, 0.3, 0.25))
@@ -144,15 +144,8 @@ def served(folder: Path, ranges: bool = True, modules: bool = True) -> Iterator[
     folder.mkdir(exist_ok=True)
     if modules:
         (folder / "web").symlink_to(MODULES)
-    handler = functools.partial(Files, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.ranges = ranges
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield Site(folder, f"http://127.0.0.1:{server.server_port}", server)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served_by(functools.partial(Files, directory=str(folder)), ranges=ranges) as server:
+        yield Site(folder, server.address, server)
 
 
 def as_in_browser(cameras: Cameras, number: int) -> dict[str, list[float]]:

@@ -6,7 +6,6 @@ instead of the base planes, as scenes without base planes: that is smaller. Both
 """
 
 import base64
-import hashlib
 import re
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import now
 from latentscenes.core.names import one_line
-from latentscenes.export.pages import TEMPLATES, described, how_many
+from latentscenes.export.pages import described, how_many, page_with
 from latentscenes.export.sheets import save_file, short_names
 from latentscenes.model.model import Model
 from latentscenes.model.pictures import thumbnail
@@ -67,18 +66,15 @@ def write_live_page(
     captions = short_names(loaded.names)
     entries = [described(loaded, scene, captions[scene]) for scene in scenes]
     size = sum(len(content) for content in files.values())
-    many, script = (
-        how_many(len(entries), len(loaded.names)),
+    many = how_many(len(entries), len(loaded.names))
+    page = page_with(
         bundle() + Path(__file__).with_name("live.js").read_text("utf-8"),
-    )
-    page = TEMPLATES.get_template("live.html").render(
+        {"files": files, "scenes": entries},
         title=one_line(title),
         summary=f"{many}, rendered live; {size / 2**20:.1f} MiB in one file.",
         aspect="1.333",
         least=240,
-        script=script,
-        seal=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data={"files": files, "scenes": entries},
+        more="; + and − zoom",
     )
     return save_file(path, page.encode())
 

@@ -4,12 +4,14 @@ The page holds each scene's orbit as a sheet of small pictures (WebP with alpha)
 shown."""
 
 import base64
+import hashlib
 import io
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,18 +93,24 @@ def write_page(
         packed = base64.b64encode(_webp(pictures)).decode()
         entries.append(described(loaded, scene, captions[scene]) | {"sheet": packed})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
-    size_of_sheets = sum(len(entry["sheet"]) for entry in entries)
-    summary = (
-        f"{how_many(len(entries), len(loaded.names))}, {len(cameras)} views of {width}×{height} pixels each"
-    )
-    page = TEMPLATES.get_template("page.html").render(
+    inside = sum(len(entry["sheet"]) for entry in entries)
+    views = f"{len(cameras)} views of {width}×{height} pixels each"
+    page = page_with(
+        Path(__file__).with_name("page.js").read_text("utf-8"),
+        {"frames": frames, **grid, "scenes": entries},
         title=one_line(title),
-        summary=f"{summary}; {size_of_sheets / 2**20:.1f} MiB in one file.",
+        summary=f"{how_many(len(entries), len(loaded.names))}, {views}; {inside / 2**20:.1f} MiB in one file.",
         aspect=f"{width / height:.4g}",
         least=max(150, min(260, round(1.6 * width))),
-        data={"frames": frames, **grid, "scenes": entries},
     )
     return save_file(path, page.encode())
+
+
+def page_with(script: str, data: dict[str, Any], **texts: str | int) -> str:
+    """Returns a page with a script, the only one that may run there, and the data that it reads. `texts` are
+    what the template shows."""
+    seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return TEMPLATES.get_template("page.html").render(script=script, seal=seal, data=data, **texts)
 
 
 def how_many(count: int, total: int) -> str:
