@@ -93,13 +93,13 @@ def write_page(
         packed = base64.b64encode(_webp(pictures)).decode()
         entries.append(described(loaded, scene, captions[scene]) | {"sheet": packed})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
-    inside = sum(len(entry["sheet"]) for entry in entries)
+    total = sum(len(entry["sheet"]) for entry in entries)
     views = f"{len(cameras)} views of {width}×{height} pixels each"
     page = page_with(
         Path(__file__).with_name("page.js").read_text("utf-8"),
         {"frames": frames, **grid, "scenes": entries},
         title=one_line(title),
-        summary=f"{how_many(len(entries), len(loaded.names))}, {views}; {inside / 2**20:.1f} MiB in one file.",
+        summary=f"{how_many(len(entries), len(loaded.names))}, {views}; {total / 2**20:.1f} MiB in one file.",
         aspect=f"{width / height:.4g}",
         least=max(150, min(260, round(1.6 * width))),
     )
