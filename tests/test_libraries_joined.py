@@ -8,7 +8,7 @@ from results import made_run
 from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.model.planes import random_parameters
-from latentscenes.storage import joining
+from latentscenes.storage import joining, maintenance
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder, NewScene
@@ -134,6 +134,30 @@ def test_removed_and_moved_scenes_of_a_part(part, tmp_path):
     assert content(tmp_path / "out").keys() == {"a", "see", "d"}
     compact(library)
     assert join(tmp_path / "out", [path]) == Joined(added=0, known=3)
+
+
+def test_compact_writes_only_where_something_is_gained(part, monkeypatch):
+    monkeypatch.setattr(maintenance, "MOST_SCENES", 4)
+    kinds = ["int8", "float32"] * 2
+    path = part(
+        "many",
+        [scene(f"full {k}", k) for k in range(4)],
+        *([scene(f"small {k}", 10 + k, kind)] for k, kind in enumerate(kinds)),
+    )
+    before, library = content(path), LibraryFolder.open(path)
+    compact(library)
+    assert content(path) == before
+    assert library.index.shards() == {1: (4, 4), 6: (2, 2), 7: (2, 2)}  # full, float32, int8
+    files = {file: file.stat().st_ino for file in (path / "shards").iterdir()}
+    with monkeypatch.context() as refusing:
+        refusing.setattr(maintenance, "_rewrite", None)
+        assert compact(library) == 0
+    assert {file: file.stat().st_ino for file in (path / "shards").iterdir()} == files
+    library.remove(["full 2"])
+    assert compact(library) > 0
+    # One of the kind int8 is rewritten anyway, so the small one of this kind is merged with it
+    assert sorted(library.index.shards().values()) == [(1, 1), (2, 2), (4, 4)]
+    assert content(path) == {name: entry for name, entry in before.items() if name != "full 2"}
 
 
 def test_a_killed_join_goes_on(part, tmp_path, monkeypatch):

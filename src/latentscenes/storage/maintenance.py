@@ -7,6 +7,7 @@ list are kept if they hold scenes that it does not know (recovery.py).
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -33,7 +34,7 @@ from latentscenes.storage.quantize import (
     payload_kind,
 )
 from latentscenes.storage.recovery import unlisted, unlisted_for_sure
-from latentscenes.storage.shards import MOST_SCENES, NAME, ShardScene
+from latentscenes.storage.shards import MOST_SCENES, NAME, STATED, ShardScene
 from latentscenes.storage.source import SceneSource
 from latentscenes.storage.sqlite import database_problem
 
@@ -151,14 +152,14 @@ def _is_unchanged(file: Path, checksum: str) -> bool:
 
 def compact(library: LibraryFolder) -> int:
     """Merges small shards and removes what removed scenes, crashes and stopped work left. Scenes stay
-    identical. Returns the bytes freed in shards."""
+    identical. Where nothing is to be gained, no shard is written. Returns the bytes freed in shards."""
     before = folder_bytes(library.path / "shards")
     with library.writing():
-        shards = library.index.shards()
-        partial = {shard for shard, (written, remaining) in shards.items() if remaining < written}
-        worn = partial | {shard for shard in shards if _is_small(library.shards.file(shard))}
-        if partial or len(worn) > 1:
-            names = [name for name, place in library.index.places().items() if place.shard in worn]
+        if worn := _worn(library):
+            places = library.index.places().items()
+            names = [name for name, place in places if place.shard in worn]
+            shard = {name: place.shard for name, place in places}
+            names.sort(key=lambda name: worn[shard[name]])  # scenes of one kind fit into one shard
             _rewrite(library, names, lambda name, payload: None)
         _drop_orphans(library)
         _drop_work(library)
@@ -166,8 +167,29 @@ def compact(library: LibraryFolder) -> int:
     return before - folder_bytes(library.path / "shards")
 
 
-def _is_small(file: Path) -> bool:
-    return file.exists() and file.stat().st_size < SHARD_BYTES // 2
+def _worn(library: LibraryFolder) -> dict[int, str]:
+    """Returns the shards to rewrite, each with the kind of its payloads: those that scenes were removed from,
+    those of earlier versions that do not state their scenes, and small ones, at least two of a kind."""
+    worn, small = {}, {}
+    for shard, (written, remaining) in library.index.shards().items():
+        file = library.shards.file(shard)
+        kind, states = _kind(library, shard)
+        if remaining < written or not states:
+            worn[shard] = kind
+        elif written <= MOST_SCENES // 2 and file.exists() and file.stat().st_size < SHARD_BYTES // 2:
+            small[shard] = kind
+    count = Counter([*worn.values(), *small.values()])
+    return worn | {shard: kind for shard, kind in small.items() if count[kind] > 1}
+
+
+def _kind(library: LibraryFolder, shard: int) -> tuple[str, bool]:
+    """Returns names and types of a shard's tensors, as text, and whether it states its scenes."""
+    try:
+        opened = library.shards.open(shard)
+        kind = [(name, opened.get_slice(name).get_dtype()) for name in sorted(opened.keys())]
+        return str(kind), STATED in (opened.metadata() or {})
+    except (FileNotFoundError, SafetensorError):  # rewriting other shards does not need it
+        return "", True
 
 
 def repack(library: LibraryFolder, precision: str, device: torch.device | str = "cpu") -> int:
