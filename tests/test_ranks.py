@@ -176,7 +176,8 @@ from latentscenes.training.ranks import exploit_rank
 loop.SAVE_SECONDS = 0.0
 save = Run.save
 Run.save = lambda *given: (save(*given), time.sleep(float(sys.argv[5])))  # time to be killed in
-run, ranks = Path(sys.argv[1]), RankOptions(rank=sys.argv[4], world_size=2, lease=1.0)
+run = Path(sys.argv[1])
+ranks = RankOptions(rank=sys.argv[4], world_size=2, lease=1.0, patience=3.0)
 options = ExploitOptions(group=1, precision="float32", stage_one=False)
 images, config = PosedImages.open(sys.argv[2]), Run.open(run).config
 shared = chosen_rank(ranks), ranks
@@ -224,6 +225,21 @@ def test_killed_and_stopped_ranks(run, path, boxes, alone, tmp_path):
     finally:
         slow.kill()
     assert content(out) == alone and not (out / "parts").exists()
+
+
+def test_a_rank_that_hangs_loses_its_group(run, path, boxes, alone, tmp_path):
+    out = tmp_path / "out"
+    hung = started(run, path, out, 0, 600)  # at its first checkpoint it hangs; its lease is renewed by a thread
+    try:
+        wait_for(lambda: list(out.glob("parts/*/part-0000/work/*/checkpoints/[1-9]")), hung)
+        claim = next(out.glob("parts/*/claims/000000.1.claim"))
+        before = claim.stat().st_mtime_ns
+        wait_for(lambda: claim.stat().st_mtime_ns > before, hung)  # not hung yet, by its own clock
+        share = learn(out, boxes, run, 1, 2, lease=LEASE)
+        assert share.groups == share.joined.added == COUNT and hung.poll() is None
+    finally:
+        hung.kill()
+    assert content(out) == alone
 
 
 def test_what_the_others_do_otherwise_is_refused(run, boxes, alone, tmp_path, monkeypatch):
@@ -295,6 +311,21 @@ def test_only_stale_claims_are_taken_over(tmp_path):
     assert not theirs.take_over("a", 1) and not theirs.take_over("a", 2)
     again = Claims(tmp_path, "we", 0.4)  # the same owner, started again
     assert again.take_over("a", 2) and not ours.take_over("a", 2) and not again.take_over("a", 3)
+
+
+def test_claims_of_work_that_does_not_move_on_lapse(tmp_path):
+    ours, theirs = Claims(tmp_path, "we", 0.4), Claims(tmp_path, "they", 0.4, patience=0.8)
+    with theirs.renewing():
+        assert theirs.take("a")
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            theirs.progress()
+            assert not ours.take_over("a", 1)
+            time.sleep(0.05)
+        while not ours.take_over("a", 1):
+            assert time.monotonic() < deadline + 10
+            time.sleep(0.05)
+        assert time.monotonic() > deadline + 0.7  # patience, and the lease since the last renewal
 
 
 def test_a_folder_that_others_remove_gets_a_new_plan(tmp_path, monkeypatch):
@@ -373,4 +404,5 @@ def test_ranks_that_cannot_be():
     refused("--parts: only for work that several", parts=Path("somewhere"))
     refused("--world-size: only for work that several", world_size=2)
     refused("--lease 0: must be more", rank="0", world_size=1, lease=0.0)
+    refused("--patience -1: must be more", rank="0", world_size=1, patience=-1.0)
     assert Rank(0, 1, "x").count == 1

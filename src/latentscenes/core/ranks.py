@@ -30,6 +30,9 @@ class RankOptions:
     the folder `parts` of the library."""
     lease: float = 60.0
     """Seconds without a sign of life after which another process takes over what a process was learning."""
+    patience: float = 600.0
+    """Seconds without a step after which a process that is alive counts as hung. It then no longer renews its
+    lease, so another one learns its group."""
     engine: Engine | None = None
     """What starts the processes. `slurm`: an array of jobs, submitted by submitit. `local`: processes of this
     machine. `ray`: actors of a Ray cluster."""
@@ -56,6 +59,8 @@ class RankOptions:
             raise UserError(f"--world-size {self.world_size}: must be at least 1.")
         if self.lease <= 0:
             raise UserError(f"--lease {self.lease:g}: must be more than 0 seconds.")
+        if self.patience <= 0:
+            raise UserError(f"--patience {self.patience:g}: must be more than 0 seconds.")
         if (
             self.rank is None
             and self.engine is None

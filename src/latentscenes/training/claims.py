@@ -8,11 +8,15 @@ one succeeds. Its holder renews it by setting the file's time. A process that wa
 lease without seeing the time change makes the next claim. It measures this with its own clock, and compares
 times of the file only for being equal, so clocks of machines need not agree.
 
+A process may hang although the thread that renews its claims does not. So it must also say that its work moves
+on (`progress`). If it does not for as long as `patience`, its claims are no longer renewed, and lapse.
+
 A holder that was merely slow may go on after its claim was taken over. So work must be such that it does no
 harm if two processes do it. Files of `done` say who has finished an item; if two have, the first by name
 counts, so all readers choose alike.
 """
 
+import math
 import os
 import threading
 import time
@@ -45,9 +49,11 @@ class State:
 class Claims:
     """The claims of one process in a shared folder. Within `renewing`, they are renewed by a thread."""
 
-    def __init__(self, folder: Path, owner: str, lease: float):
-        """`owner` is a name that no other process uses at the same time; `lease` in seconds."""
-        self.folder, self.owner, self.lease = folder, owner, lease
+    def __init__(self, folder: Path, owner: str, lease: float, patience: float = math.inf):
+        """`owner` is a name that no other process uses at the same time; `lease` and `patience` in seconds.
+        """
+        self.folder, self.owner, self.lease, self.patience = folder, owner, lease, patience
+        self._moved = time.monotonic()
         self._held: dict[str, Path] = {}
         self._seen: dict[str, tuple[int, int, float]] = {}
         """Number and file time of a claim of another process, and since when they are so."""
@@ -61,6 +67,8 @@ class Claims:
 
         def renew() -> None:
             while not stopped.wait(self.lease / RENEWALS):
+                if time.monotonic() - self._moved > self.patience:
+                    continue
                 for file in list(self._held.values()):
                     with suppress(OSError):  # a shared folder may be away for a while
                         os.utime(file)
@@ -72,6 +80,10 @@ class Claims:
         finally:
             stopped.set()
             thread.join()
+
+    def progress(self) -> None:
+        """Says that the work on what is held moves on."""
+        self._moved = time.monotonic()
 
     def state(self) -> State:
         """Reads the folder."""
@@ -135,6 +147,7 @@ class Claims:
         file = self._file(item, number)
         if not created(file, self.owner):
             return False
+        self.progress()
         self._held[item] = file
         return True
 

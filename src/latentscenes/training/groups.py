@@ -7,7 +7,7 @@ changes no bit of its scenes.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class GroupLearner:
     precision: StoragePrecision
     drop_views: bool = False
     """Learn scenes again without odd views."""
+    moved: Callable[[], None] | None = None
+    """Called after each step, and between the other parts of the work."""
 
     def learn(
         self, scenes: Sequence[Scene], label: str = "", origin: Origin = "exploit", work: Path | None = None,
@@ -64,6 +66,8 @@ class GroupLearner:
                 fits[k] = dataclasses.replace(fit, spent=fits[k].spent + fit.spent)
         found, split = [], "new" if origin == "exploit" else None
         for k, (scene, fit) in enumerate(zip(scenes, fits, strict=True)):
+            if self.moved:
+                self.moved()
             learned = (tags or {}) | view_tags(fit, odd[k], k in again, images)
             ready = (fit.parameters, library.info.view, images, scene, self.precision)
             found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned)))
@@ -83,7 +87,8 @@ class GroupLearner:
         info = RunInfo("exploit", data, "new", names, library.info.box, str(library.path.resolve()))
         run = Run.create((work or library.path / "work") / key, config, info)
         parameters = starting_parameters(config, library.starting_scene(), images, scenes).to(model.device)
-        trainer = Trainer(run, model, TrainingScenes(parameters, images, scenes), label=label)
+        learning = TrainingScenes(parameters, images, scenes)
+        trainer = Trainer(run, model, learning, label=label, moved=self.moved)
         trainer.fit(config.exploit)
         model.eval().requires_grad_(False)
         _check_unchanged(model, library)

@@ -7,7 +7,7 @@ that learn, the losses and the scenes.
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,14 @@ class Trainer:
         scenes: TrainingScenes,
         tracker: "Tracker | None" = None,
         label: str = "",
+        moved: Callable[[], None] | None = None,
     ):
-        """With a `label`, the progress bar shows it and disappears at the end, for one of many runs."""
+        """With a `label`, the progress bar shows it and disappears at the end, for one of many runs. `moved`
+        is called after each step."""
         self.run, self.model, self.scenes, self.team = run, model, scenes, scenes.team
         self.shares = Shares.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
         self.tracker = tracker or Tracker("none", run.path, {})
-        self.label = label
+        self.label, self.moved = label, moved or (lambda: None)
         self.corrections: ViewCorrections | None = None
         """Those of all fitted views, after `fit` with stages that learn them."""
 
@@ -184,6 +186,7 @@ class Trainer:
                     source.learn(batch, errors)
                 position.step += 1
                 position.total += 1
+                self.moved()
 
                 # Log
                 due = time.monotonic() - saved > SAVE_SECONDS

@@ -16,6 +16,7 @@ No index is used by two machines at a time: each part has a single writer; the l
 process that makes the plan, and by the one that joins.
 """
 
+import math
 import shutil
 import string
 import time
@@ -98,7 +99,7 @@ class RankCall:
 
     def of(self, number: int, count: int) -> "RankCall":
         """Returns the call of one rank."""
-        ranks = RankOptions(str(number), count, self.ranks.parts, self.ranks.lease)
+        ranks = RankOptions(str(number), count, self.ranks.parts, self.ranks.lease, self.ranks.patience)
         return replace(self, ranks=ranks)
 
     def __call__(self) -> int:
@@ -132,7 +133,7 @@ def exploit_rank(
     worker = None
     try:
         with own_name(home / "owners", f"part-{rank.number:04d}") as name:
-            with Claims(home / "claims", name, ranks.lease).renewing() as claims:
+            with Claims(home / "claims", name, ranks.lease, ranks.patience).renewing() as claims:
                 worker = _Worker(out, plan, home, claims)
                 worker.learn(images, config, options, device, rank)
                 joined = worker.join_or_wait(parts / PLAN)
@@ -294,7 +295,8 @@ class _Worker:
         make_folder(self.part / "work")
         sweep(self.part / "work", library.index)
         model = library.model(device)
-        return GroupLearner(library, model, config, images, self.plan.precision, options.drop_views)
+        precision, moved = self.plan.precision, self.claims.progress
+        return GroupLearner(library, model, config, images, precision, options.drop_views, moved)
 
     def _taken(self, rank: Rank) -> Iterator[str]:
         """Yields groups that this process holds, until all groups are done."""
@@ -334,6 +336,7 @@ class _Worker:
 
     def join_or_wait(self, file: Path) -> Joined | None:
         """Joins all parts into the library and removes the plan, or waits for the process that does."""
+        self.claims.patience = math.inf  # joining takes as long as the disk does, and only one should join
         while file.exists():
             newest = self.claims.state().newest.get(JOINING, 0)
             if self.claims.take_over(JOINING, newest) if newest else self.claims.take(JOINING):

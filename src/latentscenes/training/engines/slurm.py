@@ -4,7 +4,9 @@ submitit passes the call to the jobs by pickles in a folder of its own beside th
 which only its owner should be able to write; their output is there, too.
 """
 
+import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, writing_to
+from latentscenes.core.runtime import CHECK_SECONDS
 from latentscenes.training.ranks import RankCall
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupted|Damaged): (.*)", re.M
 DEFAULTS = {"timeout_min": 240}
 MOST_STOPS = 1000
 """How often a job may run out of its time before submitit no longer queues it again."""
+GRACE = 60.0
+"""Seconds in which processes must end once all scenes are in the library."""
 JOBS = ".jobs"
 """Ending of the folder of the jobs, beside the library."""
 
@@ -85,23 +90,29 @@ def jobs_folder(out: Path) -> Path:
 
 
 def wait(jobs: "list[Job[int]]") -> None:
-    """Waits for processes of this machine. Raises a UserError if all of them fail, and stops them if this
-    process is to stop."""
+    """Waits until processes of this machine have learned all scenes. When the first one says so, the others
+    have GRACE seconds to end; one that hangs is stopped. Raises a UserError if all of them fail, and stops
+    them if this process is to stop."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
-    problem, failed = "", 0
+    problem, failed, left, ready = "", 0, list(jobs), math.inf
     try:
-        for job in jobs:
-            try:
-                job.result()
-            except (FailedJobError, UncompletedJobError) as error:
-                problem, failed = str(error), failed + 1
-    except BaseException:
-        for job in jobs:
+        while left and time.monotonic() < ready + GRACE:
+            for job in [one for one in left if one.done()]:
+                left.remove(job)
+                try:
+                    job.result()
+                    ready = min(ready, time.monotonic())
+                except (FailedJobError, UncompletedJobError) as error:
+                    problem, failed = str(error), failed + 1
+            time.sleep(CHECK_SECONDS if left else 0)
+    finally:
+        for job in left:
             job.cancel()
-        raise
     if failed == len(jobs):
         found = ERROR.findall(problem) or [problem]
         raise UserError(f"every process failed, the last one with: {found[-1]}")
     if failed:
         say(f"{failed} of {len(jobs)} processes failed; the others learned what these left.")
+    if left:
+        say(f"{len(left)} of {len(jobs)} processes hung and were stopped; the others learned what these left.")
