@@ -229,7 +229,9 @@ def test_killed_and_stopped_ranks(run, path, boxes, alone, tmp_path):
 
 def test_a_rank_that_hangs_loses_its_group(run, path, boxes, alone, tmp_path):
     out = tmp_path / "out"
-    hung = started(run, path, out, 0, 600)  # at its first checkpoint it hangs; its lease is renewed by a thread
+    hung = started(
+        run, path, out, 0, 600
+    )  # at its first checkpoint it hangs; its lease is renewed by a thread
     try:
         wait_for(lambda: list(out.glob("parts/*/part-0000/work/*/checkpoints/[1-9]")), hung)
         claim = next(out.glob("parts/*/claims/000000.1.claim"))

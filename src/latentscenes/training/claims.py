@@ -8,8 +8,8 @@ one succeeds. Its holder renews it by setting the file's time. A process that wa
 lease without seeing the time change makes the next claim. It measures this with its own clock, and compares
 times of the file only for being equal, so clocks of machines need not agree.
 
-A process may hang although the thread that renews its claims does not. So it must also say that its work moves
-on (`progress`). If it does not for as long as `patience`, its claims are no longer renewed, and lapse.
+A process may hang although the thread that renews its claims does not. So it must also say that its work
+moves on (`progress`). If it does not for as long as `patience`, its claims are no longer renewed, and lapse.
 
 A holder that was merely slow may go on after its claim was taken over. So work must be such that it does no
 harm if two processes do it. Files of `done` say who has finished an item; if two have, the first by name
@@ -50,8 +50,7 @@ class Claims:
     """The claims of one process in a shared folder. Within `renewing`, they are renewed by a thread."""
 
     def __init__(self, folder: Path, owner: str, lease: float, patience: float = math.inf):
-        """`owner` is a name that no other process uses at the same time; `lease` and `patience` in seconds.
-        """
+        """`owner` is a name that no other process uses at the same time; `lease`, `patience`: seconds."""
         self.folder, self.owner, self.lease, self.patience = folder, owner, lease, patience
         self._moved = time.monotonic()
         self._held: dict[str, Path] = {}

@@ -115,4 +115,6 @@ def wait(jobs: "list[Job[int]]") -> None:
     if failed:
         say(f"{failed} of {len(jobs)} processes failed; the others learned what these left.")
     if left:
-        say(f"{len(left)} of {len(jobs)} processes hung and were stopped; the others learned what these left.")
+        say(
+            f"{len(left)} of {len(jobs)} processes hung and were stopped; the others learned what these left."
+        )
