@@ -41,7 +41,7 @@ from latentscenes.model.model import Model
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE
-from latentscenes.storage.joining import join
+from latentscenes.storage.joining import empty_copy, join
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
 from latentscenes.storage.maintenance import verify
 from latentscenes.storage.publishing import Published, publish
@@ -50,6 +50,8 @@ from latentscenes.storage.targets import FolderTarget
 
 PARTS, BATCH, KINDS = 10, 1000, 200
 """Libraries that are joined; scenes appended together; different micro planes and thumbnails."""
+JOINED_PARTS, SHARDS = 4, (4, 500)
+"""With `like`: parts that are joined; scenes of their shards, as groups and as merged shards have."""
 SETTINGS = """
 codec: {kind: identity}
 planes: {resolution: 16, micro: 2, macro: 6, bases: 32}
@@ -254,6 +256,42 @@ def made(out: Path, scenes: int, config: Config) -> list[Row]:
     ]
 
 
+def joined(like: Path, out: Path, scenes: int) -> Table:
+    """Times joining parts whose scenes are those of a library with other weights, in shards of some sizes."""
+    source, lines = LibraryFolder.open(like), []
+    known = [
+        (one, source.payload(one.name), source.index.thumbnail(one.name)) for one in source.index.infos()
+    ]
+    parts, each = [out / f"part {number}" for number in range(JOINED_PARTS)], scenes // JOINED_PARTS
+    for count in SHARDS:
+        for part in parts:
+            library = empty_copy(like, part, "DELETE")
+            for first in range(0, each, count):
+                new = []
+                for number in range(first, min(first + count, each)):
+                    info, payload, picture = known[number % len(known)]
+                    name, weights = f"{part.name} {number}", torch.randn(payload["weights"].shape)
+                    info = replace(info, name=name, source=name)
+                    new.append(NewScene(info, payload | {"weights": weights}, picture))
+                library.append(new)
+            library.close()
+        clock, cpu = [], []
+        for _ in range(5):
+            os.sync()
+            begun = time.perf_counter()
+            cpu.append(seconds(lambda: join(out / "whole", parts)))
+            clock.append(time.perf_counter() - begun)
+            shutil.rmtree(out / "whole")
+        rates = [f"{scenes / statistics.median(found):,.0f}" for found in (cpu, clock)]
+        size = statistics.mean(info.bytes for info, _, _ in known) / 1000
+        lines.append((str(count), f"{scenes:,}", f"{size:.0f} kB", *rates))
+        for part in parts:
+            shutil.rmtree(part)
+    return Table(
+        "Join", ("scenes of a shard", "scenes", "each", "per CPU second", "per second"), tuple(lines)
+    )
+
+
 def read(path: Path, out: Path, scenes: int) -> list[Row]:
     """Times reading and verifying a library."""
     forget(path)
@@ -313,6 +351,7 @@ def main(
     measure: Path | None = None,
     into: Path | None = None,
     keep: bool = False,
+    like: Path | None = None,
 ) -> None:
     """Makes a library of many drawn scenes and prints what it costs to use.
 
@@ -322,6 +361,7 @@ def main(
         measure: only read this library, and print the times as JSON …
         into: … or publish it into this folder.
         keep: keep the library.
+        like: only join parts, whose scenes are those of this library with random weights.
     """
     if measure:
         found = publisher(str(measure), scenes, into) if into else reader(str(measure), scenes)
@@ -331,6 +371,11 @@ def main(
         raise UserError(f"{out}: exists. Name a new folder.")
     out.mkdir(parents=True)
     torch.set_num_threads(1)
+    if like:
+        table = joined(like, out, scenes)
+        show(table)
+        (out / "join.md").write_text(table.markdown())
+        return
     config = config_io.parse(SETTINGS, "scale")
     making = made(out, scenes, config)
     paths = {scenes // PARTS: out / "parts" / "0", scenes: out / "library"}

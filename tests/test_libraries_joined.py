@@ -10,6 +10,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage import joining, maintenance
 from latentscenes.storage.entries import SceneInfo
+from latentscenes.storage.index import Index
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.maintenance import compact, verify
@@ -20,6 +21,7 @@ from latentscenes.storage.quantize import (
     stack_payloads,
     unstack_payloads,
 )
+from latentscenes.storage.shards import Shards
 from latentscenes.training.append import library_from_run
 
 PLANES = config_io.parse(TINY, "tiny").planes
@@ -58,8 +60,8 @@ def part(whole, tmp_path):
     return made
 
 
-def content(path):
-    """Returns all that a library holds of each scene."""
+def content(path, sound=True):
+    """Returns all that a library holds of each scene, which must be sound, or have shards of no scene."""
     library = LibraryFolder.open(path)
     found = {
         info.name: (
@@ -70,7 +72,7 @@ def content(path):
         )
         for info in library.index.infos()
     }
-    assert verify(library) == []
+    assert verify(library) == [] or not sound
     return found
 
 
@@ -171,27 +173,31 @@ def test_a_killed_join_goes_on(part, tmp_path, monkeypatch):
     second = part("second", [scene("c", 3, "int4"), scene("d", 4)])
     whole, out = tmp_path / "whole", tmp_path / "out"
     join(whole, [first, second])
-    add = joining._add
-    for step in (0, 1, 2):
-        for place in ("before", "within"):
+    for step in (0, 1):
+        for owner, name in ((Shards, "write"), (Index, "add")):  # a shard is not written, or not listed
             with monkeypatch.context() as broken:
-                calls = []
+                calls, call = [], getattr(owner, name)
 
-                def fragile(target, *rest, step=step, place=place, calls=calls, broken=broken):
+                def fragile(self, *rest, step=step, calls=calls, call=call):
                     calls.append(1)
-                    if len(calls) == step + 1 and place == "before":
-                        crash()
-                    if len(calls) == step + 1:
-                        broken.setattr(target.index, "add", crash)
-                    add(target, *rest)
+                    return crash() if len(calls) == step + 1 else call(self, *rest)
 
-                broken.setattr(joining, "_add", fragile)
-                joined = out.with_name(f"out{step}{place}")
-                if step < 2:
-                    with pytest.raises(Crash):
-                        join(joined, [first, second])
-            join(joined, [first, second])
+                broken.setattr(owner, name, fragile)
+                joined = out.with_name(f"out {step} {name}")
+                with pytest.raises(Crash):
+                    join(joined, [first, second])
+            assert join(joined, [first, second]).added == 4 - 2 * step
+            assert content(joined, sound=name == "write") == content(whole)
+            compact(LibraryFolder.open(joined))
             assert content(joined) == content(whole)
+
+
+def test_an_error_in_a_part_keeps_what_was_read_before(part, tmp_path):
+    first, second = part("first", [scene("a", 1)], [scene("b", 2)]), part("second", [scene("c", 3)])
+    (second / "shards" / "000001.safetensors").unlink()
+    with pytest.raises(UserError, match="second: .*000001.safetensors: absent"):
+        join(tmp_path / "out", [first, second])
+    assert content(tmp_path / "out") == content(first)
 
 
 def test_what_cannot_be_joined_is_refused(part, whole, tmp_path, solids):
@@ -222,7 +228,7 @@ def test_payloads_are_unstacked():
     payloads = [
         pack(random_parameters(1, PLANES, torch.Generator().manual_seed(k)), "int6") for k in range(3)
     ]
-    tensors = stack_payloads(payloads)
+    tensors = {name: torch.cat(pieces) for name, pieces in stack_payloads(payloads).items()}
     assert [payload_checksum(one) for one in unstack_payloads(tensors)] == list(
         map(payload_checksum, payloads)
     )

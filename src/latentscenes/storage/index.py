@@ -284,6 +284,7 @@ class Index:
         out."""
         run = self._connection.execute
         run("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
+        pictures = []
         for row, entry in enumerate(scenes):
             if entry is None:
                 continue
@@ -294,7 +295,8 @@ class Index:
                 f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
             ).lastrowid
             if png is not None:
-                run("INSERT INTO thumbnails VALUES (?, ?)", (scene, png))
+                pictures.append((scene, png))
+        self._connection.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes scenes."""

@@ -6,7 +6,8 @@ refused before anything is written. After a kill, the same call goes on.
 """
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,11 @@ class _Taken:
     place: Place
 
 
+_Batch = list[tuple[_Taken, Payload]]
+_Shard = tuple[int, LibraryFolder, _Batch]
+"""A shard that is to be written: its number, the part that its scenes come from, the scenes."""
+
+
 def join(
     out: Path, parts: Sequence[Path], only: Mapping[Path, Collection[str]] | None = None, wait: bool = True
 ) -> Joined:
@@ -74,9 +80,7 @@ def join(
     target.wait = wait
     with target.writing():
         chosen, known = _chosen(target, opened, only or {})
-        for part, taken in zip(opened, chosen, strict=True):
-            for batch in _batches(part, taken):
-                _add(target, part, batch)
+        _copied(target, zip(opened, chosen, strict=True))
     for library in (*opened, target):
         library.close()
     return Joined(sum(map(len, chosen)), known)
@@ -170,9 +174,10 @@ def _origin(info: SceneInfo, checksum: str) -> tuple[str | None, ...]:
     return (info.dataset, info.split, info.source, checksum) if info.dataset else ()
 
 
-def _batches(part: LibraryFolder, taken: Sequence[_Taken]) -> Iterator[list[tuple[_Taken, Payload]]]:
-    """Yields the scenes of each shard that is written, with their payloads, compared with their checksums."""
-    batch: list[tuple[_Taken, Payload]] = []
+def _batches(part: LibraryFolder, taken: Sequence[_Taken]) -> Iterator[_Batch]:
+    """Yields the scenes of each shard that is to be written, with their payloads, compared with their
+    checksums."""
+    batch: _Batch = []
     size, shard, kind = 0, None, ()
     rows: list[Payload] = []
     for scene in taken:
@@ -206,12 +211,36 @@ def _rows(part: LibraryFolder, shard: int) -> list[Payload]:
         ) from None
 
 
-def _add(target: LibraryFolder, part: LibraryFolder, batch: Sequence[tuple[_Taken, Payload]]) -> None:
-    """Writes a shard and lists its scenes. The caller holds the lock of the target."""
-    number = target.next_shard()
-    checksums = [scene.place.checksum for scene, _ in batch]
-    target.shards.write(number, [(scene.info, payload) for scene, payload in batch], checksums)
-    pictures = part.index.thumbnails([scene.info.name for scene, _ in batch])
-    with target.index.transaction():
+def _copied(target: LibraryFolder, chosen: Iterable[tuple[LibraryFolder, Sequence[_Taken]]]) -> None:
+    """Copies scenes of each part. The caller holds the lock of the target."""
+    batches = ((part, batch) for part, taken in chosen for batch in _batches(part, taken))
+    shards = ((number, *one) for number, one in enumerate(batches, target.next_shard()))
+    for number, part, batch in _written(target, shards):
+        pictures = part.index.thumbnails([scene.info.name for scene, _ in batch])
         entries = [(scene.info, scene.place.checksum, pictures.get(scene.info.name)) for scene, _ in batch]
-        target.index.add(number, entries)
+        with target.index.transaction():
+            target.index.add(number, entries)
+
+
+def _written(target: LibraryFolder, shards: Iterator[_Shard]) -> Iterator[_Shard]:
+    """Yields shards that are on the disk. A thread writes a shard while the scenes of the next one are read.
+    If there is an error instead of a next one, the shard before is yielded first."""
+
+    def write(number: int, _: LibraryFolder, batch: _Batch) -> None:
+        checksums = [scene.place.checksum for scene, _ in batch]
+        target.shards.write(number, [(scene.info, payload) for scene, payload in batch], checksums)
+
+    before: tuple[_Shard, Future[None]] | None = None
+    problem = None
+    with ThreadPoolExecutor(1) as disk:
+        while problem is None:
+            try:
+                shard = next(shards)
+            except Exception as error:
+                problem = error
+            if before:
+                before[1].result()
+                yield before[0]
+            before = None if problem else (shard, disk.submit(write, *shard))
+    if not isinstance(problem, StopIteration):
+        raise problem

@@ -27,6 +27,8 @@ PRECISIONS: tuple[StoragePrecision, ...] = get_args(StoragePrecision)
 Payload = dict[str, Tensor]
 """A stored scene: tensors by name. A tensor whose name ends in STREAM holds bytes of any length."""
 STREAM = "stream"
+SMALL = 4096
+"""Numbers of a tensor that is cheaper to copy than to write by itself."""
 
 
 def check_precision(name: str) -> StoragePrecision:
@@ -115,16 +117,19 @@ def payload_kind(payload: Payload) -> tuple:
     return tuple((name, tensor.dtype) for name, tensor in sorted(payload.items()))
 
 
-def stack_payloads(payloads: Sequence[Payload]) -> dict[str, Tensor]:
-    """Returns the tensors of a shard of payloads of one kind. Streams are joined and their ends added."""
-    tensors = {}
+def stack_payloads(payloads: Sequence[Payload]) -> dict[str, list[Tensor]]:
+    """Returns the tensors of a shard of payloads of one kind, each in pieces to be joined along their first
+    axis. Streams are joined and their ends added. Large tensors are not copied."""
+    tensors: dict[str, list[Tensor]] = {}
     for name in payloads[0]:
         values = [payload[name] for payload in payloads]
         if name.endswith(STREAM):
-            tensors[f"{name}.ends"] = torch.tensor([len(value) for value in values]).cumsum(0)
-            tensors[name] = torch.cat(values)
+            tensors[f"{name}.ends"] = [torch.tensor([len(value) for value in values]).cumsum(0)]
+            tensors[name] = values
+        elif values[0].numel() < SMALL:
+            tensors[name] = [torch.stack(values)]
         else:
-            tensors[name] = torch.stack(values)
+            tensors[name] = [value[None] for value in values]
     return tensors
 
 

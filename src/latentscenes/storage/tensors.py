@@ -1,6 +1,9 @@
 """Files of tensors (safetensors) that are complete or absent."""
 
+import itertools
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,29 @@ DTYPES = {
 """Names of types in safetensors files."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with `facts` in its metadata: see `new_file`. The package `safetensors` would
-    copy all tensors in memory, and fix the permissions at 0600."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], facts: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with `facts` in its metadata: see `new_file`. A sequence of tensors is one
+    tensor, cut along its first axis; it is not joined in memory. The package `safetensors` would copy all
+    tensors in memory, and fix the permissions at 0600."""
+    pieces = {name: [one] if isinstance(one, Tensor) else list(one) for name, one in tensors.items()}
+    order = sorted(pieces, key=lambda name: (-pieces[name][0].element_size(), name))
     header: dict[str, Any] = {"__metadata__": facts} if facts else {}
     end = 0
     for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        first, rest = pieces[name][0], pieces[name][1:]
+        shape = list(first.shape)
+        if rest:
+            shape[0] = sum(len(piece) for piece in pieces[name])
+        begin, end = end, end + first.element_size() * math.prod(shape)
+        header[name] = {"dtype": DTYPES[first.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with new_file(path) as partial, open(partial, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        for piece in itertools.chain.from_iterable(pieces[name] for name in order):
+            flat = piece.detach().cpu().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
 
 
