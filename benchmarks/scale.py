@@ -81,6 +81,11 @@ class Row:
             return f"{value:,.0f} scenes/s".replace(",", " ")
         return f"{1000 * value:.2g} ms" if value < 0.1 else f"{value:.3g} s"
 
+    def line(self, less: "Row | None") -> tuple[str, ...]:
+        """The line of the table, beside the figure for a tenth of the scenes."""
+        first = self.text(less.value) if less else ""
+        return self.what, first, self.text(self.value), self.target, self.larger(less)
+
     def larger(self, less: "Row | None") -> str:
         """The figure for 10 times as many scenes, on the line through this one and that for a tenth."""
         if less is None or self.unit == "/s":
@@ -383,20 +388,8 @@ def main(
     rows = [(row, None) for row in making] + list(zip(many, few, strict=True))
     counts = (scenes // PARTS, scenes, PARTS * scenes)
     smaller, larger, largest = (f"{count:,} scenes".replace(",", " ") for count in counts)
-    table = Table(
-        "Libraries of many scenes",
-        ("", smaller, larger, "target", f"{largest}, extrapolated"),
-        tuple(
-            (
-                row.what,
-                row.text(less.value) if less else "",
-                row.text(row.value),
-                row.target,
-                row.larger(less),
-            )
-            for row, less in rows
-        ),
-    )
+    heads = ("", smaller, larger, "target", f"{largest}, extrapolated")
+    table = Table("Libraries of many scenes", heads, tuple(row.line(less) for row, less in rows))
     show(table)
     (out / "scale.md").write_text(table.markdown())
     if not keep:
