@@ -246,8 +246,7 @@ def made(out: Path, scenes: int, config: Config) -> list[Row]:
             spent.append(seconds(lambda library=library, new=new: library.append(new)) / len(new))
         library.close()
     joining = seconds(lambda: join(out / "library", parts))
-    for part in parts[1:]:
-        shutil.rmtree(part)
+    any(map(shutil.rmtree, parts[1:]))
     library, late = LibraryFolder.open(out / "library"), []
     for first in range(scenes, scenes + 3 * BATCH, BATCH):
         new = drawn.scenes(first, BATCH)
@@ -288,8 +287,8 @@ def joined(like: Path, out: Path, scenes: int) -> Table:
             clock.append(time.perf_counter() - begun)
             shutil.rmtree(out / "whole")
         rates = [f"{scenes / statistics.median(found):,.0f}" for found in (cpu, clock)]
-        size = statistics.mean(info.bytes for info, _, _ in known) / 1000
-        lines.append((str(count), f"{scenes:,}", f"{size:.0f} kB", *rates))
+        size = f"{statistics.mean(info.bytes for info, _, _ in known) / 1000:.0f} kB"
+        lines.append((str(count), f"{scenes:,}", size, *rates))
         for part in parts:
             shutil.rmtree(part)
     return Table(
@@ -387,8 +386,8 @@ def main(
     few, many = ([*read(path, out, count), *published(path, out, count)] for count, path in paths.items())
     rows = [(row, None) for row in making] + list(zip(many, few, strict=True))
     counts = (scenes // PARTS, scenes, PARTS * scenes)
-    smaller, larger, largest = (f"{count:,} scenes".replace(",", " ") for count in counts)
-    heads = ("", smaller, larger, "target", f"{largest}, extrapolated")
+    few, many, more = (f"{count:,} scenes".replace(",", " ") for count in counts)
+    heads = ("", few, many, "target", f"{more}, extrapolated")
     table = Table("Libraries of many scenes", heads, tuple(row.line(less) for row, less in rows))
     show(table)
     (out / "scale.md").write_text(table.markdown())
