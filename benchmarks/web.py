@@ -35,6 +35,8 @@ from tests.published_pages import as_in_browser, published, served
 
 MANY = 512
 """Stratified samples per ray of the converged picture."""
+FINER, EDGES = 4, 6
+"""Rays along each side of a pixel in the pictures that edges are compared with, and cameras of these."""
 TIMES = 3
 """Frames that are timed."""
 COUNT = """const original = WebGL2RenderingContext.prototype.shaderSource;
@@ -48,7 +50,7 @@ SET_UP = """(async () => {
   const {PublishedLibrary} = await import("/web/library.js"), {ServerSource} = await import("/web/source.js");
   const {Scene} = await import("/web/compose.js"), {Renderer, RAW, CLEAN} = await import("/web/renderer.js");
   const library = await PublishedLibrary.open(new ServerSource("/library"));
-  const plain = new Renderer(), modes = {RAW, CLEAN};
+  const plain = new Renderer(), modes = {RAW, CLEAN}, sharp = document.createElement("canvas");
   const counter = new Renderer();
   let scene;
   const renderer = counted => { // shaders are compiled at the first picture
@@ -59,9 +61,15 @@ SET_UP = """(async () => {
     scene = await Scene.read(library, await library.find(name), name);
     return renderer(false).occupancy(scene);
   };
-  window.shot = (camera, width, height, mode, counted) => {
+  window.shot = (camera, width, height, mode, counted, smooth) => {
     const chosen = renderer(counted);
     chosen.draw(scene, camera, width, height, {haze: modes[mode]});
+    if (smooth) {
+      [sharp.width, sharp.height] = [width, height];
+      sharp.getContext("2d").drawImage(chosen.canvas, 0, chosen.canvas.height - height, width, height, 0, 0,
+                                       width, height);
+      chosen.smooth(scene, camera, sharp, width, height, {haze: modes[mode]});
+    }
     const found = chosen.pixels(width, height), step = 8192, parts = [];
     for (let k = 0; k < found.length; k += step) {
       parts.push(String.fromCharCode(...found.subarray(k, k + step)));
@@ -89,16 +97,22 @@ class Row:
     """Evaluations of the field for such a ray."""
     seconds: float
     """CPU seconds of the graphics process for a frame."""
+    one_ray: float
+    """Against means of 4 x 4 rays a pixel, computed in Python."""
+    smooth: float
+    """Likewise, with smooth edges."""
+    edges: float
+    """CPU seconds that smooth edges add to a frame."""
 
 
 def pictures(
-    page: Page, cameras: Cameras, size: int, mode: str, counted: bool = False
+    page: Page, cameras: Cameras, size: int, mode: str, counted: bool = False, smooth: bool = False
 ) -> UInt8[np.ndarray, "v h w 4"]:
     """Returns what the browser draws, premultiplied."""
     found = []
     for number in range(len(cameras)):
         camera = json.dumps(as_in_browser(cameras, number))
-        script = f"shot({camera}, {size}, {size}, {json.dumps(mode)}, {json.dumps(counted)})"
+        script = f"shot({camera}, {size}, {size}, {json.dumps([mode, counted, smooth])[1:-1]})"
         bytes_ = base64.b64decode(page.evaluate(script))
         found.append(np.frombuffer(bytes_, np.uint8).reshape(size, size, 4)[::-1])
     return np.stack(found)
@@ -158,15 +172,24 @@ def measure(
     over_white = drawn[..., :3] + 1 - drawn[..., 3:]
     own = in_python(library.model, scene.planes, places, size)
     many = in_python(library.model, scene.planes, places, size, MANY)
+    few = places[: min(EDGES, len(places))]
+    finer = in_python(library.model, scene.planes, few, FINER * size)
+    finer = finer.reshape(len(few), size, FINER, size, FINER, 3).mean((2, 4))
+    smooth = pictures(page, few, size, "RAW", smooth=True).astype(np.float32) / 255
+    smooth = smooth[..., :3] + 1 - smooth[..., 3:]
     counts = pictures(page, places[:4], frame, "CLEAN", counted=True)[..., :2].astype(np.float64)
     met = counts[..., 1] > 0
     pictures(page, places[:1], frame, "CLEAN")
     before = graphics_seconds(profile)
     pictures(page, places[:TIMES], frame, "CLEAN")
-    spent = (graphics_seconds(profile) - before) / TIMES
+    middle = graphics_seconds(profile)
+    pictures(page, places[:TIMES], frame, "CLEAN", smooth=True)
+    spent, after = (middle - before) / TIMES, graphics_seconds(profile)
+    rays_of_edges = max(0.0, (after - middle) / TIMES - spent)
     return Row(
         name, *decibels(over_white, own), decibels(over_white, many)[0], occupied, float(met.mean()),
-        float(counts[..., 0][met].mean()), spent,
+        float(counts[..., 0][met].mean()), spent, decibels(over_white[: len(few)], finer)[0],
+        decibels(smooth, finer)[0], rays_of_edges,
     )  # fmt: skip
 
 
@@ -209,12 +232,14 @@ def table(rows: Sequence[Row]) -> Table:
     """Returns the table of all scenes."""
     columns = (
         "scene", "PSNR", "worst view", f"against {MANY} samples", "cells occupied", "rays in box",
-        "evaluations a ray", "CPU s a frame",
+        "evaluations a ray", "CPU s a frame", f"against {FINER} x {FINER} rays a pixel", "with smooth edges",
+        "CPU s of edges",
     )  # fmt: skip
     lines = (
         (
             row.name, f"{row.psnr:.1f}", f"{row.worst:.1f}", f"{row.converged:.1f}", f"{row.occupied:.2f}",
             f"{row.rays:.2f}", f"{row.evaluations:.1f}", f"{row.seconds:.2f}",
+            f"{row.one_ray:.1f}", f"{row.smooth:.1f}", f"{row.edges:.2f}",
         )
         for row in rows
     )  # fmt: skip

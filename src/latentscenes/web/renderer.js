@@ -15,12 +15,15 @@ const THIN = 0.1;
 const LEAST_WHITE = 250;
 /** Bytes of planes that stay in the memory of the graphics processor, in sum over scenes. */
 const MOST_BYTES = 2 ** 28;
-const PLANES = 0, GRID = 1;
+/** Places in a pixel, from its middle, whose rays color an edge together: one in each row and column of 8. */
+const RAYS = [[-2, -6], [6, -2], [2, 6], [-6, 2]].map(at => at.map(k => k / 16));
+const PLANES = 0, GRID = 1, SHARP = 2;
 
 export class Renderer {
   #most;
   #programs = new Map();
   #scenes = new Map();
+  #sharp = null; // the picture whose edges are smoothed: {canvas, texture}
 
   /** Throws Unreadable where WebGL2 is absent. */
   constructor(most = MOST_BYTES) {
@@ -33,6 +36,7 @@ export class Renderer {
     this.canvas.addEventListener("webglcontextrestored", () => {
       this.#scenes.clear();
       this.#programs.clear();
+      this.#sharp = null;
     });
   }
 
@@ -45,6 +49,51 @@ export class Renderer {
    * from, rows: the band of rows to draw, from the top; by default all.
    */
   draw(scene, camera, width, height, {haze = CLEAN, from = 0, rows = height} = {}) {
+    const at = this.#prepare(scene, camera, width, height, {haze, from, rows});
+    this.gl.uniform1i(at("smoothing"), 0);
+    this.gl.drawArrays(this.gl.TRIANGLES, 0, 3);
+  }
+
+  /**
+   * Draws a picture, or a band of it, once more with smooth edges: a pixel that differs from a neighbor becomes
+   * the mean of several rays.
+   *
+   * sharp: the whole picture, as `paint` has left it on a canvas. It is read for the first band.
+   */
+  smooth(scene, camera, sharp, width, height, {haze = CLEAN, from = 0, rows = height} = {}) {
+    const {gl} = this, at = this.#prepare(scene, camera, width, height, {haze, from, rows});
+    if (from === 0 || this.#sharp?.canvas !== sharp) this.#keep(sharp);
+    gl.activeTexture(gl.TEXTURE0 + SHARP);
+    gl.bindTexture(gl.TEXTURE_2D, this.#sharp.texture);
+    gl.blendFunc(gl.CONSTANT_ALPHA, gl.ONE_MINUS_CONSTANT_ALPHA);
+    RAYS.forEach(([right, up], k) => {
+      if (k) gl.enable(gl.BLEND); // the mean of all rays so far
+      gl.blendColor(0, 0, 0, 1 / (k + 1));
+      gl.uniform1i(at("smoothing"), k + 1);
+      gl.uniform2f(at("corner"), -right, -up);
+      gl.drawArrays(gl.TRIANGLES, 0, 3);
+    });
+    gl.disable(gl.BLEND);
+    if (from + rows >= height) this.#keep(null);
+  }
+
+  /** Takes over a canvas as a texture, the lowest row first, in place of the one before. */
+  #keep(canvas) {
+    const {gl} = this, texture = canvas && gl.createTexture();
+    if (this.#sharp) gl.deleteTexture(this.#sharp.texture);
+    this.#sharp = canvas && {canvas, texture};
+    if (!canvas) return;
+    const settings = [gl.UNPACK_FLIP_Y_WEBGL, gl.UNPACK_PREMULTIPLY_ALPHA_WEBGL];
+    gl.activeTexture(gl.TEXTURE0 + SHARP);
+    gl.bindTexture(gl.TEXTURE_2D, texture);
+    for (const setting of settings) gl.pixelStorei(setting, true);
+    gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, canvas);
+    for (const setting of settings) gl.pixelStorei(setting, false);
+    smooth(gl, gl.TEXTURE_2D, gl.NEAREST);
+  }
+
+  /** Sets all that the program reads for a band of a picture; returns the places of its uniforms. */
+  #prepare(scene, camera, width, height, {haze, from, rows}) {
     const {gl, canvas} = this, held = this.#held(scene), {program, at} = held.view;
     if (canvas.width < width) canvas.width = width;
     if (canvas.height < height) canvas.height = height;
@@ -64,12 +113,17 @@ export class Renderer {
     gl.uniform2f(at("bounds"), (near ?? 0) / scene.unit, (far ?? 0) / scene.unit);
     gl.uniform2fv(at("haze"), haze);
     gl.uniform1i(at("clean"), haze === RAW ? 0 : 1);
-    gl.drawArrays(gl.TRIANGLES, 0, 3);
+    return at;
   }
 
-  /** Draws a picture, or a band of it, and copies it onto a canvas, which takes the picture's size. */
-  paint(scene, camera, target, width, height, {from = 0, rows = height} = {}) {
-    this.draw(scene, camera, width, height, {from, rows});
+  /**
+   * Draws a picture, or a band of it, and copies it onto a canvas, which takes the picture's size.
+   *
+   * sharp: a canvas with the same picture, whose edges are smoothed.
+   */
+  paint(scene, camera, target, width, height, {from = 0, rows = height, sharp = null} = {}) {
+    if (sharp) this.smooth(scene, camera, sharp, width, height, {from, rows});
+    else this.draw(scene, camera, width, height, {from, rows});
     if (target.width !== width) target.width = width;
     if (target.height !== height) target.height = height;
     const context = target.getContext("2d"), top = this.canvas.height - height + from;
@@ -183,6 +237,7 @@ export class Renderer {
     gl.uniformBlockBinding(program, gl.getUniformBlockIndex(program, "Network"), 0);
     gl.uniform1i(gl.getUniformLocation(program, "planes"), PLANES);
     gl.uniform1i(gl.getUniformLocation(program, "grid"), GRID);
+    gl.uniform1i(gl.getUniformLocation(program, "sharp"), SHARP);
     const at = name => {
       if (!places.has(name)) places.set(name, gl.getUniformLocation(program, name));
       return places.get(name);

@@ -15,6 +15,9 @@ export const TILES = 8;
  */
 export const EMPTY = 0, WHITE = 85, EDGE = 170, MATTER = 255;
 
+/** Pixels that differ more from a neighbor, in a channel from 0 to 1, are edges. */
+const CONTRAST = 0.15;
+
 export const VERTEX = `#version 300 es
 void main() {
   gl_Position = vec4(vec2(gl_VertexID & 1, gl_VertexID >> 1) * 4.0 - 1.0, 0.0, 1.0);
@@ -132,6 +135,8 @@ export function viewShader(render) {
   const {coarse, fine} = render, bounded = render.near !== null && render.near !== undefined;
   return `${field(render)}
 uniform sampler2D grid;       // what is in each cell
+uniform sampler2D sharp;      // the picture with one ray for each pixel
+uniform int smoothing;        // number of the ray for edges; 0: one ray for each pixel
 uniform vec2 corner;          // of the picture in the drawing buffer, pixels
 uniform vec2 pixels;          // width and height of the picture
 uniform vec4 lens;            // fx, fy, cx, cy as fractions of width and height
@@ -231,7 +236,26 @@ vec4 march(vec3 origin, vec3 direction, float near, float far) {
   return sum;
 }
 
+/** How much a pixel and its eight neighbors differ, in the channel where they differ most. */
+float contrast(ivec2 pixel) {
+  vec4 low = vec4(1.0), high = vec4(0.0);
+  for (int k = 0; k < 9; k++) {
+    ivec2 near = clamp(pixel + ivec2(k % 3, k / 3) - 1, ivec2(0), ivec2(pixels) - 1);
+    vec4 found = texelFetch(sharp, near, 0);
+    low = min(low, found);
+    high = max(high, found);
+  }
+  vec4 range = high - low;
+  return max(max(range.x, range.y), max(range.z, range.w));
+}
+
 void main() {
+  ivec2 pixel = ivec2(gl_FragCoord.xy);
+  if (smoothing > 0 && contrast(pixel) < ${CONTRAST}) {
+    if (smoothing > 1) discard;
+    written = texelFetch(sharp, pixel, 0);
+    return;
+  }
   vec2 place = gl_FragCoord.xy - corner;
   vec2 share = vec2(place.x, pixels.y - place.y) / pixels;
   vec3 world = normalize(axes * vec3((share - lens.zw) / lens.xy, 1.0));

@@ -1,5 +1,6 @@
 // Draws all elements of a page in turn, with one renderer. Where frames take long, moving pictures get fewer
-// pixels, and sharp ones are drawn in bands, so that the page stays responsive.
+// pixels, and sharp ones are drawn in bands, so that the page stays responsive. Pictures at rest are drawn
+// twice: with one ray for each pixel, then with smooth edges.
 
 import {cameraOf} from "./camera.js";
 import {Renderer} from "./renderer.js";
@@ -35,7 +36,7 @@ class Stage {
   }
 
   add(actor) {
-    this.#actors.set(actor, {changed: -Infinity, moved: false, sharp: true, band: null});
+    this.#actors.set(actor, {changed: -Infinity, moved: false, done: true, band: null});
   }
 
   remove(actor) {
@@ -47,7 +48,7 @@ class Stage {
     const state = this.#actors.get(actor);
     if (!state) return;
     const changed = moving ? performance.now() : -Infinity;
-    Object.assign(state, {moved: true, sharp: false, band: null, changed});
+    Object.assign(state, {moved: true, done: false, band: null, changed});
     this.wake();
   }
 
@@ -64,7 +65,7 @@ class Stage {
     const actors = [...this.#actors].filter(([actor]) => actor.visible && actor.scene);
     const turning = actors.filter(([actor]) => actor.advance(passed));
     for (const [actor] of turning) this.touch(actor, true);
-    const waiting = actors.filter(([, state]) => !state.sharp);
+    const waiting = actors.filter(([, state]) => !state.done);
     this.#before = waiting.length ? now : null;
     if (!waiting.length) return;
     if (this.renderer.gl.isContextLost()) return; // goes on when it is restored
@@ -79,6 +80,7 @@ class Stage {
     if (gl.clientWaitSync(fence, 0, 0) === gl.TIMEOUT_EXPIRED) return false;
     gl.deleteSync(fence);
     this.#pending = null;
+    if (!pixels) return true;
     const took = Math.max(1, performance.now() - since);
     // A frame that ends before the next one is due says only that more pixels would fit
     const seen = took < SHORT ? Math.max(this.#speed, pixels / took) * 1.1 : pixels / took;
@@ -89,19 +91,21 @@ class Stage {
   #draw(waiting, now) {
     const since = performance.now(), budget = this.#speed * LONG;
     const moving = waiting.filter(([, state]) => state.moved);
-    let pixels = 0;
+    let pixels = 0, counted = true;
     if (moving.length) {
       const share = Math.max(budget / moving.length, 2000), first = this.#turn++ % moving.length;
       for (let k = 0; k < moving.length && pixels < budget; k++) {
         pixels += this.#guard(moving[(first + k) % moving.length], entry => this.#coarse(entry, share));
       }
     } else {
-      const due = waiting.find(([, state]) => now - state.changed > STILL);
+      const still = waiting.filter(([, state]) => now - state.changed > STILL);
+      const due = still.find(([, state]) => !state.band?.sharp) ?? still[0]; // edges come last
+      counted = !due?.[1].band?.sharp; // how many rays edges take is not known
       if (due) pixels = this.#guard(due, entry => this.#band(entry, budget));
     }
     if (pixels) {
       const {gl} = this.renderer;
-      this.#pending = {fence: gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0), since, pixels};
+      this.#pending = {fence: gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0), since, pixels: counted ? pixels : 0};
       gl.flush();
     }
   }
@@ -112,7 +116,7 @@ class Stage {
     try {
       return draw(entry);
     } catch (error) {
-      Object.assign(state, {moved: false, sharp: true, band: null});
+      Object.assign(state, {moved: false, done: true, band: null});
       actor.failed(error);
       return 0;
     }
@@ -125,24 +129,25 @@ class Stage {
     const camera = cameraFor(actor, width, height);
     this.renderer.paint(actor.scene, camera, actor.canvas, width, height);
     state.moved = false;
-    state.sharp = scale === 1;
+    state.band = scale === 1 ? smoothed(actor) : null;
     actor.drawn();
     return width * height;
   }
 
   #band([actor, state], budget) {
     const [width, height] = this.#size(actor);
-    state.band ??= {canvas: document.createElement("canvas"), from: 0};
-    const {canvas, from} = state.band, camera = cameraFor(actor, width, height);
+    state.band ??= {canvas: document.createElement("canvas"), sharp: null, from: 0};
+    const {canvas, sharp, from} = state.band, camera = cameraFor(actor, width, height);
     const rows = Math.min(height - from, Math.max(8, Math.floor(budget / width)));
-    this.renderer.paint(actor.scene, camera, canvas, width, height, {from, rows});
+    this.renderer.paint(actor.scene, camera, canvas, width, height, {from, rows, sharp});
     state.band.from += rows;
     if (state.band.from >= height) {
       actor.canvas.width = width;
       actor.canvas.height = height;
       actor.canvas.getContext("2d").drawImage(canvas, 0, 0);
-      Object.assign(state, {sharp: true, band: null});
       actor.drawn();
+      if (sharp) Object.assign(state, {done: true, band: null});
+      else state.band = smoothed(actor);
     }
     return width * rows;
   }
@@ -152,6 +157,11 @@ class Stage {
     const scale = Math.min(devicePixelRatio || 1, Math.sqrt(MOST_PIXELS / Math.max(1, width * height)));
     return [width, height].map(side => Math.max(1, Math.round(side * scale)));
   }
+}
+
+/** The band that smooths the edges of what an actor shows. */
+function smoothed({canvas}) {
+  return {canvas: document.createElement("canvas"), sharp: canvas, from: 0};
 }
 
 function cameraFor({scene, view}, width, height) {
