@@ -35,7 +35,7 @@ def gradients(config, stage, images, step, team, monkeypatch):
     batch, found = source.batch(step), {}
     learner = StageLearner(model, rows, stage, team=team)
 
-    def keep_rows(index, leaves, factor):
+    def keep_rows(index, leaves, factor, *_):
         for name, table in leaves.tables().items():
             for row, gradient in zip(index.tolist(), () if table.grad is None else table.grad, strict=False):
                 found[f"{name} {team.number + row * team.count}"] = gradient.clone()

@@ -10,7 +10,7 @@ from torch import nn
 from latentscenes.core.config import LossWeights, PlanesConfig, Rates, StageConfig
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.kernels import native
-from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
+from latentscenes.training.optim import RowAdam, SharedAdam, adam_at_once, adam_in_torch, rate_factor
 
 SETTINGS = PlanesConfig(resolution=3, micro=2, macro=2, bases=4, bias=True, mixing=True)
 RATES = {"micro": 1e-2, "weights": 3e-2, "bias": 3e-2, "mixing": 2e-2}
@@ -36,6 +36,35 @@ def take_step(adam, rows, step, index, factor=1.0):
     for name, leaf in learned(batch).items():
         leaf.grad = torch.stack([gradient(step, row, leaf[0], name) for row in index])
     adam.step(torch.tensor(index), batch, factor)
+
+
+def test_all_rows_at_once_as_one_by_one():
+    """A GPU takes the rows of a step at once."""
+    found = []
+    for adam in (adam_in_torch, adam_at_once):
+        table = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1))
+        moments, steps = (torch.zeros_like(table), torch.zeros_like(table)), torch.zeros(5, dtype=torch.int64)
+        for turn, index in enumerate(([0, 3, 4], [3, 1], [0, 3])):
+            gradients = torch.randn(len(index), 3, 4, generator=torch.Generator().manual_seed(turn))
+            steps[index] += 1
+            given = (torch.tensor(index), gradients, steps[index], 0.1, (0.9, 0.99), 1e-8)
+            adam(table, moments, *given)
+        found.append((table, *moments))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_epsilon_falls_with_the_number_of_scenes():
+    """A mean over twice as many scenes halves the gradient of each, but not what it learns."""
+    found = []
+    for count in (4, 8, 512):
+        rows = made_rows()
+        batch, adam = rows.gather(torch.tensor([0, 1])), RowAdam(rows, RATES)
+        for leaf in learned(batch).values():
+            leaf.grad = torch.full_like(leaf, 1e-7 / count)  # near ε
+        adam.step(torch.tensor([0, 1]), batch, 1.0, count)
+        found.append(rows.micro)
+    assert torch.allclose(found[0], found[1], rtol=1e-5) and torch.allclose(found[0], found[2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,9 +97,10 @@ def errors_in_one_line() -> Iterator[None]:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         _fail(f"{where}{error.strerror or error}.")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "not enough memory" not in str(error):
+        full = isinstance(error, MemoryError) or re.search("(not enough|out of) memory", str(error))
+        if not full:
             raise
-        _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes.")
+        _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")
 
 
 def _fail(message: str) -> None:

@@ -2,6 +2,7 @@
 they run, so that `--help` is fast."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +21,7 @@ from latentscenes.cli.data import DATA_COMMANDS
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, search
 from latentscenes.cli.machines import learn_share
-from latentscenes.core.config import ExploitOptions, TrackerKind
+from latentscenes.core.config import ExploitOptions, TrackerKind, with_scenes
 from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions
 
@@ -38,6 +39,7 @@ def train(
     overrides: Overrides = (),
     split: Literal["train", "new"] = "train",
     limit: int | None = None,
+    scenes: int | Literal["auto"] | None = None,
     track: TrackerKind = "none",
     print_config: bool = False,
     machine: MachineOptions = MACHINE,
@@ -52,6 +54,9 @@ def train(
         overrides: settings to change, for instance planes.resolution=32 train.joint.epochs=5.
         split: split of the dataset to learn.
         limit: learn at most this many scenes, in order.
+        scenes: scenes that are learned together in a step, in all stages; unset: as the settings say. With
+            `auto`, a short probe finds how many fill the device, and a stopped run keeps the number. With
+            another number, shared parts take another number of steps, so it is another run.
         track: also send metrics to a tracker.
         print_config: print every setting as YAML, as they are for this dataset if it exists, and stop.
     """
@@ -61,10 +66,15 @@ def train(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.distributed import joined
     from latentscenes.training.loop import train as run_training
+    from latentscenes.training.probe import for_train
 
     views = PosedImages.open(data)
     settings = _settings(config, overrides, print_config, size=max(views.size))
     with joined(device) as (team, own):
+        if isinstance(scenes, int):
+            settings = with_scenes(settings, "train", scenes)
+        elif scenes:
+            settings = for_train(settings, views, out, (split, limit), own, team)
         run = run_training(settings, views, out, split=split, limit=limit, device=own, track=track, team=team)
         learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
         say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
@@ -110,6 +120,8 @@ def exploit(
             f"{out}: no library here yet. With --run, name the run that provides its shared parts."
         )
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
+    if options.scenes is None and (config or any(".scenes=" in change for change in overrides)):
+        options = replace(options, scenes="settings")
     if ranks.rank is not None or ranks.engine is not None:
         alone = {"--finetune": finetune, "--fit": fit}
         learn_share(data, out, settings, run, alone, (options, ranks), machine)

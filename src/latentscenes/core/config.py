@@ -5,7 +5,7 @@ file loads torch.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -281,6 +281,22 @@ def learning_shared(config: Config) -> Config:
     return dataclasses.replace(config, exploit=tuple(stages))
 
 
+def with_scenes(
+    config: Config, stages: Literal["train", "exploit"], scenes: int | Mapping[str, int]
+) -> Config:
+    """Returns the configuration with other numbers of scenes a step: one for all stages, or by stage."""
+    found = []
+    for stage in getattr(config, stages):
+        number = scenes if isinstance(scenes, int) else scenes.get(stage.name, stage.scenes)
+        found.append(dataclasses.replace(stage, scenes=number))
+    return dataclasses.replace(config, **{stages: tuple(found)})
+
+
+def scenes_as_in(config: Config, other: Config, stages: Literal["train", "exploit"]) -> Config:
+    """Returns the configuration with as many scenes a step as the stages of that name in another one have."""
+    return with_scenes(config, stages, {stage.name: stage.scenes for stage in getattr(other, stages)})
+
+
 # Options that are no settings of a model
 
 
@@ -297,6 +313,10 @@ class ExploitOptions:
     """How scenes are stored. Unset: the library's own precision, int8 for a new library."""
     stage_one: bool = True
     """Start a new library with the scenes of stage 1."""
+    scenes: int | Literal["auto", "settings"] | None = None
+    """Scenes that are learned together in a step: a number; `settings`: that of the settings; `auto`: as many
+    as fill the device. `auto` measures them where a library is made and writes the number into its settings;
+    after that, it is the library's number, on any machine. Unset: `auto` on a GPU, otherwise `settings`."""
     limit: int | None = None
     """Learn at most this many of the dataset's new scenes, in order."""
     wait: bool = True
@@ -311,7 +331,13 @@ class ExploitOptions:
     track: TrackerKind = "none"
     """Also send metrics to a tracker."""
 
+    def fills(self, device: str) -> bool:
+        """Whether steps are to fill a device of this type (`cpu`, `cuda` …)."""
+        return self.scenes == "auto" or self.scenes is None and device != "cpu"
+
     def __post_init__(self) -> None:
+        if isinstance(self.scenes, int) and self.scenes < 1:
+            raise UserError(f"--scenes {self.scenes}: must be at least 1.")
         if self.group is not None and self.group < 1:
             raise UserError(f"--group {self.group}: must be at least 1.")
         if self.workers < 0:

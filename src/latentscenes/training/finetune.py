@@ -35,6 +35,8 @@ def learn_new(
             raise UserError("exploit: to finetune, name with --run the run or library to start from.")
         if options.drop_views:
             raise UserError("--drop-views: not with --finetune, which learns all scenes in one run.")
+        if options.scenes is not None:
+            raise UserError("--scenes: not with --finetune. Set the scenes of its stages with --set.")
         if options.workers > 1:
             raise UserError(
                 f"--workers {options.workers}: with --finetune, one process learns all scenes. Leave it out."

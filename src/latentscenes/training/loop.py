@@ -277,7 +277,7 @@ class StageLearner:
         if batch.corrected is not None and (self.stage.rates.colors or self.stage.rates.cameras):
             batch.corrected.learn(batch.scenes, errors, factor, progress)
         if leaves is not None:
-            self.own.step(batch.scenes, leaves, factor)
+            self.own.step(batch.scenes, leaves, factor, round(len(batch.scenes) / batch.share))
         self._step_shared(factor)
         return found, errors
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BETA1 = 0.9
 EPSILON = 1e-8
+FEW = 4
+"""Scenes of a batch up to which Adam's ε is EPSILON for rows."""
 
 
 class RowAdam:
@@ -49,10 +51,15 @@ class RowAdam:
         self.rates = {name: rate for name, rate in self.rates.items() if name not in tables}
 
     @torch.no_grad()
-    def step(self, index: Int[Tensor, "s"], batch: SceneParameters, factor: float) -> None:
-        """Updates the rows at `index` (all different) with the gradients of `batch`, their gathered
-        leaves."""
+    def step(self, index: Int[Tensor, "s"], batch: SceneParameters, factor: float, count: int = 0) -> None:
+        """Updates the rows at `index` (all different) with the gradients of `batch`, their gathered leaves.
+        `count` is the number of scenes of the whole step; 0: these.
+
+        Losses are means over the scenes of a step, so with many scenes, gradients of each become small
+        beside Adam's ε. So ε falls with their number, and rows learn the same with any.
+        """
         self.steps[index] += 1
+        epsilon = EPSILON * min(1.0, FEW / (count or len(index)))
         if self.files is not None:
             self.files.keep(index.tolist())
         for name, rate in self.rates.items():
@@ -60,7 +67,7 @@ class RowAdam:
             adam = native.adam if native.serves(table, gradients) and table.is_contiguous() else adam_in_torch
             adam(
                 table, self.moments[name], index, gradients.to(table.device), self.steps[index],
-                rate * factor, (BETA1, self.beta2), EPSILON,
+                rate * factor, (BETA1, self.beta2), epsilon,
             )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
@@ -84,12 +91,35 @@ def adam_in_torch(
 ) -> None:
     """Takes one step of Adam in plain torch, in place, for the rows of `table` at `index` and their moments.
     `steps` are the rows' step counts, this step included."""
+    if table.device.type != "cpu":
+        return adam_at_once(table, moments, index, gradients, steps, rate, betas, epsilon)
     first, second = moments
     for row, gradient, count in zip(index.tolist(), gradients, steps.tolist(), strict=True):
         first[row].lerp_(gradient, 1 - betas[0])
         second[row].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         denominator = (second[row] / (1 - betas[1] ** count)).sqrt_().add_(epsilon)
         table[row].addcdiv_(first[row], denominator, value=-rate / (1 - betas[0] ** count))
+
+
+def adam_at_once(
+    table: Float[Tensor, "n *d"],
+    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
+    index: Int[Tensor, "s"],
+    gradients: Float[Tensor, "s *d"],
+    steps: Int[Tensor, "s"],
+    rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> None:
+    """Computes `adam_in_torch` for all rows at once, as a GPU needs it: in few calls, with copies."""
+    place, axes = index.to(table.device), (-1, *[1] * (table.dim() - 1))
+    corrections = (1 - torch.tensor(betas, dtype=torch.float64)[:, None] ** steps.cpu().double()).float()
+    by_first, by_second = (one.to(table.device).view(axes) for one in corrections)
+    first = moments[0][place].lerp_(gradients, 1 - betas[0])
+    second = moments[1][place].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
+    moments[0][place], moments[1][place] = first, second
+    denominator = second.div_(by_second).sqrt_().add_(epsilon)
+    table.index_add_(0, place, first.div_(by_first).div_(denominator), alpha=-rate)
 
 
 class SharedAdam:

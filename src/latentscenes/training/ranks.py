@@ -42,7 +42,7 @@ from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.training.claims import MOST_CLAIMS, Claims, own_name
-from latentscenes.training.exploit import PARTS, PLAN, groups_to_learn, library_for, remarks, told
+from latentscenes.training.exploit import PARTS, PLAN, groups_to_learn, library_for, remarks, settled, told
 from latentscenes.training.groups import GroupLearner, sweep
 
 FORMAT = "latentscenes plan 1"
@@ -128,6 +128,7 @@ def exploit_rank(
     rank, ranks = shared
     parts = ranks.parts or out / PARTS
     plan = _agreed(parts, ranks.lease, lambda: _made(out, images, config, parent, options, device))
+    config = settled(config, config_io.parse(plan.settings, str(parts / PLAN)), options, device)
     _refuse_other_plan(plan, parts, (out, images), config, options)
     home = parts / plan.id
     worker = None
@@ -214,6 +215,7 @@ def _made(
     with writing_to(out):
         make_folder(out)
     library = library_for(out, images, config, open_parent(parent) if parent else None, options, device)
+    config = settled(config, library.config, options, device)
     groups = groups_to_learn(library, images, config, options)
     names = [[scene.name for scene in group] for group in groups]
     library.close()
