@@ -75,30 +75,34 @@ POOL = 20
 class Steps:
     """Training steps over N scenes of synthetic ellipsoids, seen at the resolution of the latents."""
 
-    def __init__(self, text: str, scenes: int, kernel: Kernel = "auto", folder: Path | None = None):
+    def __init__(
+        self, text: str, scenes: int, kernel: Kernel = "auto", folder: Path | None = None,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         """With a folder, micro planes and their Adam moments lie in files there, as for more scenes than
         memory holds."""
         self.config = config_io.parse(text, "bench", [f"render.kernel={kernel}"])
-        self.stage = self.config.train[0]
-        self.model = Model(self.config, BOX)
+        self.stage, self.device = self.config.train[0], device
+        self.model = Model(self.config, BOX).to(device)
         self.model.train()
         if folder is None:
             self.rows, files = random_parameters(scenes, self.config.planes, seeded("cpu", "rows")), None
         else:
             self.rows, files = rows_on_disk(folder, scenes, self.config.planes, seeded("cpu", "rows"))
+        self.rows = self.rows if folder else self.rows.to(device)
         self.learner = StageLearner(self.model, self.rows, self.stage, files)
         self.background = self.model.background(SIZE, SIZE)
-        made = [_made_views(self.stage.views, scene, self.background) for scene in range(POOL)]
+        made = [_made_views(self.stage.views, scene, self.background.cpu()) for scene in range(POOL)]
         self.cameras = Cameras(
             torch.cat([views.cam2world for views, _ in made]),
             torch.cat([views.intrinsics for views, _ in made]),
         )
-        self.latents = torch.cat([latents for _, latents in made])
+        self.latents = torch.cat([latents for _, latents in made]).to(device)
         self.images = None
         if needs_images(self.stage.losses) or self.stage.rates.encoder:
             white = torch.ones(3, SIZE, SIZE)
             seen = torch.cat([_made_views(self.stage.views, scene, white)[1] for scene in range(POOL)])
-            self.images = (seen.transpose(1, 2).unflatten(2, (SIZE, SIZE)) + 1) / 2
+            self.images = (seen.to(device).transpose(1, 2).unflatten(2, (SIZE, SIZE)) + 1) / 2
         self.count = 0
 
     def batch(self, step: int) -> Batch:
@@ -110,11 +114,12 @@ class Steps:
         latents, pixels = None if self.stage.rates.encoder else self.latents[views], None
         if self.stage.rays:
             pixels = torch.randint(self.latents.shape[1], (len(views), self.stage.rays), generator=generator)
+            pixels = pixels.to(self.device)
             latents = latents.gather(1, pixels[..., None].expand(-1, -1, latents.shape[2]))
-        return Batch(index, self.cameras[views], self.background, images, latents, pixels)
+        return Batch(index, self.cameras[views].to(self.device), self.background, images, latents, pixels)
 
     def step(self) -> None:
-        self.learner.step(self.batch(self.count), 1.0, seeded("cpu", "step", self.count))
+        self.learner.step(self.batch(self.count), 1.0, seeded(self.device, "step", self.count))
         self.count += 1
 
     def warmed(self, steps: int) -> "Steps":
@@ -146,7 +151,8 @@ class Steps:
         evaluate."""
         self.twin("native").step()
         settings, planes = self.config.render, self.config.planes
-        rays, samples = self.stage.views * self.background[0].numel(), settings.coarse + settings.fine
+        each, samples = self.stage.rays or self.background[0].numel(), settings.coarse + settings.fine
+        rays = self.stage.views * each
         points = self.stage.scenes * rays * samples
         forward, backward = (native.evaluated(backward) / points for backward in (False, True))
         sizes = (planes.resolution, planes.features, self.config.field.hidden, self.model.codec.channels)

@@ -45,19 +45,28 @@ def interleave(variants: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: Timing(name, tuple(values)) for name, values in seconds.items()}
 
 
-def peak_flops(rounds: int = 5) -> float:
-    """Floating point operations per second of a large float32 matrix product: the best of some rounds."""
-    a, b = torch.randn(2, 1536, 1536)
-    best = min(interleave({"product": lambda: a @ b}, rounds)["product"].seconds)
-    return 2 * 1536**3 / best
+def peak_flops(
+    rounds: int = 5, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """Operations per second of a large matrix product: the best of some rounds."""
+    size = 1536 if torch.device(device).type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = min(interleave({"product": lambda: (a @ b, wait_for(device))}, rounds)["product"].seconds)
+    return 2 * size**3 / best
 
 
-def peak_bandwidth(rounds: int = 5) -> float:
+def peak_bandwidth(rounds: int = 5, device: torch.device | str = "cpu") -> float:
     """Bytes per second, read plus written, of copying 256 MiB: the best of some rounds."""
-    source = torch.ones(1 << 26)
+    source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    best = min(interleave({"copy": lambda: target.copy_(source)}, rounds)["copy"].seconds)
-    return 2 * source.numel() * source.element_size() / best
+    copying = {"copy": lambda: (target.copy_(source), wait_for(device))}
+    return 2 * source.numel() * source.element_size() / min(interleave(copying, rounds)["copy"].seconds)
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Waits until a GPU has done what it was told to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, object]:

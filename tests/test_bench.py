@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cases as bench_cases
+from benchmarks import devices
 from benchmarks import speed as bench_module
 from benchmarks.cases import LATENT, RGB, Steps, Viewer
 from benchmarks.quality import Point, lengthened, many_scenes, nearly, time_to_quality
@@ -191,3 +192,26 @@ def test_scaling_compares_all_numbers_of_scenes(monkeypatch):
     (result,) = bench_module.bench_scaling(1, 1, (4, 8), 16)
     assert [row[0] for row in result.rows] == ["N = 4", "N = 8", "N = 16, rows in files"]
     assert result.figures["N = 16, rows in files.seconds"] > 0
+
+
+def test_steps_of_many_scenes(tmp_path, monkeypatch, capsys):
+    """The benchmark of devices, as it runs unattended on a GPU."""
+    monkeypatch.setattr(devices, "WARM_STEPS", 1)
+    whole, sizes = devices._add_size, []
+
+    def fails_at_two(result, what, *rest):
+        sizes.append(what[2])
+        if what[2] == 2:
+            raise RuntimeError("no such kernel")
+        whole(result, what, *rest)
+
+    monkeypatch.setattr(devices, "_add_size", fails_at_two)
+    devices.main(scenes=(1, 2, 3), rounds=1, device="cpu", threads=1, out=tmp_path / "found.json")
+    capsys.readouterr()
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert [one["case"] for one in found] == ["agreement with torch on cpu", "new scenes, float32, on cpu"]
+    assert len(found[0]["figures"]) > 3 and max(found[0]["figures"].values()) < 0.05
+    rows = {name: value for name, value, _ in found[1]["rows"]}
+    assert sizes == [1, 2, 3] and rows["2 scenes"] == "failed" and rows["3 scenes"].endswith("ms")
+    assert found[1]["figures"]["3 scenes.flops"] > 2.9 * found[1]["figures"]["1 scenes.flops"]
+    assert "aten::" in (tmp_path / "found.md").read_text()
