@@ -10,7 +10,7 @@ from published_pages import COLORS, library_of, random_model, random_scene, serv
 import latentscenes
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
-from latentscenes.export.site import MODULES, check_site, write_site
+from latentscenes.export.live import MODULES, check_site, write_site
 from latentscenes.storage import publishing
 from latentscenes.storage.targets import BucketTarget, FolderTarget
 

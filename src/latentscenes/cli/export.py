@@ -166,6 +166,8 @@ def export_splats(
     count: int = 20_000,
     cells: int = 192,
     lowest: float = 0.0,
+    rounds: int = 2,
+    size: int | None = None,
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Write the visible surface of a scene as 3D Gaussian splats: PLY in the layout of 3D Gaussian splatting,
@@ -179,15 +181,22 @@ def export_splats(
         cells: number of cells along the longest side of the scene box; more cells are finer and slower.
         lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
+        rounds: how often the splats are fitted to each of 48 pictures; 0: not at all.
+        size: pixels along the wider side of these pictures, if the splats will be shown at one size; unset:
+            two and three times the dataset's.
     """
-    from latentscenes.export.mesh import check_ending
+    from latentscenes.export.mesh import VIEWS, check_ending
+    from latentscenes.export.splat_fit import check_fit, fitted
     from latentscenes.export.splats import scene_splats, write_splats
 
     check_ending(out, ".ply", ".glb")
     learned = _opened(run, scene, set_up(machine))
-    splats = scene_splats(learned, scene, learned.view_of(scene), count, cells, lowest)
-    size = write_splats(out, splats, scene, learned.tags(scene))
-    say(f"{out}: {len(splats.positions)} splats, {_bytes(size)}.")
+    view = learned.view_of(scene)
+    sizes = check_fit(view, count, rounds, size, learned.model.codec.downsampling)
+    splats = scene_splats(learned, scene, view, count, cells, lowest)
+    splats = fitted(splats, learned, scene, view.dome(VIEWS, lowest), sizes, rounds)
+    written = write_splats(out, splats, scene, learned.tags(scene))
+    say(f"{out}: {len(splats.positions)} splats, {_bytes(written)}.")
 
 
 def export_images(

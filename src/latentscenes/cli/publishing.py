@@ -33,7 +33,7 @@ def library_publish(library: Folder, out: str, site: bool = False, title: str | 
         raise UserError("--title: only with --site.")
     target = open_target(out)
     if site:
-        from latentscenes.export.site import check_site, write_site
+        from latentscenes.export.live import check_site, write_site
 
         check_site(target)
     done = publish(LibraryFolder.open(library), target)

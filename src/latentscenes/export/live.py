@@ -1,5 +1,5 @@
-"""Writes scenes as one HTML file that renders them live, without a network: the modules of `web` and a small
-published library are inside.
+"""Writes pages that render scenes live, with the modules of `web`: one HTML file that works without a network
+and holds a small published library, and the gallery beside a published library.
 
 With fewer scenes than about two and a half times the base planes, the page holds each scene's fused planes
 instead of the base planes, as scenes without base planes: that is smaller. Both are quantized to 8 bits.
@@ -17,7 +17,8 @@ from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import now
 from latentscenes.core.names import one_line
-from latentscenes.export.pages import described, how_many, page_with
+from latentscenes.core.version import __version__
+from latentscenes.export.pages import TEMPLATES, described, how_many, page_with
 from latentscenes.export.sheets import save_file, short_names
 from latentscenes.model.model import Model
 from latentscenes.model.pictures import thumbnail
@@ -27,9 +28,12 @@ from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
 from latentscenes.storage.publishing import publish
 from latentscenes.storage.quantize import pack, payload_bytes
 from latentscenes.storage.scene_set import StoredScenes
-from latentscenes.storage.targets import FolderTarget
+from latentscenes.storage.targets import FolderTarget, Target
 
 MODULES = Path(__file__).parents[1] / "web"
+INDEX = "index.html"
+MARK = b'<meta name="generator" content="latentscenes'
+"""What tells a gallery's index.html from another one."""
 ENTRY = "latent-scene.js"
 """The module that defines the element."""
 SHARED_FROM = 2.5
@@ -153,3 +157,35 @@ def bundle() -> str:
         given = ", ".join(sorted(exports[name]))
         parts.append(f'modules["{name}"] = (() => {{\n{body}\nreturn {{{given}}};\n}})();')
     return "\n".join(parts).replace("</script", "<\\/script").replace("<!--", "<\\!--") + "\n"
+
+
+# The gallery
+
+
+def check_site(target: Target) -> None:
+    """Raises a UserError if the target holds an index.html that is no gallery, which would be lost."""
+    present = target.read(INDEX)
+    if present is not None and MARK not in present:
+        raise UserError(
+            f"{target.address}/{INDEX}: is no gallery of this package. Move it, or leave --site out."
+        )
+
+
+def write_site(target: Target, title: str) -> int:
+    """Writes the files of the gallery that are absent or other ones, index.html last. Returns their number.
+
+    Raises:
+        UserError: the target cannot be written, or holds another index.html.
+    """
+    check_site(target)
+    files = {f"web/{file.name}": file.read_bytes() for file in sorted(MODULES.glob("*.[jc]s*"))}
+    page = TEMPLATES.get_template("site.html").render(
+        title=one_line(title), generator=f"latentscenes {__version__}"
+    )
+    written = 0
+    with target.writing():
+        for name, content in (files | {INDEX: page.encode()}).items():
+            if target.read(name) != content:
+                target.write(name, content)
+                written += 1
+    return written
