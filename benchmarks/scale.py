@@ -48,10 +48,9 @@ from latentscenes.storage.publishing import Published, publish
 from latentscenes.storage.quantize import Payload, pack, payload_bytes
 from latentscenes.storage.targets import FolderTarget
 
-PARTS, BATCH, KINDS = 10, 1000, 200
-"""Libraries that are joined; scenes appended together; different micro planes and thumbnails."""
-JOINED_PARTS, SHARDS = 4, (4, 500)
-"""With `like`: parts that are joined; scenes of their shards, as groups and as merged shards have."""
+PARTS, BATCH, KINDS, SHARDS = 10, 1000, 200, (4, 500)
+"""Libraries that are joined; scenes appended together; different micro planes and thumbnails; with `like`,
+scenes of a shard."""
 SETTINGS = """
 codec: {kind: identity}
 planes: {resolution: 16, micro: 2, macro: 6, bases: 32}
@@ -246,7 +245,8 @@ def made(out: Path, scenes: int, config: Config) -> list[Row]:
             spent.append(seconds(lambda library=library, new=new: library.append(new)) / len(new))
         library.close()
     joining = seconds(lambda: join(out / "library", parts))
-    any(map(shutil.rmtree, parts[1:]))
+    for part in parts[1:]:
+        shutil.rmtree(part)
     library, late = LibraryFolder.open(out / "library"), []
     for first in range(scenes, scenes + 3 * BATCH, BATCH):
         new = drawn.scenes(first, BATCH)
@@ -266,7 +266,7 @@ def joined(like: Path, out: Path, scenes: int) -> Table:
     known = [
         (one, source.payload(one.name), source.index.thumbnail(one.name)) for one in source.index.infos()
     ]
-    parts, each = [out / f"part {number}" for number in range(JOINED_PARTS)], scenes // JOINED_PARTS
+    parts, each = [out / f"part {number}" for number in range(PARTS)], scenes // PARTS
     for count in SHARDS:
         for part in parts:
             library = empty_copy(like, part, "DELETE")

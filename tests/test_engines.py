@@ -66,6 +66,12 @@ def test_jobs_that_are_preempted_and_killed(call, alone):  # noqa: F811
     assert "this job is preempted" in told
 
 
+def test_jobs_in_this_process(call, alone):  # noqa: F811
+    pytest.importorskip("submitit", reason="submitit is absent")
+    slurm.wait(slurm.submit(RankCall(**vars(call)), 2, "debug", {}))
+    assert content(call.out) == alone
+
+
 class HungCall(RankCall):
     """A rank whose first process hangs for ever."""
 
