@@ -1,6 +1,7 @@
 """Scenes as 3D Gaussian splats: they lie on the surface, their pictures are those of the scene, and both file
 formats say the same."""
 
+import gzip
 import json
 import struct
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from egg import CENTER, SEMI, VIEW, egg, egg_colors, egg_run
+from scipy.spatial import cKDTree
 
 from benchmarks.splats import splat_pictures
 from latentscenes.cli import main as cli
@@ -127,7 +129,7 @@ def test_splats_command(tmp_path, solids, monkeypatch, capsys):
     assert "splats" in capsys.readouterr().err and (tmp_path / "egg.ply").stat().st_size > 60 * 17 * 4 * 0.8
     for wrong, message in (
         (["--count", "0", "--out", "e.glb"], "--count 0: choose between 1 and"),
-        (["--out", "e.spz"], "this command writes PLY or GLB; name a file that ends in .ply or .glb"),
+        (["--out", "e.splat"], "this command writes PLY or GLB or SPZ or SOG; name a file that ends in .ply"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, *wrong[:-1], str(tmp_path / wrong[-1])])
         with pytest.raises(SystemExit):
@@ -136,5 +138,46 @@ def test_splats_command(tmp_path, solids, monkeypatch, capsys):
 
 
 def test_other_endings_are_refused(splats, tmp_path):
-    with pytest.raises(UserError, match="splats are written as .ply or .glb"):
+    with pytest.raises(UserError, match="splats are written as .ply, .glb, .spz or .sog"):
         write_splats(tmp_path / "egg.splat", splats)
+
+
+def test_spz_holds_the_same_y_up(splats, tmp_path):
+    pytest.importorskip("gaussforge", reason="gaussforge (the splats extra) is absent")
+    size, count = write_splats(tmp_path / "egg.spz", splats), len(splats.positions)
+    raw = gzip.decompress((tmp_path / "egg.spz").read_bytes())
+    magic, version, stated, degree, bits = struct.unpack("<4sIIBB", raw[:14])
+    assert (magic, version, stated, degree) == (b"NGSP", 3, count, 0) and size < 20 * count
+
+    def read(start: int, width: int) -> np.ndarray:
+        part = raw[16 + start * count : 16 + (start + width) * count]
+        return np.frombuffer(part, np.uint8).reshape(count, width).astype(int)
+
+    low, middle, high = read(0, 9).reshape(count, 3, 3).transpose(2, 0, 1)
+    places = low + 256 * middle + 65536 * (high - 256 * (high > 127))
+    x, y, z = splats.positions.T
+    np.testing.assert_allclose(places / 2**bits, np.stack([x, z, -y], 1), atol=0.6 / 2**bits)
+    np.testing.assert_allclose(read(9, 1)[:, 0] / 255, splats.opacities, atol=0.003)
+    np.testing.assert_allclose(0.5 + HARMONIC * (read(10, 3) / 255 - 0.5) / 0.15, splats.colors, atol=0.006)
+    np.testing.assert_allclose(read(13, 3) / 16 - 10, np.log(splats.scales), atol=0.04)
+
+
+def test_sog_holds_the_same_y_down(splats, tmp_path):
+    gaussforge = pytest.importorskip("gaussforge", reason="gaussforge (the splats extra) is absent")
+    write_splats(tmp_path / "egg.sog", splats)
+    back = gaussforge.GaussForge().convert((tmp_path / "egg.sog").read_bytes(), "sog", "ply")["data"]
+    header, _, body = back.partition(b"end_header\n")
+    names = [line.split()[2] for line in header.decode().splitlines() if line.startswith("property float")]
+    rows = np.frombuffer(body, "<f4").reshape(len(splats.positions), -1)
+    places = rows[:, [names.index(axis) for axis in "xyz"]]
+    x, y, z = splats.positions.T
+    distance, nearest = cKDTree(np.stack([x, -z, y], 1)).query(places)
+    assert distance.max() < 1e-3
+    colors = 0.5 + HARMONIC * rows[:, [names.index(f"f_dc_{k}") for k in range(3)]]
+    assert np.abs(colors - splats.colors[nearest]).mean() < 0.01
+
+
+def test_small_files_say_what_they_need(splats, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gaussforge", None)
+    with pytest.raises(UserError, match=r"latentscenes\[splats\]"):
+        write_splats(tmp_path / "egg.spz", splats)

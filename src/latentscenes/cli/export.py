@@ -171,12 +171,12 @@ def export_splats(
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Write the visible surface of a scene as 3D Gaussian splats: PLY in the layout of 3D Gaussian splatting,
-    or glTF with KHR_gaussian_splatting.
+    glTF with KHR_gaussian_splatting, or the small files SPZ and SOG.
 
     Args:
         run: library, or run folder of train.
         scene: name of the scene.
-        out: .ply or .glb file.
+        out: .ply, .glb, .spz or .sog file.
         count: most splats.
         cells: number of cells along the longest side of the scene box; more cells are finer and slower.
         lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
@@ -187,9 +187,10 @@ def export_splats(
     """
     from latentscenes.export.mesh import VIEWS, check_ending
     from latentscenes.export.splat_fit import check_fit, fitted
-    from latentscenes.export.splats import scene_splats, write_splats
+    from latentscenes.export.splats import ENDINGS, require_small, scene_splats, write_splats
 
-    check_ending(out, ".ply", ".glb")
+    check_ending(out, *ENDINGS)
+    require_small(out.suffix)
     learned = _opened(run, scene, set_up(machine))
     view = learned.view_of(scene)
     sizes = check_fit(view, count, rounds, size, learned.model.codec.downsampling)

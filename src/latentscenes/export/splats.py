@@ -1,9 +1,10 @@
-"""Learned scenes as 3D Gaussian splats: PLY in the layout of 3D Gaussian splatting, and glTF.
+"""Learned scenes as 3D Gaussian splats: PLY in the layout of 3D Gaussian splatting, glTF, SPZ and SOG.
 
 Notable:
 - Splats lie on the surface (surface.py). Many points of it are sampled and painted as in mesh.py; k-means
   gathers them into cells of about one size, and each cell becomes one flat splat with its mean color.
-- No splat is learned, so an export takes seconds. docs/results/exports.md states how near its pictures come.
+- splat_fit.py fits these splats to pictures. docs/results/exports.md states how near their pictures come.
+- SPZ and SOG are small files, which the package gaussforge makes of the PLY file.
 - Parts that no picture shows get no splats.
 - Sources: Kerbl et al., 3D Gaussian Splatting (arXiv 2308.04079); glTF's extension KHR_gaussian_splatting.
 """
@@ -142,17 +143,46 @@ def _ellipsoids(
 # Files
 
 
+ENDINGS = (".ply", ".glb", ".spz", ".sog")
+"""Kinds of files."""
+SMALL = ENDINGS[2:]
+
+
 def write_splats(
     path: str | Path, splats: Splats, name: str = "", tags: Mapping[str, Any] | None = None
 ) -> int:
-    """Writes splats as PLY (y down, as scenes of 3D Gaussian splatting are) or as binary glTF (y up), by the
-    file's ending. Returns the size in bytes. Name and tags are stored in glTF only."""
+    """Writes splats by the file's ending: as PLY or SOG (y down, as scenes of 3D Gaussian splatting are), as
+    binary glTF or SPZ (y up). Returns the size in bytes. Name and tags are stored in glTF only.
+
+    Raises:
+        UserError: the ending is another one, the extra `splats` is absent, or the file cannot be written.
+    """
     ending = Path(path).suffix.lower()
     if ending == ".ply":
         return save_file(path, _ply(splats.turned(Y_DOWN)))
     if ending == ".glb":
         return save_file(path, _glb(splats.turned(Y_UP), name, tags))
-    raise UserError(f"{path}: splats are written as .ply or .glb.")
+    if ending not in SMALL:
+        raise UserError(f"{path}: splats are written as {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
+    require_small(ending)
+    from gaussforge import GaussForge
+
+    turn = Y_UP if ending == ".spz" else Y_DOWN
+    made = GaussForge().convert(_ply(splats.turned(turn)), "ply", ending[1:])
+    if "data" not in made:
+        raise UserError(f"{path}: gaussforge could not write it: {made.get('error')}. Write PLY.")
+    return save_file(path, made["data"])
+
+
+def require_small(ending: str) -> None:
+    """Raises a UserError if a file of this kind needs a package that is absent."""
+    if ending.lower() in SMALL:
+        try:
+            import gaussforge  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "SPZ and SOG files need gaussforge. Run: pip install latentscenes[splats]"
+            ) from None
 
 
 def _ply(splats: Splats) -> bytes:
