@@ -172,6 +172,40 @@ def test_shifted_cameras_are_recovered(parent, tmp_path):
     assert 1 < turned[0] < turned[1] < 12 and 1 < way[0] < way[1] < 20
 
 
+def test_corrections_that_bring_nothing_are_left_out(parent, tmp_path):
+    """A capture without faults is learned to the last bit as without --refine; one with shifted cameras keeps
+    corrections of cameras alone."""
+    images = write(tmp_path / "clean", CAMERAS, CAMERAS)
+    without, _ = learn(tmp_path / "without", images, parent, refine=False)
+    library, found = learn(tmp_path / "with", images, parent)
+    assert found is None
+    assert library.index.place("new").checksum == without.index.place("new").checksum
+    assert library.index.info("new").cpu_seconds > 1.3 * without.index.info("new").cpu_seconds  # with trials
+    assert not any((library.path / "work").glob("*/run.json"))
+    tags = library.index.info("new").tags
+    assert tags["view_corrections"] == {"left_out": ["colors", "cameras"]}
+    assert [line.split(" brought")[0] for line in capture_lines(tags)] == [
+        "corrections of colors",
+        "corrections of cameras",
+    ]
+    motion = centered(0.03 * torch.randn(VIEWS, 6, generator=torch.Generator().manual_seed(2)))
+    images = write(tmp_path / "shifted", moved(CAMERAS, motion, BOX.numbers.expand(VIEWS, 6)), CAMERAS)
+    library, found = learn(tmp_path / "refined", images, parent)
+    assert len(found.cameras) and not len(found.colors)
+    assert library.index.info("new").tags["view_corrections"]["left_out"] == ["colors"]
+
+
+def test_both_kinds_of_corrections_are_kept_where_both_help(parent, tmp_path):
+    motion = centered(0.03 * torch.randn(VIEWS, 6, generator=torch.Generator().manual_seed(2)))
+    azimuth = torch.atan2(CAMERAS.positions[:, 1], CAMERAS.positions[:, 0])
+    gains = 1 + centered(0.35 * torch.sin(azimuth)[:, None].expand(-1, 3)).numpy()[:, None, None]
+    seen = moved(CAMERAS, motion, BOX.numbers.expand(VIEWS, 6))
+    images = write(tmp_path / "data", seen, CAMERAS, gains)
+    library, found = learn(tmp_path / "library", images, parent)
+    assert len(found.cameras) and len(found.colors)
+    assert "left_out" not in library.index.info("new").tags["view_corrections"]
+
+
 @pytest.mark.parametrize("which", ["origins", "directions"])
 def test_slopes_of_rays_are_those_of_the_corrections(which):
     """Against autograd through `moved`, at corrections of zero, in boxes and units of three scenes."""
@@ -208,6 +242,7 @@ def short(tmp_path):
 
 
 def test_a_stopped_refinement_ends_like_one_that_is_not_stopped(parent, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_two, "HELPS", 10.0)  # keeps all corrections
     images, changes = short(tmp_path)
     whole, corrections = learn(tmp_path / "whole", images, parent, *changes)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)

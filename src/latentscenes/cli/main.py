@@ -109,7 +109,8 @@ def exploit(
             scenes.
         fit: find out, by learning a few objects for a few steps, how objects must be turned, and learn them
             from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
-        refine: also learn small corrections of each view: its color (gain and offset) and its camera.
+        refine: also learn small corrections of each view, its color (gain and offset) and its camera, where
+            a short trial finds that they help. Takes two to three times as long.
         print_config: print every setting as YAML and stop.
     """
     from latentscenes.storage.pretrained import open_parent

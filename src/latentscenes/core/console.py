@@ -229,7 +229,7 @@ def capture_lines(tags: dict[str, Any]) -> list[str]:
         return []
 
 
-def _capture_lines(found: dict[str, list[float]], odd: dict[str, Any]) -> Iterator[str]:
+def _capture_lines(found: dict[str, list], odd: dict[str, Any]) -> Iterator[str]:
     if "turned_degrees" in found:
         (turn, most), (way, longest) = found["turned_degrees"], found["moved_percent"]
         yield (
@@ -239,6 +239,9 @@ def _capture_lines(found: dict[str, list[float]], odd: dict[str, Any]) -> Iterat
     if "gains" in found:
         (low, high), (least, most) = found["gains"], found["offsets"]
         yield f"colors corrected by gains {low:.2f} to {high:.2f}, offsets {least:+.3f} to {most:+.3f}"
+    for kind in found.get("left_out", []):
+        if kind in ("colors", "cameras"):
+            yield f"corrections of {kind} brought too little in a trial and were left out"
     for kind, what in ODD_VIEWS.items():
         if views := odd.get(kind):
             fate = "left out" if odd.get("left_out") else "--drop-views learns without them"

@@ -13,10 +13,14 @@ in c channels and J its derivative by (ω, τ), the kernel gives Jᵀr for each 
 
 A common part of all views would only move or recolor the scene. So the mean over a scene's views is
 subtracted after each step.
+
+Where nothing is wrong, corrections still lower the error of the views that they are learned from, a little,
+and the scene gets worse. So short trials decide which kinds a scene keeps: those that lower this error
+clearly.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +36,10 @@ from latentscenes.model.codec import COLORS
 from latentscenes.model.model import LatentView
 from latentscenes.training.losses import Batch, at_pixels
 
+TRIAL = 0.3
+"""Share of the epochs that a trial takes."""
+HELPS = 0.8
+"""A kind of corrections is kept if the error falls below this share of the error without it."""
 REFINED = {"colors": 0.1, "cameras": 0.5}
 """Rates of corrections in `refining`."""
 FEW_GAINS, FEW_OFFSETS = 0.001, 0.05
@@ -76,6 +84,29 @@ def refining(config: Config) -> Config:
 def corrects(stages: Sequence[StageConfig]) -> bool:
     """Whether any of these stages learns corrections."""
     return any(stage.rates.colors or stage.rates.cameras for stage in stages)
+
+
+def kinds_of(stages: Sequence[StageConfig]) -> list[str]:
+    """Returns the kinds of corrections that these stages learn."""
+    return [kind for kind in REFINED if any(getattr(stage.rates, kind) for stage in stages)]
+
+
+def limited(config: Config, kinds: Iterable[str], trial: bool = False) -> Config:
+    """Returns the configuration whose exploit stages learn no other kinds of corrections. For a `trial`,
+    stages are short, and those after the last that learns corrections are absent."""
+    stages, none = config.exploit, {kind: 0.0 for kind in REFINED if kind not in kinds}
+    if trial:
+        last = max(k for k, stage in enumerate(stages) if corrects([stage]))
+        stages = [_shortened(stage) for stage in stages[: last + 1]]
+    stages = [dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, **none)) for stage in stages]
+    return dataclasses.replace(config, exploit=tuple(stages))
+
+
+def _shortened(stage: StageConfig) -> StageConfig:
+    names = ("epochs", "field_epochs", "weights_epochs")
+    whole = {name: getattr(stage, name) for name in names}
+    short = {name: max(1, round(TRIAL * epochs)) if epochs else epochs for name, epochs in whole.items()}
+    return dataclasses.replace(stage, **short)
 
 
 def view_ranges(scenes: Sequence[Scene]) -> list[slice]:

@@ -60,6 +60,8 @@ class Fit:
     corrections: ViewCorrections | None
     """Those of its fitted views."""
     spent: Spent
+    left_out: tuple[str, ...] = ()
+    """Kinds of corrections that a trial found to bring nothing."""
 
 
 def view_tags(fit: Fit, findings: Findings, left_out: bool, images: PosedImages) -> dict[str, Any]:
@@ -71,12 +73,30 @@ def view_tags(fit: Fit, findings: Findings, left_out: bool, images: PosedImages)
     if fit.corrections is not None:
         cameras = images.cameras[torch.tensor(fit.scene.views("fit"))]
         tags["view_corrections"] = summary(fit.corrections, cameras)
+    if fit.left_out:
+        tags.setdefault("view_corrections", {})["left_out"] = list(fit.left_out)
     return tags
 
 
-@torch.no_grad()
 def diagnose(model: Model, images: PosedImages, fit: Fit) -> Findings:
     """Compares a learned scene with its fitted views."""
+    index = torch.tensor(fit.scene.views("fit"))
+    whole, inside, masks = view_errors(model, images, fit)
+    color, odd = _out_of_line(inside, COLOR_FLOOR), _out_of_line(whole, COLOR_FLOOR)
+    mask = torch.zeros_like(odd) if masks is None else _out_of_line(masks, MASK_FLOOR)
+    missing = _missing(images, index, model.box_of(model.compose(fit.parameters))).to(odd.device)
+    numbers = index - fit.scene.first
+    kinds = (missing, ~missing & (color | odd & ~mask), ~missing & ~color & mask)
+    return Findings(*(numbers[kind.cpu()].tolist() for kind in kinds))
+
+
+@torch.no_grad()
+def view_errors(
+    model: Model, images: PosedImages, fit: Fit
+) -> tuple[Float[Tensor, "v"], Float[Tensor, "v"], Float[Tensor, "v"] | None]:
+    """Compares a learned scene with its v fitted views, corrected. Returns mean squared errors of latents
+    over all compared pixels, and over those where mask and scene overlap; and the mean |opacity − alpha| if
+    silhouettes are known."""
     index, corrections = torch.tensor(fit.scene.views("fit")), fit.corrections
     planes, background = model.compose(fit.parameters), model.background(*images.size)
     box, codec = model.box_of(planes), model.codec
@@ -101,12 +121,7 @@ def diagnose(model: Model, images: PosedImages, fit: Fit) -> Findings:
             alpha = (shown.opacity - alpha).abs().mean(1)
         errors.append([square.mean(1), (square * inside).sum(1) / inside.sum(1).clamp(min=1), alpha])
     whole, inside, masks = zip(*errors, strict=True)
-    color, odd = _out_of_line(torch.cat(inside), COLOR_FLOOR), _out_of_line(torch.cat(whole), COLOR_FLOOR)
-    mask = torch.zeros_like(odd) if masks[0] is None else _out_of_line(torch.cat(masks), MASK_FLOOR)
-    missing = _missing(images, index, box).to(odd.device)
-    numbers = index - fit.scene.first
-    kinds = (missing, ~missing & (color | odd & ~mask), ~missing & ~color & mask)
-    return Findings(*(numbers[kind.cpu()].tolist() for kind in kinds))
+    return torch.cat(whole), torch.cat(inside), None if masks[0] is None else torch.cat(masks)
 
 
 def _out_of_line(errors: Float[Tensor, "v"], floor: float) -> Bool[Tensor, "v"]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from latentscenes.core import config_io
 from latentscenes.core.config import Config, StoragePrecision
-from latentscenes.core.console import say
+from latentscenes.core.console import Spent, say
 from latentscenes.core.errors import Damaged, UserError
 from latentscenes.core.files import locked
 from latentscenes.core.runtime import seeded
@@ -31,7 +31,8 @@ from latentscenes.storage.records import METRICS
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.append import Provenance, new_scene
 from latentscenes.training.batches import TrainingScenes
-from latentscenes.training.diagnosis import Fit, diagnose, view_tags
+from latentscenes.training.corrections import HELPS, kinds_of, limited
+from latentscenes.training.diagnosis import Fit, diagnose, view_errors, view_tags
 from latentscenes.training.loop import Trainer
 
 
@@ -55,13 +56,13 @@ class GroupLearner:
     ) -> list[NewScene]:  # fmt: skip
         """Learns some scenes and appends them. Continues a run begun in `work` (default: the library's)."""
         library, images, model = self.library, self.images, self.model
-        fits, run = self._fit(scenes, label, work)
-        runs, odd = [run], [diagnose(model, images, fit) for fit in fits]
+        fits, runs = self._fits(scenes, label, work)
+        odd = [diagnose(model, images, fit) for fit in fits]
         fewer = {k: scene.without(odd[k].views) for k, scene in enumerate(scenes) if odd[k].views}
         again = {k: scene for k, scene in fewer.items() if self.drop_views and scene.views("fit")}
         if again:
-            better, run = self._fit(list(again.values()), f"{label} again", work)
-            runs.append(run)
+            better, more = self._fits(list(again.values()), f"{label} again", work)
+            runs += more
             for k, fit in zip(again, better, strict=True):
                 fits[k] = dataclasses.replace(fit, spent=fits[k].spent + fit.spent)
         found, split = [], "new" if origin == "exploit" else None
@@ -72,14 +73,60 @@ class GroupLearner:
             ready = (fit.parameters, library.info.view, images, scene, self.precision)
             found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned)))
         library.append(found)
-        finish(run, library)
-        for other in runs[:-1]:
-            shutil.rmtree(other.path)
+        finish(runs[-1], library)
+        for path in {other.path for other in runs} - {runs[-1].path}:
+            shutil.rmtree(path)
         return found
 
-    def _fit(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], Run]:
+    def _fits(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], list[Run]]:
+        """Learns some scenes, each with the kinds of corrections that help it. Returns also all runs."""
+        asked, spent = kinds_of(self.config.exploit), [Spent(0.0, 0.0)] * len(scenes)
+        kept, runs = [()] * len(scenes), []
+        if asked:
+            kept, spent, runs = self._tried(asked, scenes, label, work)
+        fits: dict[int, Fit] = {}
+        for kinds in sorted(set(kept)):
+            rows = [k for k, found in enumerate(kept) if found == kinds]
+            config = limited(self.config, kinds) if asked else self.config
+            learned, run = self._fit([scenes[k] for k in rows], label, work, config)
+            runs.append(run)
+            left_out = tuple(kind for kind in asked if kind not in kinds)
+            for k, fit in zip(rows, learned, strict=True):
+                fits[k] = dataclasses.replace(fit, spent=spent[k] + fit.spent, left_out=left_out)
+        return [fits[k] for k in range(len(scenes))], runs
+
+    def _tried(
+        self, asked: Sequence[str], scenes: Sequence[Scene], label: str, work: Path | None
+    ) -> tuple[list[tuple[str, ...]], list[Spent], list[Run]]:
+        """Learns scenes for a short time with and without corrections. Returns the kinds that help each
+        scene, what was spent on it, and the runs."""
+        spent, runs = [Spent(0.0, 0.0)] * len(scenes), []
+
+        def errors(rows: Sequence[int], *kinds: str) -> dict[int, float]:
+            config = limited(self.config, kinds, trial=True)
+            fits, run = self._fit([scenes[k] for k in rows], f"{label} trial", work, config)
+            runs.append(run)
+            for k, fit in zip(rows, fits, strict=True):
+                spent[k] = spent[k] + fit.spent
+            found = (view_errors(self.model, self.images, fit)[0].mean().item() for fit in fits)
+            return dict(zip(rows, found, strict=True))
+
+        every = range(len(scenes))
+        without, single = errors(every), {kind: errors(every, kind) for kind in asked}
+        best = [min(asked, key=lambda kind: single[kind][k]) for k in every]
+        helped = [k for k in every if single[best[k]][k] < HELPS * without[k]]
+        kept = [(best[k],) if k in helped else () for k in every]
+        if len(asked) > 1 and helped:
+            for k, error in errors(helped, *asked).items():
+                if error < HELPS * single[best[k]][k]:
+                    kept[k] = tuple(asked)
+        return kept, spent, runs
+
+    def _fit(
+        self, scenes: Sequence[Scene], label: str, work: Path | None, config: Config
+    ) -> tuple[list[Fit], Run]:
         """Learns some scenes from their views `fit`, in a run of their own."""
-        library, images, config, model = self.library, self.images, self.config, self.model
+        library, images, model = self.library, self.images, self.model
         names, data = [scene.name for scene in scenes], str(images.path.resolve())
         dropped = [scene.held_out for scene in scenes if scene not in images.scenes]
         recipe = f"{data} {names} {config_io.dump(config)}{dropped or ''}"
