@@ -111,7 +111,7 @@ def test_cameras_of_the_orbit_stand_where_those_of_the_data_stand(library, solid
 def test_mistakes_are_explained(library, tmp_path):
     with pytest.raises(UserError, match="no scene 'red_bal' here; the nearest names are 'red_ball'"):
         library["red_bal"]
-    with pytest.raises(UserError, match="size 30: must be a multiple of the codec's downsampling, 4; try 32"):
+    with pytest.raises(UserError, match="size 30: no multiple of the codec's downsampling, 4; try 32"):
         library["red_ball"].render(library.orbit(1), size=30)
     with pytest.raises(UserError, match="must be latentscenes.Cameras, not ndarray"):
         latentscenes.LearnedScene.render.__wrapped__(library["red_ball"], np.eye(4))

@@ -103,18 +103,20 @@ class LearnedScene:
         return self.library.folder.info.view.around(self.rows.own_box).orbit(count, elevation, azimuth)
 
     def render(
-        self, cameras: Cameras, size: int | tuple[int, int] | None = None, geometry: bool = True
+        self,
+        cameras: Cameras,
+        size: int | tuple[int, int] | None = None,
+        geometry: bool = True,
+        adaptive: bool = False,
     ) -> RenderedViews:
-        """Renders the scene.
+        """Renders the scene. Raises a UserError if `cameras` is empty or no `Cameras`, or `size` does not
+        suit the codec.
 
         Args:
             cameras: v cameras in the world of the library.
             size: height and width in pixels, or one number for both; None: the size of the training images.
-            geometry: renders depth and opacity for every pixel of `rgb` (a = H, b = W). False: only for every
-                pixel of `latents` (a = h, b = w), which is faster.
-
-        Raises:
-            UserError: `cameras` is empty or no `Cameras`, or `size` does not suit the codec.
+            geometry: whether depth and opacity are as fine as `rgb`; otherwise as `latents`, which is faster.
+            adaptive: whether large pictures are rendered from fewer rays, as in films.
         """
         if not isinstance(cameras, Cameras):
             raise UserError(
@@ -124,7 +126,7 @@ class LearnedScene:
         if not len(cameras):
             raise UserError("render: no cameras given; at least one is needed.")
         size = self.library.picture_size(size)
-        shown = render_images(self.library.model, self.planes, cameras, size, geometry)
+        shown = render_images(self.library.model, self.planes, cameras, size, geometry, adaptive)
         return RenderedViews(
             rgb=shown.images.movedim(1, -1).contiguous().numpy(),
             latents=shown.latents.movedim(1, -1).contiguous().numpy(),
@@ -226,10 +228,8 @@ class Library:
         step = self.model.codec.downsampling
         for side in (height, width):
             if side < step or side % step:
-                nearest = max(step, round(side / step) * step)
-                raise UserError(
-                    f"size {side}: must be a multiple of the codec's downsampling, {step}; try {nearest}."
-                )
+                near = max(step, round(side / step) * step)
+                raise UserError(f"size {side}: no multiple of the codec's downsampling, {step}; try {near}.")
         return height, width
 
     # Similar scenes

@@ -142,7 +142,7 @@ def _tiles(
 ) -> UInt8[np.ndarray, "v h w 4"]:
     """Pictures of a scene with alpha, cropped to a window."""
     planes, parts = loaded.planes(scene), torch.arange(len(cameras)).split(TOGETHER)
-    shown = (render_images(loaded.model, planes, cameras[part], size) for part in parts)
+    shown = (render_images(loaded.model, planes, cameras[part], size, adaptive=True) for part in parts)
     return np.concatenate([with_alpha(pictures)[:, *window] for pictures in shown])
 
 

@@ -96,10 +96,10 @@ def camera_frames(
     like = (
         None
         if mode in ("rgb", "opacity")
-        else render_images(loaded.model, planes, cameras[some], size, geometry)
+        else render_images(loaded.model, planes, cameras[some], size, geometry, adaptive=True)
     )
     for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
-        shown = render_images(loaded.model, planes, cameras[chunk], size, geometry)
+        shown = render_images(loaded.model, planes, cameras[chunk], size, geometry, adaptive=True)
         if mode == "rgb" and background != "white":
             yield from over(with_alpha(shown), background)
             continue

@@ -1,5 +1,7 @@
 """The parts that all scenes share: codec, normalizer, field and base planes, built from a Config."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +19,21 @@ from latentscenes.core.runtime import Numbers, uniform
 from latentscenes.model.codec import Codec
 from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
+from latentscenes.rendering.adaptive import CELL, render_adaptively
 from latentscenes.rendering.field import Field, FusedPlanes
 from latentscenes.rendering.render import Rays, camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
 CHUNK = 8
 """Views rendered and decoded together."""
+PORTION = 16384
+"""Rays rendered together in adaptive views."""
+LARGE = 192
+"""Smallest side of pictures that adaptive views make from fewer rays, in latent pixels. Smaller ones would
+gain nothing."""
+TOLERANCE = 0.05
+"""Differences of colors, opacities and depths that adaptive views interpolate: colors in [0, 1], depths in
+the scene's unit of length."""
 
 
 class LatentView(NamedTuple):
@@ -203,22 +214,80 @@ class RenderedImages:
     opacity: Float[Tensor, "v a b"]
 
 
+class Shown(NamedTuple):
+    """v whole views, composited over the background."""
+
+    latents: Float[Tensor, "v c h w"]
+    depth: Float[Tensor, "v h w"]
+    """As in `LatentView`."""
+    opacity: Float[Tensor, "v h w"]
+
+
+@torch.no_grad()
+def adaptive_views(
+    model: Model,
+    planes: FusedPlanes,
+    cameras: Cameras,
+    background: Float[Tensor, "c h w"],
+    geometry: bool = True,
+    watch: Callable[[], None] = lambda: None,
+) -> Shown:
+    """Renders views of one scene; large ones with rays where they are needed (`render_adaptively`).
+
+    Args:
+        geometry: whether depth places rays too; without, it may be wrong where a surface ends in front of
+            another one of its color.
+        watch: is called before each portion of rays, and may raise to stop.
+    """
+    (channels, height, width), unit = background.shape, model.units(planes)[:1]
+    limits = [2 * TOLERANCE] * channels + [TOLERANCE, TOLERANCE * float(unit) if geometry else math.inf]
+    limits = background.new_tensor([*limits, math.inf])
+    views = []
+    for camera in torch.arange(len(cameras)).split(1):
+
+        def cast(pixels: Tensor, camera: Cameras = cameras[camera]) -> Tensor:
+            parts = []
+            for some in pixels.to(model.device).split(PORTION):
+                watch()
+                view = model.render(planes, camera, background, pixels=some[None])
+                depths = torch.stack([view.opacity, view.opacity * view.depth, view.depth], -1)
+                parts.append(torch.cat([view.latents, depths], -1)[0])
+            return torch.cat(parts)
+
+        cell = CELL if min(height, width) >= LARGE else 1
+        views.append(render_adaptively(cast, height, width, limits, cell))
+    found = torch.stack(views).permute(0, 3, 1, 2)
+    return Shown(found[:, :channels], found[:, -1], found[:, channels])
+
+
 @torch.no_grad()
 def render_images(
-    model: Model, planes: FusedPlanes, cameras: Cameras, size: tuple[int, int], geometry: bool = True
+    model: Model,
+    planes: FusedPlanes,
+    cameras: Cameras,
+    size: tuple[int, int],
+    geometry: bool = True,
+    adaptive: bool = False,
 ) -> RenderedImages:
     """Renders views of one scene and decodes images of `size` (height, width). With `geometry`, depth and
-    opacity are rendered at this size too; without, they are those of the latents' rays."""
+    opacity are rendered at this size too; without, they are those of the latents' rays. With `adaptive`,
+    large pictures are made from fewer rays, for looking at (`adaptive_views`)."""
+
+    def shown(some: Cameras, background: Tensor) -> Shown:
+        if adaptive:
+            return adaptive_views(model, planes, some, background, geometry)
+        view, shape = model.render(planes, some, background), background.shape[1:]
+        return Shown(view.image(*shape), view.depth.unflatten(1, shape), view.opacity.unflatten(1, shape))
+
     background = model.background(*size)
     full = background.new_zeros(background.shape[0], *size) if geometry else background
     found = []
     for chunk in torch.arange(len(cameras)).split(CHUNK):
         some = cameras[chunk].to(model.device)
-        view = model.render(planes, some, background)
-        latents = view.image(*background.shape[1:])
-        solid = view if full.shape == background.shape else model.render(planes, some, full)
-        depth, opacity = (value.unflatten(1, full.shape[1:]) for value in (solid.depth, solid.opacity))
-        found.append([value.cpu() for value in (model.decode(latents).clamp(0, 1), latents, depth, opacity)])
+        view = shown(some, background)
+        solid = view if full.shape == background.shape else shown(some, full)
+        images = model.decode(view.latents.contiguous()).clamp(0, 1)
+        found.append([value.cpu() for value in (images, view.latents, solid.depth, solid.opacity)])
     return RenderedImages(*(torch.cat(values).float() for values in zip(*found, strict=True)))
 
 

@@ -1,6 +1,6 @@
 """Images for the viewer: a scene or a blend of two, from any camera, in four modes; and the drawing thread.
 
-- Rays that miss the box are not marched. The others are marched in portions, so an image can be canceled.
+- Rays are rendered in portions, so an image can be canceled. Large images need few (`adaptive_views`).
 - Tri-planes and other slow results are cached for the scenes viewed last. The cache identifies a scene by its
   checksum, so changes of the library by other processes are seen.
 """
@@ -24,7 +24,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.export.sheets import Picture, color_depth, enlarge, gray
-from latentscenes.model.model import LatentView, Model, RenderedImages, render_images, to_uint8
+from latentscenes.model.model import RenderedImages, adaptive_views, render_images, to_uint8
 from latentscenes.model.pictures import over, with_alpha
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
@@ -32,8 +32,6 @@ from latentscenes.rendering.field import FusedPlanes
 T = TypeVar("T")
 Mode = Literal["rgb", "depth", "opacity", "latent"]
 
-RAYS = 16384
-"""Rays per portion."""
 CACHED = 32
 """Entries in each cache."""
 MAX_ASPECT = 3.0
@@ -82,6 +80,10 @@ class Frame(NamedTuple):
     """Distance along the camera's z axis, world units; FAR_AWAY where opacity is at most 0.5."""
 
 
+class _StaleError(Exception):
+    """The image is no longer wanted."""
+
+
 class Painter:
     """Draws requested images. For one thread at a time."""
 
@@ -104,26 +106,30 @@ class Painter:
         if request.mode in ("depth", "opacity"):
             background = background.new_zeros(background.shape[0], *size)
         camera = request.camera.to(self.library.device)
-        view = march(model, self.planes(request.scene, request.blend), camera, background, is_stale)
-        if view is None:
+        planes = self.planes(request.scene, request.blend)
+
+        def watch() -> None:
+            if is_stale():
+                raise _StaleError
+
+        try:
+            view = adaptive_views(model, planes, camera, background, watch=watch)
+        except _StaleError:
             return None
-        depth, opacity = (
-            value[0].unflatten(0, background.shape[1:]).cpu() for value in (view.depth, view.opacity)
-        )
+        latents, depth, opacity = view.latents, view.depth[0].cpu(), view.opacity[0].cpu()
         if request.mode == "depth":
-            ends = self._depth_range(self.planes(request.scene, request.blend), request.camera)
+            ends = self._depth_range(planes, request.camera)
             picture = color_depth(depth[None].numpy(), opacity[None].numpy(), ends)
         elif request.mode == "opacity":
             picture = gray(opacity[None].numpy(), (1.0, 0.0))
         elif request.mode == "rgb":
-            latents = view.image(*background.shape[1:])
-            decoded = model.decode(latents).float().clamp(0, 1).cpu()
+            decoded = model.decode(latents.contiguous()).float().clamp(0, 1).cpu()
             shown = RenderedImages(decoded, latents.cpu(), depth[None], opacity[None])
             picture = over(with_alpha(shown), "black") if request.black else to_uint8(decoded)
         else:
-            latents = view.image(*background.shape[1:])[:, request.channel].float().cpu().numpy()
+            channel = latents[:, request.channel].float().cpu().numpy()
             ranges = self._channel_ranges(request.scene, self._checksum(request.scene))
-            picture = enlarge(gray(latents, ranges[request.channel]), size)
+            picture = enlarge(gray(channel, ranges[request.channel]), size)
         along = along_axis(depth, camera).where(opacity > 0.5, FAR_AWAY).numpy() if request.depth else None
         return Frame(picture[0], along)
 
@@ -161,29 +167,6 @@ class Painter:
         corners = self.library.model.box_of(planes).corners()
         distances = (corners - camera.positions[0]).norm(dim=1)
         return distances.min().item(), distances.max().item()
-
-
-@torch.no_grad()
-def march(
-    model: Model,
-    planes: FusedPlanes,
-    camera: Cameras,
-    background: Float[Tensor, "c h w"],
-    is_stale: Callable[[], bool] = lambda: False,
-) -> LatentView | None:
-    """Renders one camera as `model.render` does, in portions. Returns None once `is_stale` returns true."""
-    height, width = background.shape[1:]
-    rays = model.rays(planes, camera, height, width)
-    latents, opacity = background.flatten(1).t()[None].clone(), torch.zeros_like(rays.near)
-    depth, preview = rays.far * model.units(planes), latents.new_ones(*opacity.shape, 0)
-    whole = LatentView(latents, preview, depth, opacity, rays)
-    for some in (rays.far > rays.near)[0].nonzero()[:, 0].split(RAYS):
-        if is_stale():
-            return None
-        part = model.render(planes, camera, background, pixels=some[None])
-        for name in ("latents", "depth", "opacity"):
-            getattr(whole, name)[:, some] = getattr(part, name)
-    return whole
 
 
 def blended(first: SceneParameters, second: SceneParameters, blend: Blend) -> SceneParameters:
