@@ -25,7 +25,9 @@ from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.maintenance import verify
 from latentscenes.storage.quantize import payload_checksum
 from latentscenes.training import claims as leases
+from latentscenes.training import groups
 from latentscenes.training import ranks as module
+from latentscenes.training.batches import BatchSource
 from latentscenes.training.claims import Claims, own_name
 from latentscenes.training.exploit import PLAN, exploit
 from latentscenes.training.groups import GroupLearner
@@ -242,6 +244,24 @@ def test_a_rank_that_hangs_loses_its_group(run, path, boxes, alone, tmp_path):
     finally:
         hung.kill()
     assert content(out) == alone
+
+
+def test_all_long_parts_of_the_work_say_that_it_moves_on(run, boxes, tmp_path, monkeypatch):
+    """So that a slow encoder, or scenes with many views, do not look like a process that hangs."""
+    moves, true = [], {name: getattr(BatchSource, name) for name in ("_encoded", "batch")}
+    for name, call in true.items():
+        monkeypatch.setattr(
+            BatchSource,
+            name,
+            lambda self, *given, name=name, call=call: moves.append(name) or call(self, *given),
+        )
+    true_diagnose = groups.diagnose
+    monkeypatch.setattr(groups, "diagnose", lambda *given: moves.append("diagnose") or true_diagnose(*given))
+    monkeypatch.setattr(Claims, "progress", lambda claims: moves.append("moved"))
+    learn(tmp_path / "out", boxes, run, 0, 1, dataclasses.replace(OPTIONS, limit=1))
+    assert {"_encoded", "batch", "diagnose"} < set(moves)
+    for place, what in enumerate(moves):
+        assert what == "moved" or "moved" in moves[place + 1 : place + 3], moves[place - 3 : place + 4]
 
 
 def test_what_the_others_do_otherwise_is_refused(run, boxes, alone, tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ class RankOptions:
     lease: float = 60.0
     """Seconds without a sign of life after which another process takes over what a process was learning."""
     patience: float = 600.0
-    """Seconds without a step after which a process that is alive counts as hung. It then no longer renews its
-    lease, so another one learns its group."""
+    """Seconds without any progress, such as a step, after which a process that is alive counts as hung. It
+    then no longer renews its lease, so another one learns its group."""
     engine: Engine | None = None
     """What starts the processes. `slurm`: an array of jobs, submitted by submitit. `local`: processes of this
     machine. `ray`: actors of a Ray cluster."""

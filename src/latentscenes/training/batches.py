@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,13 @@ class TrainingScenes:
 class BatchSource:
     """The batches of one stage. If the encoder is frozen, latents are computed once and cached."""
 
-    def __init__(self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path):
-        """Latents that would fill more than a quarter of the memory go to a temporary file in `scratch`."""
+    def __init__(
+        self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path,
+        moved: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        """Latents that would fill more than a quarter of the memory go to a temporary file in `scratch`.
+        `moved` is called after each chunk of images that is encoded."""
+        self.moved = moved or (lambda: None)
         images = scenes.images
         boxes = scenes.parameters.box
         self._corners = box_corners(boxes) if boxes.numel() else model.box.corners().expand(len(boxes), 8, 3)
@@ -95,6 +100,7 @@ class BatchSource:
         """Sets the normalizer's statistics from views. Once is enough for a frozen codec."""
         for chunk in chunks:
             self.model.normalizer.update(self._encoded(chunk))
+            self.moved()
 
     def _cache(self) -> None:
         if self.model.normalizer.untouched:
@@ -105,6 +111,7 @@ class BatchSource:
         self._latents = self._allocate(len(index), background[0].numel(), len(background))
         for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
             self._latents[place] = at_pixels(self.model.normalizer.normalize(self._encoded(chunk)))
+            self.moved()
 
     def _allocate(self, *shape: int) -> Tensor:
         if 4 * math.prod(shape) <= machine_memory() // 4:

@@ -57,7 +57,10 @@ class GroupLearner:
         """Learns some scenes and appends them. Continues a run begun in `work` (default: the library's)."""
         library, images, model = self.library, self.images, self.model
         fits, runs = self._fits(scenes, label, work)
-        odd = [diagnose(model, images, fit) for fit in fits]
+        odd = []
+        for fit in fits:
+            odd.append(diagnose(model, images, fit))
+            self._move()
         fewer = {k: scene.without(odd[k].views) for k, scene in enumerate(scenes) if odd[k].views}
         again = {k: scene for k, scene in fewer.items() if self.drop_views and scene.views("fit")}
         if again:
@@ -67,8 +70,7 @@ class GroupLearner:
                 fits[k] = dataclasses.replace(fit, spent=fits[k].spent + fit.spent)
         found, split = [], "new" if origin == "exploit" else None
         for k, (scene, fit) in enumerate(zip(scenes, fits, strict=True)):
-            if self.moved:
-                self.moved()
+            self._move()
             learned = (tags or {}) | view_tags(fit, odd[k], k in again, images)
             ready = (fit.parameters, library.info.view, images, scene, self.precision)
             found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned)))
@@ -77,6 +79,10 @@ class GroupLearner:
         for path in {other.path for other in runs} - {runs[-1].path}:
             shutil.rmtree(path)
         return found
+
+    def _move(self) -> None:
+        if self.moved:
+            self.moved()
 
     def _fits(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], list[Run]]:
         """Learns some scenes, each with the kinds of corrections that help it. Returns also all runs."""
@@ -108,7 +114,8 @@ class GroupLearner:
             runs.append(run)
             for k, fit in zip(rows, fits, strict=True):
                 spent[k] = spent[k] + fit.spent
-            found = (view_errors(self.model, self.images, fit)[0].mean().item() for fit in fits)
+            found = [view_errors(self.model, self.images, fit)[0].mean().item() for fit in fits]
+            self._move()
             return dict(zip(rows, found, strict=True))
 
         every = range(len(scenes))

@@ -107,7 +107,7 @@ class Trainer:
         moved: Callable[[], None] | None = None,
     ):
         """With a `label`, the progress bar shows it and disappears at the end, for one of many runs. `moved`
-        is called after each step."""
+        is called after each step and each chunk of images that is encoded."""
         self.run, self.model, self.scenes, self.team = run, model, scenes, scenes.team
         self.shares = Shares.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
         self.tracker = tracker or Tracker("none", run.path, {})
@@ -162,7 +162,7 @@ class Trainer:
         learner = StageLearner(
             model, self.scenes.parameters, stage, run.files, self.corrections, team=self.team
         )
-        source = BatchSource(model, self.scenes, stage, seed, run.path)
+        source = BatchSource(model, self.scenes, stage, seed, run.path, self.moved)
         kept = self.corrections.state() if self.corrections else {}
         state = learner.state() | source.state() | kept
         if position.step:
