@@ -131,8 +131,8 @@ def _trial(
         begun = time.perf_counter()
         batch = source.batch(len(seconds))
         learner.step(batch, 1.0, source.numbers("step", len(seconds), source.device))
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - begun)
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return Trial(stage.scenes, statistics.median(seconds[WARM:]), memory)
