@@ -4,6 +4,7 @@
 
 Notable:
 - Every view is rendered both ways in turns. Times are CPU milliseconds of the process, medians over views.
+- Models whose latents hold colors have a second line: these colors rendered at every pixel, not decoded.
 - Agreement is the PSNR of one picture against the other. PSNR against held-out pictures is measured at the
   size of the dataset.
 """
@@ -46,7 +47,12 @@ class Compared(NamedTuple):
 
 
 def compare(
-    model: Model, planes: FusedPlanes, camera: Cameras, size: int, truth: Float[Tensor, "1 3 h w"]
+    model: Model,
+    planes: FusedPlanes,
+    camera: Cameras,
+    size: int,
+    truth: Float[Tensor, "1 3 h w"],
+    decoded: bool = True,
 ) -> Compared:
     """Renders one square view both ways."""
     cast, render, pictures, seconds = [0], model.render, [], []
@@ -60,12 +66,14 @@ def compare(
     try:
         for adaptive in (False, True):
             begun = process_time()
-            shown = render_images(model, planes, camera, (size, size), geometry=False, adaptive=adaptive)
+            shown = render_images(
+                model, planes, camera, (size, size), geometry=False, adaptive=adaptive, decoded=decoded
+            )
             seconds.append(process_time() - begun)
             pictures.append(shown.images)
     finally:
         del model.render
-    whole = (size // model.codec.downsampling) ** 2
+    whole = (size // (model.codec.downsampling if decoded else 1)) ** 2
     scores = [float(psnr(one, truth)) if one.shape == truth.shape else math.nan for one in pictures]
     return Compared(*seconds, cast[0] / whole, float(psnr(*pictures).clamp(max=99)), *scores)
 
@@ -95,29 +103,33 @@ def main(
         "| PSNR, adaptive |\n"
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
+    codec = learned.model.codec
+    ways = (True, False) if codec.leading_colors and codec.downsampling > 1 else (True,)
     for size in sizes:
-        found = []
-        for scene in scenes:
-            planes = learned.planes(scene.name)
-            for view in spread_evenly(scene.views("held_out"), VIEWS):
-                index = torch.tensor([view])
-                truth, camera = dataset.images(index).float() / 255, dataset.cameras[index]
-                if not found:
-                    compare(learned.model, planes, camera, size, truth)  # warm up
-                found.append(compare(learned.model, planes, camera, size, truth))
-        before, after = (
-            statistics.median(getattr(one, name) for one in found) for name in Compared._fields[:2]
-        )
-        ratio = statistics.median(one.all_seconds / one.adaptive_seconds for one in found)
-        rays, agreement, *scores = (
-            statistics.fmean(getattr(one, name) for one in found) for name in Compared._fields[2:]
-        )
-        worst = min(one.agreement for one in found)
-        marks = " | ".join("" if math.isnan(score) else f"{score:.2f}" for score in scores)
-        print(
-            f"| {size} | {1e3 * before:.1f} | {1e3 * after:.1f} | {ratio:.1f}x | {rays:.1%} "
-            f"| {agreement:.1f} | {worst:.1f} | {marks} |"
-        )
+        for decoded in ways:
+            found = []
+            for scene in scenes:
+                planes = learned.planes(scene.name)
+                for view in spread_evenly(scene.views("held_out"), VIEWS):
+                    index = torch.tensor([view])
+                    truth, camera = dataset.images(index).float() / 255, dataset.cameras[index]
+                    if not found:  # warm up
+                        compare(learned.model, planes, camera, size, truth, decoded)
+                    found.append(compare(learned.model, planes, camera, size, truth, decoded))
+            print(line(str(size) if decoded else f"{size}, colors", found))
+
+
+def line(name: str, found: Sequence[Compared]) -> str:
+    """A line of the table."""
+    columns = {name: [getattr(one, name) for one in found] for name in Compared._fields}
+    before, after = (1e3 * statistics.median(columns[name]) for name in ("all_seconds", "adaptive_seconds"))
+    ratio = statistics.median(one.all_seconds / one.adaptive_seconds for one in found)
+    rays, agreement, *scores = (statistics.fmean(columns[name]) for name in Compared._fields[2:])
+    marks = " | ".join("" if math.isnan(score) else f"{score:.2f}" for score in scores)
+    return (
+        f"| {name} | {before:.1f} | {after:.1f} | {ratio:.1f}x | {rays:.1%} "
+        f"| {agreement:.1f} | {min(columns['agreement']):.1f} | {marks} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Large pictures from few rays: what they cost and how little they differ from all rays."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from egg import VIEW, egg_parts
 from torch import Tensor
 
-from latentscenes.model.model import LARGE, adaptive_views, render_images
+from latentscenes.core.cameras import orbit
+from latentscenes.core.config import CodecConfig
+from latentscenes.model.model import LARGE, Model, adaptive_views, render_images
+from latentscenes.model.planes import random_parameters
 from latentscenes.rendering.adaptive import render_adaptively
 
 
@@ -114,3 +118,18 @@ def test_far_fewer_rays_are_cast_and_a_watcher_can_stop_them():
     with pytest.raises(InterruptedError):
         adaptive_views(model, planes, cameras, background, watch=stop)
     assert cast == 0
+
+
+def test_colors_of_latents_are_those_of_rays_through_pixels(tiny, solids):
+    model = Model(replace(tiny, codec=CodecConfig("guided", downsampling=2, channels=5, width=8)), solids.box)
+    model.eval().requires_grad_(False)
+    planes = model.compose(random_parameters(1, model.config.planes, torch.Generator().manual_seed(1)))
+    cameras = orbit(2)
+    shown = render_images(model, planes, cameras, (24, 32), decoded=False)
+    rays = model.render(planes, cameras, model.background(48, 64)).image(24, 32)
+    assert torch.equal(shown.latents, rays) and shown.images.shape == (2, 3, 24, 32)
+    assert torch.allclose(
+        shown.images, (rays[:, :3] + 1) / 2, atol=1e-6
+    )  # the preset's normalizer changes nothing
+    coarse = render_images(model, planes, cameras, (24, 32)).latents
+    assert coarse.shape[2:] == (12, 16)

@@ -101,14 +101,14 @@ def test_dashboard_sheet(run, solids):
     assert one.shape[1] == two.shape[1] and two.shape[0] > 1.7 * one.shape[0]
 
 
-@pytest.mark.parametrize("mode", ["rgb", "depth", "opacity", "latent", "dashboard"])
+@pytest.mark.parametrize("mode", ["rgb", "colors", "depth", "opacity", "latent", "dashboard"])
 def test_orbit_frames(run, mode):
     learned = SceneSet.of_run(run)
     frames = video.orbit_frames(learned, "green_box", learned.view, frames=3, size=16, mode=mode)
     assert len(frames) == 3 and all(
         frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames
     )
-    if mode in ("rgb", "depth", "opacity"):
+    if mode in ("rgb", "colors", "depth", "opacity"):
         assert frames[0].shape == (16, 16, 3)
     elif mode == "latent":
         assert frames[0].shape[0] == 16

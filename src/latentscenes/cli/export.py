@@ -36,7 +36,7 @@ def render(
     out: Path,
     frames: int = 60,
     size: int | None = None,
-    mode: Literal["rgb", "depth", "opacity", "latent", "dashboard"] = "rgb",
+    mode: Literal["rgb", "colors", "depth", "opacity", "latent", "dashboard"] = "rgb",
     elevation: float = 25.0,
     path: Path | None = None,
     fps: float | None = None,
@@ -53,6 +53,8 @@ def render(
         frames: number of cameras around the object.
         size: pixels along the wider side; unset: as in the data, or as in the camera path.
         mode: the quantity to show; `dashboard` puts image, latent channels, depth and opacity side by side.
+            `colors`, for models with our codec: the colors among the latents, rendered at every pixel and not
+            decoded.
         elevation: elevation of the cameras in degrees.
         path: nerfstudio camera path (JSON), used instead of an orbit.
         fps: frames per second; unset: as in the camera path, 20 for an orbit.
@@ -62,8 +64,8 @@ def render(
     from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
     check_film(out, background)
-    if background != "white" and mode != "rgb":
-        raise UserError(f"--background {background}: only with --mode rgb.")
+    if background != "white" and mode not in ("rgb", "colors"):
+        raise UserError(f"--background {background}: only with --mode rgb or colors.")
     check_elevation("--elevation", elevation)
     if frames < 1:
         raise UserError(f"--frames {frames}: at least 1.")
@@ -71,6 +73,8 @@ def render(
         raise UserError(f"--fps {fps:g}: above 0.")
     learned = _opened(run, scene, set_up(machine))
     step = learned.model.codec.downsampling
+    if mode == "colors" and not learned.model.codec.leading_colors:
+        raise UserError("--mode colors: the latents of this model's codec hold no colors. Use --mode rgb.")
     if path is None:
         wanted = scaled(learned.view.size, size, step)
         cameras, speed = learned.view_of(scene).orbit(frames, elevation), fps or 20.0

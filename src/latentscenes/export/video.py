@@ -39,7 +39,7 @@ from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_ui
 from latentscenes.model.pictures import Backdrop, over, with_alpha
 from latentscenes.storage.scene_set import SceneSet
 
-PictureMode = Literal["rgb", "depth", "opacity", "latent", "dashboard"]
+PictureMode = Literal["rgb", "colors", "depth", "opacity", "latent", "dashboard"]
 PIXELS = 1 << 19
 """Pixels rendered at once at most, unless one picture has more."""
 SAMPLES = 8
@@ -95,12 +95,14 @@ def camera_frames(
     some = torch.tensor(spread_evenly(list(range(len(cameras))), SAMPLES))
     like = (
         None
-        if mode in ("rgb", "opacity")
+        if mode in ("rgb", "colors", "opacity")
         else render_images(loaded.model, planes, cameras[some], size, geometry, adaptive=True)
     )
     for chunk in torch.arange(len(cameras)).split(max(1, min(CHUNK, PIXELS // (size[0] * size[1])))):
-        shown = render_images(loaded.model, planes, cameras[chunk], size, geometry, adaptive=True)
-        if mode == "rgb" and background != "white":
+        shown = render_images(
+            loaded.model, planes, cameras[chunk], size, geometry, adaptive=True, decoded=mode != "colors"
+        )
+        if mode in ("rgb", "colors") and background != "white":
             yield from over(with_alpha(shown), background)
             continue
         yield from _frames(shown, like or shown, mode, size[0])
@@ -108,7 +110,7 @@ def camera_frames(
 
 def _frames(shown: RenderedImages, like: RenderedImages, mode: PictureMode, height: int) -> Pictures:
     """Makes pictures of `shown`, with depth and latent channels scaled as in `like`."""
-    if mode == "rgb":
+    if mode in ("rgb", "colors"):
         return to_uint8(shown.images)
     if mode == "depth":
         return color_depth(shown.depth.numpy(), shown.opacity.numpy(), depth_range(like))

@@ -16,7 +16,7 @@ from latentscenes.core.cameras import Box, Cameras, box_sizes
 from latentscenes.core.config import CodecConfig, Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.runtime import Numbers, uniform
-from latentscenes.model.codec import Codec
+from latentscenes.model.codec import COLORS, Codec
 from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
 from latentscenes.rendering.adaptive import CELL, render_adaptively
@@ -99,6 +99,11 @@ class Model(nn.Module):
     def decode(self, latents: Float[Tensor, "v c h w"]) -> Float[Tensor, "v 3 H W"]:
         """Decodes normalized latents to images in about [0, 1]."""
         return self.codec.decode(self.normalizer.denormalize(latents))
+
+    def colors(self, latents: Float[Tensor, "v c h w"]) -> Float[Tensor, "v 3 h w"]:
+        """Returns the colors among normalized latents, in about [0, 1], where the codec has them
+        (`leading_colors`)."""
+        return (self.normalizer.denormalize(latents)[:, :COLORS] + 1) / 2
 
     def background(self, height: int, width: int) -> Float[Tensor, "c h w"]:
         """Returns the normalized latents of a white image of that size in pixels."""
@@ -268,10 +273,17 @@ def render_images(
     size: tuple[int, int],
     geometry: bool = True,
     adaptive: bool = False,
+    decoded: bool = True,
 ) -> RenderedImages:
-    """Renders views of one scene and decodes images of `size` (height, width). With `geometry`, depth and
-    opacity are rendered at this size too; without, they are those of the latents' rays. With `adaptive`,
-    large pictures are made from fewer rays, for looking at (`adaptive_views`)."""
+    """Renders views of one scene and decodes images of `size` (height, width).
+
+    Args:
+        geometry: whether depth and opacity are rendered at this size too; otherwise, they are those of the
+            latents' rays.
+        adaptive: whether large pictures are made from fewer rays, for looking at (`adaptive_views`).
+        decoded: whether the codec decodes; otherwise, latents are rendered at this size, and images are
+            their colors. Only for codecs with `leading_colors`.
+    """
 
     def shown(some: Cameras, background: Tensor) -> Shown:
         if adaptive:
@@ -279,14 +291,15 @@ def render_images(
         view, shape = model.render(planes, some, background), background.shape[1:]
         return Shown(view.image(*shape), view.depth.unflatten(1, shape), view.opacity.unflatten(1, shape))
 
-    background = model.background(*size)
+    enlarged = 1 if decoded else model.codec.downsampling
+    background = model.background(enlarged * size[0], enlarged * size[1])
     full = background.new_zeros(background.shape[0], *size) if geometry else background
     found = []
     for chunk in torch.arange(len(cameras)).split(CHUNK):
         some = cameras[chunk].to(model.device)
         view = shown(some, background)
         solid = view if full.shape == background.shape else shown(some, full)
-        images = model.decode(view.latents.contiguous()).clamp(0, 1)
+        images = (model.decode if decoded else model.colors)(view.latents.contiguous()).clamp(0, 1)
         found.append([value.cpu() for value in (images, view.latents, solid.depth, solid.opacity)])
     return RenderedImages(*(torch.cat(values).float() for values in zip(*found, strict=True)))
 
