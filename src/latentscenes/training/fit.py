@@ -1,7 +1,8 @@
 """Finds out how new objects must be turned so that a model knows them, and makes a dataset in which they are.
 
-A few objects are learned for a few steps in each turn about the vertical, scaled to the model's box. The turn
-with the smallest error is the one in which they look most like what the model was learned from.
+A few objects are learned for a few steps in each turn about the vertical, scaled to the model's box. Only
+their mix of base planes learns: micro planes would learn any turn alike. The turn with the smallest error is
+the one in which the objects look most like what the model was learned from.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from latentscenes.core.cameras import Cameras
@@ -23,16 +25,13 @@ from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.add import quick
 from latentscenes.training.batches import TrainingScenes
+from latentscenes.training.diagnosis import Fit, view_errors
 from latentscenes.training.groups import starting_parameters
 from latentscenes.training.loop import Trainer
 
 TURNS = (0.0, 90.0, 180.0, 270.0)
 TRIED = 3
 """Objects that are learned in each turn."""
-LAST = 3
-"""Logged errors at the end of learning that are averaged."""
-IMAGE_TERMS = ("latent", "color", "rgb")
-"""Losses that compare with images."""
 CLEARLY = 0.95
 """Objects are turned only if the error falls below this share of the error without a turn."""
 
@@ -74,7 +73,7 @@ def errors_by_turn(
     else:
         model, rows = learned.load(device)
         start = mean_parameters(1, rows)
-    settings = quick(config, max(len(scene.views("fit")) for scene in scenes))
+    settings = _without_micro(quick(config, max(len(scene.views("fit")) for scene in scenes)))
     boxes = [object_box(images, scene) for scene in scenes]
     found = {}
     for turn in TURNS:
@@ -90,6 +89,14 @@ def errors_by_turn(
     return found
 
 
+def _without_micro(config: Config) -> Config:
+    stages = (
+        dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, micro=0.0))
+        for stage in config.exploit
+    )
+    return dataclasses.replace(config, exploit=tuple(stages))
+
+
 def _error(
     images: PosedImages, scenes: list[Scene], model: Model, start: SceneParameters, config: Config
 ) -> float:
@@ -100,5 +107,6 @@ def _error(
             Path(work) / "run", config, RunInfo("exploit", str(images.path), "new", names, model.box)
         )
         Trainer(run, model, TrainingScenes(rows, images, scenes), label="Trying a turn").fit(config.exploit)
-        errors = [sum(entry.get(name, 0.0) for name in IMAGE_TERMS) for entry in run.metrics()][-LAST:]
-    return sum(errors) / len(errors)
+    model.eval().requires_grad_(False)
+    fits = (Fit(scene, row, None, run.spent) for scene, row in zip(scenes, rows.one_by_one(), strict=True))
+    return float(np.mean([view_errors(model, images, fit)[0].mean().item() for fit in fits]))
