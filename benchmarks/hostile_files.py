@@ -35,8 +35,8 @@ def good_sets(folder: Path) -> list[Good]:
     joined = "data join --folders {0}/data {0}/other --out {out}"
     film = f"render --run {folder}/library --scene a --path {{0}}/path.json --size 16 --out {{out}}.gif {ONE}"
     makers: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-        "dataset": (_dataset, (joined, _train("{0}/data", "{out}"))),
-        "run": (_run, (f"eval --run {{0}}/run {ONE}", "cost --run {0}/run", _train("{0}/data", "{0}/run"))),
+        "dataset": (_dataset, ("data verify {0}/data", joined, _train("{0}/data", "{out}"))),
+        "run": (_run, (*(command.format(run="{0}/run") for command in RUN), _train("{0}/data", "{0}/run"))),
         "library": (_library, tuple(f"{command} {ONE}" if slow else command for command, slow in LIBRARY)),
         "configuration": (_configuration, ("cost --config {0}/config.yaml",)),
         "camera path": (_camera_path, (film,)),
@@ -65,10 +65,15 @@ LIBRARY = (
     ("library verify {0}", False), ("cost --run {0}", False), ("search {0} a", True),
     ("render --run {0} --scene a --frames 1 --out {out}.png", True),
     ("export page --run {0} --match * --frames 1 --out {out}.html", True),
+    ("library publish {0} --out {out} --site", True), ("library join {out} {0}", False),
     ("library rename {0} a other", False), ("library export {0} b --out {out}", False),
     ("library repack {0} --precision int4", True), ("library compact {0}", False),
 )  # fmt: skip
 """Commands on a library, and whether they render."""
+
+
+RUN = (f"eval --run {{run}} {ONE}", "cost --run {run}", "verify {run}")
+"""Commands on a run."""
 
 
 def _train(data: str, out: str) -> str:

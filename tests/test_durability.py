@@ -550,7 +550,7 @@ def test_a_shard_removed_while_it_is_opened_counts_as_absent(library, monkeypatc
         file.unlink()
         raise RuntimeError(f"unable to open file <{file}> in read-only mode: No such file or directory (2)")
 
-    monkeypatch.setattr("latentscenes.storage.shards.safe_open", opened)
+    monkeypatch.setattr("latentscenes.core.files.safe_open", opened)
     first = library.shards.numbers()[0]
     with pytest.raises(FileNotFoundError, match="absent, though the index lists it"):
         library.shards.open(first)

@@ -320,7 +320,7 @@ def test_a_broken_checkpoint_is_named(solids, tiny, tmp_path):
     config = dataclasses.replace(tiny, train=tiny.train[:1])
     run = train(config, solids, tmp_path / "run", device=CPU)
     (run.path / "checkpoints" / "6" / "rows.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"rows\.safetensors: cannot be read \(its bytes"):
+    with pytest.raises(UserError, match=r"rows\.safetensors: cannot be read \(.*header too small"):
         run.load()
 
 

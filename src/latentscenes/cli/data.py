@@ -8,6 +8,7 @@ import tyro
 
 from latentscenes.cli.common import CORES, CoreOptions, say, set_up
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line
 from latentscenes.data.options import (
     Axes,
     Boxes,
@@ -217,7 +218,7 @@ def data_verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
         say(f"{data}: its files fit together. It was made by an earlier version, without checksums.")
         return
     for damage in damaged:
-        print(damage)
+        print(one_line(damage))
     if damaged:
         raise SystemExit(1)
     say(f"{data}: {len(PosedImages.open(data).scenes)} scenes, all intact.")

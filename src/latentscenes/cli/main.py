@@ -17,12 +17,13 @@ from latentscenes.cli.common import (
     say,
     set_up,
 )
-from latentscenes.cli.data import DATA_COMMANDS
+from latentscenes.cli.data import DATA_COMMANDS, data_verify
 from latentscenes.cli.export import EXPORT_COMMANDS, render
-from latentscenes.cli.library import LIBRARY_COMMANDS, search
+from latentscenes.cli.library import LIBRARY_COMMANDS, library_verify, search
 from latentscenes.cli.machines import learn_share
 from latentscenes.core.config import ExploitOptions, TrackerKind, with_scenes
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line
 from latentscenes.core.ranks import RankOptions
 
 if TYPE_CHECKING:
@@ -227,6 +228,27 @@ def cost(
     print_cost(run, config, baseline, overrides)
 
 
+def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Compare a run, library or dataset with its checksums. The exit status is 1 if something differs.
+
+    Args:
+        folder: its folder, or the address of a published library.
+    """
+    if (folder / "views.json").is_file():
+        return data_verify(folder)
+    if not (folder / "run.json").is_file():
+        return library_verify(folder)
+    from latentscenes.storage.maintenance import verify_run
+    from latentscenes.storage.run import Run
+
+    for damage in (damaged := verify_run(folder)):
+        print(one_line(damage))
+    if damaged:
+        raise SystemExit(1)
+    count = len(Run.open(folder).checkpoints())
+    say(f"{folder}: {count} checkpoint{'s' * (count != 1)}, all intact.")
+
+
 def view(
     library: Annotated[Path, tyro.conf.Positional],
     host: str = "127.0.0.1",
@@ -316,6 +338,7 @@ COMMANDS = {
     "render": render,
     "export": export,
     "cost": cost,
+    "verify": verify,
     "library": library,
     "search": search,
     "view": view,

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.console import say
 from latentscenes.core.errors import Damaged, UserError
-from latentscenes.core.reading import parse_json, read_text, reason
+from latentscenes.core.reading import MOST_TEXT, open_regular, parse_json, read_text, reason, require_regular
 
 FILE_ENDINGS = {".mp4", ".gif", ".png"}
 """Endings that a partial file keeps, since its format is told by them."""
@@ -204,12 +204,13 @@ def object_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read_object(path: Path, remedy: str, seal: bool = True) -> dict[str, Any]:
+def read_object(path: Path, remedy: str, seal: bool = True, sealed_with: str = "") -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Args:
         remedy: what to do if the file is damaged.
         seal: whether the object must agree with its checksum, if it has one.
+        sealed_with: a file; if the object holds its checksum, it was written with one of its own.
 
     Raises:
         UserError: the file is empty, no JSON, or damaged.
@@ -221,6 +222,9 @@ def read_object(path: Path, remedy: str, seal: bool = True) -> dict[str, Any]:
         content = parse_json(text)
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
+        listed = content.get("checksums")
+        if seal and isinstance(listed, dict) and sealed_with in listed and CHECKSUM not in content:
+            raise ValueError("its checksum is absent")
         if seal and content.get(CHECKSUM, object_checksum(content)) != object_checksum(content):
             raise ValueError("its content has changed since it was written")
     return content
@@ -234,7 +238,7 @@ def reading_from(path: Path, remedy: str) -> Iterator[None]:
         yield
     except PermissionError:
         raise UserError(f"{path}: no permission to read it. Ask its owner for that.") from None
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch maps the file
+    except (OSError, ValueError, SafetensorError) as error:
         raise Damaged(f"{path}: cannot be read ({reason(error)}). {remedy}") from None
 
 
@@ -242,8 +246,32 @@ def check_file(path: Path, checksum: str | None, remedy: str) -> None:
     """Raises a UserError that names a file and `remedy` if the file is absent, cannot be read, or has another
     SHA-256. Files of earlier versions have none (None)."""
     with reading_from(path, remedy):
+        if path.suffix == ".safetensors":
+            with open_tensors(path, "np"):  # a file of another size than its header says is not read whole
+                pass
         if checksum is not None and file_checksum(path) != checksum:
             raise ValueError("its bytes have changed since it was written")
+
+
+def open_tensors(path: str | Path, framework: str = "pt") -> safe_open:
+    """Opens a file of tensors; its header is compared with its size. The tensors are torch's ("pt") or
+    numpy's ("np").
+
+    Raises:
+        OSError: it is absent, or no regular file, such as a FIFO, which would make the program wait.
+        SafetensorError: it is damaged.
+    """
+    require_regular(path)
+    try:
+        return safe_open(path, framework)
+    except RuntimeError as error:  # torch maps the file once more, by its name
+        raise SafetensorError(f"cannot be mapped ({reason(error)})") from None
+
+
+def load_tensors(path: str | Path) -> dict[str, Any]:
+    """Reads all tensors of a file, by name, as torch's. Raises as `open_tensors`."""
+    with open_tensors(path) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def note_if_edited(path: Path, checksum: str | None) -> None:
@@ -251,12 +279,13 @@ def note_if_edited(path: Path, checksum: str | None) -> None:
     Damaged if the file is empty."""
     if not path.stat().st_size:
         raise Damaged(f"{path}: is empty. Restore it from a copy.")
-    if checksum is not None and file_checksum(path) != checksum:
+    if checksum is not None and file_checksum(path, MOST_TEXT) != checksum:
         say(f"Note: {path} was edited, or damaged, after it was written.")
 
 
-def file_checksum(path: Path) -> str:
-    with open(path, "rb") as stream:
+def file_checksum(path: Path, most: int | None = None) -> str:
+    """Returns the SHA-256 of a regular file. Raises an OSError if it is none, or too large."""
+    with open_regular(path, most) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -234,14 +234,18 @@ def verify(path: str | Path) -> list[str] | None:
     None if it has no checksums, because an earlier version made it. Raises as `PosedImages.open`."""
     folder = PosedImages.open(path).path
     meta = read_object(folder / "views.json", "Make the dataset again.", seal=False)
-    if CHECKSUM not in meta:
+    listed = meta.get("checksums")
+    if listed is None and CHECKSUM not in meta:
         return None
     found = []
-    if meta[CHECKSUM] != object_checksum(meta):
+    if meta.get(CHECKSUM) != object_checksum(meta):
         found.append(f"{folder / 'views.json'}: was edited, or damaged, after the dataset was made.")
-    for name, checksum in meta["checksums"].items():
+    checksums = config_io.build(dict[str, str], listed or {}, f"{folder / 'views.json'}: checksums")
+    for name, checksum in checksums.items():
         try:
-            check_file(folder / name, checksum, "Make the dataset again, or restore the file from a copy.")
+            check_file(
+                folder / Path(name).name, checksum, "Make the dataset again, or restore the file from a copy."
+            )
         except UserError as error:
             found.append(str(error))
     return found

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 
 from latentscenes.core.config import CodecConfig, Config, PlanesConfig
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import open_tensors, reading_from
 from latentscenes.storage.scene_set import StoredScenes
 
 MIB = 1024 * 1024
@@ -169,7 +169,8 @@ def codec_parameters(config: CodecConfig) -> int:
 
 def stored_codec_parameters(path: Path) -> int:
     """Number of codec parameters in a checkpoint's shared.safetensors. Reads only the header."""
-    with safe_open(path, "pt") as stored:
+    remedy = "Restore it from a copy, or learn it again."
+    with reading_from(path, remedy), open_tensors(path, "np") as stored:
         names = [name for name in stored.keys() if name.startswith("codec.")]
         return sum(math.prod(stored.get_slice(name).get_shape()) for name in names)
 

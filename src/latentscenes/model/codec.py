@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import load_tensors
+from latentscenes.core.reading import require_regular
 
 COLORS = 3
 """Channels of a color."""
@@ -115,8 +116,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state = load_tensors(path)
         else:
+            require_regular(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken files raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentscenes.core.cameras import Box, Cameras, box_sizes
 from latentscenes.core.config import CodecConfig, Config
 from latentscenes.core.errors import UserError
+from latentscenes.core.files import load_tensors, reading_from
 from latentscenes.core.runtime import Numbers, uniform
 from latentscenes.model.codec import COLORS, Codec
 from latentscenes.model.normalizer import Normalizer
@@ -352,11 +352,9 @@ def _load_from_run(codec: Codec, path: Path) -> None:
         raise UserError(
             f"codec.path: {path} holds no checkpoint. Name the run folder of a `latentscenes train` command."
         )
-    state = {
-        name.removeprefix("codec."): tensor
-        for name, tensor in load_file(files[-1]).items()
-        if name.startswith("codec.")
-    }
+    with reading_from(files[-1], "Restore it from a copy, or name another run."):
+        stored = load_tensors(files[-1])
+    state = {name.removeprefix("codec."): stored[name] for name in stored if name.startswith("codec.")}
     try:
         codec.load_state_dict(state)
     except RuntimeError as error:

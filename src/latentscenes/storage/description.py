@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_file, read_object, reading_from
+from latentscenes.core.files import check_file, read_object
 from latentscenes.core.names import short
 
 FORMAT = "latentscenes-library-1"
@@ -24,7 +22,7 @@ def read_description(library: Path) -> dict[str, Any]:
         raise UserError(
             f"{library}: no library here (library.json is absent). Make one with `latentscenes exploit`."
         )
-    content = read_object(file, "Restore it from a copy.")
+    content = read_object(file, "Restore it from a copy.", sealed_with="config.yaml")
     if content.get("format") == FORMAT and (missing := REQUIRED - content.keys()):
         raise UserError(f"{file}: lacks {', '.join(sorted(missing))}. Restore it from a copy.")
     if content.get("format") != FORMAT:
@@ -42,5 +40,3 @@ def check_model_file(file: Path, use: str, checksum: str | None) -> None:
         f"{use[0].upper()}{use[1:]}. Restore it from a copy of this library, or from one of the same model."
     )
     check_file(file, checksum, remedy)
-    with reading_from(file, remedy), safe_open(file, "np"):
-        pass

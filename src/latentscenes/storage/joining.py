@@ -133,6 +133,7 @@ def _refuse_other_models(libraries: Sequence[LibraryFolder]) -> None:
 
 
 def _model(library: LibraryFolder) -> str:
+    library.check_model()
     return library.checksums.get(SHARED) or file_checksum(library.shared_file)
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from latentscenes.core.config import StoragePrecision
+from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked, sync
-from latentscenes.core.reading import reason, require_regular
+from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked, open_tensors, sync
+from latentscenes.core.reading import reason
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo
@@ -33,7 +34,10 @@ from latentscenes.storage.quantize import (
     payload_checksum,
     payload_kind,
 )
+from latentscenes.storage.records import METRICS, begins_as
 from latentscenes.storage.recovery import unlisted, unlisted_for_sure
+from latentscenes.storage.row_files import damaged_rows, is_at_work, stored_sums
+from latentscenes.storage.run import Run
 from latentscenes.storage.shards import MOST_SCENES, NAME, STATED, ShardScene
 from latentscenes.storage.source import SceneSource
 from latentscenes.storage.sqlite import database_problem
@@ -142,12 +146,33 @@ def _unlisted(library: LibraryFolder, file: Path, scenes: list[ShardScene] | str
 
 def _is_unchanged(file: Path, checksum: str) -> bool:
     """Compares a file of tensors with its checksum; reads it whole only if its header fits its size."""
-    require_regular(file)
     try:
-        with safe_open(file, "np"):
+        with open_tensors(file, "np"):
             return file_checksum(file) == checksum
     except SafetensorError:
         return False
+
+
+def verify_run(path: Path) -> list[str]:
+    """Compares everything in a run that has a checksum. Returns what differs, one sentence a file. Another
+    process may work on the run. Raises a UserError if there is no run, or its run.json is damaged."""
+    run, found = Run.open(path), []
+    for checkpoint in run.checkpoints():
+        try:
+            run.check_at(checkpoint)
+            run.position_at(checkpoint)
+        except UserError as error:
+            if checkpoint.exists():  # else another process has just replaced it by a newer one
+                found.append(str(error))
+    if found or (newest := run.newest()) is None:
+        return found
+    if (log := run.state_at(newest).get("log")) is not None and not begins_as(path, log):
+        found.append(f"{path / METRICS}: was edited, or damaged, since the last checkpoint.")
+    if is_at_work(rows := path / "rows"):
+        say(f"Note: {rows} is not compared: this run is in progress, or was interrupted.")
+    elif sums := stored_sums(newest, "Restore it from a copy."):
+        found += damaged_rows(rows, len(run.info.scenes), run.config.planes, sums)
+    return found
 
 
 def compact(library: LibraryFolder) -> int:

@@ -13,8 +13,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config, StoragePrecision
@@ -23,6 +21,7 @@ from latentscenes.core.files import (
     file_checksum,
     make_folder,
     now,
+    open_tensors,
     partial_path,
     publish,
     write_bytes,
@@ -34,7 +33,7 @@ from latentscenes.storage.description import read_description
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.run import Run
-from latentscenes.storage.tensors import write_tensors
+from latentscenes.storage.tensors import read_tensors, write_tensors
 
 MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
 KEPT = (
@@ -83,7 +82,7 @@ def export_model(source: LibraryFolder, out: Path) -> int:
         (partial / "model").mkdir(parents=True)
     files = [partial / "model" / name for name in (SHARED, START)]
     for file in files:
-        tensors = load_file(source.path / "model" / file.name)
+        tensors = read_tensors(source.path / "model" / file.name, source.remedy)
         write_tensors(file, {key: tensor.half() for key, tensor in tensors.items()})
     Index.create(partial / FILE, "DELETE").close()
     write_bytes(partial / "config.yaml", (source.path / "config.yaml").read_bytes())
@@ -137,7 +136,7 @@ def refuse_other_settings(theirs: Config, config: Config, where: Path) -> None:
 
 def refuse_other_model(library: LibraryFolder, parent: Run | LibraryFolder) -> None:
     """Refuses a parent other than the one that the library was made from."""
-    with safe_open(library.shared_file, "pt") as ours, safe_open(parent.shared_file, "pt") as theirs:
+    with open_tensors(library.shared_file) as ours, open_tensors(parent.shared_file) as theirs:
         names = set(ours.keys())
         same = names == set(theirs.keys()) and all(
             torch.equal(ours.get_tensor(name), theirs.get_tensor(name).to(torch.float32)) for name in names

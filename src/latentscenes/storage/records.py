@@ -1,19 +1,22 @@
 """What runs and libraries keep beside their results: logged steps, the command, versions."""
 
+import hashlib
 import json
 import math
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import write_bytes
-from latentscenes.core.reading import parse_json, read_text, reason
+from latentscenes.core.files import file_checksum, write_bytes
+from latentscenes.core.reading import parse_json, read_bytes, read_text, reason
 from latentscenes.core.version import __version__
 
 METRICS = "metrics.jsonl"
@@ -21,6 +24,31 @@ SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
 """Scores on held-out and on fitted views. The next change of the run or library deletes them."""
 MOST_LOG = 512 << 20
 """Bytes of the largest log that is read."""
+
+
+@dataclass
+class Position:
+    """The progress of a run."""
+
+    stage: int = 0
+    step: int = 0
+    """Steps done in this stage."""
+    total: int = 0
+    """Steps done in all stages."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time spent, by stage name."""
+    cpu_seconds: dict[str, float | None] = field(default_factory=dict)
+    """CPU time spent, by stage name; None for a stage that an earlier version began."""
+
+    def spent(self, stage: str) -> Spent:
+        """Returns the time spent on a stage so far."""
+        if stage not in self.seconds:
+            return Spent(0.0, 0.0)
+        return Spent(self.seconds[stage], self.cpu_seconds.get(stage))
+
+    def spend(self, stage: str, spent: Spent) -> None:
+        """Notes the time spent on a stage so far."""
+        self.seconds[stage], self.cpu_seconds[stage] = spent.wall, spent.cpu
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -46,9 +74,27 @@ def cut_metrics(folder: Path, total: int) -> None:
         write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
+def log_of(folder: Path) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of the log, by the name `log`: its bytes so far and their SHA-256."""
+    path = folder / METRICS
+    if not path.exists():
+        return {}
+    return {"log": {"bytes": path.stat().st_size, "checksum": file_checksum(path)}}
+
+
+def begins_as(folder: Path, log: Any) -> bool:
+    """Returns whether the log begins with the bytes that a checkpoint states; see `log_of`."""
+    try:
+        size, checksum = int(log["bytes"]), log["checksum"]
+        begin = read_bytes(folder / METRICS, MOST_LOG)[:size]
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return len(begin) == size and hashlib.sha256(begin).hexdigest() == checksum
+
+
 def command_text(arguments: Sequence[str]) -> str:
-    """Formats a command noted in a run or library as it is typed; empty for none."""
-    if not arguments:
+    """Formats a command noted in a run or library as it is typed; empty for what is no list of words."""
+    if not arguments or not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
         return ""
     program = Path(arguments[0])
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name

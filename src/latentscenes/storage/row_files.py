@@ -178,7 +178,7 @@ def read_micro(
     """Returns the micro planes of a stopped run, (n, 3, r, r, m). Changes to the tensor are not written.
     Raises a UserError if the run is in progress, or was interrupted, or a row has another checksum than in
     `sums`."""
-    if any(folder.glob("journal-*.bin")):
+    if is_at_work(folder):
         raise UserError(
             f"{folder.parent}: this run is in progress, or was interrupted. "
             "Run its `latentscenes train` command again first."
@@ -189,6 +189,27 @@ def read_micro(
     for row in range(count if sums else 0):
         _compare(folder / "micro.bin", row, table[row], sums["micro.bin"].numpy())
     return torch.from_numpy(table)
+
+
+def is_at_work(folder: Path) -> bool:
+    """Returns whether the run of these files is in progress, or was interrupted."""
+    return any(folder.glob("journal-*.bin"))
+
+
+def damaged_rows(folder: Path, count: int, config: PlanesConfig, sums: dict[str, Tensor]) -> list[str]:
+    """Compares all rows of a stopped run with their checksums `sums`. Returns the first that differs in each
+    file, one sentence a file."""
+    shape, found = (count, 3, config.resolution, config.resolution, config.micro), []
+    for name in TABLES:
+        file = folder / f"{name}.bin"
+        try:
+            _check_size(file, shape)
+            table = np.memmap(file, np.float32, "r", shape=shape)
+            for row in range(count):
+                _compare(file, row, table[row], sums[file.name].numpy())
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _sum(row: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +51,10 @@ from latentscenes.storage.records import (
     FIT_SCORES,
     METRICS,
     SCORES,
+    Position,
     circumstances,
     command_text,
+    log_of,
     read_metrics,
 )  # fmt: skip
 from latentscenes.storage.row_files import (
@@ -74,31 +76,6 @@ Part = Callable[[str, Tensor], Tensor]
 def whole(name: str, tensor: Tensor) -> Tensor:
     """The part of a tensor that is restored where one process holds all."""
     return tensor
-
-
-@dataclass
-class Position:
-    """The progress of a run."""
-
-    stage: int = 0
-    step: int = 0
-    """Steps done in this stage."""
-    total: int = 0
-    """Steps done in all stages."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time spent, by stage name."""
-    cpu_seconds: dict[str, float | None] = field(default_factory=dict)
-    """CPU time spent, by stage name; None for a stage that an earlier version began."""
-
-    def spent(self, stage: str) -> Spent:
-        """Returns the time spent on a stage so far."""
-        if stage not in self.seconds:
-            return Spent(0.0, 0.0)
-        return Spent(self.seconds[stage], self.cpu_seconds.get(stage))
-
-    def spend(self, stage: str, spent: Spent) -> None:
-        """Notes the time spent on a stage so far."""
-        self.seconds[stage], self.cpu_seconds[stage] = spent.wall, spent.cpu
 
 
 @dataclass(frozen=True)
@@ -158,7 +135,7 @@ class Run:
         if not file.is_file():
             raise UserError(f"{path}: no run here (run.json is absent). Start one with `latentscenes train`.")
         remedy = "Start the run again in a new folder, or restore the file from a copy."
-        meta, known = read_object(file, remedy), RunInfo.__dataclass_fields__
+        meta, known = read_object(file, remedy, sealed_with=SETTINGS), RunInfo.__dataclass_fields__
         info = config_io.build(RunInfo, {name: meta[name] for name in known if name in meta}, file)
         info.box.check(file)
         if not (path / SETTINGS).is_file():
@@ -178,7 +155,7 @@ class Run:
 
     # Checkpoints
 
-    def _checkpoints(self) -> list[Path]:
+    def checkpoints(self) -> list[Path]:
         """Returns all checkpoints, newest first. `N.old` counts until `N` replaces it."""
 
         def age(path: Path) -> tuple[int, bool]:
@@ -190,7 +167,7 @@ class Run:
 
     def newest(self) -> Path | None:
         """Returns the newest checkpoint, damaged or not."""
-        return next(iter(self._checkpoints()), None)
+        return next(iter(self.checkpoints()), None)
 
     def save(self, model: Model, rows: SceneParameters, state: dict[str, Tensor], position: Position) -> None:
         """Writes a checkpoint. Once it is on the disk, removes all but the KEPT newest.
@@ -209,7 +186,9 @@ class Run:
             for name, tensors in parts.items():
                 write_tensors(partial / f"{name}.safetensors", self._unfiled(tensors))
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir())}
-            write_sealed(partial / "state.json", asdict(position) | {"checksums": checksums})
+            write_sealed(
+                partial / "state.json", asdict(position) | {"checksums": checksums} | log_of(self.path)
+            )
             if self.files:
                 self.files.flush()
             if (self.path / METRICS).exists():
@@ -221,7 +200,7 @@ class Run:
                 (self.path / scores).unlink(missing_ok=True)
             if self.files:
                 self.files.begin(position.total)
-            others = [path for path in self._checkpoints() if path.suffix != ".old" and path != target]
+            others = [path for path in self.checkpoints() if path.suffix != ".old" and path != target]
             kept = {target, *others[: 0 if self.files else KEPT - 1]}
             for other in set(target.parent.iterdir()) - kept:
                 if other.name.partition(".")[0].isdigit():
@@ -247,28 +226,37 @@ class Run:
         newest = self.newest()
         if newest is None:
             return Position()
-        file, known = newest / "state.json", Position.__dataclass_fields__
-        state = read_object(file, self._remedy())
-        return config_io.build(Position, {name: state[name] for name in known if name in state}, file)
+        return self.position_at(newest)
 
-    def _check(self, checkpoint: Path) -> None:
+    def position_at(self, checkpoint: Path) -> Position:
+        """Progress at a checkpoint. Raises a UserError if it is damaged."""
+        state, known = self.state_at(checkpoint), Position.__dataclass_fields__
+        values = {name: state[name] for name in known if name in state}
+        return config_io.build(Position, values, checkpoint / "state.json")
+
+    def state_at(self, checkpoint: Path) -> dict[str, Any]:
+        """What the state.json of a checkpoint says. Raises a UserError if it is damaged."""
+        return read_object(checkpoint / "state.json", self._remedy(), sealed_with="shared.safetensors")
+
+    def check_at(self, checkpoint: Path) -> None:
         """Raises a UserError if a file of a checkpoint has another checksum than when it was written.
         Checkpoints of earlier versions have no checksums."""
-        state = read_object(checkpoint / "state.json", self._remedy())
-        for name, checksum in state.get("checksums", {}).items():
-            check_file(checkpoint / name, checksum, self._remedy())
+        file = checkpoint / "state.json"
+        listed = self.state_at(checkpoint).get("checksums", {})
+        for name, checksum in config_io.build(dict[str, str], listed, f"{file}: checksums").items():
+            check_file(checkpoint / Path(name).name, checksum, self._remedy())
 
     def _remedy(self) -> str:
-        if len(self._checkpoints()) > 1 and not self.files:
+        if len(self.checkpoints()) > 1 and not self.files:
             return "The command that made this run goes on from the checkpoint before; run it again."
         return f"Restore it from a copy, or remove {self.path} and run the command that made it again."
 
     def check(self) -> None:
         """Raises Damaged if the run has checkpoints, but none of them is intact."""
         problem = None
-        for checkpoint in self._checkpoints():
+        for checkpoint in self.checkpoints():
             try:
-                return self._check(checkpoint)
+                return self.check_at(checkpoint)
             except Damaged as error:
                 problem = error
         if problem:
@@ -278,15 +266,15 @@ class Run:
         """Copies the newest intact checkpoint, if any, into the given model and parameters; `part` gives
         the part of a tensor that they hold. Says which newer ones are damaged, and puts them aside. Raises a
         UserError if all are damaged."""
-        for checkpoint in self._checkpoints():
+        for checkpoint in self.checkpoints():
             try:
-                self._check(checkpoint)
+                self.check_at(checkpoint)
                 position = self.position
                 fill_model(model, checkpoint / "shared.safetensors", self._remedy())
                 self._fill(rows.tables(), checkpoint / "rows.safetensors", part)
                 break
             except Damaged as error:
-                if self.files or checkpoint == self._checkpoints()[-1]:
+                if self.files or checkpoint == self.checkpoints()[-1]:
                     raise
                 say(str(error))
                 checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
@@ -314,7 +302,7 @@ class Run:
     def load(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
         """Returns the learned model, frozen, and the scenes, on a device. Raises a UserError if nothing has
         been learned yet, or the checkpoint is damaged."""
-        self._check(self._learned())
+        self.check_at(self._learned())
         model = stored_model(self.config, self.info.box, self.shared_file, self._remedy())
         tables = read_tensors(self.rows_file, self._remedy())
         if "micro" not in tables:
@@ -369,7 +357,7 @@ class Run:
     def require_finished(self) -> None:
         """Raises a UserError that names the command that continues this run if it is not finished."""
         if not self.finished:
-            command = command_text(json.loads((self.path / "run.json").read_text()).get("command", []))
+            command = command_text(read_object(self.path / "run.json", self._remedy()).get("command", []))
             raise UserError(
                 f"{self.path}: this run is not finished. The command that began it continues it: {command}"
             )

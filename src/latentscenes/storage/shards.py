@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from latentscenes.core.files import now, reading_from
-from latentscenes.core.reading import reason, require_regular
+from latentscenes.core.files import load_tensors, now, open_tensors, reading_from
+from latentscenes.core.reading import reason
 from latentscenes.storage.index import Place, SceneInfo
 from latentscenes.storage.quantize import (
     STREAM,
@@ -86,9 +85,8 @@ class Shards:
             if shard not in self._opened:
                 file = self.file(shard)
                 try:
-                    require_regular(file)
-                    self._opened[shard] = safe_open(file, "pt")
-                except (OSError, SafetensorError, RuntimeError) as error:
+                    self._opened[shard] = open_tensors(file)
+                except (OSError, SafetensorError) as error:
                     raise _unread(file, error) from None
                 if len(self._opened) > OPEN:
                     self._opened.popitem(last=False)
@@ -113,9 +111,8 @@ class Shards:
         """Reads all payloads of a shard, row by row. Raises as `open`, and leaves no file open."""
         file = self.file(shard)
         try:
-            require_regular(file)
-            return unstack_payloads(load_file(file))
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            return unstack_payloads(load_tensors(file))
+        except (OSError, SafetensorError, ValueError) as error:
             raise _unread(file, error) from None
 
     def write(
@@ -151,7 +148,9 @@ def stated_entries(shard: safe_open) -> list[dict] | None:
     """Returns what a shard states of its scenes, row by row: the fields of SceneInfo, and `checksum`. None if
     it is of an earlier version. Raises a SafetensorError if the statement is damaged."""
     facts = shard.metadata() or {}
-    if not set(facts) & {STATED, SEAL}:
+    if set(facts) - {STATED, SEAL} and SEAL not in facts:
+        raise SafetensorError("what it states of its scenes is damaged")
+    if not facts:
         return None
     try:
         text = facts[STATED]
@@ -170,9 +169,7 @@ def _seal(text: str) -> str:
 def shard_scenes(file: Path) -> list[ShardScene]:
     """Reads all scenes of a shard. Raises a UserError if it cannot be read."""
     found, remedy = [], "Restore it from a copy."
-    with reading_from(file, remedy):
-        require_regular(file)
-    with reading_from(file, remedy), safe_open(file, "pt") as shard:
+    with reading_from(file, remedy), open_tensors(file) as shard:
         entries = stated_entries(shard)
         table = next(name for name in shard.keys() if not name.endswith(STREAM))  # noqa: SIM118
         for row in range(shard.get_slice(table).get_shape()[0]):

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentscenes.core.cameras import Box, Viewpoint
@@ -21,7 +20,7 @@ from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.entries import SceneInfo, Totals
 from latentscenes.storage.index import Place
 from latentscenes.storage.quantize import Payload, unpack
-from latentscenes.storage.tensors import holds_boxes, stored_model
+from latentscenes.storage.tensors import holds_boxes, read_tensors, stored_model
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,11 @@ class SceneSource(ABC):
         """Returns the initial values of new scenes (n = 1). Libraries of earlier versions store no mixing.
         Raises a UserError if their file is absent or damaged."""
         file = self.check_start()
-        tables = {name: table[0].float() for name, table in load_file(file).items() if len(table) == 1}
+        tables = {
+            name: table[0].float()
+            for name, table in read_tensors(file, self.remedy).items()
+            if len(table) == 1
+        }
         if not self.config.planes.mixing or "mixing" not in tables:
             tables["mixing"] = zero_mixing(1, self.config.planes)[0]
         return self.unpacked(tables, str(file))

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import new_file, reading_from
-from latentscenes.core.reading import require_regular
+from latentscenes.core.files import load_tensors, new_file, open_tensors, reading_from
 from latentscenes.model.model import Model
 
 DTYPES = {
@@ -55,13 +52,12 @@ def write_tensors(
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
     """Reads a safetensors file. Raises a UserError that names the file and `remedy` if it is damaged."""
     with reading_from(path, remedy):
-        require_regular(path)
-        return load_file(path)
+        return load_tensors(path)
 
 
 def holds_boxes(path: Path, remedy: str) -> bool:
     """Returns whether a file of scene parameters holds boxes of the scenes' own. Raises as `read_tensors`."""
-    with reading_from(path, remedy), safe_open(path, "pt") as stored:
+    with reading_from(path, remedy), open_tensors(path, "np") as stored:
         return "box" in stored.keys() and stored.get_slice("box").get_shape()[1] > 0  # noqa: SIM118
 
 
@@ -70,10 +66,8 @@ def stored_model(config: Config, box: Box, path: Path, remedy: str) -> Model:
     they are allocated. Raises a UserError if the file is damaged or belongs to another configuration."""
     planes = config.planes
     shape = [planes.bases if planes.macro else 0, 3, planes.resolution, planes.resolution, planes.macro]
-    with reading_from(path, remedy):
-        require_regular(path)
-        with safe_open(path, "np") as stored:
-            found = stored.get_slice("bases").get_shape()
+    with reading_from(path, remedy), open_tensors(path, "np") as stored:
+        found = stored.get_slice("bases").get_shape()
     if found != shape:
         raise UserError(f"{path}: base planes are {found}, but the configuration needs {shape}.")
     model = Model(config, box, pretrained=False)

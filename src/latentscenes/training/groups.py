@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from latentscenes.core import config_io
 from latentscenes.core.config import Config, StoragePrecision
 from latentscenes.core.console import Spent, say
 from latentscenes.core.errors import Damaged, UserError
-from latentscenes.core.files import locked
+from latentscenes.core.files import locked, open_tensors
 from latentscenes.core.runtime import seeded
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.model import Model
@@ -215,7 +214,7 @@ def finish(run: Run, library: LibraryFolder) -> None:
 
 def _check_unchanged(model: Model, library: LibraryFolder) -> None:
     """Checks that frozen parts kept every bit; otherwise the library's scenes would look different."""
-    with safe_open(library.shared_file, "pt") as stored:
+    with open_tensors(library.shared_file) as stored:
         for name, tensor in model.state_dict().items():
             if not torch.equal(tensor.cpu(), stored.get_tensor(name)):
                 raise RuntimeError(
