@@ -145,7 +145,7 @@ MISTAKES = {
         ["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"],
         "{tmp}/absent: no run and no library here",
     ),
-    "no GPU": (["eval", "--run", "{tmp}/absent", "--device", "cuda:7"], "--device"),
+    "no GPU": (["eval", "--run", "{tmp}/full", "--device", "cuda:7"], "--device"),
     "no run to account for": (["cost", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
 }
 

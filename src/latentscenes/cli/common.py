@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.names import printable
+from latentscenes.core.names import nothing_learned, printable
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,12 @@ def set_up(machine: Cores) -> "torch.device":
     from latentscenes.core import runtime
 
     return runtime.set_up(machine.threads, machine.device if isinstance(machine, Machine) else "cpu")
+
+
+def require_folder(run: Path) -> None:
+    """Raises a UserError at once, before torch is loaded, where a run or a library was mistyped."""
+    if not run.exists() and not re.match("(https?|s3|gs):/", str(run)):
+        raise nothing_learned(run)
 
 
 def say(text: str) -> None:

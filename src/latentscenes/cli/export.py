@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, say, set_up
+from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, require_folder, say, set_up
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import tagged
 
@@ -60,6 +60,7 @@ def render(
         fps: frames per second; unset: as in the camera path, 20 for an orbit.
         background: what lies behind the object, in mode `rgb`; over black and transparent, haze is removed.
     """
+    require_folder(run)
     from latentscenes.core.console import tracked
     from latentscenes.export.video import camera_frames, check_elevation, check_film, save_frames, scaled
 
@@ -114,6 +115,7 @@ def export_mesh(
         lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
     """
+    require_folder(run)
     from latentscenes.export.mesh import check_ending, scene_mesh, write_glb
     from latentscenes.export.mesh_files import ENDINGS, require_usd, write_textured
     from latentscenes.export.texture import CELLS, FACES, TEXELS, textured_mesh
@@ -154,6 +156,7 @@ def export_points(
         lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
     """
+    require_folder(run)
     from latentscenes.export.mesh import check_ending, scene_points, write_ply
 
     check_ending(out, ".ply")
@@ -189,6 +192,7 @@ def export_splats(
         size: pixels along the wider side of these pictures, if the splats will be shown at one size; unset:
             two and three times the dataset's.
     """
+    require_folder(run)
     from latentscenes.export.mesh import VIEWS, check_ending
     from latentscenes.export.splat_fit import check_fit, fitted
     from latentscenes.export.splats import ENDINGS, require_small, scene_splats, write_splats
@@ -229,6 +233,7 @@ def export_images(
         elevation: elevation of the orbit in degrees.
         background: what lies behind the object.
     """
+    require_folder(run)
     from latentscenes.export.pages import write_views
     from latentscenes.export.video import check_elevation, scaled
 
@@ -267,6 +272,7 @@ def export_page(
         live: the page renders the scenes instead of showing pictures; needs WebGL2, and scenes whose latents
             are colors.
     """
+    require_folder(run)
     from latentscenes.export.mesh import check_ending
 
     check_ending(out, ".html")

@@ -14,6 +14,7 @@ from latentscenes.cli.common import (
     MachineOptions,
     errors_in_one_line,
     refuse_repeated,
+    require_folder,
     say,
     set_up,
 )
@@ -160,6 +161,7 @@ def evaluate(
         split: scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if any.
         sheet: also write a contact sheet truth | codec | render here (PNG).
     """
+    require_folder(run)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate as score
@@ -190,6 +192,7 @@ def report(
         rgb: run folder of RGB tri-planes of the same scenes.
         data: the dataset, if it has moved.
     """
+    require_folder(run)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate_stored
@@ -223,6 +226,8 @@ def cost(
             library (and time).
         overrides: settings to change.
     """
+    if run is not None:
+        require_folder(run)
     from latentscenes.evaluation.tables import print_cost
 
     print_cost(run, config, baseline, overrides)

@@ -118,6 +118,14 @@ def tagged(tags: Mapping[str, Mapping[str, Any]], where: Sequence[str]) -> list[
     return names
 
 
+def nothing_learned(path: Path | str) -> UserError:
+    """Returns the error to raise where a run or a library was expected."""
+    return UserError(
+        f"{path}: no run and no library here (neither run.json nor library.json). "
+        "Start with `latentscenes train`."
+    )
+
+
 def unknown_scene(path: Path | str, name: str, names: Sequence[str]) -> UserError:
     """Returns the error for a name that `path` does not hold; it states the nearest known names."""
     near = difflib.get_close_matches(name[:LONGEST_NAME], names[:MOST_COMPARED], n=3, cutoff=0)

@@ -20,7 +20,7 @@ from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import unknown_scene
+from latentscenes.core.names import nothing_learned, unknown_scene
 from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
@@ -101,10 +101,7 @@ class SceneSet(ABC):
         if LibraryFolder.exists(path):
             return LibraryScenes.learned_from(LibraryFolder.open(path), data, split, device)
         if not (path / "run.json").is_file():
-            raise UserError(
-                f"{path}: no run and no library here (neither run.json nor library.json). "
-                "Start with `latentscenes train`."
-            )
+            raise nothing_learned(path)
         run = Run.open(path)
         if split not in (None, run.info.split):
             raise UserError(f"{path}: this run learned the split {run.info.split!r}, not {split!r}.")
