@@ -503,6 +503,32 @@ def test_new_browsers_come_first_and_jobs_take_turns():
     renderer.close()
 
 
+def test_thirty_browsers_that_drag_without_pause_share_the_frames_and_a_new_one_waits_for_one():
+    painter, failed = Slow(), []
+    renderer = Renderer(painter, 10, 30)
+
+    def dragging(client: int):
+        return lambda _: renderer.request(client, wanted(str(client)))
+
+    for client in range(30):
+        renderer.add(client, dragging(client), failed.append)
+    for client in range(30):
+        renderer.request(client, wanted(str(client)))
+    painter.go.release(150)
+    until(lambda: len(painter.drawn) == 150)
+    renderer.add(99, dragging(99), failed.append)
+    renderer.request(99, wanted("new"))
+    painter.go.release(150)
+    until(lambda: len(painter.drawn) == 300)
+    names = [name for name, _ in painter.drawn]
+    counts = [names[:150].count(str(client)) for client in range(30)]
+    assert max(counts) - min(counts) <= 1 and names.index("new") <= 151 and not failed
+    counts = [names[150:].count(str(client)) for client in range(30)]
+    assert max(counts) - min(counts) <= 1
+    assert all(side == 10 for _, side in painter.drawn)  # no sharp picture while somebody drags
+    renderer.close()
+
+
 # Errors
 
 
