@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latentscenes.cli import main as cli
+from latentscenes.cli.common import errors_in_one_line
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.data import raycast
@@ -262,3 +263,28 @@ def test_system_errors_take_one_line(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb"
     )
     assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        RuntimeError("Cannot allocate memory"),
+    ],
+)
+def test_full_memory_ends_in_one_line(failure, capsys):
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        raise failure
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert message.startswith("latentscenes: out of memory. ")
+
+
+def test_other_failures_of_torch_are_not_taken_for_full_memory():
+    with pytest.raises(RuntimeError, match="shapes"), errors_in_one_line():
+        raise RuntimeError("shapes cannot be multiplied")

@@ -1,5 +1,7 @@
 """Libraries joined into one: every scene once and bit by bit, clashes refused, kills without a trace."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY
@@ -238,3 +240,11 @@ def test_payloads_are_unstacked():
     for wrong in (ends + 1, ends.flip(0), ends - ends[0] - 1):
         with pytest.raises(ValueError, match="does not end where"):
             unstack_payloads(tensors | {"micro.stream.ends": wrong})
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/all", "gs://bucket/all", "https://example.org/all"])
+def test_addresses_are_no_folders_for_new_libraries(whole, tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{address}: libraries are written to folders"):
+        join(Path(address), [whole.path])
+    assert not list(tmp_path.iterdir())

@@ -40,6 +40,8 @@ class Machine(Cores):
 
 
 CORES, MACHINE = Cores(), Machine()
+NO_MEMORY = "(not enough|out of|can('t|not) allocate) memory"
+"""What torch says if memory runs out: as the operating system, allocators and GPUs put it."""
 CoreOptions, MachineOptions = Annotated[Cores, FLAT], Annotated[Machine, FLAT]
 
 
@@ -104,7 +106,7 @@ def errors_in_one_line() -> Iterator[None]:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         _fail(f"{where}{error.strerror or error}.")
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or re.search("(not enough|out of) memory", str(error))
+        full = isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error), re.IGNORECASE)
         if not full:
             raise
         _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")

@@ -47,6 +47,7 @@ from latentscenes.core.names import check_name, unknown_scene
 from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
+from latentscenes.storage.addresses import address_of
 from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
@@ -315,7 +316,9 @@ class LibraryFolder(SceneSource):
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises a UserError if `path` holds files that are no part of a library."""
+    """Raises a UserError if `path` holds files that are no part of a library, or is an address."""
+    if address := address_of(path):
+        raise UserError(f"{address}: libraries are written to folders. Name one, and publish it afterwards.")
     if path.is_dir():
         names = {entry.name.partition(PARTIAL)[0] for entry in path.iterdir()}
     if path.exists() and (not path.is_dir() or names - OURS):
