@@ -37,13 +37,20 @@ def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 129), (37, 50), (3, 200), (1, 1)])
-def test_smooth_pictures_need_the_coarse_grid_alone(size):
+def test_smooth_pictures_need_corners_and_middles_of_cells_alone(size):
     rows, columns = grid(*size)
     plane = 0.3 + 0.002 * rows - 0.003 * columns
     picture = Picture(plane)
     assert torch.allclose(picture.rendered()[..., 0], plane, atol=1e-6)
-    coarse = math.prod(max(2, math.ceil((side - 1) / 8) + 1) for side in size)
-    assert picture.casts.sum() == coarse
+    cells = [max(1, math.ceil((side - 1) / 8)) for side in size]
+    assert picture.casts.sum() == (cells[0] + 1) * (cells[1] + 1) + cells[0] * cells[1]
+
+
+def test_patterns_that_are_alike_at_all_corners_are_seen():
+    columns = grid(64, 64)[1]
+    stripes = ((columns + 1) % 8 < 3).float()
+    picture = Picture(stripes)
+    assert torch.equal(picture.rendered()[..., 0], stripes)
 
 
 @pytest.mark.parametrize("size", [(200, 200), (123, 187)])
@@ -82,7 +89,7 @@ def test_values_without_a_limit_place_no_rays_but_are_exact_where_rays_are():
 def test_pictures_of_scenes_differ_little_and_small_ones_not_at_all():
     model, rows = egg_parts()
     planes, cameras = model.compose(rows), VIEW.orbit(3)
-    for size, least in (((240, 320), 46.0), ((LARGE // 2, LARGE), math.inf)):
+    for size, least in (((240, 320), 75.0), ((LARGE // 2, LARGE), math.inf)):
         exact, fast = (render_images(model, planes, cameras, size, adaptive=some) for some in (False, True))
         error = (exact.images - fast.images).square().mean((1, 2, 3))
         assert (-10 * error.log10()).min() >= least
@@ -91,9 +98,9 @@ def test_pictures_of_scenes_differ_little_and_small_ones_not_at_all():
                 torch.equal(getattr(exact, name), getattr(fast, name)) for name in ("depth", "opacity")
             )
         else:
-            assert (exact.opacity - fast.opacity).abs().max() < 0.06
+            assert (exact.opacity - fast.opacity).abs().max() < 0.03
             solid = exact.opacity > 0.95
-            assert (exact.depth - fast.depth)[solid].abs().max() < 0.05
+            assert (exact.depth - fast.depth)[solid].abs().max() < 0.03
 
 
 def test_far_fewer_rays_are_cast_and_a_watcher_can_stop_them():

@@ -99,7 +99,11 @@ def test_sizes_and_numbers_are_checked():
     height, width = VIEW.size
     assert check_fit(VIEW, 100) == [(2 * height, 2 * width), (3 * height, 3 * width)]
     assert max(check_fit(VIEW, 100, 1, 96)[0]) == 96
-    for wrong, message in (((200_000,), "up to 100000"), ((10, -1), "--rounds -1")):
+    for wrong, message in (
+        ((200_000,), "up to 100000"),
+        ((10, -1), "--rounds -1"),
+        ((10, 0, 96), "--size 96: .* --rounds is 0"),
+    ):
         with pytest.raises(UserError, match=message):
             check_fit(VIEW, *wrong)
     assert check_fit(VIEW, 200_000, 0)
@@ -107,11 +111,9 @@ def test_sizes_and_numbers_are_checked():
 
 def test_command_fits(solids, tmp_path, monkeypatch):
     run, files = egg_run(tmp_path / "run", solids), {}
-    for rounds in (0, 1):
+    for rounds, size in ((0, ""), (1, "--size 40")):
         out = tmp_path / f"{rounds}.ply"
-        given = (
-            f"export splats --run {run.path} --scene egg --count 300 --cells 32 --rounds {rounds} --size 40"
-        )
+        given = f"export splats --run {run.path} --scene egg --count 300 --cells 32 --rounds {rounds} {size}"
         monkeypatch.setattr(
             sys, "argv", ["latentscenes", *given.split(), "--out", str(out), "--device", "cpu"]
         )

@@ -212,6 +212,7 @@ def report(
     )  # fmt: skip
     print_summary(content)
     write_report(out, content)
+    say(f"{out}: the report. Beside it: the table (.md) and the pictures (.png).")
 
 
 def cost(

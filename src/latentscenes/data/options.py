@@ -120,6 +120,8 @@ class SceneChoice:
 class MeshChoice(SceneChoice):
     """Which meshes are imported, what is known of them, and how many processes render."""
 
+    limit: int | None = None
+    """Import at most this many objects of each split: of those for stage 1, and of the new ones."""
     strict: bool = False
     """Stop at the first file that cannot be read."""
     workers: int = 0

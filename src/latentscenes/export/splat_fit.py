@@ -143,12 +143,16 @@ def check_fit(
 
     Raises:
         UserError: there are too many splats for a fit, `rounds` is negative, or the size does not suit the
-            codec.
+            codec or is given without a fit.
     """
     if rounds < 0:
         raise UserError(f"--rounds {rounds}: at least 0.")
     if rounds and count > MOST:
         raise UserError(f"--count {count}: up to {MOST} splats are fitted. Give fewer, or --rounds 0.")
+    if side is not None and not rounds:
+        raise UserError(
+            f"--size {side}: is of the pictures of a fit, but --rounds is 0. Leave one of both out."
+        )
     if side is not None:
         return [scaled(view.size, side, downsampling)]
     fine = [factor for factor in FINER if factor * max(view.size) <= FINEST]

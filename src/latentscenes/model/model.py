@@ -31,7 +31,7 @@ PORTION = 16384
 LARGE = 192
 """Smallest side of pictures that adaptive views make from fewer rays, in latent pixels. Smaller ones would
 gain nothing."""
-TOLERANCE = 0.05
+TOLERANCE = 0.03
 """Differences of colors, opacities and depths that adaptive views interpolate: colors in [0, 1], depths in
 the scene's unit of length."""
 

@@ -4,8 +4,9 @@ This is adaptive sampling of the image plane (Whitted, "An improved illumination
 1980), here below one ray a pixel. Notable:
 - The first rays go through the corners of square cells. Cells whose corners differ and the cells around them
   get rays at half the distance, and so on down to single pixels. All other pixels are interpolated.
-- Thin parts may lie between the corners of cells. So where a new ray differs from the value interpolated
-  there, the cells around it get more rays, too. A chair's leg is followed from the seat down.
+- Thin parts may lie between the corners of cells, and a pattern may be alike at all of them. So each first
+  cell has a ray through its middle, and where a ray differs from the value interpolated there, the cells
+  around it get more rays, too. A chair's leg is followed from the seat down.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def render_adaptively(
     rows, columns = (_places(side, cell, device=tolerance.device) for side in (height, width))
     values = cast((rows[:, None] * width + columns).flatten()).unflatten(0, (len(rows), len(columns)))
     known = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+    probes = True
     while cell > 1:
         # Values at half the distance, interpolated
         cells = _around(_differences(values, tolerance))
@@ -46,14 +48,19 @@ def render_adaptively(
         values = _interpolated(values.transpose(0, 1), coarse, columns).transpose(0, 1).contiguous()
         known = _spread(known)
 
-        # Rays in cells that differ, and wherever these show more than was expected
-        while (missing := _corners(cells) & ~known).any():
+        # Rays in cells that differ, at first also through the middle of all others; then wherever these show
+        # more than was expected
+        wanted = _corners(cells)
+        wanted[1::2, 1::2] |= probes
+        probes = False
+        while (missing := wanted & ~known).any():
             where = missing.nonzero(as_tuple=True)
             found = cast(rows[where[0]] * width + columns[where[1]])
             surprising = torch.zeros_like(known)
             surprising[where] = ((found - values[where]).abs() > tolerance).any(-1)
             values[where], known[where] = found, True
             cells |= _around(_cells_at(surprising))
+            wanted = _corners(cells)
     return values[:height, :width]
 
 
