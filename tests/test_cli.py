@@ -1,6 +1,7 @@
 """The command line: help loads no torch, user errors print one line, printed settings can be read back."""
 
 import inspect
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -146,6 +147,14 @@ MISTAKES = {
         ["render", "--run", "{tmp}/absent", "--scene", "a", "--out", "{tmp}/a.gif"],
         "{tmp}/absent: no run and no library here",
     ),
+    "a FIFO for a picture": (
+        ["eval", "--run", "{tmp}/full", "--sheet", "{tmp}/fifo.png"],
+        "{tmp}/fifo.png: no regular file",
+    ),
+    "no scenes": (
+        ["exploit", "--run", "cars", "--data", "{data}", "--out", "{tmp}/new", "--limit", "0"],
+        "--limit 0: must be at least 1",
+    ),
     "no GPU": (["eval", "--run", "{tmp}/full", "--device", "cuda:7"], "--device"),
     "no run to account for": (["cost", "--run", "{tmp}/absent"], "{tmp}/absent: no run and no library here"),
 }
@@ -160,11 +169,30 @@ def test_mistakes_take_one_line(name, monkeypatch, capsys, tmp_path, solids_path
     (tmp_path / "torn.yaml").write_text("planes: {")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
+    os.mkfifo(tmp_path / "fifo.png")
     places = {"tmp": tmp_path, "data": solids_path}
     status, out, err = call(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
     assert status == 2 and out == ""
     assert err.startswith("latentscenes: ") and message.format(**places) in err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "cars", "--out", ""], ["data", "join", "--out", "x", "--folders", "a", ""],
+        ["train", "--data", "a", "--out", " "], ["exploit", "--data", "a", "--out", "b", "--parts", ""],
+        ["eval", "--run", "a", "--sheet="], ["export", "page", "--run", "a", "--out", ""], ["verify", ""],
+        ["library", "join", "", "a"], ["library", "publish", "a", "--out", ""], ["demo", "--out", ""],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_empty_paths_are_refused(arguments, monkeypatch, capsys, tmp_path):
+    """They would mean the current folder."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(monkeypatch, capsys, *arguments)
+    assert status == 2 and out == "" and "an empty path. Name a file or a folder" in err
+    assert err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_misspelled_options_are_refused(monkeypatch, capsys):

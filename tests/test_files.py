@@ -37,6 +37,17 @@ def test_places_are_looked_at_without_a_trace(tmp_path, monkeypatch):
         check_place(tmp_path / "some" / "a")
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for place in (tmp_path / "fifo", tmp_path / "link", Path("/dev/null")):
+        for refuse in (check_place, lambda path: write_bytes(path, b"new")):
+            with pytest.raises(UserError, match=f"{place}: no regular file"):
+                refuse(place)
+    assert (tmp_path / "fifo").is_fifo() and (tmp_path / "link").is_symlink()
+    assert Path("/dev/null").is_char_device() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_lock_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with (

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -15,7 +16,9 @@ from safetensors.torch import load, load_file
 import latentscenes
 from latentscenes.core.errors import UserError
 from latentscenes.storage import publishing
+from latentscenes.storage.joining import join
 from latentscenes.storage.library import LibraryFolder
+from latentscenes.storage.pretrained import export_model
 from latentscenes.storage.publication import (
     DESCRIPTION,
     PublishedFile,
@@ -253,6 +256,43 @@ def test_what_is_foreign_is_refused_or_left_alone(library, tmp_path):
         publish(library, open_target(str(out)))
     with pytest.raises(UserError, match="Give a folder, s3"):
         open_target("https://example.org/library")
+
+
+def test_another_library_does_not_take_the_place_of_one(library, tmp_path):
+    """Not even one of the same model; but a copy of the same library does, and one of an earlier version."""
+    out, other = open_target(str(tmp_path / "out")), tmp_path / "other"
+    publish(library, out)
+    before = contents(tmp_path / "out") | {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_bytes()}
+    latentscenes.Library(library).export(library.index.names()[:1], other)
+    with pytest.raises(UserError, match=r"out: another library is published there \(4 scenes, .*--replace"):
+        publish(LibraryFolder.open(other), out)
+    assert contents(tmp_path / "out") | {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_bytes()} == before
+    shutil.copytree(library.path, tmp_path / "copy")
+    assert publish(LibraryFolder.open(tmp_path / "copy"), out).files == 1
+    assert publish(LibraryFolder.open(other), out, replace=True).scenes == 1
+    assert list(stored_scenes(tmp_path / "out")) == library.index.names()[:1]
+    about = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
+    del about["identity"], about["checksum"]
+    (tmp_path / "out" / DESCRIPTION).write_text(json.dumps(about))
+    assert publish(library, out).scenes == 4
+    about["model"]["sha256"] = about["model"]["sha256"][::-1]
+    (tmp_path / "out" / DESCRIPTION).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="another library is published there"):
+        publish(library, out)
+
+
+def test_nothing_is_made_within_a_library(library, tmp_path):
+    before = sorted(file.name for file in library.path.rglob("*"))
+    opened, inner = latentscenes.Library(library), library.path / "a" / "b"
+    for make in (
+        lambda: publish(library, open_target(str(inner))),
+        lambda: opened.export(library.index.names(), inner),
+        lambda: export_model(library, inner),
+        lambda: join(inner, [library.path]),
+    ):
+        with pytest.raises(UserError, match=f"{inner}: lies in the library {library.path}"):
+            make()
+    assert sorted(file.name for file in library.path.rglob("*")) == before
 
 
 def test_a_damaged_scene_is_not_published(library, tmp_path):

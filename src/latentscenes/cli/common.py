@@ -19,6 +19,31 @@ if TYPE_CHECKING:
     import torch
 
 
+PATHS = tyro.constructors.ConstructorRegistry()
+"""How words of the command line become paths: an empty one is refused; as a path, it would mean the current
+folder."""
+
+
+@PATHS.primitive_rule
+def _path_rule(
+    asked: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if asked.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="PATH", instance_from_str=lambda words: given_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda path: [str(path)],
+    )  # fmt: skip
+
+
+def given_path(word: str) -> Path:
+    """Returns a path as typed. Raises a UserError if it is empty, for instance an unset variable of a
+    script."""
+    if not word.strip():
+        raise UserError(f"{word!r}: an empty path. Name a file or a folder; the current folder is `.`.")
+    return Path(word)
+
+
 FLAT = tyro.conf.arg(name="")
 """Makes the fields of a dataclass options of the command, without a prefix."""
 
@@ -79,7 +104,8 @@ def run_program(command: Callable[..., None]) -> None:
     """Runs a function as a program. Its parameters are the options, and errors of the user print one line."""
     with errors_in_one_line():
         refuse_repeated(sys.argv[1:])
-        tyro.cli(command, description=command.__doc__)
+        with PATHS:
+            tyro.cli(command, description=command.__doc__)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import tyro
 from latentscenes.cli.common import (
     FLAT,
     MACHINE,
+    PATHS,
     MachineOptions,
     errors_in_one_line,
     refuse_repeated,
@@ -166,9 +167,12 @@ def evaluate(
     from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate as score
     from latentscenes.evaluation.tables import print_scores
+    from latentscenes.export.sheets import check_picture, comparison_sheet, save_image
     from latentscenes.storage.records import FIT_SCORES, SCORES
     from latentscenes.storage.scene_set import SceneSet
 
+    if sheet:
+        check_picture(sheet)
     learned = SceneSet.open(run, data, split, device)
     dataset = PosedImages.open(learned.data)
     scenes = learned.scenes(dataset)
@@ -176,8 +180,6 @@ def evaluate(
     result.save(run / (SCORES if part == "held_out" else FIT_SCORES))
     print_scores(result)
     if sheet:
-        from latentscenes.export.sheets import comparison_sheet, save_image
-
         save_image(sheet, comparison_sheet(learned.labeled("render"), dataset, scenes))
 
 
@@ -194,12 +196,14 @@ def report(
     """
     require_folder(run)
     device = set_up(machine)
+    from latentscenes.core.files import check_place
     from latentscenes.data.dataset import PosedImages
     from latentscenes.evaluation.evaluate import evaluate_stored
     from latentscenes.evaluation.report import write_report
     from latentscenes.evaluation.tables import Comparison, print_summary
     from latentscenes.storage.scene_set import SceneSet
 
+    check_place(out)
     new, baseline = SceneSet.open(run, data, device=device), rgb and SceneSet.open(rgb, device=device)
     if baseline:
         baseline.require_finished()
@@ -371,7 +375,8 @@ def _arguments() -> list[str]:
 
 def run_commands(prog: str, commands: dict, description: str, arguments: list[str]) -> None:
     refuse_repeated(arguments)
-    tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=arguments)
+    with PATHS:
+        tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=arguments)
 
 
 def main() -> None:

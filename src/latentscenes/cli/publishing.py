@@ -5,14 +5,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import say
+from latentscenes.cli.common import given_path, say
 from latentscenes.core.errors import UserError
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
 
 
-def library_publish(library: Folder, out: str, site: bool = False, title: str | None = None) -> None:
+def library_publish(
+    library: Folder, out: str, site: bool = False, title: str | None = None, replace: bool = False
+) -> None:
     """Write a library as static files that any web server or bucket can serve; later calls add what is new.
 
     Args:
@@ -20,6 +22,7 @@ def library_publish(library: Folder, out: str, site: bool = False, title: str | 
         out: folder, or s3://BUCKET/PATH or gs://BUCKET/PATH (need the cloud extra).
         site: also write a gallery, index.html, which shows and searches the library in browsers.
         title: title of the gallery; unset: the library's name.
+        replace: take the place of another library that is published there.
     """
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.addresses import address_of
@@ -31,12 +34,13 @@ def library_publish(library: Folder, out: str, site: bool = False, title: str | 
         raise UserError(f"{address}: published already. Name the folder of a library.")
     if title is not None and not site:
         raise UserError("--title: only with --site.")
+    given_path(out)
     target = open_target(out)
     if site:
         from latentscenes.export.live import check_site, write_site
 
         check_site(target)
-    done = publish(LibraryFolder.open(library), target)
+    done = publish(LibraryFolder.open(library), target, replace)
     say(
         f"{out}: {done.scenes} scenes; {done.files} files written ({bytes_text(done.bytes)}), "
         f"{done.removed} outdated ones removed."
@@ -47,8 +51,9 @@ def library_publish(library: Folder, out: str, site: bool = False, title: str | 
 
 
 def library_push(
-    library: Folder, repository: Name, kind: Literal["dataset", "model"] = "dataset", private: bool = False
-) -> None:
+    library: Folder, repository: Name, kind: Literal["dataset", "model"] = "dataset", private: bool = False,
+    replace: bool = False,
+) -> None:  # fmt: skip
     """Publish a library in a repository of the Hugging Face hub (hub extra); later calls add what is new.
 
     Args:
@@ -56,12 +61,13 @@ def library_push(
         repository: USER/NAME; made if absent.
         kind: kind of the repository.
         private: whether a new repository is private.
+        replace: take the place of another library that is published there.
     """
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.hub import push
     from latentscenes.storage.library import LibraryFolder
 
-    done = push(LibraryFolder.open(library), repository, kind, private)
+    done = push(LibraryFolder.open(library), repository, kind, private, replace)
     say(
         f"{repository}: {done.scenes} scenes; {done.files} files uploaded ({bytes_text(done.bytes)}), "
         f"{done.removed} outdated ones removed."

@@ -51,10 +51,11 @@ def check_place(path: str | Path) -> None:
     """Checks, before any work is done, that a file or folder can be created at `path`. Creates nothing.
 
     Raises:
-        UserError: the nearest existing parent is a file, or is not writable.
+        UserError: the nearest existing parent is a file, or is not writable; or a device lies there.
     """
     path = Path(path)
     with writing_to(path):
+        refuse_special(path)
         home = next(folder for folder in path.absolute().parents if folder.exists())
     if not home.is_dir():
         raise UserError(f"{path}: cannot be created: {home} is a file, not a folder. Choose another path.")
@@ -62,6 +63,13 @@ def check_place(path: str | Path) -> None:
         raise UserError(
             f"{path}: cannot be created: {home} is not writable. Fix that, or choose another path."
         )
+
+
+def refuse_special(path: Path) -> None:
+    """Raises a UserError if something other than a file or a folder lies at `path`, such as a FIFO or
+    /dev/null: a new file there would replace it for all programs."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: no regular file (a FIFO, a device or a socket). Name a file or a folder.")
 
 
 def partial_path(path: Path) -> Path:
@@ -167,6 +175,7 @@ def new_file(path: Path) -> Iterator[Path]:
     replaces an older one; if the block fails, nothing has changed. Raises a UserError if it cannot write.
     """
     with writing_to(path):
+        refuse_special(path)
         partial = partial_path(path)
         try:
             with open(partial, "xb"):  # a new file with the permissions of the umask

@@ -131,7 +131,10 @@ class PosedImages:
         return torch.from_numpy(flat[np.asarray(index)[:, None], np.asarray(pixels)])
 
     def select(self, split: Split, names: list[str] | None = None, limit: int | None = None) -> list[Scene]:
-        """Returns the scenes of a split in stored order, or the named ones, at most `limit`."""
+        """Returns the scenes of a split in stored order, or the named ones, at most `limit`. Refuses no
+        scenes."""
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit {limit}: must be at least 1.")
         chosen = [scene for scene in self.scenes if scene.split == split]
         if names:
             known = {scene.name: scene for scene in chosen}

@@ -22,7 +22,7 @@ from PIL import Image
 from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.files import check_place, make_folder, partial_path, publish, writing_to
 from latentscenes.core.names import file_names, one_line, tags_text
 from latentscenes.data.dataset import box_of
 from latentscenes.export.sheets import cut, save_file, short_names
@@ -188,6 +188,7 @@ def write_views(
     partial, chosen = partial_path(out), list(scenes)
     folders = file_names(chosen)
     with writing_to(out):
+        make_folder(out.parent)
         try:
             for scene in tracked(chosen, "exporting"):
                 folder = partial / folders[scene]
@@ -198,9 +199,7 @@ def write_views(
                     Image.fromarray(picture).save(folder / file)
                 described = json.dumps(transforms(cameras, files, size), indent=1)
                 (folder / "transforms.json").write_text(described)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
+            publish(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -5,6 +5,7 @@ Notable:
 - Latent channels and depth are scaled once for a whole sheet or orbit, so that animations do not flicker.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import write_bytes, writing_to
+from latentscenes.core.files import check_place, write_bytes, writing_to
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
@@ -28,6 +29,8 @@ Picture = UInt8[np.ndarray, "_H _W _c"]
 Pictures = UInt8[np.ndarray, "_v _H _W _c"]
 """Underscores: pictures in one signature may differ in size."""
 
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Formats of pictures by the ending of the file."""
 GAP = 4
 """Pixels between tiles."""
 CAPTION = 15
@@ -279,14 +282,19 @@ def _color_code(
     return torch.nn.functional.pad(255 * colors, (0, 3 - colors.shape[-1]), value=127).round().byte().numpy()
 
 
+def check_picture(path: Path) -> None:
+    """Refuses, before anything is rendered, a name that `save_image` cannot write to."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
+    check_place(path)
+
+
 def save_image(path: str | Path, picture: Picture) -> None:
     """Writes one picture. The ending decides the format (.png, .jpg, .webp)."""
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"{path}: pictures are written as .png, .jpg or .webp.")
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+    path, stream = Path(path), io.BytesIO()
+    check_picture(path)
+    Image.fromarray(picture).save(stream, PICTURES[path.suffix.lower()])
+    save_file(path, stream.getvalue())
 
 
 def save_file(path: str | Path, content: bytes) -> int:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from latentscenes.core.cameras import FARTHEST, LONGEST_SIDE, OPENGL_TO_OPENCV, Cameras, Viewpoint
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, partial_path, writing_to
+from latentscenes.core.files import check_place, make_folder, partial_path, publish, writing_to
 from latentscenes.core.names import short
 from latentscenes.core.reading import read_json
 from latentscenes.data.dataset import spread_evenly
@@ -189,7 +189,7 @@ def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 
     check_film(path)
     kind, partial = path.suffix.lower(), partial_path(path)
     with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             if kind == ".mp4":
                 _save_mp4(partial, frames, fps)
@@ -202,10 +202,8 @@ def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 
             else:
                 partial.mkdir()
                 for place, frame in enumerate(frames):
-                    save_image(partial / f"{place:05d}.png", frame)
-                if path.exists():
-                    path.rmdir()
-            partial.replace(path)
+                    Image.fromarray(frame).save(partial / f"{place:05d}.png")
+            publish(partial, path)
         finally:
             if partial.is_dir():
                 shutil.rmtree(partial)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_file, read_object
+from latentscenes.core.files import CHECKSUM, check_file, read_object
 from latentscenes.core.names import short
 
 FORMAT = "latentscenes-library-1"
+FILE = "library.json"
 REQUIRED = {"box", "view", "precision", "parent", "parent_seconds", "parent_scenes"}
 """Entries of every library.json."""
 SHARED = "shared.safetensors"
@@ -17,7 +18,7 @@ SHARED = "shared.safetensors"
 def read_description(library: Path) -> dict[str, Any]:
     """Returns the content of a library's library.json. Raises a UserError if there is no library, or the file
     is damaged or of another format."""
-    file = library / "library.json"
+    file = library / FILE
     if not file.is_file():
         raise UserError(
             f"{library}: no library here (library.json is absent). Make one with `latentscenes exploit`."
@@ -31,6 +32,19 @@ def read_description(library: Path) -> dict[str, Any]:
             f"but this version reads {FORMAT!r}."
         )
     return content
+
+
+def identity_of(library: Path) -> str | None:
+    """Returns what tells a library from all others, also of the same model: the checksum of its description,
+    which copies share and which never changes. None for libraries of earlier versions, which have none."""
+    return read_description(library).get(CHECKSUM)
+
+
+def refuse_inside(out: Path) -> None:
+    """Raises a UserError if a new library, model or publication `out` would lie within a library."""
+    home = next((folder for folder in out.resolve().parents if (folder / FILE).is_file()), None)
+    if home is not None:
+        raise UserError(f"{out}: lies in the library {home}, whose folder holds nothing else. Name another.")
 
 
 def check_model_file(file: Path, use: str, checksum: str | None) -> None:

@@ -85,10 +85,12 @@ class HubTarget(Target):
         self._waiting, self._bytes = [], 0
 
 
-def push(library: LibraryFolder, repository: str, kind: RepositoryKind, private: bool) -> Published:
+def push(
+    library: LibraryFolder, repository: str, kind: RepositoryKind, private: bool, replace: bool = False
+) -> Published:
     """Publishes a library in a repository, or what is new in it. Raises a UserError as `publish`, or if the
     hub cannot be reached or refuses."""
-    return publish(library, HubTarget(repository, kind, private))
+    return publish(library, HubTarget(repository, kind, private), replace)
 
 
 def pull(repository: str, kind: RepositoryKind, out: Path) -> int:

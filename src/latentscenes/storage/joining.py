@@ -18,7 +18,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, locked, make_folder, new_file, refuse_links, writing_to
 from latentscenes.core.names import check_name, short
 from latentscenes.core.reading import reason
-from latentscenes.storage.description import SHARED, check_model_file, read_description
+from latentscenes.storage.description import SHARED, check_model_file, read_description, refuse_inside
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
 from latentscenes.storage.library import START, LibraryFolder, refuse_foreign
@@ -75,6 +75,7 @@ def join(
     home = LibraryFolder.open(out) if LibraryFolder.exists(out) else None
     _refuse_other_models([*opened] if home is None else [home, *opened])
     if home is None:
+        refuse_inside(out)
         _chosen(None, opened, only or {})
     target = home or empty_copy(opened[0].path, out)
     target.wait = wait

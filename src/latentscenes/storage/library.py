@@ -17,6 +17,7 @@ made again from the shards (recovery.py). No shard is ever replaced: a new one g
 
 import itertools
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -160,7 +161,7 @@ class LibraryFolder(SceneSource):
             library = cls(path, config, info, checksums)
             if scenes:
                 library._append(scenes)
-            facts = {"checksums": checksums, "made": now(), **circumstances()}
+            facts = {"id": uuid.uuid4().hex, "checksums": checksums, "made": now(), **circumstances()}
             write_sealed(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
         return library
 

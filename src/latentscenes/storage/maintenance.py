@@ -23,6 +23,7 @@ from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked
 from latentscenes.core.reading import reason
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
+from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo
 from latentscenes.storage.library import SHARED, START, TRIES, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
@@ -293,6 +294,7 @@ def export(library: SceneSource, names: Sequence[str], out: str | Path) -> int:
                 "Name a new folder."
             )
     else:
+        refuse_inside(Path(out))
         start = library.starting_scene()
         target = LibraryFolder.create(out, library.config, library.info, library.model(), start)
     theirs = target.index.places()

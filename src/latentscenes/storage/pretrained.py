@@ -29,7 +29,7 @@ from latentscenes.core.files import (
     writing_to,
 )
 from latentscenes.data.dataset import PosedImages
-from latentscenes.storage.description import read_description
+from latentscenes.storage.description import read_description, refuse_inside
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.run import Run
@@ -76,6 +76,7 @@ def export_model(source: LibraryFolder, out: Path) -> int:
     """
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder.")
+    refuse_inside(out)
     with writing_to(out):
         make_folder(out.parent)
         partial = partial_path(out)

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import CHECKSUM, now, object_checksum
+from latentscenes.core.files import CHECKSUM, file_checksum, now, object_checksum
 from latentscenes.core.names import short
 from latentscenes.core.reading import parse_json, reason
 from latentscenes.core.version import __version__
+from latentscenes.storage.description import identity_of, refuse_inside
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import Place
 from latentscenes.storage.library import LibraryFolder
@@ -86,15 +87,22 @@ class Stored:
     sha256: str
 
 
-def publish(library: LibraryFolder, target: Target) -> Published:
+def publish(library: LibraryFolder, target: Target, replace: bool = False) -> Published:
     """Publishes a library, or what is new in it since it was last published there. Readers see the state
     before or after. If this is killed, the next publication takes up the files that it wrote.
+
+    Args:
+        replace: whether the publication of another library may be replaced.
 
     Raises:
         UserError: the target holds something else or cannot be written, or the library is damaged.
     """
+    if target.folder is not None:
+        refuse_inside(target.folder)
     with target.writing():
         writing = _Publication(library, target)
+        if not replace:
+            writing.refuse_other_library()
         with library.index.snapshot():
             description = writing.write_all()
         return writing.finish(description)
@@ -126,6 +134,20 @@ class _Publication:
                 f"{where}: cannot be read ({reason(error)}). Remove it and run this again."
             ) from None
         return check_description(content, where)
+
+    def refuse_other_library(self) -> None:
+        """Raises a UserError if another library was published there: its listing would be lost."""
+        old = self._old
+        if old is None:
+            return
+        ours, theirs = identity_of(self.library.path), old.get("identity")
+        if old["model"].sha256 == file_checksum(self.library.shared_file) and None in (ours, theirs):
+            return  # one of them is of an earlier version
+        if ours is None or ours != theirs:
+            raise UserError(
+                f"{self.target.address}: another library is published there ({old['scenes']} scenes, "
+                f"{short(old.get('made'))}). Name another place, or replace it with --replace."
+            )
 
     # What is there already
 
@@ -210,7 +232,7 @@ class _Publication:
         model, totals = library.model(), library.index.totals()
         return {
             "format": FORMAT, "version": __version__, "made": now(), "scenes": row, "bytes": totals.bytes,
-            "psnr": finite(totals.psnr),
+            "psnr": finite(totals.psnr), "identity": identity_of(library.path),
             "library": library_facts(library), "config": portable_config(library.config),
             "render": render_facts(model),
             **{name: self._write(*made) for name, made in model_files(library, model).items()},

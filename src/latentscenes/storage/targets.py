@@ -27,6 +27,8 @@ class Target(ABC):
     """A place for the files of a published library."""
 
     address: str
+    folder: Path | None = None
+    """The folder, if it is one of this machine."""
 
     @abstractmethod
     @contextmanager
@@ -55,7 +57,8 @@ class FolderTarget(Target):
     """A folder. One process at a time publishes into it."""
 
     def __init__(self, path: Path):
-        self.path, self.address = path, str(path)
+        self.path = self.folder = path
+        self.address = str(path)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

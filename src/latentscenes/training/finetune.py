@@ -14,6 +14,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters
+from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, refuse_foreign
 from latentscenes.storage.pretrained import open_parent, refuse_no_stages, refuse_other_settings  # fmt: skip
 from latentscenes.storage.run import Run, RunInfo
@@ -76,6 +77,7 @@ def finetune(
             )
         return library
     refuse_foreign(out)
+    refuse_inside(out)
     refuse_other_settings(parent.config, config, parent.path)
     refuse_cut_off(images, parent)
     say(f"Shared parts keep learning. {out} becomes a library of {len(scenes)} new scenes only.")

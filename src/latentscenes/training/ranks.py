@@ -125,6 +125,7 @@ def exploit_rank(
         raise UserError(f"--workers {options.workers}: a rank is one process. Start more ranks instead.")
     if options.track != "none":
         raise UserError(f"--track {options.track}: not with --rank. Leave it out.")
+    images.select("new", limit=options.limit)  # refuses datasets without new scenes before anything is made
     rank, ranks = shared
     parts = ranks.parts or out / PARTS
     plan = _agreed(parts, ranks.lease, lambda: _made(out, images, config, parent, options, device))
