@@ -210,7 +210,12 @@ def test_angle_of_view_of_an_oblong_image(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k1": 0.1, "camera_angle_x": 0.9}, "k1 = 0.1.*Undistort"),
+        ({"k4": 0.1, "camera_angle_x": 0.9}, "k4 = 0.1 means different things.*Undistort"),
+        ({"k1": -9.0, "camera_angle_x": 0.9}, "k1 = -9 shows places twice"),
+        ({"k1": 9.0, "camera_angle_x": 0.9}, "k1 = 9 shows places twice or not at all"),
+        ({"k1": "wide", "camera_angle_x": 0.9}, "k1, k2, k3, p1, p2 must be numbers"),
+        ({"x_fov": 0.9, "camera_angle_x": 0.9}, "camera_angle_x = 0.9 and x_fov = 0.9 contradict"),
+        ({"x_fov": 180}, "x_fov = 180 must lie between 0 and 180 degrees"),
         ({"camera_model": "OPENCV_FISHEYE", "camera_angle_x": 0.9}, "no pinhole camera"),
         ({"aabb_scale": 1}, "no focal length"),
         ({"camera_angle_x": 60}, "must lie between 0 and pi"),

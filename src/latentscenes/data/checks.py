@@ -13,6 +13,9 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.options import Axes
 
+UPRIGHT = 0.4
+"""Cameras stand upright along an axis if the mean of their up directions has this part along it, and at most
+half as much along the others."""
 OTHER: dict[str, Axes] = {"opencv": "opengl", "opengl": "opencv"}
 
 
@@ -39,6 +42,17 @@ def read_matrix(numbers: Sequence[float], file: Path | str, axes: Axes) -> Float
     if axes == "opengl":
         matrix[:3, :3] = matrix[:3, :3] @ OPENGL_TO_OPENCV.double()
     return matrix[:3].float()
+
+
+def upright_axis(cameras: Cameras) -> str | None:
+    """Returns the axis of the world along which cameras stand upright on average: x, y or z, or -x, -y or -z.
+    None if they are held in all ways."""
+    mean = -cameras.cam2world[:, :3, 1].double().mean(0)
+    axis = int(mean.abs().argmax())
+    _, second, most = mean.abs().sort().values.tolist()
+    if most < UPRIGHT or second > most / 2:
+        return None
+    return ("-" if mean[axis] < 0 else "") + "xyz"[axis]
 
 
 def check_cameras(

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason, require_regular
+from latentscenes.data.lenses import Lens
 
 MOST_PIXELS = 1 << 26
 """Pixels of the largest image that is decoded, and of all images that are decoded at one time."""
@@ -93,29 +94,25 @@ _room = _Room()
 
 
 def read_image(
-    path: Path, size: tuple[int, int] | None = None
+    path: Path, size: tuple[int, int] | None = None, mask: Path | None = None, lens: Lens | None = None
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]:
     """Reads RGB over white, and alpha (0 … 255) if the file has it.
 
-    Reads every format that Pillow reads; gray, palette and 16-bit images become 8-bit RGB. `size` (height,
-    width) reduces the image by averaging; enlarging is refused.
+    Reads every format that Pillow reads; gray, palette and 16-bit images become 8-bit RGB.
+
+    Args:
+        size: height and width, to which the image is reduced by averaging; enlarging is refused.
+        mask: an image that is white on the object; it is the alpha if the file has none, or all opaque.
+        lens: distortion to undo.
     """
     with open_image(path) as image, _room.of(image.width * image.height):
-        try:
-            image.load()
-        except Exception as error:  # a broken image may break its reader in any way
-            raise UserError(
-                f"{path}: cannot be decoded ({reason(error)}); it is damaged. Get it again."
-            ) from None
-        has_alpha = "A" in image.getbands() or "transparency" in image.info
-        if image.mode == "F":
-            raise UserError(f"{path}: holds floating-point values; convert it to 8 or 16 bits first.")
-        if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it
-            values = np.asarray(image).clip(0, 65535).astype(np.uint32)
-            image, has_alpha = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)), False
-        mode = "RGBA" if has_alpha else "RGB"
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        pixels, has_alpha = _decoded(image, path)
+        if mask is not None and not (has_alpha and pixels[..., 3].min() < 255):
+            pixels, has_alpha = np.dstack([pixels[..., :3], read_silhouette(mask, pixels.shape[:2])]), True
         rgb, alpha = (over_white(pixels), pixels[..., 3]) if has_alpha else (pixels, None)
+        if lens is not None:
+            rgb = lens.undistorted(rgb)
+            alpha = None if alpha is None else lens.undistorted(alpha[..., None])[..., 0]
     if size is not None and size != rgb.shape[:2]:
         if size[0] > rgb.shape[0] or size[1] > rgb.shape[1]:
             raise UserError(
@@ -125,6 +122,48 @@ def read_image(
         rgb = _shrink(rgb, size)
         alpha = None if alpha is None else _shrink(alpha, size)
     return rgb, alpha
+
+
+def _decoded(image: Image.Image, path: Path) -> tuple[UInt8[np.ndarray, "H W c"], bool]:
+    """Returns RGB or RGBA of an opened image, and whether there is alpha."""
+    try:
+        image.load()
+    except Exception as error:  # a broken image may break its reader in any way
+        raise UserError(
+            f"{path}: cannot be decoded ({reason(error)}); it is damaged. Get it again."
+        ) from None
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    if image.mode == "F":
+        raise UserError(f"{path}: holds floating-point values; convert it to 8 or 16 bits first.")
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image, has_alpha = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)), False
+    mode = "RGBA" if has_alpha else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode)), has_alpha
+
+
+def read_silhouette(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
+    """Reads a mask, 255 on the object and 0 elsewhere. The alpha of a partly transparent file counts.
+
+    Args:
+        size: height and width of its photograph.
+
+    Raises:
+        UserError: the mask has another size, or holds only 0 and 1.
+    """
+    with open_image(path) as image:
+        pixels, has_alpha = _decoded(image, path)
+    cut_out = has_alpha and pixels[..., 3].min() < 255
+    mask = pixels[..., 3] if cut_out else pixels[..., :3].max(-1)
+    if mask.shape != tuple(size):
+        raise UserError(
+            f"{path}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph "
+            f"{size[1]}x{size[0]}. Make masks of the photographs as stored, neither reduced nor rotated "
+            "(some programs apply the EXIF rotation, COLMAP does not)."
+        )
+    if mask.max() == 1:
+        raise UserError(f"{path}: holds only 0 and 1, which is nearly black. Write 255 on the object.")
+    return mask
 
 
 def over_white(rgba: UInt8[np.ndarray, "*b 4"]) -> UInt8[np.ndarray, "*b 3"]:

@@ -27,8 +27,8 @@ from latentscenes.data.boxes import (
     union_box,
     visible_cube,
 )  # fmt: skip
-from latentscenes.data.catalog import tags_of_folders
-from latentscenes.data.checks import check_cameras
+from latentscenes.data.catalog import listed, tags_of_folders
+from latentscenes.data.checks import check_cameras, upright_axis
 from latentscenes.data.dataset import Split, spread
 from latentscenes.data.images import (
     border_is_white,
@@ -38,6 +38,7 @@ from latentscenes.data.images import (
     require_upright,
     white_background,
 )
+from latentscenes.data.lenses import Lens
 from latentscenes.data.options import Axes, Background, ImportOptions
 from latentscenes.data.placing import fitting, turn_of
 from latentscenes.data.splits import choose_splits, natural_key
@@ -47,6 +48,7 @@ IN_MEMORY = 512 << 20
 """Scenes with more bytes of pixels than this are gathered in a temporary file."""
 
 
+Pictures = list[tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]]
 FOR_EACH = "around all objects; each has a box of its own inside"
 """What `Imported.box_from` adds where objects have boxes of their own."""
 
@@ -61,6 +63,18 @@ class Source:
     """Origin of each camera, for error messages."""
     held_out: tuple[int, ...] | None = None
     """Views that the source itself marks for evaluation; None if it marks none."""
+    masks: tuple[Path | None, ...] = ()
+    """Silhouettes of the images in files of their own, white on the object; () if there are none."""
+    lenses: tuple[Lens | None, ...] = ()
+    """Distortions to undo; () if there are none. `cameras` are those of the undistorted images."""
+
+    def read(
+        self, place: int, size: tuple[int, int] | None, masked: bool
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]:
+        """Reads one image: RGB over white, and its alpha or (if `masked`) mask; undistorted, of the wanted
+        size."""
+        mask = self.masks[place] if self.masks and masked else None
+        return read_image(self.images[place], size, mask, self.lenses[place] if self.lenses else None)
 
 
 @dataclass(frozen=True)
@@ -109,11 +123,15 @@ def import_scenes(
     background = _background(first, options, size)
     has_alpha = background == "alpha" or (background == "white" and options.alpha_from_white)
     resize = None if options.size is None and options.reduce == 1 else size
-    extents, views = [], 0
+    extents, views, unused, tilted = [], 0, [], {}
     with DatasetWriter(out, size, has_alpha, f"{origin}") as writer:
         for place, (name, split) in enumerate(tracked(splits.items(), "importing scenes")):
             source = load(name) if place else first
             _check_source(name, source, None if options.fit else box, axes)
+            if source.masks and background != "alpha":
+                unused.append(name)
+            if options.up == "auto" and (up := upright_axis(source.cameras)) not in (None, "z"):
+                tilted.setdefault(up, []).append(name)
             cameras = source.cameras.placed(turn_of(options), options.scale)
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:
@@ -128,19 +146,42 @@ def import_scenes(
                 held_out = _spread(name, len(images), options.held_out)
             writer.add(name, images, cameras, split, held_out, alpha, own, tags.get(name))
             views += len(images)
-        if box is not None:
-            found = "given"
-        elif background == "unknown":
-            found = "the space that the cameras see (unknown background; a box given by hand may be tighter)"
-        else:
-            found = "fitted to the silhouettes"
         box = box or union_box(extents)
-        found += f", {FOR_EACH}" if options.boxes == "object" else ""
         writer.finish(box)
+    remarks += _remarks(unused, tilted, background)
     if left_out := 0 if options.limit else len(names) - len(splits):
         omitted = f"{left_out} of {len(names)} scenes are not listed in {options.split} and were left out"
         remarks.append(omitted)
+    found = _box_from(options, background)
     return Imported(Path(out), len(splits), views, size, box, found, background, (*notes, *remarks))
+
+
+def _box_from(options: ImportOptions, background: Background) -> str:
+    """How the box was found, for people."""
+    if options.box is not None:
+        return "given"
+    if background == "unknown":
+        found = "the space that the cameras see (unknown background; a box given by hand may be tighter)"
+    else:
+        found = "fitted to the silhouettes"
+    return f"{found}, {FOR_EACH}" if options.boxes == "object" else found
+
+
+def _remarks(unused: list[str], tilted: dict[str, list[str]], background: Background) -> list[str]:
+    """What people should know: scenes whose masks are not used, and whose cameras stand upright along another
+    axis than z."""
+    remarks = []
+    if unused:
+        remarks.append(
+            f"masks are not used, as the background is taken as {background}: {listed(unused)}. Where they "
+            "are white on the object alone, add --background alpha"
+        )
+    for up, names in tilted.items():
+        remarks.append(
+            f"the cameras stand upright along {up}, but the dataset's z is up: {listed(names)}. If objects "
+            f"should stand upright, add --up {up}"
+        )
+    return remarks
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -216,13 +257,24 @@ def _background(first: Source, options: ImportOptions, size: tuple[int, int]) ->
     """Returns the kind of background; with `auto`, judged by up to eight images of the first scene."""
     if options.background != "auto":
         return options.background
-    read = []
-    for place in np.unique(np.linspace(0, len(first.images) - 1, 8).round().astype(int)):
-        path = first.images[place]  # enlarging is refused later, when all images are read
-        read.append(read_image(path, tuple(np.minimum(size, image_size(path)).tolist())))
-    if any(alpha is not None and (alpha < 128).any() for _, alpha in read):
+    read = {True: [], False: []}
+    for place in np.unique(np.linspace(0, len(first.images) - 1, 8).round().astype(int)).tolist():
+        whole = image_size(first.images[place])  # enlarging is refused later, when all images are read
+        for masked in read:
+            read[masked].append(first.read(place, tuple(np.minimum(size, whole).tolist()), masked))
+    if _any_empty(read[False]) or (_any_empty(read[True]) and _border_is_empty(read[True])):
         return "alpha"
-    return "white" if all(border_is_white(rgb[None]) for rgb, _ in read) else "unknown"
+    return "white" if all(border_is_white(rgb[None]) for rgb, _ in read[False]) else "unknown"
+
+
+def _any_empty(read: Pictures) -> bool:
+    return any(alpha is not None and (alpha < 128).any() for _, alpha in read)
+
+
+def _border_is_empty(read: Pictures) -> bool:
+    """Tells masks of objects from masks of what moves through a scene: these keep most of the border."""
+    masks = [np.repeat(255 - alpha[None, ..., None], 3, 3) for _, alpha in read if alpha is not None]
+    return float(np.mean([border_is_white(mask) for mask in masks])) >= 0.5
 
 
 def _check_source(name: str, source: Source, box: Box | None, axes: Axes) -> None:
@@ -253,7 +305,7 @@ def _read(
     def read(place: int) -> None:
         path = source.images[place]
         require_upright(path)
-        rgb, opacity = read_image(path, resize)
+        rgb, opacity = source.read(place, resize, with_alpha)
         if rgb.shape[:2] != size:
             raise UserError(
                 f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), but earlier images are "
@@ -263,8 +315,8 @@ def _read(
         if alpha is not None:
             if opacity is None:
                 raise UserError(
-                    f"{path}: has no alpha channel, but silhouettes are read from alpha. Add it, or pass "
-                    "--background."
+                    f"{path}: has no alpha channel{' and no mask' if source.masks else ''}, but "
+                    "silhouettes are read from alpha. Add it, or pass --background."
                 )
             alpha[place] = opacity
 

@@ -11,7 +11,7 @@ Axes = Literal["opencv", "opengl"]
 """Camera axes of a file. `opencv`: x right, y down, z forward. `opengl`: x right, y up, z backward."""
 Background = Literal["auto", "alpha", "white", "unknown"]
 HeldOutFrom = Literal["test", "val", "none"]
-Up = Literal["auto", "y", "z"]
+Up = Literal["auto", "x", "y", "z", "-x", "-y", "-z"]
 Front = Literal["+x", "-x", "+y", "-y", "+z", "-z"]
 Boxes = Literal["common", "object"]
 New = int | Literal["all"]
@@ -23,6 +23,8 @@ LightName = Literal["studio", "flat", "camera"]
 class Placement:
     """How objects are turned and scaled."""
 
+    up: Up = "auto"
+    """The axis that points up; it becomes z. auto: z already does."""
     front: Front | None = None
     """The axis of the files that the objects face; they are turned to face +x. Unset: not turned."""
     turn: float = 0.0
@@ -88,7 +90,7 @@ class MeshOptions(Placement):
     """How mesh files are read and lit."""
 
     up: Up = "auto"
-    """The axis that points up in the files; auto: y in glTF and OBJ, z in PLY."""
+    """The axis that points up in the files; it becomes z. auto: y in glTF and OBJ, z in PLY."""
     light: LightName = "studio"
     """`studio`: bright and even; `flat`: the surface's own color; `camera`: a lamp that moves with the
     camera."""
@@ -149,8 +151,9 @@ class ImportOptions(Placement):
     """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
     sizes."""
     background: Background = "auto"
-    """Source of the silhouettes. `alpha`: the files' alpha channel; `white`: white pixels connected to the
-    border; `unknown`: none (photographs); `auto`: decided by the first scene's images."""
+    """Source of the silhouettes. `alpha`: the files' alpha channel, or else their masks; `white`: white
+    pixels connected to the border; `unknown`: none (photographs); `auto`: decided by the first scene's
+    images."""
     alpha_from_white: bool = False
     """Store silhouettes found from a white background as alpha."""
     held_out: int = 4

@@ -17,6 +17,13 @@ from latentscenes.data.writing import DatasetWriter
 SOLID = 26
 """Least alpha that counts as object: a tenth, so that thin parts stay inside the box."""
 
+UPRIGHT: dict[str, list[list[float]]] = {
+    "x": [[0, 0, -1], [0, 1, 0], [1, 0, 0]], "-x": [[0, 0, 1], [0, 1, 0], [-1, 0, 0]],
+    "y": [[1, 0, 0], [0, 0, -1], [0, 1, 0]], "-y": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
+    "z": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "-z": [[1, 0, 0], [0, -1, 0], [0, 0, -1]],
+}  # fmt: skip
+"""Rotations that turn an axis to z, about the level axis that this needs."""
+
 
 def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3"]:
     """Returns the matrix that turns `up` to z, then `front` to x, then all by `turn` degrees about z.
@@ -24,7 +31,7 @@ def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3
     Raises:
         UserError: `front` is the axis that points up.
     """
-    matrix = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) if up == "y" else np.eye(3)
+    matrix = np.array(UPRIGHT[up])
     angle = np.radians(turn)
     if front is not None:
         facing = matrix @ ((1.0 if front[0] == "+" else -1.0) * np.eye(3)["xyz".index(front[1])])
@@ -36,10 +43,11 @@ def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3
 
 
 def turn_of(placing: Placement) -> Float[torch.Tensor, "3 3"] | None:
-    """Returns the rotation of a world whose z is up; None if nothing turns."""
-    if placing.front is None and not placing.turn:
+    """Returns the rotation of a world, whose z is up unless stated otherwise; None if nothing turns."""
+    up = "z" if placing.up == "auto" else placing.up
+    if placing.front is None and not placing.turn and up == "z":
         return None
-    return torch.from_numpy(rotation("z", placing.front, placing.turn)).float()
+    return torch.from_numpy(rotation(up, placing.front, placing.turn)).float()
 
 
 def fitting(part: Box, box: Box) -> tuple[float, tuple[float, ...]]:

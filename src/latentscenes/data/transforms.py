@@ -5,14 +5,16 @@ test_filenames), or one file per part (transforms_train.json, …). The test fra
 Cameras are camera-to-world in OpenGL axes (x right, y up, looking along -z), world z up.
 """
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import one_line
 from latentscenes.core.reading import read_any_json
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
@@ -24,18 +26,28 @@ from latentscenes.data.importing import (
     require_file_name,
     subfolders,
 )  # fmt: skip
+from latentscenes.data.lenses import LENS_KEYS, Lens, read_intrinsics, read_lens
 from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions
 from latentscenes.data.splits import natural_key
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 """Tried in this order if file_path has none."""
-DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
-OTHER_LENSES = (
-    "is_fisheye", "fisheye_crop_radius", "ftheta_p0", "ftheta_p1", "ftheta_p2", "ftheta_p3", "ftheta_p4",
-    "latlong", "equirectangular", "orthographic", "distortion_params",
-)  # fmt: skip
-"""Keys of instant-ngp and nerfstudio that, unless false or zero, describe lenses without pinhole cameras."""
-PINHOLES = {"", "OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE"}
+FRAME_KEYS = {
+    "file_path", "mask_path", "transform_matrix", "transform_matrix_start", "transform_matrix_end",
+}  # fmt: skip
+LISTS = ("train", "val", "test")
+FILE_KEYS = {"frames", *(f"{part}_filenames" for part in LISTS)}
+READ = FRAME_KEYS | FILE_KEYS | LENS_KEYS
+"""Keys that are read. Others are named after the import, unless they are empty, zero or false."""
+MITSUBA = "normal_mts_args"
+"""Says, in instant-ngp, that matrices have Mitsuba's axes."""
+NGP_MASK = "dynamic_mask_"
+"""Beginning of the names of instant-ngp's masks, which lie beside the images and are white where nothing is
+learned."""
+MOST_NAMED = 20
+"""Keys that are named one by one."""
+STILL = 1e-4
+"""Greatest difference of the matrices at the beginning and the end of an exposure, relative to their size."""
 
 
 def make_transforms(
@@ -71,15 +83,29 @@ def make_transforms(
                 "Move it away."
             )
     notes: list[str] = []
+    unread: dict[str, set[str]] = {}
     for scene in scenes.values():
         used = [file.name for file, _ in _parts(scene, held_out_from)]
         if unused := sorted(file.name for file in scene.glob("transforms*.json") if file.name not in used):
             notes.append(f"{scene}: {', '.join(unused)} not used")
 
     def load(name: str) -> Source:
-        return _read_scene(scenes[name], held_out_from, axes, notes)
+        source, keys = _read_scene(scenes[name], held_out_from, axes, notes)
+        for key in keys:
+            unread.setdefault(key, set()).add(name)
+        return source
 
-    return import_scenes(folder, list(scenes), load, out, options or ImportOptions(), axes, notes)
+    made = import_scenes(folder, list(scenes), load, out, options or ImportOptions(), axes, notes)
+    return replace(made, notes=(*made.notes, *_unread(unread)))
+
+
+def _unread(keys: dict[str, set[str]]) -> list[str]:
+    """One remark on the keys that were not read."""
+    if not keys:
+        return []
+    names = [one_line(key) for key in sorted(keys)]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return [f"keys that are not used: {', '.join(names[:MOST_NAMED])}{more}"]
 
 
 def _described(folder: Path) -> bool:
@@ -102,36 +128,91 @@ def _parts(folder: Path, held_out_from: HeldOutFrom | None) -> list[tuple[Path, 
     return [(train, False), (held, True)]
 
 
-def _read_scene(folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, notes: list[str]) -> Source:
+def _read_scene(
+    folder: Path, held_out_from: HeldOutFrom | None, axes: Axes, notes: list[str]
+) -> tuple[Source, set[str]]:
+    """Returns a scene, and the keys of its files that are not read."""
     images: list[Path] = []
     files: list[str] = []
-    matrices, intrinsics, held_out = [], [], []
-    parts = _parts(folder, held_out_from)
+    matrices, intrinsics, held_out, masks, lenses = [], [], [], [], []
+    parts, unread = _parts(folder, held_out_from), set()
     for file, held in parts:
         meta = read_any_json(file)
         if not isinstance(meta, dict):
             raise UserError(f"{file}: must hold an object with a list of frames.")
+        if MITSUBA in meta:
+            raise UserError(
+                f"{file}: {MITSUBA} says that its matrices have Mitsuba's axes. Turn them to OpenGL's (x "
+                f"right, y up, looking along -z) and remove {MITSUBA}."
+            )
         frames, marked = _frames(meta, file), set()
         if len(parts) == 1:
             frames, marked = _listed(meta, frames, file, held_out_from, notes)
-        if any("mask_path" in frame for frame in frames):
-            notes.append(f"{file}: masks named by its frames (mask_path) are not used")
         for place, frame in enumerate(frames):
             label = f"{file}: frame {place} ({frame['file_path']})"
-            merged = {**meta, **frame}
-            _refuse_distortion(merged, label)
             image = _image_path(folder, frame["file_path"])
             require_upright(image)
+            pinhole = read_intrinsics((frame, meta), image_size(image), label)
+            lens = read_lens({**meta, **frame}, pinhole, label)
             if held or _plain(frame["file_path"]) in marked:
                 held_out.append(len(images))
             images.append(image)
             files.append(label)
-            matrices.append(read_matrix(_flat(frame.get("transform_matrix"), label), label, axes))
-            intrinsics.append(_intrinsics(merged, image, label))
+            masks.append(_mask_path(folder, {**meta, **frame}.get("mask_path"), label))
+            lenses.append(lens)
+            matrices.append(read_matrix(_flat(_matrix(frame, label), label), label, axes))
+            intrinsics.append(pinhole if lens is None else lens.pinhole)
+        unread.update(key for level in (meta, *frames) for key, value in level.items() if value)
     if len(held_out) == len(images):
         raise UserError(f"{parts[0][0]}: every frame is held out; none is left to learn from.")
+    notes += _notes(folder, images, lenses)
     cameras = Cameras(torch.stack(matrices), torch.tensor(intrinsics, dtype=torch.float64).float())
-    return Source(tuple(images), cameras, tuple(files), tuple(held_out) if held_out else None)
+    source = Source(
+        tuple(images), cameras, tuple(files), tuple(held_out) if held_out else None,
+        tuple(masks) if any(masks) else (), tuple(lenses) if any(lenses) else (),
+    )  # fmt: skip
+    return source, unread - READ
+
+
+def _notes(folder: Path, images: list[Path], lenses: list[Lens | None]) -> list[str]:
+    """Remarks on a scene's lenses, and on masks of instant-ngp beside its images."""
+    notes = []
+    if bent := [lens for lens in lenses if lens is not None]:
+        zoom = max(lens.zoom for lens in bent)
+        larger = (
+            f", and enlarged by up to {100 * (zoom - 1):.1f} % so that no pixel is empty" if zoom > 1 else ""
+        )
+        notes.append(f"{folder}: {len(bent)} of {len(lenses)} images are undistorted{larger}")
+    for place in sorted({image.parent for image in images}):
+        if found := sum(1 for _ in place.glob(f"{NGP_MASK}*.png")):
+            notes.append(f"{place}: {found} masks named {NGP_MASK}… are not used; name masks by mask_path")
+    return notes
+
+
+def _matrix(frame: dict[str, Any], label: str) -> Any:
+    """Returns a frame's matrix. Refuses a camera that moves during the exposure."""
+    ends = [frame[key] for key in ("transform_matrix_start", "transform_matrix_end") if key in frame]
+    if not ends:
+        return frame.get("transform_matrix")
+    first, *others = [np.array(_flat(end, label)) for end in ends]
+    if any(np.abs(other - first).max() > STILL * max(1.0, np.abs(first).max()) for other in others):
+        raise UserError(
+            f"{label}: its camera moves during the exposure (transform_matrix_start and _end differ), and "
+            "only cameras at rest are read. Replace both by one transform_matrix, or remove the frame."
+        )
+    return frame.get("transform_matrix", ends[0])
+
+
+def _mask_path(folder: Path, name: Any, label: str) -> Path | None:
+    """Returns the mask that a frame names; None if it names none."""
+    if not name:
+        return None
+    if not isinstance(name, str):
+        raise UserError(f"{label}: mask_path must be a file's path.")
+    path = _found(folder, require_file_name(name, label))
+    if not path.is_file():
+        raise UserError(f"{path}: no such mask, which {label} names. Restore it, or remove mask_path.")
+    return path
 
 
 def _frames(meta: dict[str, Any], file: Path) -> list[dict[str, Any]]:
@@ -155,8 +236,7 @@ def _listed(
 ) -> tuple[list[dict[str, Any]], set[str]]:
     """Returns the frames to use, and the images of those held out, by nerfstudio's lists train_filenames,
     val_filenames and test_filenames. Without any list, all frames and none."""
-    parts = ("train", "val", "test")
-    given = {part: meta.get(f"{part}_filenames") or [] for part in parts}
+    given = {part: meta.get(f"{part}_filenames") or [] for part in LISTS}
     for part, names in given.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{file}: {part}_filenames must be a list of the frames' file_path.")
@@ -197,74 +277,18 @@ def _flat(matrix: Any, label: str) -> list[float]:
     return sum(rows, []) + ([0.0, 0.0, 0.0, 1.0] if len(rows) == 3 else [])
 
 
+def _found(folder: Path, name: str) -> Path:
+    """Returns the path that a file names, maybe in the style of Windows."""
+    path = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and not path.is_file() else path
+
+
 def _image_path(folder: Path, file_path: str) -> Path:
     """Returns the image that a frame names, with or without its extension, maybe in the style of Windows."""
-    path = folder / file_path
-    if "\\" in file_path and not path.is_file():
-        path = folder / file_path.replace("\\", "/")
+    path = _found(folder, file_path)
     if path.is_file() or path.suffix in EXTENSIONS:
         return path
     for extension in EXTENSIONS if path.name else ():
         if (found := path.with_name(path.name + extension)).is_file():
             return found
     raise UserError(f"{path}: no such image, also not as .png or .jpg. Restore it, or remove the frame.")
-
-
-def _refuse_distortion(frame: dict[str, Any], label: str) -> None:
-    if other := [key for key in OTHER_LENSES if _is_set(frame.get(key))]:
-        raise UserError(
-            f"{label}: {other[0]} = {frame[other[0]]} says that the camera is no pinhole camera. Undistort "
-            f"the images first (such as by OpenCV's fisheye module), and remove {', '.join(other)}."
-        )
-    model = str(frame.get("camera_model", "")).upper()
-    if model not in PINHOLES:
-        raise UserError(
-            f"{label}: camera_model {model!r} is no pinhole camera. Undistort the images first (for "
-            "instance with COLMAP's image_undistorter)."
-        )
-    if bent := [key for key in DISTORTION if _is_set(frame.get(key))]:
-        raise UserError(
-            f"{label}: the lens is distorted ({bent[0]} = {frame[bent[0]]}), but cameras must be pinhole "
-            "cameras. Undistort the images (COLMAP's image_undistorter, or OpenCV's undistort), write the "
-            f"new focal lengths, and set {', '.join(bent)} to 0."
-        )
-
-
-def _is_set(value: Any) -> bool:
-    """Tells whether the value of a lens key is not false or zero, as a number, a text, or a list of them."""
-    if isinstance(value, dict | list):
-        return any(map(_is_set, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, str):
-        try:
-            return float(value) != 0
-        except ValueError:
-            return value.lower() not in ("", "false", "none")
-    return bool(value)
-
-
-def _intrinsics(frame: dict[str, Any], image: Path, label: str) -> list[float]:
-    """Returns fx, fy, cx, cy as fractions. Pixels refer to the stated w and h, or else to the image."""
-    keys = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
-    try:
-        given = {key: float(frame[key]) for key in keys if frame.get(key) is not None}
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{label}: intrinsics must be numbers ({error}).") from None
-    height, width = real = image_size(image)
-    if "w" in given and "h" in given:
-        width, height = given["w"], given["h"]
-    if min(width, height) <= 0 or abs(width * real[0] / (height * real[1]) - 1) > 0.02:
-        raise UserError(
-            f"{label}: states images of {width:g}x{height:g} (w x h), but this one is {real[1]}x{real[0]}, "
-            "another shape. Correct w and h, to which fl_x, fl_y, cx and cy refer."
-        )
-    for axis, side in (("x", width), ("y", height)):
-        angle = given.get(f"camera_angle_{axis}")
-        if f"fl_{axis}" not in given and angle is not None:
-            if not 0 < angle < math.pi:
-                raise UserError(f"{label}: camera_angle_{axis} = {angle:g} must lie between 0 and pi.")
-            given[f"fl_{axis}"] = 0.5 * side / math.tan(angle / 2)
-    fl_x = given.get("fl_x", given.get("fl_y"))
-    if fl_x is None:
-        raise UserError(f"{label}: no focal length; give fl_x (pixels) or camera_angle_x (radians).")
-    cx, cy = given.get("cx", width / 2), given.get("cy", height / 2)
-    return [fl_x / width, given.get("fl_y", fl_x) / height, cx / width, cy / height]

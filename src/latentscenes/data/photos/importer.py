@@ -26,7 +26,7 @@ from latentscenes.core.reading import read_any_json
 from latentscenes.data.boxes import GRID, standing_bounds, union_box
 from latentscenes.data.catalog import tags_of_folders
 from latentscenes.data.dataset import spread
-from latentscenes.data.images import image_size, in_parallel, read_image
+from latentscenes.data.images import image_size, in_parallel, read_image, read_silhouette
 from latentscenes.data.importing import FOR_EACH, Imported, open_folder, subfolders
 from latentscenes.data.options import Boxes, SceneChoice
 from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
@@ -326,19 +326,7 @@ def read_mask(photograph: Photograph, masks: dict[str, Path]) -> Image.Image:
     """Returns the mask (L, 255 on the object). The alpha of a partly transparent mask file counts."""
     if not masks:
         return read_cut_out(photograph, masks)[1]
-    file = masks[photograph.name]
-    rgb, alpha = read_image(file)
-    mask = rgb.max(-1) if alpha is None or alpha.min() == 255 else alpha
-    height, width = image_size(photograph.file)
-    if mask.shape != (height, width):
-        raise UserError(
-            f"{file}: is {mask.shape[1]}x{mask.shape[0]} (width x height), its photograph {width}x{height}. "
-            "Make masks of the photographs as stored, neither reduced nor rotated (some programs apply the "
-            "EXIF rotation, COLMAP does not)."
-        )
-    if mask.max() == 1:
-        raise UserError(f"{file}: holds only 0 and 1, which is nearly black. Write 255 on the object.")
-    return Image.fromarray(mask)
+    return Image.fromarray(read_silhouette(masks[photograph.name], image_size(photograph.file)))
 
 
 def shows(mask: Image.Image) -> Literal["all", "part", "nothing"]:
