@@ -94,17 +94,35 @@ def test_fitting_needs_a_box(options):
         options(fit=True)
 
 
-def test_the_turn_with_which_a_model_knows_cars_is_found(tmp_path, monkeypatch, capsys):
-    """Cars that face +y, for the model that comes with the package, which knows cars that face +x."""
+def test_the_way_in_which_a_model_knows_cars_is_found(tmp_path, monkeypatch, capsys):
+    """Cars that lie on a side, of another size, for the model of the package, which knows cars along x."""
+    wrong = Placement(up="-y", turn=90.0, scale=0.01)
     monkeypatch.setattr(fit, "TRIED", 1)
     monkeypatch.setattr(add, "QUICK_STEPS", 20)
+    monkeypatch.setattr(fit, "ROUGH_STEPS", 8)
     make_cars(tmp_path / "cars", ViewOptions(views=10, size=32, held_out=2), train=0, new=1)
-    place(tmp_path / "cars", tmp_path / "turned", Placement(turn=90.0, scale=3.0))
+    place(tmp_path / "cars", tmp_path / "turned", wrong)
     learned, images = open_parent(Path("cars")), PosedImages.open(tmp_path / "turned")
     found = fit.fitted_dataset(images, learned, learned.config, "cars", torch.device("cpu"))
-    command = re.search(r"--turn (90|270) --fit-to cars", capsys.readouterr().err)  # along x again
+    up, turn = re.search(
+        r"--out \S+turned_fitted --up (\S+) --turn (\d+) --fit-to cars", capsys.readouterr().err
+    ).groups()
     assert found.path == tmp_path / "turned_fitted" and found.box == learned.info.box
-    turned = images.cameras.placed(turn_of(Placement(turn=float(command[1])))).cam2world[:, :, :3]
+    both = rotation(up, None, float(turn)) @ turn_of(wrong).double().numpy()
+    assert np.allclose(np.abs(both), np.eye(3), atol=1e-6) and both[2, 2] > 0  # along x, wheels down
+    turned = images.cameras.placed(turn_of(Placement(up=up, turn=float(turn)))).cam2world[:, :, :3]
     assert torch.allclose(found.cameras.cam2world[:, :, :3], turned, atol=1e-5)
-    monkeypatch.setattr(fit, "errors_by_turn", None)  # the second time, nothing is learned
+    monkeypatch.setattr(fit, "errors_by_way", None)  # the second time, nothing is learned
     assert fit.fitted_dataset(images, learned, learned.config, "cars", torch.device("cpu")).path == found.path
+
+
+def test_another_way_is_taken_only_if_it_is_clearly_better():
+    as_it_is, back, lying = Placement(up="z"), Placement(up="z", turn=180.0), Placement(up="x", turn=90.0)
+    assert as_it_is in fit.WAYS and len(set(fit.WAYS)) == 24
+    for errors, expected in (
+        ((1.0, 0.97, 0.9), as_it_is),
+        ((1.0, 0.9, 0.83), back),
+        ((1.0, 0.9, 0.6), lying),
+        ((0.5, 0.9, 0.6), as_it_is),
+    ):
+        assert fit.chosen_way(dict(zip((as_it_is, back, lying), errors, strict=True))) == expected

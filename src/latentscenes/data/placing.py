@@ -17,7 +17,7 @@ from latentscenes.data.writing import DatasetWriter
 SOLID = 26
 """Least alpha that counts as object: a tenth, so that thin parts stay inside the box."""
 
-UPRIGHT: dict[str, list[list[float]]] = {
+UPRIGHT: dict[Up, list[list[float]]] = {
     "x": [[0, 0, -1], [0, 1, 0], [1, 0, 0]], "-x": [[0, 0, 1], [0, 1, 0], [-1, 0, 0]],
     "y": [[1, 0, 0], [0, 0, -1], [0, 1, 0]], "-y": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
     "z": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "-z": [[1, 0, 0], [0, -1, 0], [0, 0, -1]],

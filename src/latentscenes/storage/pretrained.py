@@ -160,19 +160,24 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
     turned = _largest_scale(_quarter_turned(images.box), box)
     smaller = math.floor(100 * max(scale, turned)) / 100
     if turned >= 1:
-        remedy = "Turned by a quarter they fit: data meshes --turn 90, or -90 if that turns their front to -x"
+        remedy = "data meshes --turn 90 (a quarter turn; or -90 if that turns their front to -x)"
     elif turned > scale:
-        remedy = f"Turned by a quarter and smaller they fit: data meshes --turn 90 --scale {smaller:g}"
+        remedy = f"data meshes --turn 90 --scale {smaller:g} (a quarter turn, and smaller)"
     else:
-        remedy = f"Smaller they fit: data meshes --scale {smaller:g}"
+        remedy = f"data meshes --scale {smaller:g} (smaller)"
     raise UserError(
         f"{images.path}: objects reach {reaches[axis]:.3f} from the center along {'xyz'[axis]}, but the box "
-        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. {remedy}. (Turn and scale come "
-        "on top of those the dataset was made with.) If only the box fitted to the silhouettes is larger "
-        "than the objects, give `data srn` or `data transforms` the learned box: --box "
-        f"{learned}. `exploit --fit` turns and scales the objects of any dataset. Or train a model of these "
-        "objects."
+        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. Add --fit to this command: it "
+        "finds out how the objects must be turned, and scales them. Or make the dataset again so that they "
+        f"fit: {remedy}. (Turn and scale come on top of those it was made with.) If only the box fitted to "
+        "the silhouettes is larger than the objects, give `data srn` or `data transforms` the learned box: "
+        f"--box {learned}. Or train a model of these objects."
     )
+
+
+def smallness(images: PosedImages, box: Box) -> float:
+    """Returns how much larger the objects could be in a model's box; below 1 if they exceed it."""
+    return _largest_scale(images.box, box)
 
 
 def _reaches(part: Box, box: Box) -> list[float]:

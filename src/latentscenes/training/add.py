@@ -155,9 +155,9 @@ def _own_box(
     return fit_box([(name, masks, cameras)])
 
 
-def quick(config: Config, views: int) -> Config:
-    """Keeps only the first exploit stage that learns weights from latents, with QUICK_STEPS steps over
-    `views` views of one scene.
+def quick(config: Config, views: int, steps: int | None = None) -> Config:
+    """Keeps only the first exploit stage that learns weights from latents, with `steps` (unset: QUICK_STEPS)
+    steps over `views` views of one scene.
 
     Raises:
         UserError: there is no such stage.
@@ -167,7 +167,7 @@ def quick(config: Config, views: int) -> Config:
         raise UserError(
             "search: no exploit stage of this library's configuration learns weights from latents."
         )
-    epochs = math.ceil(QUICK_STEPS / math.ceil(views / stages[0].views))
+    epochs = math.ceil((steps or QUICK_STEPS) / math.ceil(views / stages[0].views))
     rates = dataclasses.replace(stages[0].rates, colors=0.0, cameras=0.0)
     stage = dataclasses.replace(stages[0], epochs=epochs, rates=rates)
     return dataclasses.replace(frozen(config), exploit=(stage,), exploit_start="mean")

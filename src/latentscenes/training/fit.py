@@ -1,8 +1,9 @@
 """Finds out how new objects must be turned so that a model knows them, and makes a dataset in which they are.
 
-A few objects are learned for a few steps in each turn about the vertical, scaled to the model's box. Only
-their mix of base planes learns: micro planes would learn any turn alike. The turn with the smallest error is
-the one in which the objects look most like what the model was learned from.
+A few objects are learned for a few steps in each of the 24 ways in which a box lies on a side, scaled to the
+model's box; the best ways for more steps. Only their mix of base planes learns: micro planes would learn any
+way alike. The way with the smallest error is the one in which the objects look most like what the model was
+learned from.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentscenes.core.cameras import Cameras
+from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config
-from latentscenes.core.console import say
+from latentscenes.core.console import console, say, tracked
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
-from latentscenes.data.placing import fitting, object_box, place, turn_of, turned_box
+from latentscenes.data.placing import UPRIGHT, fitting, object_box, place, turn_of, turned_box
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters
 from latentscenes.storage.library import LibraryFolder
@@ -30,10 +31,20 @@ from latentscenes.training.groups import starting_parameters
 from latentscenes.training.loop import Trainer
 
 TURNS = (0.0, 90.0, 180.0, 270.0)
+WAYS = tuple(Placement(up=up, turn=turn) for up in UPRIGHT for turn in TURNS)
+"""Which axis of the dataset becomes z, and the turn about it: the 24 rotations of a cube."""
+AS_IT_IS = Placement(up="z")
 TRIED = 3
-"""Objects that are learned in each turn."""
+"""Objects that are learned in each way."""
+ROUGH_STEPS = 15
+"""Steps in which all ways are compared first."""
+FINALISTS = 4
+"""Ways that are compared in more steps. The way as it is always is."""
 CLEARLY = 0.95
-"""Objects are turned only if the error falls below this share of the error without a turn."""
+"""Objects are turned about the vertical only if the error falls below this share of the error as they are."""
+CLEARLY_LYING = 0.9
+"""Another axis becomes z only if the error falls below this share of the least error with z up. Right ways of
+cars that lay on a side had 0.4 to 0.83 of it."""
 
 
 def fitted_dataset(
@@ -51,42 +62,70 @@ def fitted_dataset(
     target = images.path.with_name(f"{images.path.name}_fitted")
     if not (target / "views.json").is_file():
         begun = time.process_time()
-        errors = errors_by_turn(images, learned, config, device)
-        best = min(errors, key=errors.get)
-        turn = best if errors[best] < CLEARLY * errors[0.0] else 0.0
-        listed = ", ".join(f"{degrees:.0f}°: {error:.4f}" for degrees, error in errors.items())
-        say(f"Error after a few steps, by turn: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
-        say(
-            f"latentscenes data place --folder {images.path} --out {target} --turn {turn:.0f} --fit-to {name}"
-        )
-        place(images.path, target, Placement(turn=turn), None if learned.has_boxes else learned.info.box)
+        errors = errors_by_way(images, learned, config, device)
+        way = chosen_way(errors)
+        listed = ", ".join(f"{_told(one)}: {errors[one]:.4f}" for one in sorted(errors, key=errors.get))
+        say(f"Error after a few steps: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
+        say(f"latentscenes data place --folder {images.path} --out {target} {_told(way)} --fit-to {name}")
+        place(images.path, target, way, None if learned.has_boxes else learned.info.box)
     return PosedImages.open(target)
 
 
-def errors_by_turn(
+def chosen_way(errors: dict[Placement, float]) -> Placement:
+    """Returns the way with the smallest error, unless another that changes less is nearly as good."""
+    upright = min((way for way in errors if way.up == "z"), key=errors.get)
+    best = min(errors, key=errors.get)
+    if errors[best] < CLEARLY_LYING * errors[upright]:
+        return best
+    return upright if errors[upright] < CLEARLY * errors[AS_IT_IS] else AS_IT_IS
+
+
+def _told(way: Placement) -> str:
+    """The options of `data place` for a way."""
+    return f"--up {way.up} --turn {way.turn:.0f}"
+
+
+def errors_by_way(
     images: PosedImages, learned: Run | LibraryFolder, config: Config, device: torch.device
-) -> dict[float, float]:
-    """Returns the mean squared error of some new objects after a few steps of learning, by turn (degrees)."""
+) -> dict[Placement, float]:
+    """Returns the mean squared error of some new objects after a few steps of learning, for the ways of WAYS
+    that are best after fewer steps, and for AS_IT_IS."""
     scenes = images.select("new", limit=TRIED)
     if isinstance(learned, LibraryFolder):
         model, start = learned.model(device), learned.starting_scene()
     else:
         model, rows = learned.load(device)
         start = mean_parameters(1, rows)
-    settings = _without_micro(quick(config, max(len(scene.views("fit")) for scene in scenes)))
+    views = max(len(scene.views("fit")) for scene in scenes)
     boxes = [object_box(images, scene) for scene in scenes]
-    found = {}
-    for turn in TURNS:
-        cameras, placed = images.cameras.cam2world.clone(), []
-        for scene, box in zip(scenes, boxes, strict=True):
-            views, about = slice(scene.first, scene.first + scene.count), turn_of(Placement(turn=turn))
-            moved = turned_box(box, about, 1.0)
-            there = (1.0, (0.0, 0.0, 0.0)) if start.box.numel() else fitting(moved, model.box)
-            cameras[views] = images.cameras[views].placed(about).placed(None, *there).cam2world
-            placed.append(dataclasses.replace(scene, box=moved))
-        turned = dataclasses.replace(images, cameras=Cameras(cameras, images.cameras.intrinsics))
-        found[turn] = _error(turned, placed, model, start, settings)
-    return found
+    settings = _without_micro(quick(config, views, ROUGH_STEPS))
+    say(f"trying {len(WAYS)} ways to turn {len(scenes)} objects …")
+    rough = {}
+    for way in (
+        WAYS if console.is_terminal else tracked(WAYS, "trying ways to turn objects")
+    ):  # has its own bar
+        rough[way] = _error(*_placed(images, scenes, boxes, way, model, start), model, start, settings)
+    settings = _without_micro(quick(config, views))
+    best = sorted(rough, key=rough.get)[:FINALISTS]
+    return {
+        way: _error(*_placed(images, scenes, boxes, way, model, start), model, start, settings)
+        for way in dict.fromkeys([*best, AS_IT_IS])
+    }
+
+
+def _placed(
+    images: PosedImages, scenes: list[Scene], boxes: list[Box], way: Placement, model: Model,
+    start: SceneParameters,
+) -> tuple[PosedImages, list[Scene]]:  # fmt: skip
+    """Returns the images with cameras moved so that some scenes are turned and fill the model's box."""
+    cameras, placed, about = images.cameras.cam2world.clone(), [], turn_of(way)
+    for scene, box in zip(scenes, boxes, strict=True):
+        views = slice(scene.first, scene.first + scene.count)
+        moved = turned_box(box, about, 1.0)
+        there = (1.0, (0.0, 0.0, 0.0)) if start.box.numel() else fitting(moved, model.box)
+        cameras[views] = images.cameras[views].placed(about).placed(None, *there).cam2world
+        placed.append(dataclasses.replace(scene, box=moved))
+    return dataclasses.replace(images, cameras=Cameras(cameras, images.cameras.intrinsics)), placed
 
 
 def _without_micro(config: Config) -> Config:
@@ -106,7 +145,9 @@ def _error(
         run = Run.create(
             Path(work) / "run", config, RunInfo("exploit", str(images.path), "new", names, model.box)
         )
-        Trainer(run, model, TrainingScenes(rows, images, scenes), label="Trying a turn").fit(config.exploit)
+        Trainer(run, model, TrainingScenes(rows, images, scenes), label="Trying a way to turn").fit(
+            config.exploit
+        )
     model.eval().requires_grad_(False)
     fits = (Fit(scene, row, None, run.spent) for scene, row in zip(scenes, rows.one_by_one(), strict=True))
     return float(np.mean([view_errors(model, images, fit)[0].mean().item() for fit in fits]))
