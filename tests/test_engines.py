@@ -1,20 +1,26 @@
-"""Ranks that SLURM's submitit and Ray start: every scene once and bit by bit, whatever dies."""
+"""Ranks that this machine, submitit and Ray start: every scene once and bit by bit, whatever dies."""
 
+import dataclasses
 import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from test_ranks import COUNT, OPTIONS, alone, boxes, content, path, run  # noqa: F401
+import torch
+from test_ranks import COUNT, CPU, OPTIONS, alone, boxes, content, path, run  # noqa: F401
 
+from latentscenes.cli.machines import as_workers
 from latentscenes.core import config_io
+from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions
 from latentscenes.storage.run import Run
-from latentscenes.training import loop
-from latentscenes.training.engines import slurm
+from latentscenes.training import loop, ranks
+from latentscenes.training.engines import local, slurm
+from latentscenes.training.exploit import exploit
 from latentscenes.training.ranks import RankCall
 
 
@@ -60,7 +66,9 @@ def test_jobs_that_are_preempted_and_killed(call, alone):  # noqa: F811
     send(first, signal.SIGUSR2)  # queued again, it goes on
     wait_for(lambda: list(call.out.glob(f"{claims}.done.part-0001")))
     send(second, signal.SIGKILL)
-    slurm.wait([first, second])
+    first.wait()
+    second.wait()
+    assert first.result() <= COUNT and second.exception()
     assert content(call.out) == alone and not (call.out / "parts").exists()
     told = first.stdout() + first.stderr()
     assert "this job is preempted" in told
@@ -68,26 +76,74 @@ def test_jobs_that_are_preempted_and_killed(call, alone):  # noqa: F811
 
 def test_jobs_in_this_process(call, alone):  # noqa: F811
     pytest.importorskip("submitit", reason="submitit is absent")
-    slurm.wait(slurm.submit(RankCall(**vars(call)), 2, "debug", {}))
+    assert [job.result() for job in slurm.submit(RankCall(**vars(call)), 2, "debug", {})] == [COUNT, 0]
     assert content(call.out) == alone
 
 
-class HungCall(RankCall):
-    """A rank whose first process hangs for ever."""
+def struck(strike, plan, folder, rank, device, pipe):
+    """Runs in a process of exploit: learns, but calls `strike` at the second checkpoint of box 3."""
+    saves, save, loop.SAVE_SECONDS, ranks.MOST_CLAIMS = [], Run.save, 0.0, 2
+    local.SIGNS = 0.0
 
-    def __call__(self):
-        if self.ranks.rank == "0":
-            time.sleep(3600)
-        return super().__call__()
+    def watched(work, *given):
+        save(work, *given)
+        saves.append(work.info.scenes)
+        if saves.count(["box 3"]) == 2:
+            strike(folder.parent / "struck")
+
+    Run.save = watched
+    learn_here(plan, folder, rank, device, pipe)
 
 
-def test_a_job_that_hangs_is_stopped_when_the_others_are_done(call, alone, monkeypatch, capsys):  # noqa: F811
-    pytest.importorskip("submitit", reason="submitit is absent")
-    monkeypatch.setattr(slurm, "GRACE", 0.5)
-    jobs = slurm.submit(HungCall(**vars(call)), 2, "local", {})
-    slurm.wait(jobs)
-    assert content(call.out) == alone and "1 of 2 processes hung and were stopped" in capsys.readouterr().err
-    wait_for(lambda: jobs[0]._process.poll() is not None)
+def die_once(file):
+    if not file.exists():
+        file.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_once(file):
+    if not file.exists():
+        file.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+learn_here = local._learn
+
+
+@pytest.mark.parametrize(
+    ("strike", "told"), [(die_once, "exit code -9"), (hang_once, "has not moved for 6 s")]
+)
+def test_a_process_that_ends_or_hangs_starts_again(
+    strike, told, run, boxes, alone, tmp_path, monkeypatch, capsys  # noqa: F811
+):  # fmt: skip
+    """Here a group is given up after two turns, so it must be the same process that goes on with it."""
+    monkeypatch.setattr(local, "_learn", partial(struck, strike))
+    monkeypatch.setattr(local, "PATIENCE", 6.0)
+    options, threads = dataclasses.replace(OPTIONS, workers=2), torch.get_num_threads()
+    library = exploit(tmp_path / "out", boxes, run.config, run, options, CPU)
+    assert content(library.path) == alone and torch.get_num_threads() == threads
+    said = " ".join(capsys.readouterr().err.split())
+    assert told in said and "It starts again" in said and f"{COUNT} of {COUNT}: " in said
+    assert {file.name for file in (tmp_path / "out" / "work").iterdir()} == {"lock", "struck"}
+
+
+def test_a_group_that_ends_every_process_of_a_machine(
+    run, boxes, alone, tmp_path, monkeypatch, capsys  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(local, "_learn", partial(struck, die))
+    out, options = tmp_path / "out", dataclasses.replace(OPTIONS, workers=2)
+    with pytest.raises(
+        UserError, match="1 groups ended every process .* 2 each.* holds box 3.* To try again, run the"
+    ):
+        exploit(out, boxes, run.config, run, options, CPU)
+    assert content(out) == {name: one for name, one in alone.items() if name != "box 3"}
+    assert "Process" in capsys.readouterr().err
+    exploit(out, boxes, run.config, run, OPTIONS, CPU)
+    assert content(out) == alone and not list((out / "work").glob("*/"))
 
 
 def test_what_submitit_refuses(call):
@@ -109,6 +165,13 @@ def test_engines_that_cannot_be():
     refused("--engine-options: only for processes that an engine starts", engine_options=("a=1",))
     refused("--engine-options num_cpus: must be KEY=VALUE", engine="ray", engine_options=("num_cpus",))
     refused("--world-size 0: must be at least 1", engine="ray", world_size=0)
+    refused("--lease 5.0: not with --engine local", engine="local", world_size=2, lease=5.0)
+    refused(
+        "--engine-options: not with --engine local", engine="local", world_size=2, engine_options=("a=1",)
+    )
+    assert as_workers(ExploitOptions(workers=0), RankOptions(engine="local", world_size=3)).workers == 3
+    with pytest.raises(UserError, match="--workers 2: --world-size 3 says so already"):
+        as_workers(ExploitOptions(workers=2), RankOptions(engine="local", world_size=3))
     options = RankOptions(engine="ray", engine_options=("num_cpus=0.5", "partition=gpu"))
     assert options.parsed_options() == {"num_cpus": 0.5, "partition": "gpu"}
 

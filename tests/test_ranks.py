@@ -29,9 +29,10 @@ from latentscenes.training import groups
 from latentscenes.training import ranks as module
 from latentscenes.training.batches import BatchSource
 from latentscenes.training.claims import Claims, own_name
-from latentscenes.training.exploit import PLAN, exploit
+from latentscenes.training.exploit import exploit
 from latentscenes.training.groups import GroupLearner
-from latentscenes.training.ranks import Plan, _agreed, exploit_rank
+from latentscenes.training.plan import PLAN, Plan, agreed
+from latentscenes.training.ranks import exploit_rank
 
 CPU = torch.device("cpu")
 COUNT = 6
@@ -362,14 +363,14 @@ def test_a_folder_that_others_remove_gets_a_new_plan(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Claims, "state", removed_once)
     plan = Plan("0" * 12, "library", "dataset", "", {}, None, "int8", 1, [])
-    assert _agreed(parts, 5.0, lambda: plan) == plan and len(calls) == 2
+    assert agreed(parts, 5.0, lambda: plan) == plan and len(calls) == 2
 
     def refused():
         raise UserError("no such dataset")
 
     (parts / PLAN).unlink()
     with pytest.raises(UserError, match="no such dataset"):
-        _agreed(parts, 5.0, refused)
+        agreed(parts, 5.0, refused)
 
 
 def test_names_of_parts(tmp_path, monkeypatch):

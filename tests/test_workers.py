@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.runtime import StopFlag, side_by_side
+from latentscenes.core.processes import side_by_side
+from latentscenes.core.runtime import StopFlag
 
 
 def squarer():
@@ -74,7 +75,7 @@ from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from latentscenes.core.errors import Interrupted
-from latentscenes.core.runtime import side_by_side
+from latentscenes.core.processes import side_by_side
 from test_workers import patient
 try:
     list(side_by_side(partial(patient, Path(sys.argv[2])), ["a", "b"], 2))

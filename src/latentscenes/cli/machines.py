@@ -49,6 +49,15 @@ def learn_share(
         say(f"{out}: {share.joined.added} scenes joined from all parts.")
 
 
+def as_workers(options: ExploitOptions, ranks: RankOptions) -> ExploitOptions:
+    """Returns the options with as many workers as `--engine local` is to start."""
+    if options.workers not in (0, ranks.world_size):
+        raise UserError(
+            f"--workers {options.workers}: --world-size {ranks.world_size} says so already. Leave one out."
+        )
+    return replace(options, workers=ranks.world_size)
+
+
 def _seen_elsewhere(run: Path | None) -> Path | None:
     """Returns a run's path for processes that work in other folders; packaged models keep their names."""
     from latentscenes.storage.pretrained import find_model
@@ -57,23 +66,20 @@ def _seen_elsewhere(run: Path | None) -> Path | None:
 
 
 def _start(call: "RankCall", ranks: RankOptions) -> None:
-    """Starts ranks by an engine. Waits for those of this machine and of Ray; SLURM's go on by themselves."""
+    """Starts ranks by an engine. Waits for those of Ray; those of SLURM go on by themselves."""
     count, needs = ranks.world_size, ranks.parsed_options()
     if ranks.engine == "ray":
         from latentscenes.training.engines import ray
 
         ray.learn(call, count, ranks.address, needs)
+        say(f"{call.out}: all scenes are in the library.")
     else:
         from latentscenes.training.engines import slurm
 
-        jobs = slurm.submit(call, count, ranks.engine, needs)
+        jobs = slurm.submit(call, count, "slurm", needs)
         where = slurm.jobs_folder(call.out)
         say(f"{len(jobs)} jobs submitted ({jobs[0].job_id} …); what they print is in {where}.")
-        if ranks.engine == "slurm":
-            say(f"They join what they learn into {call.out}. The same command goes on after any failure.")
-            return
-        slurm.wait(jobs)
-    say(f"{call.out}: all scenes are in the library.")
+        say(f"They join what they learn into {call.out}. The same command goes on after any failure.")
 
 
 def library_join(

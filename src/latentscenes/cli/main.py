@@ -22,7 +22,7 @@ from latentscenes.cli.common import (
 from latentscenes.cli.data import DATA_COMMANDS, data_verify
 from latentscenes.cli.export import EXPORT_COMMANDS, render
 from latentscenes.cli.library import LIBRARY_COMMANDS, library_verify, search
-from latentscenes.cli.machines import learn_share
+from latentscenes.cli.machines import as_workers, learn_share
 from latentscenes.core.config import ExploitOptions, TrackerKind, with_scenes
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import one_line
@@ -126,7 +126,9 @@ def exploit(
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
     if options.scenes is None and (config or any(".scenes=" in change for change in overrides)):
         options = replace(options, scenes="settings")
-    if ranks.rank is not None or ranks.engine is not None:
+    if ranks.engine == "local":
+        options = as_workers(options, ranks)
+    elif ranks.rank is not None or ranks.engine is not None:
         alone = {"--finetune": finetune, "--fit": fit}
         learn_share(data, out, settings, run, alone, (options, ranks), machine)
         return

@@ -34,8 +34,8 @@ class RankOptions:
     """Seconds without any progress, such as a step, after which a process that is alive counts as hung. It
     then no longer renews its lease, so another one learns its group."""
     engine: Engine | None = None
-    """What starts the processes. `slurm`: an array of jobs, submitted by submitit. `local`: processes of this
-    machine. `ray`: actors of a Ray cluster."""
+    """What starts the processes. `local`: this command, on this machine; `--engine local --world-size 4` is
+    `--workers 4`. `slurm`: an array of jobs, submitted by submitit. `ray`: actors of a Ray cluster."""
     engine_options: tuple[str, ...] = ()
     """What each process needs, as KEY=VALUE. slurm: parameters of submitit, such as slurm_partition=gpu
     timeout_min=240 cpus_per_task=2 gpus_per_node=1. ray: options of actors, such as num_cpus=2 num_gpus=1."""
@@ -50,6 +50,7 @@ class RankOptions:
             if self.world_size is None and self.engine != "ray":
                 raise UserError(f"--engine {self.engine}: also give --world-size, the number of processes.")
             self.parsed_options()
+            self._refuse_for_local()
         elif self.engine_options or self.address is not None:
             option = "--engine-options" if self.engine_options else "--address"
             raise UserError(f"{option}: only for processes that an engine starts. Also give --engine.")
@@ -70,6 +71,18 @@ class RankOptions:
             raise UserError(
                 f"{option}: only for work that several processes share. Also give --rank or --engine."
             )
+
+    def _refuse_for_local(self) -> None:
+        """Raises a UserError for what processes of one machine do without."""
+        if self.engine == "local":
+            for option, default in (("parts", None), ("lease", 60.0), ("patience", 600.0)):
+                if getattr(self, option) != default:
+                    raise UserError(
+                        f"--{option} {getattr(self, option)}: not with --engine local, whose processes write "
+                        "into the library and are started again when they end. Leave it out."
+                    )
+            if self.engine_options:
+                raise UserError("--engine-options: not with --engine local. Leave it out.")
 
     def parsed_options(self) -> dict[str, Any]:
         """Returns the engine's options by name. Raises a UserError if one is not KEY=VALUE."""

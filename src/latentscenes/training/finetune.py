@@ -20,9 +20,10 @@ from latentscenes.storage.pretrained import open_parent, refuse_no_stages, refus
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.append import Provenance, library_info, new_scenes
 from latentscenes.training.batches import TrainingScenes
-from latentscenes.training.exploit import exploit, refuse_cut_off
+from latentscenes.training.exploit import exploit
 from latentscenes.training.groups import finish, missing_scenes, starting_parameters, sweep
 from latentscenes.training.loop import Tracker, Trainer
+from latentscenes.training.preparing import refuse_cut_off
 
 
 def learn_new(

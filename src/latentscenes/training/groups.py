@@ -16,14 +16,14 @@ import torch
 
 from latentscenes.core import config_io
 from latentscenes.core.config import Config, StoragePrecision
-from latentscenes.core.console import Spent, say
+from latentscenes.core.console import Spent, bytes_text, capture_lines, say
 from latentscenes.core.errors import Damaged, UserError
 from latentscenes.core.files import locked, open_tensors
 from latentscenes.core.runtime import seeded
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters, random_parameters
-from latentscenes.storage.entries import Origin
+from latentscenes.storage.entries import Origin, SceneInfo
 from latentscenes.storage.index import Index
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.records import METRICS
@@ -33,6 +33,9 @@ from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.corrections import HELPS, kinds_of, limited
 from latentscenes.training.diagnosis import Fit, diagnose, view_errors, view_tags
 from latentscenes.training.loop import Trainer
+
+NAMED = 8
+"""Scenes of a group that are named while they are learned."""
 
 
 @dataclass(frozen=True)
@@ -220,3 +223,26 @@ def _check_unchanged(model: Model, library: LibraryFolder) -> None:
                 raise RuntimeError(
                     f"{library.path}: {name} is frozen, but changed while new scenes were learned."
                 )
+
+
+def means(infos: Sequence[SceneInfo]) -> dict[str, float]:
+    """Returns the means of what was measured of a group's scenes."""
+    names = ("psnr", "psnr_lost", "bytes", "seconds", "cpu_seconds")
+    return {name: sum(getattr(info, name) for info in infos) / len(infos) for name in names}
+
+
+def told(infos: Sequence[SceneInfo]) -> str:
+    """Returns a line on the scenes of a group."""
+    mean, names = means(infos), [info.name for info in infos]
+    if len(names) > NAMED:
+        names[NAMED:] = [f"… ({len(names)} scenes)"]
+    return (
+        f"{', '.join(names)}: {mean['psnr']:.2f} dB, "
+        f"{Spent(mean['seconds'], mean['cpu_seconds'])}, {bytes_text(mean['bytes'])} a scene "
+        f"({infos[0].precision}, {mean['psnr_lost']:.3f} dB lost)"
+    )
+
+
+def remarks(infos: Sequence[SceneInfo]) -> list[str]:
+    """Returns what learning found out about the views of a group's scenes."""
+    return [f"{info.name}: {line}" for info in infos for line in capture_lines(info.tags)]

@@ -25,7 +25,8 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.console import say, tracked
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.files import locked, write_bytes, writing_to
-from latentscenes.core.runtime import StopFlag, set_up, side_by_side
+from latentscenes.core.processes import side_by_side
+from latentscenes.core.runtime import StopFlag, set_up
 from latentscenes.core.version import __version__
 from latentscenes.data.options import MeshOptions, ViewOptions
 

@@ -1,1 +1,1 @@
-"""Engines that start many ranks: SLURM and this machine by submitit, Ray."""
+"""Engines that start many ranks: on this machine, by SLURM, by Ray."""

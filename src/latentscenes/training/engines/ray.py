@@ -9,7 +9,8 @@ from typing import Any
 
 from latentscenes.core.console import say
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.runtime import CHECK_SECONDS, StopFlag
+from latentscenes.core.processes import CHECK_SECONDS
+from latentscenes.core.runtime import StopFlag
 from latentscenes.training.ranks import RankCall
 
 

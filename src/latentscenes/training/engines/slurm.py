@@ -1,33 +1,24 @@
-"""Ranks as an array of SLURM jobs, or as processes of this machine, by the package submitit.
+"""Ranks as an array of SLURM jobs, by the package submitit.
 
 submitit passes the call to the jobs by pickles in a folder of its own beside the library (LIBRARY.jobs), to
 which only its owner should be able to write; their output is there, too.
 """
 
-import math
-import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, writing_to
-from latentscenes.core.runtime import CHECK_SECONDS
 from latentscenes.training.ranks import RankCall
 
 if TYPE_CHECKING:
     from submitit import Job
     from submitit.helpers import DelayedSubmission
 
-ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupted|Damaged): (.*)", re.M)
-"""The message of an error in what a process printed."""
 DEFAULTS = {"timeout_min": 240}
 MOST_STOPS = 1000
 """How often a job may run out of its time before submitit no longer queues it again."""
-GRACE = 60.0
-"""Seconds in which processes must end once all scenes are in the library."""
 JOBS = ".jobs"
 """Ending of the folder of the jobs, beside the library."""
 
@@ -55,7 +46,8 @@ def submit(
     """Submits `count` ranks. Returns their jobs; the result of a job is the number of groups it learned.
 
     Args:
-        cluster: `local`: processes of this machine; `debug`: this process, when a job is waited for.
+        cluster: where SLURM is absent, submitit can stand in for it: `local`: processes of this machine;
+            `debug`: this process, when a job is waited for.
         options: parameters of submitit's executor.
 
     Raises:
@@ -87,34 +79,3 @@ def submit(
 def jobs_folder(out: Path) -> Path:
     """Returns the folder where submitit keeps the jobs of a library."""
     return out.absolute().with_name(out.name + JOBS)
-
-
-def wait(jobs: "list[Job[int]]") -> None:
-    """Waits until processes of this machine have learned all scenes. When the first one says so, the others
-    have GRACE seconds to end; one that hangs is stopped. Raises a UserError if all of them fail, and stops
-    them if this process is to stop."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    problem, failed, left, ready = "", 0, list(jobs), math.inf
-    try:
-        while left and time.monotonic() < ready + GRACE:
-            for job in [one for one in left if one.done()]:
-                left.remove(job)
-                try:
-                    job.result()
-                    ready = min(ready, time.monotonic())
-                except (FailedJobError, UncompletedJobError) as error:
-                    problem, failed = str(error), failed + 1
-            time.sleep(CHECK_SECONDS if left else 0)
-    finally:
-        for job in left:
-            job.cancel()
-    if failed == len(jobs):
-        found = ERROR.findall(problem) or [problem]
-        raise UserError(f"every process failed, the last one with: {found[-1]}")
-    if failed:
-        say(f"{failed} of {len(jobs)} processes failed; the others learned what these left.")
-    if left:
-        say(
-            f"{len(left)} of {len(jobs)} processes hung and were stopped; the others learned what these left."
-        )
