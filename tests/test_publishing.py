@@ -130,6 +130,20 @@ def test_thumbnails_lie_in_cells_of_atlases(library, tmp_path):
     assert np.abs(cell[..., 3] - ours[..., 3].astype(int)).mean() < 3
 
 
+def test_many_atlases_lie_in_several_folders(library, tmp_path, monkeypatch):
+    """A million scenes have 10,000 atlases."""
+    add(library, *(f"box {number}" for number in range(100)))
+    monkeypatch.setattr(publishing, "FLAT", 1)
+    publish(library, open_target(str(tmp_path / "out")))
+    flat, inner = (file.file for file in described(tmp_path / "out")["atlases"])
+    assert flat.count("/") == 1
+    assert inner.count("/") == 2 and inner.split("/")[1] == inner.split("/")[2][:2]
+    opened = latentscenes.open_library(tmp_path / "out", device="cpu")
+    assert Image.open(io.BytesIO(opened.thumbnail("box 99"))).size == (96, 96)
+    written = publish(library, open_target(str(tmp_path / "out")))
+    assert (written.files, written.removed) == (1, 0)  # only the description
+
+
 def test_the_same_library_gives_the_same_bytes(library, tmp_path):
     for out in ("one", "two"):
         publish(library, open_target(str(tmp_path / out)))

@@ -28,6 +28,8 @@ CELL = 96
 """Pixels along each side of a thumbnail's cell."""
 MOST, MOST_CELL = 1 << 50, 512
 """The largest count or size that a description may state; pixels of the largest cell that a reader takes."""
+FLAT = 5000
+"""Atlases that lie in one folder; further ones lie in folders inside, so that no folder has 10,000 files."""
 ENDINGS = {
     "model": ".safetensors", "packs": ".pack", "index": ".json.gz", "names": ".json.gz", "weights": ".f32",
     "thumbnails": ".webp",
@@ -35,7 +37,7 @@ ENDINGS = {
 """Folders of a published library, and how the names of their files end."""
 NAME = re.compile(
     r"(packs/[0-9a-f]{2}/[0-9a-f]{32}\.pack|model/[0-9a-f]{32}(\.web)?\.safetensors|weights/[0-9a-f]{32}\.f32"
-    r"|(index|names)/[0-9a-f]{32}\.json\.gz|thumbnails/[0-9a-f]{32}\.webp)"
+    r"|(index|names)/[0-9a-f]{32}\.json\.gz|thumbnails/([0-9a-f]{2}/)?[0-9a-f]{32}\.webp)"
 )
 """Paths of all files but DESCRIPTION, below the folder."""
 LISTS = "packs", "pages", "weights", "names", "atlases"
@@ -71,10 +73,13 @@ class PublishedFile:
     sha256: str
 
     @classmethod
-    def of(cls, folder: str, content: bytes, ending: str | None = None) -> "PublishedFile":
-        """Names a file after its content."""
+    def of(
+        cls, folder: str, content: bytes, ending: str | None = None, inner: bool = False
+    ) -> "PublishedFile":
+        """Names a file after its content. With `inner`, and if it is a pack, it lies in a folder of those whose
+        names begin alike."""
         digest = hashlib.sha256(content).hexdigest()
-        inner = f"{digest[:2]}/" if folder == "packs" else ""
+        inner = f"{digest[:2]}/" if inner or folder == "packs" else ""
         return cls(f"{folder}/{inner}{digest[:32]}{ending or ENDINGS[folder]}", len(content), digest)
 
     @classmethod

@@ -29,6 +29,7 @@ from latentscenes.storage.publication import (
     CELL,
     DESCRIPTION,
     ENTRY,
+    FLAT,
     FORMAT,
     INFO,
     PACK_BYTES,
@@ -300,12 +301,15 @@ class _Publication:
 
     def _close_atlas(self) -> None:
         if self._cells:
-            self._atlases.append(self._write("thumbnails", atlas(self._cells, self.library.path)))
+            content, many = atlas(self._cells, self.library.path), len(self._atlases) >= FLAT
+            self._atlases.append(self._write("thumbnails", content, inner=many))
             self._cells = []
 
-    def _write(self, folder: str, content: bytes, ending: str | None = None) -> PublishedFile:
+    def _write(
+        self, folder: str, content: bytes, ending: str | None = None, inner: bool = False
+    ) -> PublishedFile:
         """Writes a file unless it is there."""
-        file = PublishedFile.of(folder, content, ending)
+        file = PublishedFile.of(folder, content, ending, inner)
         if self._present.get(file.file) != file.bytes:
             self._put(file.file, content)
             self._present[file.file] = file.bytes
