@@ -76,7 +76,7 @@ class PublishedFile:
     def of(
         cls, folder: str, content: bytes, ending: str | None = None, inner: bool = False
     ) -> "PublishedFile":
-        """Names a file after its content. With `inner`, and if it is a pack, it lies in a folder of those whose
+        """Names a file after its content. A pack, and with `inner` any file, lies in a folder of those whose
         names begin alike."""
         digest = hashlib.sha256(content).hexdigest()
         inner = f"{digest[:2]}/" if inner or folder == "packs" else ""
