@@ -371,8 +371,8 @@ def test_a_stopped_import_goes_on(tmp_path, monkeypatch, capsys):
     make_meshes(folder, tmp_path / "out", FEW)
     assert rendered[3:] == ["bar_1", "bar_2", "bar_3"] and not (tmp_path / "out.work").exists()
     told = capsys.readouterr().err
-    assert "1 of 4 objects are there from a stopped command" in told
-    assert "1 objects of a stopped command had other options or files" in told
+    assert "1 of 4 objects is there from a stopped command" in told
+    assert "1 object of a stopped command had other options or files" in told
     one, two = content(tmp_path / "out"), content(tmp_path / "whole")
     assert one[1:] == two[1:] and one[0].replace(b"/out", b"/whole") == two[0]
 

@@ -14,6 +14,8 @@ from latentscenes.cli import main as cli
 from latentscenes.cli.common import errors_in_one_line
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
+from latentscenes.core.console import lost_text
+from latentscenes.core.names import counted
 from latentscenes.data import raycast
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
@@ -270,6 +272,7 @@ def test_a_stop_on_request_is_no_error(monkeypatch, capsys, tmp_path):
     def stopped(*_, **__):
         raise Interrupted
 
+    (tmp_path / "views.json").touch()
     monkeypatch.setattr("latentscenes.training.loop.train", stopped)
     monkeypatch.setattr(
         "latentscenes.data.dataset.PosedImages.open", lambda path: SimpleNamespace(size=(8, 8))
@@ -286,11 +289,12 @@ def test_system_errors_take_one_line(monkeypatch, capsys, tmp_path):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
+    (tmp_path / "views.json").touch()
     monkeypatch.setattr("latentscenes.data.dataset.PosedImages.open", full)
     status, _, err = call(
-        monkeypatch, capsys, "train", "--data", tmp_path / "d", "--out", tmp_path / "run", "--config", "rgb"
+        monkeypatch, capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", "--config", "rgb"
     )
-    assert status == 2 and err == f"latentscenes: {tmp_path / 'd'}: No space left on device.\n"
+    assert status == 2 and err == f"latentscenes: {tmp_path}: No space left on device.\n"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,52 @@ def test_full_memory_ends_in_one_line(failure, capsys):
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert message.startswith("latentscenes: out of memory. ")
+
+
+MISTYPED = [
+    ("train --data nix --out run", "nix: no dataset here"),
+    ("exploit --run nix --data nix --out lib", "nix: neither a run, nor a library, nor a model"),
+    ("exploit --run cars --data nix --out lib", "nix: no dataset here"),
+    ("view nix", "nix: no library here"),
+    ("view ftp://a.b/c", "ftp://a.b/c: ftp addresses cannot be used"),
+    ("library list file:///nix", "file:///nix: give the path without file://"),
+    ("library join lib https://a.b/c", "https://a.b/c: a published library cannot be used here"),
+    ("library rebuild nix", "nix: no library here"),
+    ("library model nix out", "nix: no library here"),
+    ("library publish nix --out out", "nix: no library here"),
+    ("data verify nix", "nix: no dataset here"),
+    ("data place --folder nix --out out", "nix: no dataset here"),
+    ("data meshes --folder nix --out out", "nix: no such folder"),
+    ("data transforms --folder . --out out --fit-to nix", "nix: neither a run"),
+]
+"""Commands with a mistyped path, and what is said."""
+
+
+def test_mistyped_paths_are_refused_before_torch_loads(tmp_path):
+    """All in one process, which must not have loaded torch at its end: loading takes seconds."""
+    script = f"""
+import contextlib, io, sys
+from latentscenes.cli.main import main
+for words, message in {MISTYPED!r}:
+    sys.argv = ["latentscenes", *words.split()]
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):
+        main()
+    assert message in told.getvalue(), (words, told.getvalue())
+    assert "torch" not in sys.modules, words
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_with_nouns_and_losses():
+    assert (counted(1, "scene"), counted(0, "scene"), counted(2, "mesh", "meshes")) == (
+        "1 scene",
+        "0 scenes",
+        "2 meshes",
+    )
+    assert (lost_text(-0.003), lost_text(0.0124)) == ("0.000 dB lost", "0.012 dB lost")
 
 
 def test_other_failures_of_torch_are_not_taken_for_full_memory():

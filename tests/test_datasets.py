@@ -322,7 +322,7 @@ def test_lists_of_nerfstudio_mean_what_they_mean_there(tmp_path):
     views = PosedImages.open(tmp_path / "set")
     assert views.scenes[0].count == 10 and views.scenes[0].held_out == (8, 9)
     same_cameras(views, views.scenes[0].views("all"), cameras[torch.tensor([*range(8), 9, 12])])
-    assert any("4 frames are in no list that is used" in note for note in made.notes)
+    assert any("no list that is used names them: 4 frames" in note for note in made.notes)
     make_transforms(tmp_path / "one", tmp_path / "val", held_out_from="val")
     assert PosedImages.open(tmp_path / "val").scenes[0].held_out == (8,)
 

@@ -123,7 +123,7 @@ def test_images_command(tmp_path, run, monkeypatch, capsys):
         "--around",
         "orbit",
     )
-    assert "1 scenes, 3 pictures of 16x16 each" in capsys.readouterr().err.replace("\n", " ")
+    assert "1 scene, 3 pictures of 16x16 each" in capsys.readouterr().err.replace("\n", " ")
     assert sorted(path.name for path in (tmp_path / "set" / "egg" / "images").iterdir()) == [
         "00000.png",
         "00001.png",

@@ -111,7 +111,7 @@ def test_page_command(tmp_path, solids, monkeypatch, capsys):
         ],
     )
     cli.main()
-    assert "1 scenes" in capsys.readouterr().err
+    assert "1 scene" in capsys.readouterr().err
     assert [scene["name"] for scene in embedded((tmp_path / "p.html").read_text())["scenes"]] == ["egg"]
 
 

@@ -279,7 +279,7 @@ def test_datasets_at_other_sizes(tmp_path):
         ({"size": 4096}, "smaller than the wanted"),
         ({"box": "1,2,3"}, "give a half side"),
         ({"box": -1.0}, "give a half side"),
-        ({"new": 2}, "there are 1 scenes"),
+        ({"new": 2}, "only 1 scene found"),
         ({"held_out": 6}, "scene 'one': .*hold out fewer"),
         ({"held_out": -1}, "0 or more"),
         ({"background": "alpha"}, "000000.png: has no alpha"),

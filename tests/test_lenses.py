@@ -230,7 +230,7 @@ def test_keys_that_are_not_used_are_named_once(tmp_path):
     made = make_transforms(tmp_path / "in", tmp_path / "set", options=ImportOptions(held_out=1))
     named = [note for note in made.notes if "not used" in note]
     assert "keys that are not used: aabb_scale, depth_file_path, offset, orientation_override, scale" in named
-    assert len(named) == 2 and "1 masks named dynamic_mask_… are not used" in "".join(named)
+    assert len(named) == 2 and "not used: 1 mask named dynamic_mask_…" in "".join(named)
     changed(tmp_path / "in" / "one", lambda content: content.update(normal_mts_args={}))
     with pytest.raises(UserError, match="Mitsuba's axes"):
         make_transforms(tmp_path / "in", tmp_path / "no")

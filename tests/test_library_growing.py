@@ -324,7 +324,7 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     status, out, _ = call("library", "show", path)
     assert status == 0 and "4 (4 from stage 1)" in out and str(solids_path) in out and "32x32" in out
     status, out, _ = call("library", "show", path, "blue_egg")
-    assert status == 0 and "psnr" in out and "float32" in out
+    assert status == 0 and "PSNR" in out and "float32" in out
     assert call("library", "rename", path, "blue_egg", "an egg")[0] == 0 and "an egg" in library
     assert call("library", "remove", path, "an egg", "red_ball")[0] == 0 and library.names == [
         "green_box",
@@ -333,7 +333,7 @@ def test_commands(library, tmp_path, call, solids_path, monkeypatch):
     status, _, err = call("library", "export", path, "--match", "g*", "--out", tmp_path / "one")
     assert (
         status == 0
-        and "1 scenes copied" in err
+        and "1 scene copied" in err
         and LibraryFolder.open(tmp_path / "one").index.names() == ["green_box"]
     )
     status, out, _ = call("library", "repack", path, "--device", "cpu")

@@ -535,7 +535,7 @@ def test_case_compressed():
 def test_case_broken_files_are_listed_and_the_others_come_in(tmp_path, capsys):
     make_meshes(CASES / "22-broken" / "in", tmp_path / "out", ViewOptions(views=4, size=32, held_out=1))
     told = capsys.readouterr().err
-    assert "1 scenes" in told and "3 of 4 could not be read" in told
+    assert "1 scene" in told and "3 of 4 could not be read" in told
     for name in ("indices_out_of_range", "truncated", "vec2_positions"):
         assert f"{name}.glb" in told
 

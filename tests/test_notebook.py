@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from latentscenes.core import config_io
-from latentscenes.storage import pretrained
+from latentscenes.storage import description
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebook.ipynb"
 
@@ -17,7 +17,7 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
         config_io,
         "load",
         lambda path, overrides=(): true_load(
-            path, shorter if pretrained.MODELS in Path(path).parents else overrides
+            path, shorter if description.MODELS in Path(path).parents else overrides
         ),
     )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

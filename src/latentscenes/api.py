@@ -143,7 +143,7 @@ class Library:
         self._kept: dict[str, tuple[object, Any]] = {}
 
     def __repr__(self) -> str:
-        return f"<latentscenes library {self.path}, {len(self)} scenes>"
+        return f"<latentscenes library {self.path}, {len(self)} scene{'s' * (len(self) != 1)}>"
 
     @property
     def path(self) -> Path | str:

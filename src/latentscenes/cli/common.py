@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentscenes.core.errors import Interrupted, UserError
-from latentscenes.core.names import nothing_learned, printable
+from latentscenes.core.names import no_dataset, no_folder, nothing_learned, printable
 
 if TYPE_CHECKING:
     import torch
 
 
+ADDRESSES = ("http", "https", "s3", "gs")
+"""Beginnings of addresses of published libraries."""
 PATHS = tyro.constructors.ConstructorRegistry()
 """How words of the command line become paths: an empty one is refused; as a path, it would mean the current
 folder."""
@@ -37,10 +39,18 @@ def _path_rule(
 
 
 def given_path(word: str) -> Path:
-    """Returns a path as typed. Raises a UserError if it is empty, for instance an unset variable of a
-    script."""
+    """Returns a path as typed. Raises a UserError if it is empty, for instance an unset variable of a script,
+    or an address that nothing reads."""
     if not word.strip():
         raise UserError(f"{word!r}: an empty path. Name a file or a folder; the current folder is `.`.")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", word)
+    if scheme and scheme[1].lower() == "file":
+        raise UserError(f"{word}: give the path without file://.")
+    if scheme and scheme[1] not in ADDRESSES:
+        raise UserError(
+            f"{word}: {scheme[1]} addresses cannot be used; {', '.join(ADDRESSES)} can, and folders of this "
+            "machine."
+        )
     return Path(word)
 
 
@@ -75,6 +85,40 @@ def set_up(machine: Cores) -> "torch.device":
     from latentscenes.core import runtime
 
     return runtime.set_up(machine.threads, machine.device if isinstance(machine, Machine) else "cpu")
+
+
+def require_library(library: Path) -> None:
+    """Raises a UserError, before torch is loaded, where the folder of a library was mistyped."""
+    from latentscenes.storage.description import read_description
+
+    read_description(library)
+
+
+def require_source(library: Path) -> None:
+    """Raises a UserError, before torch is loaded, where a library was mistyped. Addresses are not asked."""
+    from latentscenes.storage.published_index import is_published
+
+    if not is_published(library):
+        require_library(library)
+
+
+def require_parent(run: Path) -> None:
+    """Raises a UserError, before torch is loaded, where a run, library or packaged model was mistyped."""
+    from latentscenes.storage.description import find_model
+
+    find_model(run)
+
+
+def require_dataset(data: Path) -> None:
+    """Raises a UserError, before torch is loaded, where a dataset was mistyped."""
+    if not (data / "views.json").is_file():
+        raise no_dataset(data)
+
+
+def require_there(folder: Path) -> None:
+    """Raises a UserError, before torch is loaded, where a folder to import was mistyped."""
+    if not folder.exists():
+        raise no_folder(folder)
 
 
 def require_folder(run: Path) -> None:

@@ -6,9 +6,17 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-from latentscenes.cli.common import CORES, CoreOptions, say, set_up
+from latentscenes.cli.common import (
+    CORES,
+    CoreOptions,
+    require_dataset,
+    require_parent,
+    require_there,
+    say,
+    set_up,
+)
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line
+from latentscenes.core.names import counted, one_line
 from latentscenes.data.options import (
     Axes,
     Boxes,
@@ -64,11 +72,14 @@ def data_place(folder: Path, out: Path, fit_to: Path | None = None, placing: Pla
         out: folder of the new dataset.
         fit_to: model, run or library; after turning, each object is moved and scaled to just fit its box.
     """
+    if fit_to is not None:
+        require_parent(fit_to)
+    require_dataset(folder)
     from latentscenes.data.placing import place
 
     made = place(folder, out, placing, fit_to and _one_box(fit_to))
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
-    say(f"{out}: {len(made.scenes)} scenes, scene box with half sides {half}.")
+    say(f"{out}: {counted(len(made.scenes), 'scene')}, scene box with half sides {half}.")
 
 
 def data_join(folders: tuple[Path, ...], out: Path) -> None:
@@ -78,11 +89,16 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
         folders: two or more datasets with images of one size and different scene names.
         out: folder of the new dataset. Splits and held-out views are kept.
     """
+    for folder in folders:
+        require_dataset(folder)
     from latentscenes.data.writing import join
 
     made = join(folders, out)
     note = "" if made.alpha is not None else "; without silhouettes, which some parts lack"
-    say(f"{out}: {len(made.scenes)} scenes, {len(made.rgb)} views of {made.size[1]}x{made.size[0]}{note}.")
+    say(
+        f"{out}: {counted(len(made.scenes), 'scene')}, {counted(len(made.rgb), 'view')} of "
+        f"{made.size[1]}x{made.size[0]}{note}."
+    )
 
 
 def data_meshes(
@@ -102,6 +118,9 @@ def data_meshes(
         out: folder of the new dataset.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
+    require_there(folder)
+    if fit_to is not None:
+        require_parent(fit_to)
     set_up(cores)
     from latentscenes.data.meshes.importer import make_meshes
 
@@ -128,6 +147,9 @@ def data_srn(
         intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
+    require_there(folder)
+    if fit_to is not None:
+        require_parent(fit_to)
     set_up(cores)
     from latentscenes.data.srn import make_srn
 
@@ -153,6 +175,9 @@ def data_transforms(
         axes: camera axes of the files.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
+    require_there(folder)
+    if fit_to is not None:
+        require_parent(fit_to)
     set_up(cores)
     from latentscenes.data.transforms import make_transforms
 
@@ -179,6 +204,7 @@ def data_photos(
         held_out: views of each object kept for evaluation.
         boxes: one scene box for all objects (`common`), or one for each (`object`).
     """
+    require_there(folder)
     set_up(cores)
     from latentscenes.data.photos.importer import make_photos
 
@@ -211,6 +237,7 @@ def data_verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         data: its folder.
     """
+    require_dataset(data)
     from latentscenes.data.dataset import PosedImages, verify
 
     damaged = verify(data)
@@ -221,15 +248,15 @@ def data_verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
         print(one_line(damage))
     if damaged:
         raise SystemExit(1)
-    say(f"{data}: {len(PosedImages.open(data).scenes)} scenes, all intact.")
+    say(f"{data}: {counted(len(PosedImages.open(data).scenes), 'scene')}, all intact.")
 
 
 def _report(made: "Imported") -> None:
     height, width = made.size
     half = " x ".join(f"{side:.3f}" for side in made.box.half)
     for line in (
-        f"{made.path}: {made.scenes} scenes, {made.views} views of {width}x{height}; background: "
-        f"{made.background}.",
+        f"{made.path}: {counted(made.scenes, 'scene')}, {counted(made.views, 'view')} of {width}x{height}; "
+        f"background: {made.background}.",
         f"Scene box: half sides {half}, {made.box_from}.",
         *(f"Note: {note}" for note in made.notes),
     ):

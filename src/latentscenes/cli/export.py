@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from latentscenes.cli.common import FLAT, MACHINE, MachineOptions, require_folder, say, set_up
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import tagged
+from latentscenes.core.names import counted, tagged
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def render(
     pictures = camera_frames(learned, scene, cameras, wanted, mode, background)
     save_frames(out, tracked(pictures, "rendering", len(cameras)), speed)
     rate = f", {speed:g} per second" if out.suffix.lower() in (".mp4", ".gif") else ""
-    say(f"{out}: {len(cameras)} frames of {wanted[1]}x{wanted[0]}{rate}.")
+    say(f"{out}: {counted(len(cameras), 'frame')} of {wanted[1]}x{wanted[0]}{rate}.")
 
 
 def export_mesh(
@@ -246,7 +246,9 @@ def export_images(
     cameras = learned.view.dome(views, lowest) if around == "dome" else learned.view.orbit(views, elevation)
     wanted = scaled(learned.view.size, size, learned.model.codec.downsampling)
     write_views(out, learned, names, cameras, wanted, background)
-    say(f"{out}: {len(names)} scenes, {views} pictures of {wanted[1]}x{wanted[0]} each.")
+    say(
+        f"{out}: {counted(len(names), 'scene')}, {counted(views, 'picture')} of {wanted[1]}x{wanted[0]} each."
+    )
 
 
 def export_page(
@@ -289,7 +291,7 @@ def export_page(
         from latentscenes.export.pages import write_page
 
         written = write_page(out, learned, learned.view, names, title=title, **pictures)
-    say(f"{out}: {len(names)} scenes, {_bytes(written)}.")
+    say(f"{out}: {counted(len(names), 'scene')}, {_bytes(written)}.")
 
 
 EXPORT_COMMANDS = {

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.cli.common import MACHINE, Machine, MachineOptions, say, set_up
+from latentscenes.cli.common import (
+    MACHINE,
+    Machine,
+    MachineOptions,
+    require_dataset,
+    require_library,
+    say,
+    set_up,
+)
 from latentscenes.cli.listing import Folder, Where, library_list, library_show, opened_index
 from latentscenes.cli.machines import library_join
 from latentscenes.cli.publishing import PUBLISHING_COMMANDS
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line, plain_text, tags_text
+from latentscenes.core.names import counted, one_line, plain_text, tags_text
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
@@ -38,7 +46,7 @@ def library_remove(library: Folder, scenes: Names) -> None:
     opened = _open(library, scenes)
     opened.remove(*scenes)
     say(
-        f"{library}: {len(set(scenes))} scenes removed, {len(opened)} left. "
+        f"{library}: {counted(len(set(scenes)), 'scene')} removed, {len(opened)} left. "
         f"`latentscenes library compact {library}` frees their space."
     )
 
@@ -71,7 +79,7 @@ def library_export(
     names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
     if not names:
         raise UserError(f"{library}: no scenes named. Name some, or give --match, for instance --match '*'.")
-    say(f"{out}: {_open(library, names).export(names, out)} scenes copied.")
+    say(f"{out}: {counted(_open(library, names).export(names, out), 'scene')} copied.")
 
 
 def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -81,6 +89,7 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
         library: its folder.
         out: folder to write.
     """
+    require_library(library)
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.library import LibraryFolder
     from latentscenes.storage.pretrained import export_model
@@ -101,7 +110,7 @@ def library_verify(library: Folder) -> None:
         print(one_line(f"{damage.name}: {damage.what}"))
     if damaged:
         raise SystemExit(1)
-    say(f"{opened.path}: {len(opened)} scenes, all intact.")
+    say(f"{opened.path}: {counted(len(opened), 'scene')}, all intact.")
 
 
 def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
@@ -110,6 +119,7 @@ def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
     Args:
         library: its folder.
     """
+    require_library(library)
     from latentscenes.storage.recovery import rebuild
 
     device, done = set_up(machine), rebuild(library)
@@ -124,7 +134,7 @@ def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
     from latentscenes.training.append import draw_thumbnails
 
     draw_thumbnails(LibraryFolder.open(library), device)
-    say(f"{library}: {len(done.scenes)} scenes listed anew.")
+    say(f"{library}: {counted(len(done.scenes), 'scene')} listed anew.")
     if done.renamed:
         say(f"Their names were taken, so they have new ones: {', '.join(done.renamed)}.")
     if done.damaged:
@@ -155,7 +165,7 @@ def library_repack(
         precision: how to store scenes; scenes of this or a coarser precision stay as they are.
         lost: choose the smallest precision with at most this mean loss, dB.
     """
-    from latentscenes.core.console import bytes_text, show
+    from latentscenes.core.console import bytes_text, lost_text, show
 
     if lost is not None and (precision is not None or not lost >= 0):
         reason = "cannot be combined with --precision" if precision else "dB, must be at least 0"
@@ -172,7 +182,8 @@ def library_repack(
     infos = opened.infos()
     mean = sum(info.psnr_lost or 0.0 for info in infos) / max(len(infos), 1)
     size = bytes_text(sum(info.bytes for info in infos) / max(len(infos), 1))
-    say(f"{library}: {count} scenes stored as {precision}. Mean over all scenes: {size}, {mean:.3f} dB lost.")
+    stored = f"{counted(count, 'scene')} stored as {precision}"
+    say(f"{library}: {stored}. Mean over all scenes: {size}, {lost_text(mean)}.")
 
 
 def dial_table(settings: "list[Setting]") -> "Table":
@@ -222,6 +233,8 @@ def search(
 
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1.")
+    if data is not None:
+        require_dataset(data)
     kept = {info.name for info in opened_index(library).infos(where=where)} if where else None
     opened = _open(library, [] if data else [scene], machine)
     among = count if kept is None else len(opened)

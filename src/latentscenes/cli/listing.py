@@ -13,7 +13,7 @@ import tyro
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line, plain_text
+from latentscenes.core.names import counted, one_line, plain_text
 
 if TYPE_CHECKING:
     from latentscenes.storage.entries import SceneInfo, Totals
@@ -54,7 +54,7 @@ def library_list(
     told = [key for key in ("name", "category") if any(key in info.tags for info in shown)]
     rows = [
         (info.name, *(plain_text(info.tags.get(key, "–"), WIDEST) for key in told), info.origin,
-         info.precision, bytes_text(info.bytes), _decibels(info.psnr), _decibels(info.psnr_lost, 3),
+         info.precision, bytes_text(info.bytes), _decibels(info.psnr), _lost(info.psnr_lost),
          seconds_text(info.cpu_seconds), seconds_text(info.seconds), info.added[:10])
         for info in shown
     ]  # fmt: skip
@@ -111,20 +111,10 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         library: its folder, or the address of a published library.
         scene: name of a scene.
     """
-    from latentscenes.core.console import Spent, bytes_text, capture_lines
+    from latentscenes.core.console import Spent, bytes_text
 
     if scene is not None:
-        facts = asdict(opened_index(library, [scene]).info(scene))
-        tags = facts.pop("tags")
-        for key, value in facts.items():
-            print(one_line(f"{key:11} {value}"))
-        for key, value in tags.items():
-            if isinstance(value, dict):  # what learning found out
-                continue
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"tag {plain_text(key):11} {plain_text(text)}")
-        for line in capture_lines(tags):
-            print(one_line(line))
+        _show_scene(opened_index(library, [scene]).info(scene))
         return
     infos, (about, file, shared_bytes) = opened_index(library).infos(), _described(library)
     known = Facts.__dataclass_fields__
@@ -142,7 +132,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         "shared bytes": bytes_text(shared_bytes),
         "precision": facts.precision,
         "image size": f"{width}x{height}",
-        "made from": f"{facts.parent}: {facts.parent_scenes} scenes, {spent}",
+        "made from": f"{facts.parent}: {counted(facts.parent_scenes, 'scene')}, {spent}",
         "finetuned from": facts.finetuned_from,
         "datasets": ", ".join(sorted({info.dataset for info in infos if info.dataset})),
         "categories": ", ".join(f"{plain_text(kind)} {count}" for kind, count in kinds.most_common()),
@@ -150,6 +140,34 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     for key, value in lines.items():
         if value:
             print(one_line(f"{key:14} {value}"))
+
+
+def _show_scene(info: "SceneInfo") -> None:
+    """Prints the metadata of a scene."""
+    from latentscenes.core.console import bytes_text, capture_lines, lost_text
+
+    lines = {
+        "name": info.name,
+        "stored as": info.precision,
+        "bytes": bytes_text(info.bytes),
+        "from": info.origin,
+        "dataset": info.dataset,
+        "split": info.split,
+        "source": info.source,
+        "added": info.added,
+        "learned in": info.spent,
+        "PSNR": None if info.psnr is None else f"{info.psnr:.2f} dB",
+        "rounding": None if info.psnr_lost is None else lost_text(info.psnr_lost),
+    }
+    for key, value in lines.items():
+        print(one_line(f"{key:11} {'–' if value is None else value}"))
+    for key, value in info.tags.items():
+        if isinstance(value, dict):  # what learning found out
+            continue
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"tag {plain_text(key):11} {plain_text(text)}")
+    for line in capture_lines(info.tags):
+        print(one_line(line))
 
 
 def _described(library: Path) -> tuple[dict[str, Any], str, int]:
@@ -184,5 +202,9 @@ def _thousands(count: int) -> str:
     return f"{count:,}".replace(",", " ")
 
 
-def _decibels(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _decibels(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _lost(value: float | None) -> str:
+    return "–" if value is None else f"{max(value, 0.0) + 0.0:.3f}"

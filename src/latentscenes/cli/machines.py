@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from latentscenes.cli.common import Machine, say, set_up
+from latentscenes.cli.common import Machine, require_library, say, set_up
 from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 from latentscenes.core.ranks import RankOptions, chosen_rank
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def learn_share(
     share = exploit_rank(out, PosedImages.open(data), settings, run, options, device, (rank, ranks))
     say(f"{out}: all scenes are in the library. This process learned {share.groups} groups.")
     if share.joined:
-        say(f"{out}: {share.joined.added} scenes joined from all parts.")
+        say(f"{out}: {counted(share.joined.added, 'scene')} joined from all parts.")
 
 
 def as_workers(options: ExploitOptions, ranks: RankOptions) -> ExploitOptions:
@@ -60,7 +61,7 @@ def as_workers(options: ExploitOptions, ranks: RankOptions) -> ExploitOptions:
 
 def _seen_elsewhere(run: Path | None) -> Path | None:
     """Returns a run's path for processes that work in other folders; packaged models keep their names."""
-    from latentscenes.storage.pretrained import find_model
+    from latentscenes.storage.description import find_model
 
     return run.absolute() if run is not None and find_model(run) == run else run
 
@@ -93,8 +94,10 @@ def library_join(
         parts: libraries whose scenes are copied. Scenes that are there already are not copied again; two
             different scenes of one name are refused.
     """
+    for part in parts:
+        require_library(part)
     from latentscenes.storage.joining import join
 
     done = join(out, parts)
     known = f"; {done.known} were there already, or came twice" if done.known else ""
-    say(f"{out}: {done.added} scenes of {len(parts)} parts added{known}.")
+    say(f"{out}: {counted(done.added, 'scene')} of {counted(len(parts), 'part')} added{known}.")

@@ -15,7 +15,9 @@ from latentscenes.cli.common import (
     MachineOptions,
     errors_in_one_line,
     refuse_repeated,
+    require_dataset,
     require_folder,
+    require_source,
     say,
     set_up,
 )
@@ -25,7 +27,7 @@ from latentscenes.cli.library import LIBRARY_COMMANDS, library_verify, search
 from latentscenes.cli.machines import as_workers, learn_share
 from latentscenes.core.config import ExploitOptions, TrackerKind, with_scenes
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line
+from latentscenes.core.names import counted, one_line
 from latentscenes.core.ranks import RankOptions
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def train(
     """
     if print_config and not (data / "views.json").is_file():
         _settings(config, overrides, print_config)
+    require_dataset(data)
     device = set_up(machine)
     from latentscenes.data.dataset import PosedImages
     from latentscenes.training.distributed import joined
@@ -79,7 +82,7 @@ def train(
         elif scenes:
             settings = for_train(settings, views, out, (split, limit), own, team)
         run = run_training(settings, views, out, split=split, limit=limit, device=own, track=track, team=team)
-        learned = f"{len(run.info.scenes)} scenes learned in {run.spent}"
+        learned = f"{counted(len(run.info.scenes), 'scene')} learned in {run.spent}"
         say(f"{out}: {learned}. Score them: latentscenes eval --run {out}")
 
 
@@ -104,26 +107,25 @@ def exploit(
     Args:
         data: dataset whose `new` scenes are learned, except scenes that the library holds already.
         out: library folder, created if absent.
-        run: shared parts of a new library: a finished run of train, another library, or the pretrained
-            `cars`.
+        run: shared parts of a new library: a finished run, another library, or pretrained `cars` or `objects`.
         config: preset or YAML file; unset: the configuration of the library or run.
         overrides: settings to change, for instance exploit.latent.epochs=20.
-        finetune: as published: also learn base planes, field and decoder, into a new library of the new
-            scenes.
+        finetune: as published: also learn base planes, field and decoder, into a library of the new scenes.
         fit: find out, by learning a few objects for a few steps, how objects must be turned, and learn them
             from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
         refine: also learn small corrections of each view, its color (gain and offset) and its camera, where
             a short trial finds that they help. Takes two to three times as long.
         print_config: print every setting as YAML and stop.
     """
-    from latentscenes.storage.pretrained import open_parent
+    from latentscenes.storage.description import find_model
 
-    home = out if (out / "library.json").is_file() else run and open_parent(run).path
+    home = out if (out / "library.json").is_file() else run and find_model(run)
     if home is None and config is None:
         raise UserError(
             f"{out}: no library here yet. With --run, name the run that provides its shared parts."
         )
     settings = _settings(config or str(home / "config.yaml"), overrides, print_config, finetune, refine)
+    require_dataset(data)
     if options.scenes is None and (config or any(".scenes=" in change for change in overrides)):
         options = replace(options, scenes="settings")
     if ranks.engine == "local":
@@ -138,11 +140,12 @@ def exploit(
 
     images = PosedImages.open(data)
     if fit and home:
+        from latentscenes.storage.pretrained import open_parent
         from latentscenes.training.fit import fitted_dataset
 
         images = fitted_dataset(images, open_parent(home), settings, str(run or out), device)
     store = learn_new(out, images, settings, run, finetune, options, device)
-    say(f"{out}: {len(store.index)} scenes. Score the new ones: latentscenes eval --run {out}")
+    say(f"{out}: {counted(len(store.index), 'scene')}. Score the new ones: latentscenes eval --run {out}")
 
 
 def evaluate(
@@ -280,6 +283,7 @@ def view(
         moving: pixels along the shorter side of pictures while the camera moves.
         still: pixels along the shorter side of pictures while the camera rests.
     """
+    require_source(library)
     device = set_up(machine)
     from latentscenes.api import Library
     from latentscenes.storage.published import open_source

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentscenes.cli.common import given_path, say
+from latentscenes.cli.common import given_path, require_library, say
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -26,8 +27,6 @@ def library_publish(
     """
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.addresses import address_of
-    from latentscenes.storage.library import LibraryFolder
-    from latentscenes.storage.publishing import publish
     from latentscenes.storage.targets import open_target
 
     if address := address_of(library):
@@ -35,6 +34,10 @@ def library_publish(
     if title is not None and not site:
         raise UserError("--title: only with --site.")
     given_path(out)
+    require_library(library)
+    from latentscenes.storage.library import LibraryFolder
+    from latentscenes.storage.publishing import publish
+
     target = open_target(out)
     if site:
         from latentscenes.export.live import check_site, write_site
@@ -42,12 +45,12 @@ def library_publish(
         check_site(target)
     done = publish(LibraryFolder.open(library), target, replace)
     say(
-        f"{out}: {done.scenes} scenes; {done.files} files written ({bytes_text(done.bytes)}), "
-        f"{done.removed} outdated ones removed."
+        f"{out}: {counted(done.scenes, 'scene')}; {counted(done.files, 'file')} written "
+        f"({bytes_text(done.bytes)}), {done.removed} outdated ones removed."
     )
     if site:
         written = write_site(target, title or library.resolve().name)
-        say(f"{out}/index.html: the gallery; {written} of its files written.")
+        say(f"{out}/index.html: the gallery; {counted(written, 'file')} of it written.")
 
 
 def library_push(
@@ -63,14 +66,15 @@ def library_push(
         private: whether a new repository is private.
         replace: take the place of another library that is published there.
     """
+    require_library(library)
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.hub import push
     from latentscenes.storage.library import LibraryFolder
 
     done = push(LibraryFolder.open(library), repository, kind, private, replace)
     say(
-        f"{repository}: {done.scenes} scenes; {done.files} files uploaded ({bytes_text(done.bytes)}), "
-        f"{done.removed} outdated ones removed."
+        f"{repository}: {counted(done.scenes, 'scene')}; {counted(done.files, 'file')} uploaded "
+        f"({bytes_text(done.bytes)}), {done.removed} outdated ones removed."
     )
 
 
@@ -88,7 +92,7 @@ def library_pull(
     """
     from latentscenes.storage.hub import pull
 
-    say(f"{out}: {pull(repository, kind, out)} scenes copied from {repository}.")
+    say(f"{out}: {counted(pull(repository, kind, out), 'scene')} copied from {repository}.")
 
 
 PUBLISHING_COMMANDS = {"publish": library_publish, "push": library_push, "pull": library_pull}

@@ -179,12 +179,15 @@ class Table:
 
 
 def show(*things: Table | str) -> None:
-    """Prints tables and sentences to the standard output, 150 columns wide where that is no terminal."""
+    """Prints tables and sentences to the standard output, 150 columns wide where that is no terminal. An
+    empty line follows the note below a table."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console = Console(width=150, markup=False, highlight=False)  # no line breaks in a file or a pipe
-    for thing in things:
+    for place, thing in enumerate(things):
         console.print(thing.rich() if isinstance(thing, Table) else printable(thing))
+        if isinstance(thing, Table) and thing.note and place + 1 < len(things):
+            console.print()
 
 
 def bytes_text(count: float | int) -> str:
@@ -193,6 +196,11 @@ def bytes_text(count: float | int) -> str:
         if count >= least * size:
             return f"{_three_digits(count / size)} {unit}"
     return f"{count:.0f} B"
+
+
+def lost_text(decibels: float) -> str:
+    """Formats what rounding costs, in dB of PSNR. Where it helps by chance, nothing is lost."""
+    return f"{max(decibels, 0.0) + 0.0:.3f} dB lost"
 
 
 def seconds_text(seconds: float | None) -> str:

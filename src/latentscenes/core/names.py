@@ -45,6 +45,11 @@ def check_name(name: object, where: object) -> str:
     raise UserError(f"{where}: {short(name)} cannot name a scene: it {reason}. Choose another name.")
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun: 1 scene, 2 scenes. `many` is a plural that is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def short(value: object, most: int = 80) -> str:
     """Returns `repr(value)` in printable characters, cut after `most` of them."""
     text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
@@ -118,12 +123,27 @@ def tagged(tags: Mapping[str, Mapping[str, Any]], where: Sequence[str]) -> list[
     return names
 
 
+def address_text(path: Path | str) -> str:
+    """Returns a path as it was typed if it is an address, which has lost one of two slashes as a path."""
+    return re.sub(r"\A(https?|s3|gs):/(?=[^/])", r"\1://", str(path))
+
+
 def nothing_learned(path: Path | str) -> UserError:
     """Returns the error to raise where a run or a library was expected."""
     return UserError(
-        f"{path}: no run and no library here (neither run.json nor library.json). "
+        f"{address_text(path)}: no run and no library here (neither run.json nor library.json). "
         "Start with `latentscenes train`."
     )
+
+
+def no_dataset(path: Path | str) -> UserError:
+    """Returns the error to raise where a dataset was expected."""
+    return UserError(f"{path}: no dataset here (views.json is absent). Make one: latentscenes data …")
+
+
+def no_folder(path: Path | str) -> UserError:
+    """Returns the error to raise where a folder was expected."""
+    return UserError(f"{path}: no such folder.")
 
 
 def unknown_scene(path: Path | str, name: str, names: Sequence[str]) -> UserError:

@@ -25,7 +25,7 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import CHECKSUM, check_file, object_checksum, read_object
-from latentscenes.core.names import short
+from latentscenes.core.names import no_dataset, short
 from latentscenes.core.reading import reason, require_regular
 
 FORMAT = "latentscenes-views-1"
@@ -80,7 +80,7 @@ class PosedImages:
         path = Path(path)
         index = path / "views.json"
         if not index.is_file():
-            raise UserError(f"{path}: no dataset here (views.json is absent). Make one: latentscenes data …")
+            raise no_dataset(path)
         meta = read_object(index, REMAKE, seal=False)
         if meta.get("format") != FORMAT:
             raise UserError(

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import no_folder
 from latentscenes.data.boxes import (
     Extent,
     carving_views,
@@ -210,7 +211,7 @@ def open_folder(folder: str | Path) -> Path:
     """Returns the path if it is a folder that holds something."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise no_folder(folder)
     if not any(folder.iterdir()):
         raise UserError(f"{folder}: is empty; nothing to import.")
     return folder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import check_name
+from latentscenes.core.names import check_name, counted
 from latentscenes.core.reading import read_any_json
 from latentscenes.data.dataset import Split
 from latentscenes.data.options import New
@@ -67,7 +67,7 @@ def choose_splits(names: Sequence[str], split: str | Path | None = None, new: Ne
     new = len(ordered) if new == "all" else new
     if not 0 <= new <= len(ordered):
         raise UserError(
-            f"--new {new}, but there are {len(ordered)} scenes; give at most that many, or `all`."
+            f"--new {new}: only {counted(len(ordered), 'scene')} found; give at most that many, or `all`."
         )
     first_new = len(ordered) - new
     return {name: "train" if place < first_new else "new" for place, name in enumerate(ordered)}

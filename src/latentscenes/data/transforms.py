@@ -14,7 +14,7 @@ import torch
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line
+from latentscenes.core.names import counted, one_line
 from latentscenes.core.reading import read_any_json
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
@@ -185,7 +185,9 @@ def _notes(folder: Path, images: list[Path], lenses: list[Lens | None]) -> list[
         notes.append(f"{folder}: {len(bent)} of {len(lenses)} images are undistorted{larger}")
     for place in sorted({image.parent for image in images}):
         if found := sum(1 for _ in place.glob(f"{NGP_MASK}*.png")):
-            notes.append(f"{place}: {found} masks named {NGP_MASK}… are not used; name masks by mask_path")
+            notes.append(
+                f"{place}: not used: {counted(found, 'mask')} named {NGP_MASK}…; masks are named by mask_path"
+            )
     return notes
 
 
@@ -258,7 +260,10 @@ def _listed(
     used = (lists["train"] or images - lists["val"] - lists["test"]) | held
     kept = [frame for frame in frames if _plain(frame["file_path"]) in used]
     if len(kept) < len(frames):
-        notes.append(f"{file}: {len(frames) - len(kept)} frames are in no list that is used: left out")
+        notes.append(
+            f"{file}: left out, as no list that is used names them: "
+            f"{counted(len(frames) - len(kept), 'frame')}"
+        )
     return kept, held
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latentscenes.core import config_io
 from latentscenes.core.console import bytes_text, percent_text, seconds_text
+from latentscenes.core.names import counted
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, line_chart, smooth, templates
 from latentscenes.evaluation.cost import Account
@@ -58,8 +59,9 @@ def write_report(path: str | Path, content: Comparison) -> Path:
     page = templates.get_template("report.html").render(
         title=content.title,
         lead=content.introduction
-        or f"{len(content.new.names)} new objects, learned {'' if in_pixels else 'in the latent space and '}"
-        f"with the base planes of {len(content.train.names)} earlier objects.",
+        or f"{counted(len(content.new.names), 'new object')}, learned "
+        f"{'' if in_pixels else 'in the latent space and '}with the base planes of "
+        f"{counted(len(content.train.names), 'earlier object')}.",
         tiles=_tiles(content, ours, rgb),
         summary=summary_table(content),
         orbits=_orbits(content),
@@ -285,7 +287,8 @@ def _details(content: Comparison) -> dict[str, Any]:
         "scores": [(name, scores_table(found)) for name, found in evaluations.items() if found],
         "commands": content.commands
         or dict.fromkeys(command_text(note.get("command", [])) for note in notes),
-        "data": f"{views.origin}: {len(views.scenes)} scenes, {len(views.cameras)} views of {width}×{height}",
+        "data": f"{views.origin}: {counted(len(views.scenes), 'scene')}, "
+        f"{counted(len(views.cameras), 'view')} of {width}×{height}",
         "versions": ", ".join(f"{name} {version}" for name, version in notes[0].get("versions", {}).items()),
         "machine": notes[0].get("machine", ""),
         "settings": [

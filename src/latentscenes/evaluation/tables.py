@@ -9,6 +9,7 @@ from pathlib import Path
 from latentscenes.core import config_io
 from latentscenes.core.console import Table, bytes_text, percent_text, seconds_text, show
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.cost import Account, TimeCost
@@ -109,7 +110,9 @@ def scores_table(evaluation: Evaluation) -> Table:
     if not perceptual:
         note += " No perceptual metric is installed."
     rows = tuple(line(score) for score in [*shown, evaluation.mean])
-    return Table(f"{len(ordered)} scenes, {evaluation.views} {part}", columns, rows, (len(rows) - 1,), note)
+    return Table(
+        f"{counted(len(ordered), 'scene')}, {evaluation.views} {part}", columns, rows, (len(rows) - 1,), note
+    )
 
 
 def _quality_cells(score: SceneScore, perceptual: bool, codec: bool = False) -> list[str]:
@@ -235,7 +238,11 @@ def ledger_sentences(ours: Account, other: Account) -> list[str]:
     if (time := ours.time) is not None:
         if time.stage_one.wall:
             count = time.stage_one_scenes
-            each = f"{count} scenes (each {time.stage_one.times(1 / count)})" if count else "its scenes"
+            each = (
+                f"{counted(count, 'scene')} (each {time.stage_one.times(1 / count)})"
+                if count
+                else "its scenes"
+            )
             found.append(f"Stage 1 took {time.stage_one} for {each}.")
         if time.scene is None:
             found.append("The time of a new scene is known once `latentscenes exploit` has learned some.")

@@ -23,7 +23,7 @@ from latentscenes.core.cameras import OPENGL_TO_OPENCV, Box, Cameras, Viewpoint
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, make_folder, partial_path, publish, writing_to
-from latentscenes.core.names import file_names, one_line, tags_text
+from latentscenes.core.names import counted, file_names, one_line, tags_text
 from latentscenes.data.dataset import box_of
 from latentscenes.export.sheets import cut, save_file, short_names
 from latentscenes.export.video import check_elevation, scaled
@@ -94,7 +94,7 @@ def write_page(
         entries.append(described(loaded, scene, captions[scene]) | {"sheet": packed})
     grid = {"rows": len(orbits), "columns": columns, "lines": math.ceil(len(cameras) / columns)}
     total = sum(len(entry["sheet"]) for entry in entries)
-    views = f"{len(cameras)} views of {width}×{height} pixels each"
+    views = f"{counted(len(cameras), 'view')} of {width}×{height} pixels each"
     page = page_with(
         Path(__file__).with_name("page.js").read_text("utf-8"),
         {"frames": frames, **grid, "scenes": entries},
@@ -115,7 +115,7 @@ def page_with(script: str, data: dict[str, Any], **texts: str | int) -> str:
 
 def how_many(count: int, total: int) -> str:
     """Returns how many of the scenes a page shows, in words."""
-    return f"{count} of {total} scenes" if count < total else "1 scene" if count == 1 else f"{count} scenes"
+    return f"{count} of {total} scenes" if count < total else counted(count, "scene")
 
 
 def described(loaded: SceneSet, scene: str, caption: str) -> dict[str, str]:

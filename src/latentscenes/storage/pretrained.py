@@ -9,7 +9,6 @@ pretrained/NAME/CARD.md                                    training data, method
 
 import dataclasses
 import math
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -29,13 +28,12 @@ from latentscenes.core.files import (
     writing_to,
 )
 from latentscenes.data.dataset import PosedImages
-from latentscenes.storage.description import read_description, refuse_inside
+from latentscenes.storage.description import find_model, read_description, refuse_inside
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import SHARED, START, LibraryFolder
 from latentscenes.storage.run import Run
 from latentscenes.storage.tensors import read_tensors, write_tensors
 
-MODELS = Path(str(resources.files("latentscenes"))) / "pretrained"
 KEPT = (
     "format", "box", "view", "precision", "parent_seconds", "parent_cpu_seconds", "parent_scenes",
     "finetuned_from", "versions",
@@ -43,29 +41,10 @@ KEPT = (
 """Entries of library.json that `export_model` copies."""
 
 
-def pretrained_models() -> list[str]:
-    """Returns the names of all models that come with the package."""
-    return sorted(path.parent.name for path in MODELS.glob("*/library.json"))
-
-
-def find_model(name: Path) -> Path:
-    """Returns the folder of the packaged model `name`; `name` if that is a run or library, or no model."""
-    inside, taken = MODELS / name, LibraryFolder.exists(name) or (name / "run.json").is_file()
-    return inside if not taken and len(name.parts) == 1 and LibraryFolder.exists(inside) else name
-
-
 def open_parent(path: Path) -> Run | LibraryFolder:
     """Opens a run, a library, or a packaged model by its name. Raises a UserError if it is none of these."""
     found = find_model(path)
-    if LibraryFolder.exists(found):
-        return LibraryFolder.open(found)
-    if not (found / "run.json").is_file():
-        names = ", ".join(pretrained_models())
-        raise UserError(
-            f"{path}: neither a run, nor a library, nor a model that comes with the package ({names}): "
-            "no run.json and no library.json there. Name a folder made by `latentscenes train` or `exploit`."
-        )
-    return Run.open(found)
+    return LibraryFolder.open(found) if LibraryFolder.exists(found) else Run.open(found)
 
 
 def export_model(source: LibraryFolder, out: Path) -> int:

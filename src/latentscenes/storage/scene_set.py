@@ -18,7 +18,7 @@ import torch
 
 from latentscenes.core.cameras import Box, Viewpoint
 from latentscenes.core.config import Config
-from latentscenes.core.console import Spent
+from latentscenes.core.console import Spent, lost_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import nothing_learned, unknown_scene
 from latentscenes.core.reading import read_json
@@ -323,7 +323,7 @@ class LibraryScenes(StoredScenes):
     def stored(self) -> str:
         kinds = sorted({info.precision for info in self._infos})
         lost = [info.psnr_lost for info in self._infos if info.psnr_lost is not None]
-        return f"{', '.join(kinds)}, {sum(lost) / max(len(lost), 1):.3f} dB lost"
+        return f"{', '.join(kinds)}, {lost_text(sum(lost) / max(len(lost), 1))}"
 
     @cached_property
     def _infos(self) -> list[SceneInfo]:

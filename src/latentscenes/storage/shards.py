@@ -13,6 +13,7 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 
 from latentscenes.core.files import load_tensors, now, open_tensors, reading_from
+from latentscenes.core.names import counted
 from latentscenes.core.reading import reason
 from latentscenes.storage.index import Place, SceneInfo
 from latentscenes.storage.quantize import (
@@ -104,7 +105,9 @@ class Shards:
             self._stated = place.shard, stated_entries(self.open(place.shard))
         entries = self._stated[1]
         if entries and place.row >= len(entries):
-            raise SafetensorError(f"{self.file(place.shard)}: it states {len(entries)} scenes only")
+            raise SafetensorError(
+                f"{self.file(place.shard)}: it states {counted(len(entries), 'scene')} only"
+            )
         return entries[place.row] if entries else None
 
     def read_all(self, shard: int) -> list[Payload]:

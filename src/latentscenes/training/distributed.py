@@ -27,6 +27,7 @@ from latentscenes.core.config import Config
 from latentscenes.core.console import Spent, console
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, writing_to
+from latentscenes.core.names import counted
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.row_files import belong_on_disk
@@ -189,7 +190,9 @@ def refuse_alone(config: Config, scenes: int, team: Team) -> None:
     if team.count == 1:
         return
     if team.count > scenes:
-        raise UserError(f"{team.count} processes for {scenes} scenes: start at most one for each scene.")
+        raise UserError(
+            f"{team.count} processes for {counted(scenes, 'scene')}: start at most one for each scene."
+        )
     if belong_on_disk(scenes, config):
         raise UserError(
             "storage: micro planes in files are for one process, but torchrun has started "

@@ -11,6 +11,7 @@ import torch
 from latentscenes.core.config import Config, ExploitOptions, StoragePrecision, frozen, shared_rates
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters
@@ -81,7 +82,7 @@ def finetune(
     refuse_inside(out)
     refuse_other_settings(parent.config, config, parent.path)
     refuse_cut_off(images, parent)
-    say(f"Shared parts keep learning. {out} becomes a library of {len(scenes)} new scenes only.")
+    say(f"Shared parts keep learning. {out} becomes a library of {counted(len(scenes), 'new scene')} only.")
     names, data = [scene.name for scene in scenes], str(images.path.resolve())
     model, mean, info = _parts(parent, images, options.precision or "int8", device)
     run_info = RunInfo("exploit", data, "new", names, info.box, info.parent)

@@ -17,6 +17,7 @@ import torch
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config
 from latentscenes.core.console import console, say, tracked
+from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
 from latentscenes.data.placing import UPRIGHT, fitting, object_box, place, turn_of, turned_box
@@ -99,7 +100,7 @@ def errors_by_way(
     views = max(len(scene.views("fit")) for scene in scenes)
     boxes = [object_box(images, scene) for scene in scenes]
     settings = _without_micro(quick(config, views, ROUGH_STEPS))
-    say(f"trying {len(WAYS)} ways to turn {len(scenes)} objects …")
+    say(f"trying {len(WAYS)} ways to turn {counted(len(scenes), 'object')} …")
     rough = {}
     for way in (
         WAYS if console.is_terminal else tracked(WAYS, "trying ways to turn objects")

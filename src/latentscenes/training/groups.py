@@ -16,7 +16,7 @@ import torch
 
 from latentscenes.core import config_io
 from latentscenes.core.config import Config, StoragePrecision
-from latentscenes.core.console import Spent, bytes_text, capture_lines, say
+from latentscenes.core.console import Spent, bytes_text, capture_lines, lost_text, say
 from latentscenes.core.errors import Damaged, UserError
 from latentscenes.core.files import locked, open_tensors
 from latentscenes.core.runtime import seeded
@@ -239,7 +239,7 @@ def told(infos: Sequence[SceneInfo]) -> str:
     return (
         f"{', '.join(names)}: {mean['psnr']:.2f} dB, "
         f"{Spent(mean['seconds'], mean['cpu_seconds'])}, {bytes_text(mean['bytes'])} a scene "
-        f"({infos[0].precision}, {mean['psnr_lost']:.3f} dB lost)"
+        f"({infos[0].precision}, {lost_text(mean['psnr_lost'])})"
     )
 
 

@@ -23,7 +23,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.console import bytes_text
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import one_line, printable, tags_text
+from latentscenes.core.names import counted, one_line, printable, tags_text
 from latentscenes.viewer.guard import guarded
 from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, ViewRequest
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
@@ -183,7 +183,7 @@ def check_port(host: str, port: int) -> None:
 def view(library: Library, host: str, port: int, data: Path | None, moving: int, still: int) -> None:
     """Serves a library until Ctrl-C; then ends the process at once if a picture takes longer than ENDING."""
     viewer = Viewer(library, host=host, port=port, data=data, moving=moving, still=still)
-    opening = f"{library.path}: {len(library)} scenes at {viewer.url} — open it in a browser; "
+    opening = f"{library.path}: {counted(len(library), 'scene')} at {viewer.url} — open it in a browser; "
     with contextlib.suppress(KeyboardInterrupt):
         print(printable(f"{opening}press Ctrl-C to stop."), flush=True)
         threading.Event().wait()

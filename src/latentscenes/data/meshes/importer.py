@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 from latentscenes.core.reading import reason
 from latentscenes.data.catalog import listed
 from latentscenes.data.dataset import Split, spread
@@ -77,7 +78,7 @@ def make_meshes(
             reasons = "\n".join(failed.values())
             raise UserError(f"{folder}: none of {len(jobs)} meshes could be read.\n{reasons}")
         remarks = _write(writer, done, found, splits, options)
-    lines = [f"{out}: {len(done)} scenes", *map(found.plain, _grouped(remarks))]
+    lines = [f"{out}: {counted(len(done), 'scene')}", *map(found.plain, _grouped(remarks))]
     lines += [f"remark: {remark}" for remark in found.remarks]
     if unlisted:
         lines.append(f"{len(unlisted)} left out, as the split file does not name them: {listed(unlisted)}")
@@ -95,7 +96,7 @@ def _summary(folder: Path, found: Found) -> str:
     kinds = [path.suffix.lower() for path in found.files.values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind[1:].upper()}" for kind in sorted(set(kinds)))
     rows = f"; {len(found.rows)} with a row in a catalog" if found.rows else ""
-    return f"{folder}: {len(kinds)} meshes ({counts}){rows}"
+    return f"{folder}: {counted(len(kinds), 'mesh', 'meshes')} ({counts}){rows}"
 
 
 def _job(name: str, found: Found) -> Job:

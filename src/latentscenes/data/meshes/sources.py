@@ -10,6 +10,7 @@ from typing import Any
 
 from latentscenes.core.console import bytes_text, say
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import no_folder
 from latentscenes.data.catalog import OWN, Row, assign, misfits, read_catalog
 from latentscenes.data.importing import is_leftover
 from latentscenes.data.meshes.archives import ARCHIVES, unpack
@@ -65,7 +66,7 @@ def find_sources(folder: Path, catalog: Path | None, work: Path) -> Found:
     rows = None if catalog is None else read_catalog(catalog)  # refused before archives are unpacked
     alone = folder.is_file() and folder.suffix.lower() in ARCHIVES
     if not folder.exists():
-        raise UserError(f"{folder}: no such folder.")
+        raise no_folder(folder)
     paths = [folder] if folder.is_file() else sorted(walk(folder, work))
     found = Found(find_meshes(folder, paths) if not alone else {})
     beside = [path for path in paths if path.suffix.lower() not in {*FORMATS, *ARCHIVES, *TEXTS}]
@@ -123,7 +124,7 @@ def find_meshes(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, 
             raise UserError(f"{folder}: not a readable mesh format; give {known}.")
         return {folder.stem: folder}
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise no_folder(folder)
     files: dict[str, Path] = {}
     for path in sorted(walk(folder)) if paths is None else paths:
         if _is_mesh(path):

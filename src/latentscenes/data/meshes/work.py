@@ -25,6 +25,7 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.console import say, tracked
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.files import locked, write_bytes, writing_to
+from latentscenes.core.names import counted
 from latentscenes.core.processes import side_by_side
 from latentscenes.core.runtime import StopFlag, set_up
 from latentscenes.core.version import __version__
@@ -121,7 +122,7 @@ def work_folder(out: Path) -> Iterator[Path]:
             if not kept:
                 shutil.rmtree(folder, ignore_errors=True)
             elif isinstance(error, Interrupted | KeyboardInterrupt):
-                say(f"{folder}: keeps {kept} finished objects for the same command.")
+                say(f"{folder}: keeps {counted(kept, 'finished object')} for the same command.")
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -142,10 +143,13 @@ def render_jobs(
     cores = torch.get_num_threads()
     workers = min(workers or min(cores, len(waiting) // LEAST), len(waiting)) or 1
     if found := len(jobs) - len(waiting):
-        say(f"{found} of {len(jobs)} objects are there from a stopped command.")
+        say(f"{found} of {len(jobs)} objects {'is' if found == 1 else 'are'} there from a stopped command.")
     if waiting and (others := len(list(files[0].parent.glob("*.npz"))) - found):
-        say(f"{others} objects of a stopped command had other options or files, and are not used.")
-    say(f"rendering {len(waiting)} objects in {workers} process{'es' if workers > 1 else ''} …")
+        say(
+            f"{counted(others, 'object')} of a stopped command had other options or files, and will not be "
+            "used."
+        )
+    say(f"rendering {counted(len(waiting), 'object')} in {counted(workers, 'process', 'processes')} …")
     threads = max(1, cores // workers)
     if workers == 1:
         done = _in_turn(prepare(), waiting)

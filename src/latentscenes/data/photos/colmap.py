@@ -21,6 +21,7 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
+from latentscenes.core.names import counted
 from latentscenes.core.reading import MOST_MODEL, require_regular
 from latentscenes.data.images import image_orientation, image_size, open_image
 from latentscenes.data.importing import is_leftover, subfolders
@@ -163,7 +164,7 @@ def _read_model(folder: Path) -> tuple[Path, Any]:
             ) from None
     if len(models) > 1:
         counts = {source.name: model.num_reg_images() for source, model in models.items()}
-        sizes = ", ".join(f"{name} with {count} photographs" for name, count in counts.items())
+        sizes = ", ".join(f"{name} with {counted(count, 'photograph')}" for name, count in counts.items())
         raise UserError(
             f"{sparse}: holds {len(models)} models ({sizes}): COLMAP could not join the photographs. Keep "
             "only the right one; or add photographs that overlap both and run COLMAP again."
