@@ -107,7 +107,7 @@ def exploit(
     Args:
         data: dataset whose `new` scenes are learned, except scenes that the library holds already.
         out: library folder, created if absent.
-        run: shared parts of a new library: a finished run, another library, or pretrained `cars` or `objects`.
+        run: shared parts of a new library: a finished run, another library, or pretrained `cars`, `objects`.
         config: preset or YAML file; unset: the configuration of the library or run.
         overrides: settings to change, for instance exploit.latent.epochs=20.
         finetune: as published: also learn base planes, field and decoder, into a library of the new scenes.
