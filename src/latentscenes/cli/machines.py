@@ -1,5 +1,6 @@
 """Several machines: one rank's share of `exploit`, and libraries joined into one."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,9 +25,15 @@ def learn_share(
     """Learns new scenes into a library together with other ranks, or has an engine start them, and says what
     became of them. `refused` are options that one process must carry out alone, and whether they are given.
     """
-    options, ranks = chosen
+    from latentscenes.storage.addresses import address_of
+
+    (options, ranks), address = chosen, address_of(out)
     if given := [name for name, is_given in refused.items() if is_given]:
         raise UserError(f"{given[0]}: one process does this alone. Leave out either this or --rank.")
+    if ranks.engine is not None and address:
+        raise UserError(
+            f"--engine {ranks.engine}: needs a folder, not {address}. Start each process with --rank."
+        )
     if ranks.engine is not None:
         from latentscenes.core.config_io import dump
         from latentscenes.training.ranks import RankCall
@@ -42,6 +49,16 @@ def learn_share(
     rank = chosen_rank(ranks)
     say(f"Rank {rank.number} of {rank.count}, by {rank.source}.")
     from latentscenes.data.dataset import PosedImages
+
+    if address:
+        from latentscenes.storage.targets import open_target
+        from latentscenes.training.bucket import exploit_in_bucket
+
+        given = PosedImages.open(data), settings, run, options, device, (rank, ranks)
+        share = exploit_in_bucket(open_target(address), *given)
+        say(f"{address}: all scenes are learned. This process learned {share.groups} groups.")
+        say(f"Join them into a library: latentscenes library join LIBRARY {address}")
+        return
     from latentscenes.training.ranks import exploit_rank
 
     share = exploit_rank(out, PosedImages.open(data), settings, run, options, device, (rank, ranks))
@@ -92,12 +109,36 @@ def library_join(
     Args:
         out: the joined library; made if absent.
         parts: libraries whose scenes are copied. Scenes that are there already are not copied again; two
-            different scenes of one name are refused.
+            different scenes of one name are refused. Also buckets in which ranks have learned (s3://…, gs://…).
     """
+    from latentscenes.storage.addresses import address_of
+
     for part in parts:
-        require_library(part)
+        if not address_of(part):
+            require_library(part)
     from latentscenes.storage.joining import join
 
-    done = join(out, parts)
+    fetched, only, found = out.with_name(f"{out.name}.fetched"), {}, []
+    for number, part in enumerate(parts):
+        if address := address_of(part):
+            only |= _fetched(address, fetched / str(number))
+        else:
+            found.append(part)
+    done = join(out, [*found, *only], only)
+    if only:
+        shutil.rmtree(fetched, ignore_errors=True)
     known = f"; {done.known} were there already, or came twice" if done.known else ""
     say(f"{out}: {counted(done.added, 'scene')} of {counted(len(parts), 'part')} added{known}.")
+
+
+def _fetched(address: str, folder: Path) -> dict[Path, list[str]]:
+    """Fetches what ranks have learned in a bucket. Returns the scenes to take from each part."""
+    from latentscenes.storage.targets import open_target
+    from latentscenes.training.bucket import fetched_parts
+
+    only, missing = fetched_parts(open_target(address), folder)
+    if not only:
+        raise UserError(f"{address}: no group is done yet. Wait for the processes that learn.")
+    if missing:
+        say(f"Note: {counted(missing, 'group')} of {address} not learned yet. Join again when they are.")
+    return only

@@ -119,7 +119,7 @@ class BucketTarget(Target):
     from publishing there at a time; then the later description counts."""
 
     def __init__(self, address: str, store: object):
-        self.address, self._store = address, store
+        self.address, self.store = address, store
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -137,13 +137,13 @@ class BucketTarget(Target):
     def _listing(self) -> Iterator[list[dict]]:
         import obstore
 
-        return obstore.list(self._store, chunk_size=1000)
+        return obstore.list(self.store, chunk_size=1000)
 
     def _exists(self, name: str) -> bool:
         import obstore
 
         try:
-            obstore.head(self._store, name)
+            obstore.head(self.store, name)
         except FileNotFoundError:
             return False
         return True
@@ -172,7 +172,7 @@ class BucketTarget(Target):
 
         with self._asking(f"{self.address}/{name}"):
             try:
-                found = obstore.get(self._store, name)
+                found = obstore.get(self.store, name)
                 if found.meta["size"] > most:
                     raise UserError(f"{self.address}/{name}: has more than {most >> 20} MiB.")
                 return bytes(found.bytes())
@@ -187,15 +187,15 @@ class BucketTarget(Target):
         with self._asking(f"{self.address}/{name}"):
             attributes = {"Content-Type": kind, "Cache-Control": keep}
             try:
-                obstore.put(self._store, name, content, attributes=attributes)
+                obstore.put(self.store, name, content, attributes=attributes)
             except NotImplementedError:  # local stores keep no attributes
-                obstore.put(self._store, name, content)
+                obstore.put(self.store, name, content)
 
     def remove(self, name: str) -> None:
         import obstore
 
         with self._asking(f"{self.address}/{name}"):
-            obstore.delete(self._store, name)
+            obstore.delete(self.store, name)
 
 
 def store_reason(error: Exception) -> str:

@@ -1,12 +1,14 @@
-"""Claims of work in a folder that several machines share: leases that lapse when their holder dies.
+"""Claims of work that several machines share: leases that lapse when their holder dies.
+
+They are small files on a board (boards.py), a folder or a bucket:
 
     ITEM.N.claim      the N-th claim of an item; holds the name of its owner
     ITEM.done.OWNER   the owner has finished the item
 
 The newest claim counts. A claim is made by creating its file, which must not exist yet: of several processes,
-one succeeds. Its holder renews it by setting the file's time. A process that watched a claim for as long as a
-lease without seeing the time change makes the next claim. It measures this with its own clock, and compares
-times of the file only for being equal, so clocks of machines need not agree.
+one succeeds. Its holder renews it by giving the file another version (its time; in a bucket, its ETag). A
+process that watched a claim for as long as a lease without seeing the version change makes the next claim. It
+measures this with its own clock, and compares versions only for being equal, so clocks need not agree.
 
 A process may hang although the thread that renews its claims does not. So it must also say that its work
 moves on (`progress`). If it does not for as long as `patience`, its claims are no longer renewed, and lapse.
@@ -17,17 +19,18 @@ counts, so all readers choose alike.
 """
 
 import math
-import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, sync, writing_to
+from latentscenes.training.boards import Board, FolderBoard, created
 
 CLAIM, DONE = "claim", "done"
 RENEWALS = 4
@@ -38,7 +41,7 @@ MOST_CLAIMS = 8
 
 @dataclass
 class State:
-    """What the folder says of all items."""
+    """What the board says of all items."""
 
     newest: dict[str, int] = field(default_factory=dict)
     """The number of the newest claim of each item."""
@@ -47,17 +50,23 @@ class State:
 
 
 class Claims:
-    """The claims of one process in a shared folder. Within `renewing`, they are renewed by a thread."""
+    """The claims of one process on a board. Within `renewing`, they are renewed by a thread."""
 
-    def __init__(self, folder: Path, owner: str, lease: float, patience: float = math.inf):
-        """`owner` is a name that no other process uses at the same time; `lease`, `patience`: seconds."""
-        self.folder, self.owner, self.lease, self.patience = folder, owner, lease, patience
+    def __init__(self, place: Path | Board, owner: str, lease: float, patience: float = math.inf):
+        """`place`: the board, or its folder; `owner`: a name that no other process uses at the same time;
+        `lease`, `patience`: seconds."""
+        self.board = FolderBoard(place) if isinstance(place, Path) else place
+        self.owner, self.lease, self.patience = owner, lease, patience
         self._moved = time.monotonic()
-        self._held: dict[str, Path] = {}
-        self._seen: dict[str, tuple[int, int, float]] = {}
-        """Number and file time of a claim of another process, and since when they are so."""
-        with writing_to(folder):
-            make_folder(folder)
+        self._held: dict[str, str] = {}
+        """The file of the claim of each item that this process holds."""
+        self._seen: dict[str, tuple[int, Hashable, float]] = {}
+        """Number and version of a claim of another process, and since when they are so."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before looking again for what others left."""
+        return min(self.board.pause, self.lease / 8)
 
     @contextmanager
     def renewing(self) -> Iterator["Claims"]:
@@ -69,8 +78,8 @@ class Claims:
                 if time.monotonic() - self._moved > self.patience:
                     continue
                 for file in list(self._held.values()):
-                    with suppress(OSError):  # a shared folder may be away for a while
-                        os.utime(file)
+                    with suppress(OSError, UserError):  # the board may be away for a while
+                        self.board.renew(file)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -85,9 +94,9 @@ class Claims:
         self._moved = time.monotonic()
 
     def state(self) -> State:
-        """Reads the folder."""
+        """Reads the board."""
         found = State()
-        for name in sorted(os.listdir(self.folder)):
+        for name in sorted(self.board.names()):
             item, _, rest = name.partition(".")
             kind, _, owner = rest.partition(".")
             if kind == DONE and owner:
@@ -107,26 +116,21 @@ class Claims:
 
     def has_lapsed(self, item: str, number: int) -> bool:
         """Returns whether a claim was made under the same owner before, or was not renewed for a lease."""
-        try:
-            with open(self._file(item, number)) as stream:  # opening asks a file server for the newest time
-                owner, changed = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
-        except FileNotFoundError:
+        found = self.board.read(_file(item, number))
+        if found is None:
             return False
+        owner, version = found
         if owner == self.owner:
             return item not in self._held
         seen = self._seen.get(item)
-        if seen is None or seen[:2] != (number, changed):
-            self._seen[item] = number, changed, time.monotonic()
+        if seen is None or seen[:2] != (number, version):
+            self._seen[item] = number, version, time.monotonic()
             return False
         return time.monotonic() - seen[2] >= self.lease
 
     def finish(self, item: str) -> None:
         """Notes that an item is finished; its result must be on the disk."""
-        file = self.folder / f"{item}.{DONE}.{self.owner}"
-        created(file, "")
-        with writing_to(file):
-            sync(file)
-            sync(self.folder)
+        self.board.create(f"{item}.{DONE}.{self.owner}", "", keep=True)
         self.drop(item)
 
     def drop(self, item: str) -> None:
@@ -136,31 +140,21 @@ class Claims:
     def forget(self, item: str) -> None:
         """Removes all claims of an item that this process holds, so that it can be claimed anew."""
         self.drop(item)
-        for file in self.folder.glob(f"{item}.*.{CLAIM}"):
-            file.unlink(missing_ok=True)
-
-    def _file(self, item: str, number: int) -> Path:
-        return self.folder / f"{item}.{number}.{CLAIM}"
+        for name in self.board.names():
+            if name.startswith(f"{item}.") and name.endswith(f".{CLAIM}"):
+                self.board.remove(name)
 
     def _claim(self, item: str, number: int) -> bool:
-        file = self._file(item, number)
-        if not created(file, self.owner):
+        file = _file(item, number)
+        if not self.board.create(file, self.owner):
             return False
         self.progress()
         self._held[item] = file
         return True
 
 
-def created(file: Path, content: str) -> bool:
-    """Creates a file, unless there is one. Returns whether it did. Of several processes, one succeeds."""
-    with writing_to(file):
-        try:
-            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as stream:
-            stream.write(content)
-    return True
+def _file(item: str, number: int) -> str:
+    return f"{item}.{number}.{CLAIM}"
 
 
 @contextmanager

@@ -28,8 +28,6 @@ PARTS, PLAN = "parts", "plan.json"
 FORMAT = "latentscenes plan 1"
 ID_LETTERS = 12
 """Hexadecimal letters of a plan's name."""
-LONGEST_PAUSE = 1.0
-"""Seconds between two looks whether another process has made the plan."""
 PLANNING = "plan"
 """Item that the process claims that makes the plan."""
 
@@ -60,27 +58,34 @@ def agreed(parts: Path, lease: float, make: Callable[[], Plan]) -> Plan:
             return plan
         with Claims(parts, uuid.uuid4().hex, lease).renewing() as claims:
             try:
-                return _found_or_made(parts, claims, make)
+                return found_or_made(claims, lambda: read_plan(parts), lambda: _written(parts, make))
             except (OSError, UserError):
                 if parts.is_dir():
                     raise
         # Others have joined all scenes and removed the folder meanwhile. What is left gets a new plan.
 
 
-def _found_or_made(parts: Path, claims: Claims, make: Callable[[], Plan]) -> Plan:
+def _written(parts: Path, make: Callable[[], Plan]) -> Plan:
+    for remains in parts.iterdir():  # of a plan that was carried out
+        remove_parts(remains)
+    plan = make()
+    write_sealed(parts / PLAN, asdict(plan))
+    return plan
+
+
+def found_or_made(claims: Claims, read: Callable[[], Plan | None], make: Callable[[], Plan]) -> Plan:
+    """Returns the plan that `read` finds. If there is none, one process makes it, and keeps it where `read`
+    looks; the others wait."""
     while True:
         newest = claims.state().newest.get(PLANNING, 0)
-        if (plan := read_plan(parts)) is not None:
+        if (plan := read()) is not None:
             return plan
         if claims.take_over(PLANNING, newest) if newest else claims.take(PLANNING):
             break
-        time.sleep(min(LONGEST_PAUSE, claims.lease / 8))
+        time.sleep(claims.pause)
     try:
-        if (plan := read_plan(parts)) is None:  # it may have been written just before the claim
-            for remains in parts.iterdir():  # of a plan that was carried out
-                remove_parts(remains)
+        if (plan := read()) is None:  # it may have been written just before the claim
             plan = make()
-            write_sealed(parts / PLAN, asdict(plan))
     finally:
         claims.forget(PLANNING)
     return plan
@@ -146,11 +151,11 @@ def _stated(options: ExploitOptions) -> dict[str, Any]:
 
 
 def refuse_other(
-    plan: Plan, file: Path, places: tuple[Path, PosedImages], config: Config, options: ExploitOptions
+    plan: Plan, parts: str, places: tuple[str, PosedImages], config: Config, options: ExploitOptions
 ) -> None:
-    """Raises a UserError if a process was asked to do something else than the plan in `file`. `places`: its
-    library and its dataset."""
-    out, images = str(places[0].resolve()), str(places[1].path.resolve())
+    """Raises a UserError if a process was asked to do something else than the plan in the folder or bucket
+    `parts`. `places`: its library and its dataset."""
+    out, images = places[0], str(places[1].path.resolve())
     for what, mine, theirs in (
         ("library", out, plan.library),
         ("dataset", images, plan.dataset),
@@ -160,8 +165,8 @@ def refuse_other(
         if mine != theirs:
             shown = f" ({theirs}, not {mine})" if what != "settings" else ""
             raise UserError(
-                f"{file}: work with another {what} is not finished{shown}. Go on with the command of its "
-                f"other processes, or remove {file.parent} with what they have learned."
+                f"{parts}/{PLAN}: work with another {what} is not finished{shown}. Go on with the command of "
+                f"its other processes, or remove {parts} with what they have learned."
             )
     if torch.get_num_threads() != plan.threads:
         say(

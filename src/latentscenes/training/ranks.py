@@ -43,8 +43,6 @@ from latentscenes.training.groups import GroupLearner, remarks, sweep, told
 from latentscenes.training.plan import PARTS, PLAN, Plan, agreed, made, read_plan, refuse_other, remove_parts
 from latentscenes.training.preparing import settled
 
-LONGEST_PAUSE = 1.0
-"""Seconds between two looks for work that others left."""
 JOINING = "join"
 """Item that the process claims that joins, beside the groups."""
 Stored = Callable[[str, list[SceneInfo], bool], None]
@@ -104,22 +102,18 @@ def exploit_rank(
             name, or a group ended every process that worked on it.
         Interrupted: a signal asked to stop. Everything is saved.
     """
-    if options.workers > 1:
-        raise UserError(f"--workers {options.workers}: a rank is one process. Start more ranks instead.")
-    if options.track != "none":
-        raise UserError(f"--track {options.track}: not with --rank. Leave it out.")
-    images.select("new", limit=options.limit)  # refuses datasets without new scenes before anything is made
+    refuse_alone(images, options)
     rank, ranks = shared
     parts = ranks.parts or out / PARTS
     plan = agreed(parts, ranks.lease, lambda: made(out, images, config, parent, options, device))
     config = settled(config, config_io.parse(plan.settings, str(parts / PLAN)), options, device)
-    refuse_other(plan, parts / PLAN, (out, images), config, options)
+    refuse_other(plan, str(parts), (str(out.resolve()), images), config, options)
     home, worker = parts / plan.id, None
     try:
         with own_name(home / "owners", f"part-{rank.number:04d}") as name:
             with Claims(home / "claims", name, ranks.lease, ranks.patience).renewing() as claims:
                 worker = Worker(
-                    plan, claims, lambda: _opened(home / name, out, plan), _teller(plan, rank, name),
+                    plan, claims, lambda: opened(home / name, out, plan), teller(plan, rank, name),
                     (parts / PLAN).exists,
                 )  # fmt: skip
                 worker.learn(images, config, device, rank)
@@ -134,7 +128,18 @@ def exploit_rank(
     return Share(worker.learned if worker else 0, joined)
 
 
-def _teller(plan: Plan, rank: Rank, name: str) -> Stored:
+def refuse_alone(images: PosedImages, options: ExploitOptions) -> None:
+    """Raises a UserError for options that a rank cannot carry out, and for a dataset without new scenes."""
+    if options.workers > 1:
+        raise UserError(f"--workers {options.workers}: a rank is one process. Start more ranks instead.")
+    if options.track != "none":
+        raise UserError(f"--track {options.track}: not with --rank. Leave it out.")
+    images.select("new", limit=options.limit)
+
+
+def teller(plan: Plan, rank: Rank, name: str) -> Stored:
+    """Returns what says that a group was learned."""
+
     def tell(item: str, infos: list[SceneInfo], now: bool) -> None:
         if now:
             say(f"{name}, group {int(item) + 1} of {len(plan.groups)}: {told(infos)}")
@@ -144,7 +149,7 @@ def _teller(plan: Plan, rank: Rank, name: str) -> Stored:
     return tell
 
 
-def _opened(part: Path, out: Path, plan: Plan) -> LibraryFolder:
+def opened(part: Path, out: Path, plan: Plan) -> LibraryFolder:
     """Opens the part of a process, or makes it."""
     if not LibraryFolder.exists(part):
         if read_description(out).get("checksums", {}).get(SHARED) != plan.model:
@@ -218,10 +223,10 @@ class Worker:
             if len(given_up) == len(left) or not worked and endless:
                 break
             if not worked:
-                time.sleep(min(LONGEST_PAUSE, self.claims.lease / 8))
+                time.sleep(self.claims.pause)
         if given_up:
             names = self.plan.groups[int(given_up[0])]
-            again = "" if endless else f"remove the files {given_up[0]}.* in {self.claims.folder} and "
+            again = "" if endless else f"remove the files {given_up[0]}.* in {self.claims.board.address} and "
             raise GivenUp(
                 f"{self.plan.library}: {len(given_up)} groups ended every process that learned them, "
                 f"{MOST_CLAIMS} each; the first holds {', '.join(names)}. What the processes printed says "
@@ -247,5 +252,5 @@ def _join_or_wait(out: Path, plan: Plan, home: Path, claims: Claims) -> Joined |
             file.unlink()
             claims.drop(JOINING)
             return found
-        time.sleep(min(LONGEST_PAUSE, claims.lease / 8))
+        time.sleep(claims.pause)
     return None
