@@ -18,7 +18,7 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.data.options import ImportOptions, ViewOptions
 from latentscenes.data.writing import DatasetWriter, join
 from latentscenes.export.surface import surface
-from latentscenes.model.model import Model, render_images, to_uint8
+from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run
@@ -104,8 +104,7 @@ def test_a_surface_lies_at_its_place_in_the_world():
     rows.box = BOX.numbers[None]
     cameras = Viewpoint((48, 48), 1.6, (1.1, 1.1), BOX.center).dome(24, -80.0)
     planes = other.compose(rows)
-    pictures = to_uint8(render_images(other, planes, cameras, (48, 48), geometry=False).images)
-    found = surface(other, planes, pictures, cameras, 48)
+    found = surface(other, planes, render_images(other, planes, cameras, (48, 48)), cameras, 48)
     extent = found.vertices.max(0) - found.vertices.min(0)
     assert extent == pytest.approx(2 * SEMI, rel=0.12)
     assert found.vertices.mean(0) == pytest.approx([0.07, -0.11, 0.03], abs=0.02)

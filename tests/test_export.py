@@ -15,6 +15,7 @@ from benchmarks.mesh_error import compare
 from latentscenes.cli import main as cli
 from latentscenes.core.cameras import Box, Cameras, look_at, orbit, spread_directions
 from latentscenes.core.errors import UserError
+from latentscenes.data.images import white_background
 from latentscenes.data.meshes.importer import read_mesh
 from latentscenes.data.shading import to_srgb
 from latentscenes.export import mesh as export_mesh
@@ -28,7 +29,8 @@ from latentscenes.export.mesh import (
     write_glb,
     write_ply,
 )
-from latentscenes.export.surface import Grid, large_parts, most_light, seen_as_ground
+from latentscenes.export.surface import Grid, background, large_parts, most_light, seen_as_ground
+from latentscenes.model.model import RenderedImages
 
 Y_TO_Z = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 
@@ -124,10 +126,32 @@ def test_ground_is_white_that_reaches_the_border():
     picture = np.full((1, 40, 40, 3), 255, np.uint8)
     picture[:, 8:32, 8:32] = 0
     picture[:, 14:26, 14:26] = 255
+    ground = white_background(picture)
     camera = Cameras(look_at(torch.tensor([[0.0, -2.0, 0.0]])), torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
     grid = Grid.filling(Box((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)), 9)
-    share = seen_as_ground(grid.points().reshape(-1, 3), picture, camera).reshape(grid.count)
+    share = seen_as_ground(grid.points().reshape(-1, 3), ground, camera).reshape(grid.count)
     assert share[4, 4, 4] == 0 and share[6, 4, 4] == 0 and share[8, 4, 4] == 1 and share[4, 4, 0] == 1
+
+
+@pytest.mark.parametrize("white", [1, 8])
+def test_white_parts_of_the_object_are_no_background(white):
+    """A ball that one of eight pictures shows in white is an object; one that all show so is white matter."""
+    box = Box((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
+    cameras, grid = VIEW.around(box).orbit(8, 10.0), Grid.filling(box, 40)
+    origins, directions = cameras.rays(*VIEW.size)
+    along = -(origins * directions).sum(-1)
+    inner = 0.3**2 - (origins.square().sum(-1) - along**2)
+    depth = (along - inner.clamp_min(0).sqrt()).view(8, *VIEW.size)
+    hit = (inner > 0).view(8, *VIEW.size)
+    images = torch.ones(8, 3, *VIEW.size)
+    images[white:] = torch.where(hit[white:, None], 0.0, images[white:])
+    shown = RenderedImages(images, images, depth, hit.float())
+    near = np.argwhere((grid.points().norm(dim=-1) < 0.34).numpy())
+    ground = background(shown, cameras, grid, near)
+    assert ground[~hit.numpy()].all()
+    inner = (inner > 0.04).view(8, *VIEW.size).numpy()  # not the edge, beside which there is background
+    share = ground[:white][inner[:white]].mean()
+    assert share > 0.95 if white == 8 else share < 0.05
 
 
 # The mesh

@@ -7,19 +7,29 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from egg import CENTER, SEMI, VIEW, egg, egg_colors, egg_run
 from PIL import Image
 
 from latentscenes.cli import main as cli
+from latentscenes.core.cameras import Viewpoint
 from latentscenes.core.errors import UserError
 from latentscenes.data.meshes.importer import read_mesh
-from latentscenes.data.raycast import RayCaster
+from latentscenes.data.raycast import RayCaster, soup_from_mesh
 from latentscenes.data.shading import LIGHTS
 from latentscenes.export.mesh import scene_mesh
 from latentscenes.export.mesh_files import write_textured
 from latentscenes.export.surface import Surface, simplified
-from latentscenes.export.texture import TexturedMesh, spread_out, texels, textured_mesh, unwrapped
+from latentscenes.export.texture import (
+    TexturedMesh,
+    fitted_texels,
+    spread_out,
+    texels,
+    textured_mesh,
+    unwrapped,
+)
+from latentscenes.model.model import RenderedImages
 
 for package in ("skimage", "xatlas", "fast_simplification"):
     pytest.importorskip(package, reason=f"{package} (the export extra) is absent")
@@ -91,6 +101,41 @@ def test_vertex_colors_of_few_triangles():
     assert len(found.faces) <= 400
     above = found.vertices[:, 2] > CENTER[2]
     assert np.abs(found.colors - egg_colors(found.vertices))[above].mean() < 0.02
+
+
+def test_fitted_texels_look_like_pictures_whose_pixels_are_means():
+    """Bands of a few pixels come back; texels that no picture shows stay as they were."""
+    found = ball(3)
+    charts = unwrapped(found, 128)
+    inside, face, weights = texels(charts.corners, charts.uv, 128)
+    places = (weights * found.vertices[charts.rows][charts.corners[face]]).sum(1)
+    truth = np.full((128, 128, 3), 0.5)
+    truth[inside] = 0.5 + 0.3 * np.sin(25 * places[:, [2, 0, 1]])
+    mesh = TexturedMesh(
+        found.vertices[charts.rows], charts.corners, found.normals()[charts.rows], charts.uv,
+        np.round(255 * truth).astype(np.uint8),
+    )  # fmt: skip
+    soup = soup_from_mesh(
+        mesh.vertices,
+        mesh.faces,
+        uv=mesh.uv * np.float32([1, -1]) + np.float32([0, 1]),
+        texture=np.dstack([mesh.texture, np.full((128, 128), 255, np.uint8)]),
+    )
+    cameras = Viewpoint((40, 40), 4.0, (1.6, 1.6), (0.0, 0.0, 0.0)).dome(24, 0.0)
+    rgb, alpha = (
+        torch.from_numpy(values) / 255 for values in RayCaster(soup, LIGHTS["flat"]).render(cameras, 40)
+    )
+    shown = RenderedImages(rgb.movedim(-1, 1), rgb.movedim(-1, 1), alpha, alpha)
+    start = np.full((128, 128, 3), 0.5)
+    above = inside.copy()
+    above[inside] = places[:, 2] > 0.2
+    after = fitted_texels(start, inside, found, charts, shown, cameras)
+    before, now = (np.abs(part - truth)[above].mean() for part in (start, after))
+    assert now < 0.4 * before
+    assert (after[~inside] == 0.5).all()
+    unseen = inside.copy()
+    unseen[inside] = places[:, 2] < -0.98
+    assert np.abs(after - 0.5)[unseen].max() < 1e-6
 
 
 @pytest.mark.parametrize("ending", [".glb", ".obj"])

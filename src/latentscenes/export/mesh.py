@@ -27,7 +27,7 @@ from latentscenes.core.files import check_place
 from latentscenes.core.version import __version__
 from latentscenes.export.sheets import save_file
 from latentscenes.export.surface import REACHED, Surface, simplified, surface
-from latentscenes.model.model import RenderedImages, render_images, to_uint8
+from latentscenes.model.model import RenderedImages, render_images
 from latentscenes.storage.scene_set import SceneSet
 
 VIEWS = 48
@@ -164,7 +164,7 @@ def photographed(
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     planes, cameras = loaded.planes(scene), view.dome(VIEWS, lowest)
     shown = render_images(loaded.model, planes, cameras, (finer * view.size[0], finer * view.size[1]))
-    return surface(loaded.model, planes, to_uint8(shown.images), cameras, cells, reached), shown, cameras
+    return surface(loaded.model, planes, shown, cameras, cells, reached), shown, cameras
 
 
 def paint(
@@ -180,7 +180,6 @@ def paint(
     caster = rtcore_scene.EmbreeScene()
     TriangleMesh(caster, np.ascontiguousarray(found.vertices[found.faces], np.float32))
     total, weight = np.zeros((len(points), 3)), np.zeros(len(points))
-    places, _ = cameras.project(torch.tensor(points, dtype=torch.float32))
     for view, eye in enumerate(cameras.positions.double().numpy()):
         toward = eye - points
         distance = np.linalg.norm(toward, axis=1)
@@ -191,7 +190,8 @@ def paint(
         hits = caster.run(start.astype(np.float32), ray.astype(np.float32), output=True)
         free = turned[hits["tfar"] > distance[turned]]
         picture = torch.cat([shown.images[view], shown.opacity[view][None]])[None]
-        at = 2 * places[view, free][None, None] - 1
+        places, _ = cameras[view : view + 1].project(torch.tensor(points[free], dtype=torch.float32))
+        at = 2 * places[None] - 1
         read = torch.nn.functional.grid_sample(picture, at, align_corners=False)[0, :, 0].double().numpy()
         share = facing[free] ** SHARPNESS * (read[3] > OPAQUE)
         total[free] += share[:, None] * read[:3].T

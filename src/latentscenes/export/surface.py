@@ -7,7 +7,8 @@ Notable:
 - Space that no light reaches counts as inside, even if it is empty. So the surface is closed and has no
   cavities.
 - Pictures over white do not distinguish white matter around an object from empty space, and fields do grow
-  such matter. It is removed: a cell that many pictures show as white background counts as empty.
+  such matter. It is removed: a cell that many pictures show as white background counts as empty. White parts
+  of the object that hide a cell do not count as background.
 - docs/export.md compares this with a threshold on density and with fused depth maps.
 """
 
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from latentscenes.core.cameras import Box, Cameras, spread_directions
 from latentscenes.core.errors import UserError
 from latentscenes.data.images import white_background
-from latentscenes.model.model import Model
+from latentscenes.model.model import Model, RenderedImages, to_uint8
 from latentscenes.rendering.field import FusedPlanes, sample_planes
 
 DIRECTIONS = 64
@@ -31,6 +32,8 @@ REACHED = 0.75
 GROUND = 0.15
 """A cell is empty if a larger share of the pictures shows it as background. A single picture may mistake a
 white part at the object's edge for background; many pictures do not."""
+BEHIND = 2.0
+"""Matter up to so many cells behind the depth of a picture is what the picture shows."""
 SMALLEST = 0.02
 """Parts with a smaller share of the largest part's volume are left out."""
 FEWEST, MOST = 8, 512
@@ -158,7 +161,7 @@ class Surface(NamedTuple):
 def surface(
     model: Model,
     planes: FusedPlanes,
-    pictures: UInt8[np.ndarray, "v H W 3"],
+    shown: RenderedImages,
     cameras: Cameras,
     cells: int = 128,
     reached: float = REACHED,
@@ -166,7 +169,7 @@ def surface(
     """Extracts the surface of a scene from its fused planes.
 
     Args:
-        pictures: pictures of the scene from all around.
+        shown: pictures of the scene from all around, with depth and opacity.
         cells: number of cubic cells along the box's longest side.
         reached: a point is outside if this share of the light reaches it.
 
@@ -189,8 +192,8 @@ def surface(
     found = density(model, planes, grid).cpu().numpy()
     light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
     near = np.argwhere(binary_dilation(light < reached))  # other cells do not touch the surface
-    ground = seen_as_ground(grid.points()[tuple(near.T)], pictures, cameras) > GROUND
-    light[tuple(near[ground].T)] = 1.0
+    ground = background(shown, cameras, grid, near)
+    light[tuple(near[seen_as_ground(grid.points()[tuple(near.T)], ground, cameras) > GROUND].T)] = 1.0
     light = np.pad(light, 1, constant_values=1.0)
     solid = large_parts(light < reached)
     if not solid.any():
@@ -227,19 +230,59 @@ def simplified(found: Surface, faces: int) -> Surface:
     return Surface(vertices.astype(np.float64), triangles.astype(np.int64), found.step)
 
 
+def background(
+    shown: RenderedImages, cameras: Cameras, grid: Grid, near: Int[np.ndarray, "n 3"]
+) -> Bool[np.ndarray, "v H W"]:
+    """Returns which pixels show background: white that is connected to the border, unless it is a part of the
+    object. Where the field is opaque behind such a pixel, its matter is background if many pictures show it
+    as that while nothing lies in front of it.
+
+    Args:
+        near: cells that hold matter, or lie beside such cells.
+    """
+    ground = white_background(to_uint8(shown.images))
+    opaque = ground & (shown.opacity > 0.5).numpy()
+    if not opaque.any():
+        return ground
+    share = seen_as_ground(grid.points()[tuple(near.T)], ground, cameras, shown, BEHIND * grid.step)
+    empty = np.zeros(grid.count, bool)
+    empty[tuple(near[share > GROUND].T)] = True
+    for view in np.flatnonzero(opaque.any((1, 2))):
+        pixels = opaque[view].ravel().nonzero()[0]
+        origins, directions = cameras[view : view + 1].rays(*opaque.shape[1:], torch.from_numpy(pixels)[None])
+        inside = shown.depth[view].flatten()[pixels, None] + grid.step  # cells at the depth may hold the edge
+        places = (origins + inside * directions)[0].numpy()
+        cell = np.round((places - grid.origin) / grid.step).astype(int).clip(0, np.array(grid.count) - 1)
+        ground[view].reshape(-1)[pixels] = empty[tuple(cell.T)]
+    return ground
+
+
 def seen_as_ground(
-    points: Float[Tensor, "n 3"], pictures: UInt8[np.ndarray, "v H W 3"], cameras: Cameras
+    points: Float[Tensor, "n 3"],
+    ground: Bool[np.ndarray, "v H W"],
+    cameras: Cameras,
+    shown: RenderedImages | None = None,
+    behind: float = 0.0,
 ) -> Float[np.ndarray, "n"]:
-    """Returns the share of pictures in which each point projects onto white that is connected to the
-    border."""
-    ground = torch.from_numpy(white_background(pictures)).float()
+    """Returns the share of pictures in which each point projects onto background.
+
+    Args:
+        shown: if given, opaque pixels count only for points that lie at most `behind` world units behind
+            what they show.
+    """
     total = torch.zeros(len(points))
     for view in range(len(cameras)):
         places, depth = cameras[view : view + 1].project(points)
-        shown = torch.nn.functional.grid_sample(
-            ground[view][None, None], 2 * places[None] - 1, align_corners=False
-        )
-        total += (shown[0, 0, 0] > 0.5) & (depth[0] > 0)
+        layers = [torch.from_numpy(ground[view]).float()]
+        layers += [] if shown is None else [shown.opacity[view], shown.depth[view]]
+        read = torch.nn.functional.grid_sample(
+            torch.stack(layers)[None], 2 * places[None] - 1, align_corners=False
+        )[0, :, 0]
+        counted = (read[0] > 0.5) & (depth[0] > 0)
+        if shown is not None:
+            distance = (points - cameras.positions[view]).norm(dim=1)
+            counted &= (read[1] < 0.5) | (distance < read[2] + behind)
+        total += counted
     return (total / len(cameras)).numpy()
 
 

@@ -3,24 +3,30 @@
 Notable:
 - xatlas cuts the surface into flat charts and packs them into a square. Rays onto the charts (Embree) find
   the place on the surface that each texel shows.
-- Texels are colored like vertices (mesh.py), from pictures twice as fine as the scene's data. Texels that no
-  picture shows take the mean color of the nearest visible vertices.
+- Texels are colored like vertices (mesh.py), from pictures twice as fine as the scene's data, and then fitted
+  (below). Texels that no picture shows take the mean color of the nearest visible vertices.
+- The fit is damped least squares. A field is learned by one ray for each pixel, from pixels that are means
+  over their area. So its pictures with the dataset's pixels are compared with means of several rays onto the
+  mesh. Texels that are read from pictures only, as vertices are, would be blurred twice.
 - Gaps between charts hold the color of the nearest texel of a chart, so that smooth reading and small
   versions of the texture show no seams.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.core.errors import UserError
-from latentscenes.export.mesh import NEAREST, paint, photographed, unseen
+from latentscenes.data.dataset import spread_evenly
+from latentscenes.export.mesh import GRAZING, NEAREST, OPAQUE, paint, photographed, unseen
 from latentscenes.export.surface import Surface, simplified
-from latentscenes.model.model import RenderedImages
+from latentscenes.model.model import RenderedImages, render_images
 from latentscenes.storage.scene_set import SceneSet
 
 TEXELS, FACES, CELLS = 1024, 20_000, 192
@@ -36,6 +42,25 @@ GUTTER = 4
 """Free texels between charts."""
 BLOCK = 1 << 19
 """Texels that are found or colored at once."""
+ROUNDS = 10
+"""Steps of the fit."""
+DAMPING = 0.3
+"""Weight of the colors that texels start with, over that of a pixel that shows one texel only."""
+SAMPLES = 3
+"""Rays along each side of a pixel, while pictures have up to LARGE pixels along a side; else two thirds."""
+LARGE = 256
+MOST_PIXELS = 4_000_000
+"""If more pixels show the object, a share of the pictures is used."""
+
+
+class Charts(NamedTuple):
+    """A surface cut into flat charts; p vertices, f triangles."""
+
+    rows: Int[np.ndarray, "p"]
+    """The vertex of the surface that each vertex of a chart is."""
+    corners: Int[np.ndarray, "f 3"]
+    uv: Float32[np.ndarray, "p 2"]
+    """Places in the texture, in [0, 1]; (0, 0) is its upper left corner."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +97,12 @@ def textured_mesh(
         raise UserError(f"--texture {side}: choose between {FEWEST} and {MOST} texels a side.")
     found, shown, cameras = photographed(loaded, scene, view, cells, lowest, FINER, REACHED)
     found = simplified(found, faces)
-    rows, corners, uv = unwrapped(found, side)
+    charts = rows, corners, uv = unwrapped(found, side)
     inside, face, weights = texels(corners, uv, side)
     picture = np.zeros((side, side, 3))
     picture[inside] = _baked(scene, found, rows[corners[face]], weights, (shown, cameras))
+    as_learned = render_images(loaded.model, loaded.planes(scene), cameras, view.size)
+    picture = fitted_texels(picture, inside, found, charts, as_learned, cameras)
     texture = np.round(255 * spread_out(picture, inside).clip(0, 1)).astype(np.uint8)
     return TexturedMesh(found.vertices[rows], corners, found.normals()[rows], uv, texture)
 
@@ -109,14 +136,8 @@ def _baked(
     return colors
 
 
-def unwrapped(
-    found: Surface, side: int
-) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "f 3"], Float32[np.ndarray, "p 2"]]:
+def unwrapped(found: Surface, side: int) -> Charts:
     """Cuts a surface into flat charts in a square of `side` x `side` texels.
-
-    Returns:
-        For each vertex of the charts, the surface's vertex that it is; the triangles; and the places of the
-        vertices in the square, in [0, 1], (0, 0) being its upper left corner.
 
     Raises:
         UserError: xatlas is absent.
@@ -130,7 +151,7 @@ def unwrapped(
     atlas.add_mesh(found.vertices.astype(np.float32), found.faces.astype(np.uint32))
     atlas.generate(xatlas.ChartOptions(), packing)
     rows, corners, uv = atlas[0]
-    return rows.astype(np.int64), corners.astype(np.int64), uv.astype(np.float32)
+    return Charts(rows.astype(np.int64), corners.astype(np.int64), uv.astype(np.float32))
 
 
 def texels(
@@ -161,3 +182,96 @@ def spread_out(
 
     row, column = distance_transform_edt(~known, return_distances=False, return_indices=True)
     return picture[row, column]
+
+
+# The fit
+
+
+def fitted_texels(
+    picture: Float[np.ndarray, "t t 3"],
+    inside: Bool[np.ndarray, "t t"],
+    found: Surface,
+    charts: Charts,
+    shown: RenderedImages,
+    cameras: Cameras,
+) -> Float[np.ndarray, "t t 3"]:
+    """Returns a texture in which the texels `inside` charts are fitted, so that the mesh looks like pictures.
+
+    Args:
+        shown: pictures with as many pixels as the dataset's.
+
+    A few steps of simultaneous iterative reconstruction (SIRT; Gilbert, Journal of Theoretical Biology 36,
+    1972) start from the colors that are there. More would fit what differs from picture to picture.
+    """
+    from scipy.sparse import vstack  # comes with scikit-image
+
+    views = list(range(len(cameras)))
+    solid = int((shown.opacity > OPAQUE).sum())
+    if solid > MOST_PIXELS:
+        views = spread_evenly(views, max(1, len(views) * MOST_PIXELS // solid))
+    caster = rtcore_scene.EmbreeScene()
+    TriangleMesh(caster, np.ascontiguousarray(found.vertices[charts.rows][charts.corners], np.float32))
+    normals, number = found.normals()[charts.rows], np.full(inside.shape, -1)
+    number[inside] = np.arange(inside.sum())
+    parts = [
+        _view(
+            shown.images[view], shown.opacity[view], cameras[view : view + 1], caster, charts, normals, number
+        )
+        for view in views
+    ]
+    reads, colors = vstack([part[0] for part in parts]).tocsr(), np.concatenate([part[1] for part in parts])
+    texels = picture[inside].astype(np.float32)
+    step = 1 / (reads.T @ np.asarray(reads.sum(1)).ravel() + np.float32(DAMPING))
+    for _ in range(ROUNDS):
+        texels += step[:, None] * (reads.T @ (colors - reads @ texels))
+    fitted = picture.copy()
+    fitted[inside] = texels
+    return fitted
+
+
+def _view(image, opacity, camera: Cameras, caster, charts: Charts, normals, number):
+    """Returns the matrix (pixels, texels) by which the opaque pixels of a picture read texels, and their
+    colors (pixels, 3); both are weighted by how frontally the camera looks. Left out are pixels not all of
+    whose rays meet the surface, or that look at it from aside."""
+    from scipy.sparse import csr_matrix
+
+    (height, width), side = opacity.shape, len(number)
+    samples = SAMPLES if max(height, width) <= LARGE else 2 * SAMPLES // 3
+    row, column = (index.numpy() for index in (opacity > OPAQUE).nonzero(as_tuple=True))
+    count, total = np.zeros(len(row)), np.zeros(len(row))
+    pixels, texels, shares = [], [], []
+    for place in range(samples * samples):
+        down, across = divmod(place, samples)
+        fine = (row * samples + down) * (width * samples) + column * samples + across
+        rays = camera.rays(height * samples, width * samples, torch.from_numpy(fine)[None])
+        origins, directions = (values[0].numpy().astype(np.float32) for values in rays)
+        hit = caster.run(origins, directions, output=True)
+        met = np.flatnonzero(hit["primID"] >= 0)
+        u, v, of_face = hit["u"][met], hit["v"][met], charts.corners[hit["primID"][met]]
+        weights = np.stack([1 - u - v, u, v], 1)[..., None]
+        outward = (weights * normals[of_face]).sum(1)
+        length = np.maximum(np.linalg.norm(outward, axis=1), 1e-12)
+        facing = -(outward * directions[met]).sum(1) / length
+        turned = np.flatnonzero(facing > GRAZING)
+        met, at = met[turned], (weights[turned] * charts.uv[of_face[turned]]).sum(1) * side - 0.5
+        count[met] += 1
+        total[met] += facing[turned]
+        low = np.floor(at).astype(np.int64)
+        part = at - low
+        for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            x, y = (low + [right, below]).clip(0, side - 1).T
+            texel = number[y, x]
+            share = np.abs(1 - right - part[:, 0]) * np.abs(1 - below - part[:, 1])
+            known = texel >= 0
+            pixels.append(met[known])
+            texels.append(texel[known])
+            shares.append(share[known])
+    found = csr_matrix(
+        (np.concatenate(shares), (np.concatenate(pixels), np.concatenate(texels))),
+        (len(row), int(number.max()) + 1), np.float32,
+    )  # fmt: skip
+    known = np.asarray(found.sum(1)).ravel()
+    used = np.flatnonzero((count == samples**2) & (known > 0.5 * samples**2))
+    weight = np.sqrt(total[used] / samples**2).astype(np.float32)
+    colors = image.numpy()[:, row[used], column[used]].T * weight[:, None]
+    return found[used].multiply((weight / known[used])[:, None]).tocsr(), colors
