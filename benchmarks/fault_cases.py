@@ -10,7 +10,7 @@ from pathlib import Path
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum
 from latentscenes.data.dataset import PosedImages, verify
-from latentscenes.storage import maintenance
+from latentscenes.storage import maintenance, verifying
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.published import PublishedLibrary
 from latentscenes.storage.run import Run
@@ -74,7 +74,7 @@ def result_of(out: Path) -> dict:
     if LibraryFolder.exists(out):
         library = LibraryFolder.open(out)
         scenes = {name: place.checksum for name, place in library.index.places().items()}
-        damage = [str(damage) for damage in maintenance.verify(library)]
+        damage = [str(damage) for damage in verifying.verify(library)]
         library.close()
         return {"scenes": scenes, "damage": damage, "model": library.checksums["shared.safetensors"]}
     if (out / "published.json").exists():
@@ -120,7 +120,7 @@ def read(path: Path, end: float) -> dict[str, int]:
     """Verifies and reads; what is found damaged is a false alarm."""
     library, done, alarms = LibraryFolder.open(path), 0, 0
     while time.monotonic() < end:
-        alarms += len(maintenance.verify(library))
+        alarms += len(verifying.verify(library))
         library.parameters(random.choice(library.index.names()))
         done += 1
     return {"operations": done, "differ": alarms}

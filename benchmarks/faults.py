@@ -31,7 +31,7 @@ from benchmarks.fault_cases import CASES, SETTINGS, Case, compact, read, result_
 from latentscenes.cli import main as program
 from latentscenes.cli.common import run_program, say
 from latentscenes.core.console import Table
-from latentscenes.storage import maintenance
+from latentscenes.storage import verifying
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.training import loop
 
@@ -263,7 +263,7 @@ class Campaign:
             f"writer{k}-{number}" for k in range(2) for number in range(found[k].get("operations", 0))
         ]
         tally["lost"] = len(set(expected) - set(library.index.names()))
-        tally["differ"] = len(maintenance.verify(library))
+        tally["differ"] = len(verifying.verify(library))
         self.row(f"two writers, a compactor, two readers, {seconds:.0f} s", tally["operations"], tally)
 
 

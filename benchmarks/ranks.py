@@ -24,7 +24,7 @@ from latentscenes.cli import main as program
 from latentscenes.cli.common import run_program, say
 from latentscenes.core.console import Table, show
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.maintenance import verify
+from latentscenes.storage.verifying import verify
 
 Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE …")]
 RANKS = 3

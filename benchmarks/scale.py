@@ -43,10 +43,10 @@ from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE
 from latentscenes.storage.joining import empty_copy, join
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
-from latentscenes.storage.maintenance import verify
 from latentscenes.storage.publishing import Published, publish
 from latentscenes.storage.quantize import Payload, pack, payload_bytes
 from latentscenes.storage.targets import FolderTarget
+from latentscenes.storage.verifying import verify
 
 PARTS, BATCH, KINDS, SHARDS = 10, 1000, 200, (4, 500)
 """Libraries that are joined; scenes appended together; different micro planes and thumbnails; with `like`,

@@ -2,8 +2,11 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from types import SimpleNamespace
 from typing import get_args
 
@@ -44,6 +47,8 @@ def test_help_of_every_command_loads_no_torch():
     # All in one process, which must not have loaded torch at its end.
     script = f"""
 import sys
+import tempfile
+import time
 from latentscenes.cli.main import main
 for command in {COMMANDS!r}:
     sys.argv = ["latentscenes", *command, "--help"]
@@ -366,3 +371,15 @@ def test_numbers_with_nouns_and_losses():
 def test_other_failures_of_torch_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError, match="shapes"), errors_in_one_line():
         raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_by_a_signal_takes_one_line_and_leaves_nothing(number, status, capsys, tmp_path):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    err = capsys.readouterr().err
+    assert stop.value.code == status and err.startswith("latentscenes: stopped.") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before

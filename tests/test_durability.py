@@ -23,7 +23,7 @@ from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.data.writing import join
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
-from latentscenes.storage import maintenance, recovery
+from latentscenes.storage import maintenance, recovery, verifying
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.pretrained import export_model
@@ -259,7 +259,7 @@ def test_an_older_index_loses_no_shard(library):
     library.append(copies(library, "a", "b"))
     content = library.shards.file(5).read_bytes()
     library = with_index(library, old)
-    assert [(damage.name, "holds 'a', 'b'" in damage.what) for damage in maintenance.verify(library)] == [
+    assert [(damage.name, "holds 'a', 'b'" in damage.what) for damage in verifying.verify(library)] == [
         ("shards/000005.safetensors", True)
     ]
     library.append(copies(library, "c"))
@@ -268,7 +268,7 @@ def test_an_older_index_loses_no_shard(library):
     done = recovery.rebuild(library.path)
     assert done.scenes == ["a", "b"] and not done.index_made and not done.renamed
     library = LibraryFolder.open(library.path)
-    assert library.index.names()[-3:] == ["c", "a", "b"] and maintenance.verify(library) == []
+    assert library.index.names()[-3:] == ["c", "a", "b"] and verifying.verify(library) == []
     assert library.index.info("a").psnr == library.index.info("c").psnr
 
 
@@ -289,7 +289,7 @@ def test_an_index_is_made_from_the_shards(library, spoil):
     again = LibraryFolder.open(library.path)
     del before["a"]
     assert done.index_made and {info.name: info for info in again.index.infos()} == before
-    assert maintenance.verify(again) == [] and again.index.without_thumbnail() == again.index.names()
+    assert verifying.verify(again) == [] and again.index.without_thumbnail() == again.index.names()
     draw_thumbnails(again, CPU)
     assert again.index.without_thumbnail() == [] and again.index.thumbnail("car_0000")[:4] == b"\x89PNG"
 
@@ -314,11 +314,11 @@ def test_a_lost_scene_is_found_in_an_unlisted_shard_and_keeps_its_name_and_tags(
     library = LibraryFolder.open(library.path)
     maintenance.compact(library)
     broken = with_index(library, old)  # which does not know where the scenes went
-    assert {damage.what[:9] for damage in maintenance.verify(broken)} >= {"its shard"}
+    assert {damage.what[:9] for damage in verifying.verify(broken)} >= {"its shard"}
     broken.close()
     recovery.rebuild(library.path)
     again = LibraryFolder.open(library.path)
-    assert maintenance.verify(again) == [] and len(again.index) == 5
+    assert verifying.verify(again) == [] and len(again.index) == 5
     assert again.index.info("mine").tags == {"color": "red"} and again.index.thumbnail("mine")
 
 
@@ -330,7 +330,7 @@ def test_equal_names_both_stay(library):
     library.rename(library.index.names()[-1], "x")
     assert recovery.rebuild(library.path).renamed == ["x (2)"]
     again = LibraryFolder.open(library.path)
-    assert {"x", "x (2)"} <= set(again.index.names()) and maintenance.verify(again) == []
+    assert {"x", "x (2)"} <= set(again.index.names()) and verifying.verify(again) == []
 
 
 def test_compact_frees_what_a_kill_left_but_no_unknown_file(library):
@@ -338,24 +338,24 @@ def test_compact_frees_what_a_kill_left_but_no_unknown_file(library):
     shutil.copy(library.shards.file(place.shard), library.shards.file(9))
     (library.path / "shards" / "000010.safetensors.partial-host-1").write_bytes(b"1")
     (library.path / "shards" / "notes.txt").write_text("mine")
-    assert maintenance.verify(library) == []
+    assert verifying.verify(library) == []
     maintenance.compact(library)
     names = {file.name for file in (library.path / "shards").iterdir()}
     assert "notes.txt" in names and not names & {"000009.safetensors", "000010.safetensors.partial-host-1"}
     library.append(copies(library, "new"))
-    assert maintenance.verify(library) == []
+    assert verifying.verify(library) == []
 
 
 def test_verify_compares_the_index_with_the_shards(library):
     library.append(copies(library, "a"))
     library.rename("a", "b")
     library.tag("b", {"color": "red"})
-    assert maintenance.verify(library) == []
+    assert verifying.verify(library) == []
     library.close()
     with sqlite3.connect(library.path / FILE) as connection:
         connection.execute("UPDATE scenes SET psnr = psnr + 1 WHERE name = 'b'")
     connection.close()
-    (found,) = maintenance.verify(LibraryFolder.open(library.path))
+    (found,) = verifying.verify(LibraryFolder.open(library.path))
     assert found.name == "b" and found.what.endswith("is not that of its shard 000005.safetensors: psnr")
 
 
@@ -376,7 +376,7 @@ def test_verify_asks_again_where_another_process_moved_a_scene(library, monkeypa
         return read(shards, place)
 
     monkeypatch.setattr(Shards, "read", moving)
-    assert maintenance.verify(library) == [] and moved
+    assert verifying.verify(library) == [] and moved
 
 
 def test_verify_waits_for_a_shard_that_is_just_being_listed(library, monkeypatch):
@@ -394,7 +394,7 @@ def test_verify_waits_for_a_shard_that_is_just_being_listed(library, monkeypatch
     reader = LibraryFolder.open(library.path)
     assert [file.name for file in recovery.unlisted(reader)] == ["000005.safetensors"]
     threading.Timer(0.2, listed.set).start()
-    assert maintenance.verify(reader) == []
+    assert verifying.verify(reader) == []
     writer.join()
 
 
@@ -453,7 +453,7 @@ def test_a_half_made_library_is_taken_up(library):
         made = LibraryFolder.create(
             out, library.config, library.info, library.model(), library.starting_scene()
         )
-        assert maintenance.verify(made) == []
+        assert verifying.verify(made) == []
 
 
 def test_a_killed_export_of_a_model_is_no_obstacle(library, monkeypatch):
@@ -467,7 +467,7 @@ def test_a_killed_export_of_a_model_is_no_obstacle(library, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             export_model(library, out)
     assert not out.exists() and export_model(library, out) > 0
-    assert maintenance.verify(LibraryFolder.open(out)) == []
+    assert verifying.verify(LibraryFolder.open(out)) == []
 
 
 # Foreign files
@@ -538,7 +538,7 @@ def test_damage_of_what_a_shard_states_is_found(library, old, new):
     assert data.count(old.encode()) >= 1
     file.write_bytes(data.replace(old.encode(), new.encode(), 1))
     library.close()
-    found = maintenance.verify(LibraryFolder.open(library.path))
+    found = verifying.verify(LibraryFolder.open(library.path))
     assert [damage.name for damage in found] == ["a", "b"]
     assert all("what it states of its scenes is damaged" in damage.what for damage in found)
 

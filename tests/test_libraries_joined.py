@@ -15,7 +15,7 @@ from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import Index
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder, NewScene
-from latentscenes.storage.maintenance import compact, verify
+from latentscenes.storage.maintenance import compact
 from latentscenes.storage.quantize import (
     pack,
     payload_bytes,
@@ -24,6 +24,7 @@ from latentscenes.storage.quantize import (
     unstack_payloads,
 )
 from latentscenes.storage.shards import Shards
+from latentscenes.storage.verifying import verify
 from latentscenes.training.append import library_from_run
 
 PLANES = config_io.parse(TINY, "tiny").planes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentscenes.storage import maintenance
+from latentscenes.storage import verifying
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.run import Position, Run
 
@@ -106,7 +106,7 @@ def test_a_scene_that_was_stored_is_there_after_a_cut(disk, monkeypatch):
     library.close()
     for copy in copies:
         after = LibraryFolder.open(copy / "library")
-        assert maintenance.verify(after) == [] and len(after.index) == 5 + (copy == copies[-1])
+        assert verifying.verify(after) == [] and len(after.index) == 5 + (copy == copies[-1])
         after.append([scene] if copy != copies[-1] else [])
         assert "new" in after.index.names()
         after.close()

@@ -22,8 +22,8 @@ from latentscenes.core.ranks import Rank, RankOptions, chosen_rank
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.writing import DatasetWriter
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.maintenance import verify
 from latentscenes.storage.quantize import payload_checksum
+from latentscenes.storage.verifying import verify
 from latentscenes.training import claims as leases
 from latentscenes.training import groups
 from latentscenes.training import ranks as module

@@ -19,13 +19,13 @@ from latentscenes.core.files import CHECKSUM, check_file, file_checksum, reading
 from latentscenes.data import dataset
 from latentscenes.evaluation.cost import stored_codec_parameters
 from latentscenes.model.model import build_codec
-from latentscenes.storage import maintenance
+from latentscenes.storage import verifying
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.maintenance import verify_run
 from latentscenes.storage.pretrained import export_model
 from latentscenes.storage.run import Run
 from latentscenes.storage.shards import STATED
 from latentscenes.storage.tensors import read_tensors, write_tensors
+from latentscenes.storage.verifying import verify_run
 from latentscenes.training import loop
 from latentscenes.training.loop import train
 
@@ -85,7 +85,7 @@ def _same(one: bytes, other: bytes) -> bool:
 
 def test_files_of_earlier_versions_open_and_verify(tmp_path):
     assert verify_run(shutil.copytree(KEPT / "run", tmp_path / "run")) == []
-    assert maintenance.verify(LibraryFolder.open(shutil.copytree(KEPT / "library", tmp_path / "lib"))) == []
+    assert verifying.verify(LibraryFolder.open(shutil.copytree(KEPT / "library", tmp_path / "lib"))) == []
 
 
 def test_a_lost_checksum_is_not_taken_for_an_earlier_version(learned, solids_path, tmp_path):
@@ -130,7 +130,7 @@ def test_a_shard_whose_seal_has_another_name_is_damaged(tmp_path):
     file.unlink()
     write_tensors(file, tensors, {STATED: "[]", "seAl": "0"})
     again = LibraryFolder.open(path)
-    assert {damage.what for damage in maintenance.verify(again)} == {
+    assert {damage.what for damage in verifying.verify(again)} == {
         "its shard is damaged; what it states of its scenes is damaged"
     }
 
@@ -183,7 +183,7 @@ def test_no_reader_of_tensors_waits_or_reads_without_end(tmp_path, make: Callabl
     ):  # fmt: skip
         with pytest.raises(UserError, match="cannot be read"):
             read()
-    damage = {found.name: found.what for found in maintenance.verify(opened)}
+    damage = {found.name: found.what for found in verifying.verify(opened)}
     assert damage.keys() == {"model/shared.safetensors", "model/start.safetensors"}
 
 

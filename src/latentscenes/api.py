@@ -25,7 +25,7 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import Metric, SceneParameters, base_products
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.storage import maintenance
+from latentscenes.storage import maintenance, verifying
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.neighbors import Neighbor, WeightTable
@@ -332,11 +332,11 @@ class Library:
         """Measures bytes per scene and lost PSNR (dB) at each precision, on some scenes."""
         return maintenance.dial(self._own, self.device)
 
-    def verify(self) -> list[maintenance.Damage]:
+    def verify(self) -> list[verifying.Damage]:
         """Compares all files with their checksums and returns the differences."""
         if isinstance(self.folder, PublishedLibrary):
             return self.folder.verify()
-        return maintenance.verify(self.folder)
+        return verifying.verify(self.folder)
 
     def compact(self) -> int:
         """Merges small shards and frees the space of removed scenes. Returns the freed bytes."""

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,14 +156,15 @@ def run_program(command: Callable[..., None]) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """On an error that the user can fix, or on a stop, prints one line and ends the process. Characters that
-    the terminal's encoding lacks are printed as escapes."""
+    """On an error that the user can fix, or on a stop by Ctrl-C or SIGTERM, prints one line and ends the
+    process. Characters that the terminal's encoding lacks are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
-        sys.stdout.flush()
+        with _terminated_as_by_keys():
+            yield
+            sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # a reader such as `head` has what it wanted
@@ -170,8 +173,9 @@ def errors_in_one_line() -> Iterator[None]:
     except Interrupted:
         print("latentscenes: stopped; everything is saved. The same command continues.", file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("latentscenes: stopped. What is complete stays; run the same command again.", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, _Terminated) else 130)
     except OSError as error:  # disk full, no permission, …
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         _fail(f"{where}{error.strerror or error}.")
@@ -180,6 +184,27 @@ def errors_in_one_line() -> Iterator[None]:
         if not full:
             raise
         _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, such as a scheduler sends it."""
+
+
+@contextmanager
+def _terminated_as_by_keys() -> Iterator[None]:
+    """Makes SIGTERM end the block as Ctrl-C does, so that temporary files and other processes go, too."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

@@ -115,6 +115,7 @@ def library_verify(library: Folder) -> None:
 
 def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
     """List scenes of the shards in the index again, after it was lost, damaged, or restored from an old copy.
+    Entries that have changed since they were written become what the shards state.
 
     Args:
         library: its folder.
@@ -135,6 +136,8 @@ def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
 
     draw_thumbnails(LibraryFolder.open(library), device)
     say(f"{library}: {counted(len(done.scenes), 'scene')} listed anew.")
+    if done.mended:
+        say(f"What their shards state is in the index again: {', '.join(done.mended)}.")
     if done.renamed:
         say(f"Their names were taken, so they have new ones: {', '.join(done.renamed)}.")
     if done.damaged:

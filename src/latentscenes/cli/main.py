@@ -253,8 +253,8 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
         return data_verify(folder)
     if not (folder / "run.json").is_file():
         return library_verify(folder)
-    from latentscenes.storage.maintenance import verify_run
     from latentscenes.storage.run import Run
+    from latentscenes.storage.verifying import verify_run
 
     for damage in (damaged := verify_run(folder)):
         print(one_line(damage))

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from latentscenes.core import config_io
 from latentscenes.core.console import Spent
-from latentscenes.core.files import write_json
-from latentscenes.core.reading import read_json
+from latentscenes.core.files import CHECKSUM, read_object, write_sealed
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import LatentView, Model
@@ -72,11 +71,13 @@ class Evaluation:
         return Spent(self.render_seconds, self.render_cpu_seconds)
 
     def save(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_sealed(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
-        return config_io.build(cls, read_json(path, "Remove it: it is computed again."), path)
+        content = read_object(path, "Remove it: it is computed again.")
+        content.pop(CHECKSUM, None)  # files of earlier versions have none
+        return config_io.build(cls, content, path)
 
 
 @torch.no_grad()

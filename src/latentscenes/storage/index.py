@@ -21,6 +21,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import short, tagged, tags_text, unknown_scene
 from latentscenes.storage.entries import SceneInfo, Totals, scene_info
+from latentscenes.storage.entry_checks import COLUMNS, EntryChecks, check_of
 from latentscenes.storage.sqlite import address, guard
 
 FILE = "index.sqlite"
@@ -31,8 +32,7 @@ REMEDY = "Restore it from a copy, or make it from the shards again: latentscenes
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
 ADDED = "cpu_seconds"
-"""A column that indexes of earlier versions lack. The first change of such an index adds it, empty; versions
-without it still read and write the index."""
+"""The column of a scene's metadata that indexes of earlier versions lack."""
 
 TABLES = f"""
 CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, scenes INTEGER NOT NULL);
@@ -41,11 +41,13 @@ CREATE TABLE scenes (
   shard INTEGER NOT NULL, row INTEGER NOT NULL, checksum TEXT NOT NULL,
   precision TEXT NOT NULL, bytes INTEGER NOT NULL, origin TEXT NOT NULL,
   dataset TEXT, split TEXT, source TEXT NOT NULL, added TEXT NOT NULL,
-  seconds REAL, {ADDED} REAL, psnr REAL, psnr_lost REAL, tags TEXT NOT NULL
+  seconds REAL, {ADDED} REAL, psnr REAL, psnr_lost REAL, tags TEXT NOT NULL,
+  name_check INTEGER, tags_check INTEGER
 );
 CREATE INDEX scenes_shard ON scenes (shard);
 CREATE TABLE thumbnails (
-  scene INTEGER PRIMARY KEY REFERENCES scenes (id) ON DELETE CASCADE, png BLOB NOT NULL
+  scene INTEGER PRIMARY KEY REFERENCES scenes (id) ON DELETE CASCADE, png BLOB NOT NULL,
+  png_check INTEGER
 );
 PRAGMA user_version = {VERSION};
 """
@@ -60,7 +62,7 @@ class Place:
     checksum: str
 
 
-class Index:
+class Index(EntryChecks):
     """An opened index. Threads may share it."""
 
     def __init__(self, path: Path):
@@ -106,6 +108,15 @@ class Index:
             yield
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path}: cannot be read ({error}). {REMEDY}") from None
+
+    @contextmanager
+    def any_text(self) -> Iterator[None]:
+        """Within the block, text that is none, after a flipped bit, is read with replaced letters."""
+        before, self._connection.text_factory = self._connection.text_factory, _replaced
+        try:
+            yield
+        finally:
+            self._connection.text_factory = before
 
     def _ask(self, question: str, *values: Any) -> list[tuple]:
         with self._lock, self._reading():
@@ -195,11 +206,8 @@ class Index:
 
     def _info_columns(self) -> str:
         columns = ", ".join(SceneInfo.__dataclass_fields__)
-        return columns if self._is_complete() else columns.replace(ADDED, f"NULL AS {ADDED}")
-
-    def _is_complete(self) -> bool:
-        """Whether the index has every column."""
-        return ADDED in self._column("SELECT name FROM pragma_table_info('scenes')")
+        present = self._column("SELECT name FROM pragma_table_info('scenes')")
+        return columns if ADDED in present else columns.replace(ADDED, f"NULL AS {ADDED}")
 
     def place(self, name: str) -> Place | None:
         """Returns the place of one scene; None if there is no such scene."""
@@ -226,6 +234,10 @@ class Index:
         for name in names:
             if name not in known:
                 raise unknown_scene(self.path.parent, str(name), self.names())
+
+    def origins(self) -> set[tuple[str, str]]:
+        """Returns the checksums of all payloads, each with its scene's name in the dataset."""
+        return set(self._ask("SELECT checksum, source FROM scenes"))
 
     def sources(self, dataset: str, split: str) -> set[str]:
         """Returns the dataset's names of the scenes learned from one split of it."""
@@ -257,6 +269,11 @@ class Index:
         whole = (row for row in rows if all(type(number) is int for number in row))
         return {shard: (written, remaining) for shard, written, remaining in whole}
 
+    def unknown_shards(self) -> list[int]:
+        """Returns the shards in which scenes lie although `shards` does not list them."""
+        listed = "SELECT id FROM shards WHERE typeof(scenes) = 'integer'"
+        return self._column(f"SELECT DISTINCT shard FROM scenes WHERE shard NOT IN ({listed})")
+
     def next_shard(self) -> int:
         """Returns the number of the next shard. Numbers are never reused."""
         return next(iter(self._column("SELECT seq FROM sqlite_sequence WHERE name = 'shards'")), 0) + 1
@@ -270,8 +287,9 @@ class Index:
             self._begin()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                if not self._is_complete():
-                    self._connection.execute(f"ALTER TABLE scenes ADD COLUMN {ADDED} REAL")
+                for table, column in self._lacking():
+                    kind = COLUMNS[table][column]
+                    self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
                 yield
                 self._connection.execute("COMMIT")
             except BaseException:
@@ -290,13 +308,17 @@ class Index:
                 continue
             info, checksum, png = entry
             place = {"shard": shard, "row": row, "checksum": checksum}
-            values = vars(info) | place | {"tags": json.dumps(info.tags) if info.tags else "{}"}
+            tags = json.dumps(info.tags) if info.tags else "{}"
+            checks = {"name_check": check_of(info.name), "tags_check": check_of(tags)}
+            values = vars(info) | place | {"tags": tags} | checks
             scene = run(
                 f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
             ).lastrowid
             if png is not None:
-                pictures.append((scene, png))
-        self._connection.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
+                pictures.append((scene, png, check_of(png)))
+        self._connection.executemany(
+            "INSERT INTO thumbnails (scene, png, png_check) VALUES (?, ?, ?)", pictures
+        )
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes scenes."""
@@ -304,16 +326,22 @@ class Index:
 
     def rename(self, old: str, new: str) -> None:
         """Renames a scene."""
-        self._connection.execute("UPDATE scenes SET name = ? WHERE name = ?", (new, old))
+        self._connection.execute(
+            "UPDATE scenes SET name = ?, name_check = ? WHERE name = ?", (new, check_of(new), old)
+        )
 
     def tag(self, name: str, tags: dict[str, Any]) -> None:
         """Replaces a scene's tags."""
-        self._connection.execute("UPDATE scenes SET tags = ? WHERE name = ?", (json.dumps(tags), name))
+        text = json.dumps(tags)
+        self._connection.execute(
+            "UPDATE scenes SET tags = ?, tags_check = ? WHERE name = ?", (text, check_of(text), name)
+        )
 
     def set_thumbnail(self, name: str, png: bytes) -> None:
         """Stores the thumbnail of a scene that has none."""
         self._connection.execute(
-            "INSERT INTO thumbnails SELECT id, ? FROM scenes WHERE name = ?", (png, name)
+            "INSERT INTO thumbnails (scene, png, png_check) SELECT id, ?, ? FROM scenes WHERE name = ?",
+            (png, check_of(png), name),
         )
 
     def move(self, shard: int, names: Sequence[str]) -> None:
@@ -353,6 +381,10 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error}). Free some disk space, or check the permissions of the "
             "folder and its files; then run the same command again."
         ) from None
+
+
+def _replaced(text: bytes) -> str:
+    return text.decode(errors="replace")
 
 
 def _place(row: Sequence[Any]) -> Place:

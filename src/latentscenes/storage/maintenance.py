@@ -1,4 +1,4 @@
-"""Maintenance of a library: verify, compact, store at a coarser precision, copy to another library.
+"""Maintenance of a library: compact, store at a coarser precision, copy to another library.
 
 Scenes move by whole shards: a new shard is written, one transaction updates the index, then the old shard is
 removed. Each operation may be killed at any time; run it again to continue. Shards that the index does not
@@ -10,22 +10,21 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from latentscenes.core.config import StoragePrecision
-from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import PARTIAL, file_checksum, folder_bytes, locked, open_tensors, sync
-from latentscenes.core.reading import reason
+from latentscenes.core.files import PARTIAL, folder_bytes, locked, sync
+from latentscenes.core.names import short
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.storage.description import refuse_inside
-from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo
-from latentscenes.storage.library import SHARED, START, TRIES, LibraryFolder, NewScene
+from latentscenes.storage.index import FILE, SceneInfo
+from latentscenes.storage.library import SHARED, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
     PRECISIONS,
     Payload,
@@ -35,33 +34,16 @@ from latentscenes.storage.quantize import (
     payload_checksum,
     payload_kind,
 )
-from latentscenes.storage.records import METRICS, begins_as
-from latentscenes.storage.recovery import unlisted, unlisted_for_sure
-from latentscenes.storage.row_files import damaged_rows, is_at_work, stored_sums
-from latentscenes.storage.run import Run
-from latentscenes.storage.shards import MOST_SCENES, NAME, STATED, ShardScene
+from latentscenes.storage.recovery import unlisted
+from latentscenes.storage.shards import MOST_SCENES, NAME, STATED
 from latentscenes.storage.source import SceneSource
-from latentscenes.storage.sqlite import database_problem
 
 SHARD_BYTES = 64 << 20
 """Target size of merged shards."""
 VIEWS = 4
 """Cameras around a scene for measuring the loss at a coarser precision."""
-FIXED = [entry.name for entry in fields(SceneInfo) if entry.name not in ("name", "tags")]
-"""What a scene's entry in the index and its shard both say."""
-NAMED = 3
-"""Scenes of an unlisted shard that `verify` names."""
 SAMPLE = 8
 """Scenes that `dial` measures."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A difference from the bytes once written."""
-
-    name: str
-    """Name of the scene or of the file."""
-    what: str
 
 
 @dataclass(frozen=True)
@@ -84,103 +66,13 @@ class Change:
     psnr_lost: float | None
 
 
-def verify(library: LibraryFolder) -> list[Damage]:
-    """Compares the model, all scenes and the index with what was written. Returns all differences, and shards
-    that the index does not list."""
-    if problem := database_problem(library.path / FILE):
-        return [Damage(FILE, f"is damaged ({problem}). {REMEDY} {library.path}")]
-    found = []
-    for name, use in ((SHARED, "every scene needs it"), (START, "new scenes start from it")):
-        file = library.path / "model" / name
-        if not file.is_file():
-            found.append(Damage(f"model/{name}", f"is absent; {use}"))
-            continue
-        try:
-            if name in library.checksums and not _is_unchanged(file, library.checksums[name]):
-                found.append(Damage(f"model/{name}", f"its bytes have changed; {use}"))
-        except OSError as error:
-            found.append(Damage(f"model/{name}", f"cannot be read ({reason(error)}); {use}"))
-    places = library.index.places().items()
-    for name, place in sorted(places, key=lambda item: (item[1].shard, item[1].row)):
-        what = _scene_damage(library, name, place)
-        for _ in range(TRIES):
-            if what is None or (now := library.index.place(name)) == place:
-                break
-            place = now  # another process moved, removed or renamed it meanwhile
-            what = _scene_damage(library, name, place) if place else None
-        if what:
-            found.append(Damage(name, what))
-    for file, scenes in unlisted_for_sure(library).items():
-        found.append(Damage(f"shards/{file.name}", _unlisted(library, file, scenes)))
-    return found
-
-
-def _scene_damage(library: LibraryFolder, name: str, place: Place) -> str | None:
-    """Returns what is wrong with a scene; None if nothing."""
-    file = library.shards.file(place.shard)
-    try:
-        if payload_checksum(library.shards.read(place)) != place.checksum:
-            return f"its bytes in {file.name} have changed"
-        info, stated = library.index.info(name), library.shards.stated(place)
-        if stated and stated["checksum"] != place.checksum:
-            return f"its shard {file.name} states another checksum than the index"
-        if info and stated and (other := [key for key in FIXED if stated.get(key) != getattr(info, key)]):
-            return f"its entry in the index is not that of its shard {file.name}: {', '.join(other)}"
-    except FileNotFoundError:
-        return f"its shard {file.name} is absent"
-    except SafetensorError as error:
-        return f"its shard is damaged; {error}"
-    return None
-
-
-def _unlisted(library: LibraryFolder, file: Path, scenes: list[ShardScene] | str) -> str:
-    if isinstance(scenes, str):
-        return f"the index does not list it, and it cannot be read ({scenes})"
-    names = ", ".join(repr(scene.info.name) for scene in scenes[:NAMED]) + (
-        " …" if len(scenes) > NAMED else ""
-    )
-    return (
-        f"the index, which may be an older copy, does not list it; it holds {names}. "
-        f"Take it in: latentscenes library rebuild {library.path}"
-    )
-
-
-def _is_unchanged(file: Path, checksum: str) -> bool:
-    """Compares a file of tensors with its checksum; reads it whole only if its header fits its size."""
-    try:
-        with open_tensors(file, "np"):
-            return file_checksum(file) == checksum
-    except SafetensorError:
-        return False
-
-
-def verify_run(path: Path) -> list[str]:
-    """Compares everything in a run that has a checksum. Returns what differs, one sentence a file. Another
-    process may work on the run. Raises a UserError if there is no run, or its run.json is damaged."""
-    run, found = Run.open(path), []
-    for checkpoint in run.checkpoints():
-        try:
-            run.check_at(checkpoint)
-            run.position_at(checkpoint)
-        except UserError as error:
-            if checkpoint.exists():  # else another process has just replaced it by a newer one
-                found.append(str(error))
-    if found or (newest := run.newest()) is None:
-        return found
-    if (log := run.state_at(newest).get("log")) is not None and not begins_as(path, log):
-        found.append(f"{path / METRICS}: was edited, or damaged, since the last checkpoint.")
-    if is_at_work(rows := path / "rows"):
-        say(f"Note: {rows} is not compared: this run is in progress, or was interrupted.")
-    elif sums := stored_sums(newest, "Restore it from a copy."):
-        found += damaged_rows(rows, len(run.info.scenes), run.config.planes, sums)
-    return found
-
-
 def compact(library: LibraryFolder) -> int:
     """Merges small shards and removes what removed scenes, crashes and stopped work left. Scenes stay
     identical. Where nothing is to be gained, no shard is written. Returns the bytes freed in shards."""
     before = folder_bytes(library.path / "shards")
     with library.writing():
+        _refuse_misplaced(library)
+        library.index.add_checks()
         if worn := _worn(library):
             places = library.index.places().items()
             names = [name for name, place in places if place.shard in worn]
@@ -234,6 +126,7 @@ def repack(library: LibraryFolder, precision: str, device: torch.device | str = 
         return Change(coarse, chosen, round(lost, 4))
 
     with library.writing():
+        _refuse_misplaced(library)
         _rewrite(library, names, change)
     return len(names)
 
@@ -330,6 +223,28 @@ def checked_payload(library: SceneSource, name: str) -> Payload:
 # Moving scenes; the caller holds the library's lock
 
 
+def _refuse_misplaced(library: LibraryFolder) -> None:
+    """Raises a UserError if the index says that a scene lies where another one, or none, lies: the shard that
+    holds it might then be taken for one without scenes, and be removed."""
+    places = sorted(library.index.places().items(), key=lambda item: (item[1].shard, item[1].row))
+    for name, place in places:
+        try:
+            inside = place.row < library.shards.rows(place.shard)
+            stated = library.shards.stated(place) if inside else {"checksum": None}
+            if stated is None:  # a shard of an earlier version
+                stated = {"checksum": payload_checksum(library.shards.read(place))}
+        except FileNotFoundError:
+            stated = {"checksum": None}
+        except SafetensorError:  # its scenes are refused when they are moved
+            continue
+        if stated["checksum"] != place.checksum:
+            raise UserError(
+                f"{library.path / FILE}: scene {short(name)} does not lie where the index says. No file is "
+                "changed. `latentscenes library verify` lists the damage. Restore the index or the shard "
+                "from a copy, or remove the scene."
+            )
+
+
 def _rewrite(
     library: LibraryFolder, names: Iterable[str], change: Callable[[str, Payload], Change | None]
 ) -> None:
@@ -376,7 +291,8 @@ def _drop_orphans(library: LibraryFolder) -> None:
     """
     folder, shards = library.path / "shards", library.index.shards()
     empty = {shard for shard, (_, remaining) in shards.items() if not remaining}
-    kept = {library.shards.file(shard) for shard in shards.keys() - empty} | unlisted(library).keys()
+    used = {place.shard for place in library.index.places().values()} | shards.keys() - empty
+    kept = {library.shards.file(shard) for shard in used} | unlisted(library).keys()
     for file in folder.iterdir():
         if file not in kept and (NAME.fullmatch(file.name) or PARTIAL in file.name):
             file.unlink()

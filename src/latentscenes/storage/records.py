@@ -22,6 +22,8 @@ from latentscenes.core.version import __version__
 METRICS = "metrics.jsonl"
 SCORES, FIT_SCORES = "evaluation.json", "evaluation_fit.json"
 """Scores on held-out and on fitted views. The next change of the run or library deletes them."""
+SEAL = "sha256"
+"""Only entry of the first line of a library's log: the SHA-256 of the other lines."""
 MOST_LOG = 512 << 20
 """Bytes of the largest log that is read."""
 
@@ -63,7 +65,38 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             found.append(parse_json(line))
         except ValueError:
             continue
-    return [entry for entry in found if isinstance(entry, dict)]
+    return [entry for entry in found if isinstance(entry, dict) and entry.keys() != {SEAL}]
+
+
+def keep_log(run: Path, library: Path) -> None:
+    """Moves the logged steps of a run into the folder of a library, where nothing is added to them any more.
+    Their first line is their checksum."""
+    if (run / METRICS).exists():
+        content = read_bytes(run / METRICS, MOST_LOG)
+        write_bytes(library / METRICS, _log_seal(content) + content)
+        (run / METRICS).unlink()
+
+
+def _log_seal(content: bytes) -> bytes:
+    return json.dumps({SEAL: hashlib.sha256(content).hexdigest()}).encode() + b"\n"
+
+
+def log_problem(library: Path) -> str | None:
+    """Returns what is wrong with the log that `keep_log` wrote; None if nothing, or if there is no log, or
+    one of an earlier version, whose first line is a step."""
+    try:
+        content = read_bytes(library / METRICS, MOST_LOG)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be read ({reason(error)})"
+    first, _, rest = content.partition(b"\n")
+    try:
+        if first + b"\n" == _log_seal(rest) or "step" in parse_json(first.decode()):
+            return None
+    except (TypeError, ValueError):
+        pass
+    return "was edited, or damaged, since it was written"
 
 
 def cut_metrics(folder: Path, total: int) -> None:

@@ -6,14 +6,19 @@ those of the time when the shard was written.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, refuse_links
 from latentscenes.storage.description import read_description
-from latentscenes.storage.index import FILE, Index, SceneInfo
+from latentscenes.storage.entries import scene_info
+from latentscenes.storage.index import FILE, Index, Place, SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.shards import ShardScene, shard_scenes
 from latentscenes.storage.sqlite import database_problem
@@ -29,6 +34,8 @@ class Rebuilt:
     """Those among them whose own name was taken."""
     damaged: list[str] = field(default_factory=list)
     """What could not be read, for people."""
+    mended: list[str] = field(default_factory=list)
+    """Names of scenes whose entries are again what their shards state."""
     index_made: bool = False
     """Whether the index was absent or damaged, and made from nothing."""
 
@@ -60,8 +67,9 @@ def unlisted_for_sure(library: LibraryFolder) -> dict[Path, list[ShardScene] | s
 
 
 def rebuild(path: Path) -> Rebuilt:
-    """Lists the scenes of all shards in the index of a library. Where the index is absent or damaged, puts it
-    aside (index.sqlite.damaged) and makes a new one.
+    """Lists the scenes of all shards in the index of a library, and puts entries that have changed since they
+    were written back to what the shards state. Where the index is absent or damaged, puts it aside
+    (index.sqlite.damaged) and makes a new one.
 
     A scene whose name is taken by another one gets a number: `NAME (2)`. Scenes that were removed since the
     last `compact` come back if the index is made from nothing.
@@ -80,10 +88,58 @@ def rebuild(path: Path) -> Rebuilt:
                     (path / name).replace(path / f"{name}.damaged")
             Index.create(path / FILE).close()
     library = LibraryFolder.open(path)
-    with library.writing():
+    with library.writing(), library.index.any_text():
+        _mend(library, result)
         _take_in(library, result)
     library.close()
     return result
+
+
+def _mend(library: LibraryFolder, result: Rebuilt) -> None:
+    """Puts changed entries of the index back, and removes changed thumbnails, which are drawn again."""
+    index, unlike = library.index, defaultdict(set)
+    for name, part in index.unlike():
+        unlike[name].add(part)
+    counts, places = {}, index.places()
+    for shard in index.shards().keys() | {place.shard for place in places.values()}:
+        with suppress(FileNotFoundError, SafetensorError):
+            counts[shard] = library.shards.rows(shard)
+    with index.transaction():
+        index.relist(counts)
+        for name, place in sorted(places.items(), key=lambda item: (item[1].shard, item[1].row)):
+            parts, right = unlike[name], _stated(library, place)
+            if "thumbnail" in parts:
+                index.drop_thumbnail(name)
+            try:
+                info = index.info(name)
+            except UserError:
+                info = None
+            if right is None:
+                if info is None or parts - {"thumbnail"}:
+                    result.damaged.append(
+                        f"{library.path}: the entry of {name!r} is damaged, and no shard states it"
+                    )
+                continue
+            tags = right.tags if info is None or "tags" in parts else info.tags
+            wanted = replace(right, name=name, tags=tags)
+            if info != wanted:
+                index.correct(wanted)
+            if "name" in parts and right.name not in places:
+                index.rename(name, right.name)
+                wanted = right
+            if info != wanted or "thumbnail" in parts:
+                result.mended.append(wanted.name)
+
+
+def _stated(library: LibraryFolder, place: Place) -> SceneInfo | None:
+    """Returns what a shard states of the scene at a place; None if it states none, or another one."""
+    try:
+        entry = library.shards.stated(place)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    if entry is None or entry["checksum"] != place.checksum:
+        return None
+    return scene_info([entry.get(name) for name in SceneInfo.__dataclass_fields__])
 
 
 def _take_in(library: LibraryFolder, result: Rebuilt) -> None:
@@ -134,9 +190,8 @@ def _unlisted_files(library: LibraryFolder) -> list[Path]:
 
 def _known(index: Index) -> tuple[set[tuple[str, str]], set[str]]:
     """Returns checksum and source of all scenes of an index, and their checksums alone."""
-    places = index.places()
-    pairs = {(places[info.name].checksum, info.source) for info in index.infos() if info.name in places}
-    return pairs, {place.checksum for place in places.values()}
+    pairs = index.origins()
+    return pairs, {checksum for checksum, _ in pairs}
 
 
 def _is_known(scene: ShardScene, known: set[tuple[str, str]], checksums: set[str]) -> bool:

@@ -110,6 +110,10 @@ class Shards:
             )
         return entries[place.row] if entries else None
 
+    def rows(self, shard: int) -> int:
+        """Returns how many scenes a shard holds. Raises as `open`."""
+        return _rows(self.open(shard))
+
     def read_all(self, shard: int) -> list[Payload]:
         """Reads all payloads of a shard, row by row. Raises as `open`, and leaves no file open."""
         file = self.file(shard)
@@ -165,6 +169,13 @@ def stated_entries(shard: safe_open) -> list[dict] | None:
     raise SafetensorError("what it states of its scenes is damaged")
 
 
+def _rows(shard: safe_open) -> int:
+    table = next((name for name in shard.keys() if not name.endswith(STREAM)), None)  # noqa: SIM118
+    if table is None:
+        raise SafetensorError("it holds no scenes")
+    return shard.get_slice(table).get_shape()[0]
+
+
 def _seal(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -174,8 +185,7 @@ def shard_scenes(file: Path) -> list[ShardScene]:
     found, remedy = [], "Restore it from a copy."
     with reading_from(file, remedy), open_tensors(file) as shard:
         entries = stated_entries(shard)
-        table = next(name for name in shard.keys() if not name.endswith(STREAM))  # noqa: SIM118
-        for row in range(shard.get_slice(table).get_shape()[0]):
+        for row in range(_rows(shard)):
             payload = payload_at(shard, row)
             checksum = payload_checksum(payload)
             if entries:

@@ -26,7 +26,7 @@ from latentscenes.model.planes import SceneParameters, mean_parameters, random_p
 from latentscenes.storage.entries import Origin, SceneInfo
 from latentscenes.storage.index import Index
 from latentscenes.storage.library import LibraryFolder, NewScene
-from latentscenes.storage.records import METRICS
+from latentscenes.storage.records import keep_log
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.append import Provenance, new_scene
 from latentscenes.training.batches import TrainingScenes
@@ -210,8 +210,7 @@ def _is_known(folder: Path, index: Index) -> bool:
 
 def finish(run: Run, library: LibraryFolder) -> None:
     """Removes the run of scenes that are in the library now. Its metrics stay."""
-    if (run.path / METRICS).exists():
-        (run.path / METRICS).replace(library.path / METRICS)
+    keep_log(run.path, library.path)
     shutil.rmtree(run.path)
 
 
