@@ -114,7 +114,7 @@ def library_join(
     from latentscenes.storage.addresses import address_of
 
     for part in parts:
-        if not address_of(part):
+        if not (address_of(part) or "").startswith(("s3://", "gs://")):
             require_library(part)
     from latentscenes.storage.joining import join
 
