@@ -5,6 +5,8 @@ import base64
 import io
 import json
 import struct
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ from PIL import Image
 
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
+from latentscenes.data.dataset import PosedImages
 from latentscenes.data.meshes.importer import make_meshes, read_mesh
 from latentscenes.data.meshes.sources import find_meshes
 from latentscenes.data.meshes.surfaces import corner_faces, smooth_normals
-from latentscenes.data.options import MeshOptions, ViewOptions
+from latentscenes.data.options import MeshChoice, MeshOptions, ViewOptions
 from latentscenes.data.raycast import RayCaster
 from latentscenes.data.shading import LIGHTS
 
@@ -470,6 +473,8 @@ def test_case_georeferenced_coordinates():
     far, _ = read_mesh(folder / "statue_utm.obj")
     assert np.allclose(far.corners, truth.corners, atol=2e-3)
     assert np.allclose(np.abs(far.normals), np.abs(truth.normals), atol=0.1)
+    double, _ = read_mesh(folder / "statue_utm_double.ply", MeshOptions(up="y"))
+    assert np.allclose(double.bounds, truth.bounds, atol=2e-3) and len(double.corners) == len(truth.corners)
 
 
 @needs_cases
@@ -481,6 +486,50 @@ def test_case_georeferenced_coordinates():
 def test_case_mtl_textures(name):
     folder = CASES / "07-mtl" / "in"
     assert seen(folder / name / f"{name}.obj") == pytest.approx(seen(folder / "plain" / "plain.obj"), abs=4)
+
+
+@needs_cases
+def test_case_mtl_colors_and_what_is_absent():
+    folder = CASES / "07-mtl" / "in"
+    for name, color, said in (
+        ("opaque_kd", (26, 26, 204), ()),
+        ("d_zero", (26, 26, 204), ("would be invisible",)),
+        ("missing_texture", (204, 26, 26), ("the texture 'gone.png' is not there",)),
+    ):
+        path = folder / name / f"{name}.obj"
+        assert seen(path) == pytest.approx(color, abs=2), name
+        told = read_mesh(path)[1]
+        assert len(told) == len(said) and all(word in line for word, line in zip(said, told)), name
+    half, whole = (covered(folder / name / f"{name}.obj") for name in ("map_d", "plain"))
+    assert 0.5 * whole < half < 0.9 * whole
+    turned = seen(folder / "negative_quads" / "negative_quads.obj")  # some sides red, some blue
+    assert turned[1] == pytest.approx(26, abs=2) and turned[0] + turned[2] == pytest.approx(230, abs=4)
+
+
+@needs_cases
+def test_case_obj_files_beside_ply_files():
+    folder = CASES / "18-ply" / "in"
+    assert seen(folder / "obj_vertex_colours.obj") == pytest.approx((200, 30, 30), abs=2)
+    assert seen(folder / "float_colours.ply") == pytest.approx((204, 30, 30), abs=5)
+    for name, said in (
+        ("obj_crlf_latin1", ()),
+        ("obj_missing_mtl", ("its material library (MTL) is not there",)),
+    ):
+        path = folder / f"{name}.obj"
+        told = read_mesh(path)[1]
+        assert seen(path) == pytest.approx((255, 255, 255)) and len(told) == len(said), name
+        assert all(line.startswith(word) for word, line in zip(said, told))
+    with pytest.raises(UserError, match="holds no triangles"):
+        read_mesh(folder / "obj_empty.obj")
+
+
+@needs_cases
+def test_case_a_factor_of_gltf_darkens_its_texture():
+    folder = CASES / "19-no-kd" / "in"
+    factor = lambda level: 1.055 * (0.4 * ((level / 255 + 0.055) / 1.055) ** 2.4) ** (1 / 2.4) - 0.055  # noqa: E731
+    full = seen(folder / "trimesh_obj" / "trimesh_made.obj")
+    assert seen(folder / "trimesh_made_glb.glb") == pytest.approx(255 * factor(full), abs=8)
+    assert seen(folder / "nothing.obj") == pytest.approx((255, 255, 255))
 
 
 @needs_cases
@@ -532,6 +581,32 @@ def test_case_compressed():
 
 
 @needs_cases
+def test_case_meshopt_whose_data_are_elsewhere_is_named(tmp_path):
+    """The file names its picture as the packed points; with the right place, it is as plain.glb."""
+    pytest.importorskip("meshoptimizer", reason="meshoptimizer is not installed")
+    folder = CASES / "08-compressed" / "in"
+    with pytest.raises(UserError, match="its meshopt data cannot be read"):
+        read_mesh(folder / "meshopt.glb")
+    content = (folder / "meshopt.glb").read_bytes()
+    size = struct.unpack_from("<I", content, 12)[0]
+    meta = json.loads(content[20 : 20 + size])
+    meta["bufferViews"][2]["extensions"]["EXT_meshopt_compression"]["byteOffset"] = 184
+    text = json.dumps(meta).encode()
+    text += b" " * (-len(text) % 4)
+    head = struct.pack("<4sIII4s", b"glTF", 2, 20 + len(text) + len(content) - 20 - size, len(text), b"JSON")
+    (tmp_path / "right.glb").write_bytes(head + text + content[20 + size :])
+    assert seen(tmp_path / "right.glb") == pytest.approx(seen(folder / "plain.glb"), abs=1)
+
+
+@needs_cases
+@pytest.mark.parametrize(("package", "name"), [("DracoPy", "draco"), ("meshoptimizer", "meshopt")])
+def test_case_compressed_files_name_the_extra_that_is_absent(package, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"pip install .latentscenes\[meshes\]"):
+        read_mesh(CASES / "08-compressed" / "in" / f"{name}.glb")
+
+
+@needs_cases
 def test_case_broken_files_are_listed_and_the_others_come_in(tmp_path, capsys):
     make_meshes(CASES / "22-broken" / "in", tmp_path / "out", ViewOptions(views=4, size=32, held_out=1))
     told = capsys.readouterr().err
@@ -543,6 +618,24 @@ def test_case_broken_files_are_listed_and_the_others_come_in(tmp_path, capsys):
 @needs_cases
 def test_case_macos_leftovers_are_no_meshes():
     assert list(find_meshes(CASES / "13-macos" / "meshes")) == ["chair_a", "chair_b", "chair_c"]
+
+
+@needs_cases
+def test_case_macos_archives_give_whole_meshes_as_new_ones(tmp_path):
+    home = CASES / "13-macos" / "zip"
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for path in sorted(home.rglob("*")):
+            archive.write(path, path.relative_to(home))
+    (tmp_path / "linked").symlink_to(home)
+    views = ViewOptions(views=4, size=16, held_out=1)
+    for source in ("mac.zip", "linked"):
+        out = tmp_path / f"{source}_out"
+        make_meshes(tmp_path / source, out, views, choice=MeshChoice(new=2))
+        made = PosedImages.open(out)
+        assert [scene.name for scene in made.select("new")] == ["003", "004"] and len(made.scenes) == 4
+        assert all(
+            (made.alpha[scene.first : scene.first + 4] > 250).any((1, 2)).all() for scene in made.scenes
+        )
 
 
 def test_what_obj_leaves_out_is_named_once(tmp_path, capfd):

@@ -65,7 +65,7 @@ def read_materials(path: Path, libraries: list[str], remarks: Remarks, multiply:
         file = find_beside(path, name)
         files = [file] if file else [other for word in name.split() if (other := find_beside(path, word))]
         if not files:
-            remarks.add(f"the material library {name!r} is not there")
+            remarks.add("its material library (MTL) is not there; without it, faces are white")
         for one in files:
             for key, entry in _statements(read_lines(one)).items():
                 found.setdefault(key, _material(one, path, key, entry, remarks, multiply))

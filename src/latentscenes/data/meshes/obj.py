@@ -57,7 +57,7 @@ def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
         root = name.rpartition("_")[0]  # old exporters append the texture's name, or NONE
         if root in materials:
             materials[name] = materials[root]
-        else:
+        elif materials or not libraries:  # else the remark on the library says it all
             remarks.add(f"material {name!r} is in no library; its faces are white")
     if "colors" in tables:
         tables["colors"] = unit_colors(tables["colors"], "colors of vertices", remarks)
