@@ -81,7 +81,8 @@ def test_rendering_gives_numpy(library, run, solids):
     index = torch.tensor(solids.select("train")[2].views("held_out"))
     with torch.no_grad():
         background = model.background(32, 32)
-        view = model.render(model.compose(rows.gather(torch.tensor([2]))), solids.cameras[index], background)
+        planes = model.compose(rows.gather(torch.tensor([2])), bounded=True)
+        view = model.render(planes, solids.cameras[index], background)
         truth = model.decode(view.image(8, 8)).clamp(0, 1)
     coarse = library["blue_egg"].render(solids.cameras[index], geometry=False)
     assert np.array_equal(coarse.rgb, truth.movedim(1, -1).numpy()) and np.array_equal(

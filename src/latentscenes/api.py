@@ -91,7 +91,7 @@ class LearnedScene:
     def planes(self) -> FusedPlanes:
         """Fused tri-planes, for `library.model.render`."""
         with torch.no_grad():
-            return self.library.model.compose(self.rows)
+            return self.library.model.compose(self.rows, bounded=True)
 
     @property
     def box(self) -> Box:

@@ -43,6 +43,10 @@ def refuse_contradictions(config: "Config") -> None:
         (len(limits) != 1, "render: set near and far together, or neither"),
         (len(limits) < 2 or 0 <= limits[0] < limits[1], "render: 0 <= near < far must hold"),
         (
+            not limits or not any(stage.hull for stage in (*config.train, *config.exploit)),
+            "stages with hull need rays that end at the box; unset render.near and render.far",
+        ),
+        (
             codec.kind not in ("convolutional", "guided") or codec.downsampling in (2, 4, 8),
             f"codec.downsampling: 2, 4 or 8, not {codec.downsampling}",
         ),

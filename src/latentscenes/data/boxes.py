@@ -153,11 +153,26 @@ def _bounds(
     return left.min(0) - voxel / 2, left.max(0) + voxel / 2
 
 
-def _grid(low: Float[np.ndarray, "3"], high: Float[np.ndarray, "3"]) -> Float[np.ndarray, "p 3"]:
-    """Returns the centers of GRID³ voxels between two corners."""
-    steps = (np.arange(GRID) + 0.5) / GRID
+def _grid(
+    low: Float[np.ndarray, "3"], high: Float[np.ndarray, "3"], side: int = GRID
+) -> Float[np.ndarray, "p 3"]:
+    """Returns the centers of side³ voxels between two corners."""
+    steps = (np.arange(side) + 0.5) / side
     axes = [low[k] + steps * (high[k] - low[k]) for k in range(3)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
+
+
+def visual_hull(
+    masks: Bool[np.ndarray, "v h w"], cameras: Cameras, box: Box, side: int
+) -> Bool[np.ndarray, "n n n"]:
+    """Returns which of side³ cells of a box, indexed x, y, z, lie within nearly all silhouettes (see
+    `carve`), after these are widened by a pixel."""
+    center, half = np.array(box.center), np.array(box.half)
+    left = carve(_dilate(masks), cameras, _grid(center - half, center + half, side))
+    index = np.round(((left - center) / half + 1) * (side / 2) - 0.5).astype(np.int64)
+    found = np.zeros((side, side, side), dtype=bool)
+    found[tuple(index.T)] = True
+    return found
 
 
 def _dilate(masks: Bool[np.ndarray, "v h w"]) -> Bool[np.ndarray, "v h w"]:

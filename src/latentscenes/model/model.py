@@ -21,6 +21,7 @@ from latentscenes.model.normalizer import Normalizer
 from latentscenes.model.planes import SceneParameters, compose, fuse, random_bases
 from latentscenes.rendering.adaptive import CELL, render_adaptively
 from latentscenes.rendering.field import Field, FusedPlanes
+from latentscenes.rendering.occupancy import SIDE, bound_rays, occupied_cells
 from latentscenes.rendering.render import Rays, camera_rays, render_rays
 
 PREVIEW_CHANNELS = 3
@@ -28,6 +29,9 @@ CHUNK = 8
 """Views rendered and decoded together."""
 PORTION = 16384
 """Rays rendered together in adaptive views."""
+UNBOUNDED = 0.125
+"""Share of learning rays that sample in the whole box although occupied cells are known, so that the rest
+becomes empty."""
 LARGE = 192
 """Smallest side of pictures that adaptive views make from fewer rays, in latent pixels. Smaller ones would
 gain nothing."""
@@ -113,11 +117,16 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.bases.device
 
-    def compose(self, scenes: SceneParameters) -> FusedPlanes:
-        """Returns the tri-planes of scenes, fused and mixed, for rendering."""
+    def compose(self, scenes: SceneParameters, bounded: bool = False) -> FusedPlanes:
+        """Returns the tri-planes of scenes, fused and mixed, for rendering. `bounded`: with their occupied
+        cells, for views."""
         settings = self.config.planes
         texels = compose(scenes, self.bases, settings.fusion)
-        return FusedPlanes(texels, None, None, settings.axes, settings.aggregation, own_boxes(scenes))
+        planes = FusedPlanes(texels, None, None, settings.axes, settings.aggregation, own_boxes(scenes))
+        if not bounded or self.config.render.near is not None:
+            return planes
+        length = 2 * self.boxes(planes)[:, 3:].amax(1) / SIDE / self.units(planes)
+        return planes._replace(occupied=occupied_cells(planes, self.field, length))
 
     def fuse(self, scenes: SceneParameters, macro: Float[Tensor, "s 3 r r g"] | None = None) -> FusedPlanes:
         """Returns the fused tri-planes of scenes for learning; the renderer applies the mixing. `macro` are
@@ -173,12 +182,20 @@ class Model(nn.Module):
         """Renders views of s scenes at the background's resolution. Cameras come scene by scene,
         equally many each.
 
-        With a generator, samples are jittered; without, they lie in the middle of their slices. `pixels`
-        picks the rays of each view (row · w + column); without it, all are rendered. `behind` gives each ray
-        a background of its own. With `free_rays`, each ray's origin and direction take gradients.
+        With a generator, samples are jittered, and a few rays sample in the whole box even if cells are
+        occupied; without, samples lie in the middle of their slices. `pixels` picks the rays of each view
+        (row · w + column); without it, all are rendered. `behind` gives each ray a background of its own.
+        With `free_rays`, each ray's origin and direction take gradients.
         """
         settings = self.config.render
         rays = self.rays(planes, cameras, *background.shape[1:], pixels)
+        leave = rays.far
+        if planes.occupied is not None:
+            near, far = bound_rays(*rays, planes.occupied)
+            if generator is not None:
+                whole = uniform(generator, *near.shape, device=self.device) < UNBOUNDED
+                near, far = torch.where(whole, rays.near, near), torch.where(whole, rays.far, far)
+            rays = rays._replace(near=near, far=far)
         if free_rays:
             free = {name: getattr(rays, name).detach().requires_grad_() for name in ("origins", "directions")}
             rays = rays._replace(**free)
@@ -193,7 +210,8 @@ class Model(nn.Module):
             planes, self.field, rays, numbers(settings.coarse), numbers(settings.fine),
             settings.kernel, settings.precision,
         )  # fmt: skip
-        rendered = rendered._replace(depth=rendered.depth * self.units(planes)[:, None])
+        depth = rendered.depth + (1 - rendered.opacity) * (leave - rays.far)  # where light leaves the box
+        rendered = rendered._replace(depth=depth * self.units(planes)[:, None])
         views = len(cameras)
         features, depth, opacity = (value.reshape(views, -1, *value.shape[2:]) for value in rendered)
         if behind is None:

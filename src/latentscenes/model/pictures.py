@@ -90,7 +90,9 @@ def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
         camera.intrinsics * torch.tensor([1, 1, 0, 0]) * (THUMBNAIL_REACH / reach)
         + torch.tensor([0, 0, 0.5, 0.5]),
     )
-    shown = render_images(model, model.compose(rows), near, view.size, geometry=False, adaptive=True)
+    shown = render_images(
+        model, model.compose(rows, bounded=True), near, view.size, geometry=False, adaptive=True
+    )
     image = Image.fromarray(with_alpha(shown)[0])
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

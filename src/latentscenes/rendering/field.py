@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from latentscenes.core.config import Aggregation, Axes
@@ -58,6 +58,9 @@ class FusedPlanes(NamedTuple):
     aggregation: Aggregation = "sum"
     boxes: Float[Tensor, "s 6"] | None = None
     """Center and half sides of each scene's own box. None: all have the model's box."""
+    occupied: UInt8[Tensor, "s n n n"] | None = None
+    """Cells of each scene's box, indexed x, y, z. Rays sample between the first and the last cell above 0
+    that they meet (see `occupancy`). None: in the whole box."""
 
 
 def mix(planes: Float[Tensor, "s 3 r r f"], mixing: Float[Tensor, "s f f"]) -> Float[Tensor, "s 3 r r f"]:

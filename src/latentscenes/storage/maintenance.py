@@ -168,7 +168,7 @@ def loss(library: LibraryFolder, model: Model, fine: Payload, coarse: Payload, p
     view, device = library.info.view, model.bases.device
 
     def images(payload: Payload) -> torch.Tensor:
-        planes = model.compose(library.unpacked(payload).to(device))
+        planes = model.compose(library.unpacked(payload).to(device), bounded=True)
         return render_images(model, planes, view.orbit(VIEWS), view.size, geometry=False).images
 
     difference = (images(fine) - images(coarse)).square().mean().item()

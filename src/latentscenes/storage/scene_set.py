@@ -59,7 +59,7 @@ class SceneSet(ABC):
     @torch.no_grad()
     def planes(self, name: str) -> FusedPlanes:
         """Returns the fused tri-planes of one scene."""
-        return self.model.compose(self.parameters(name))
+        return self.model.compose(self.parameters(name), bounded=True)
 
     def labeled(self, label: str) -> "SceneSet":
         """Returns the same scenes under another label."""

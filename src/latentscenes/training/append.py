@@ -121,5 +121,5 @@ def draw_thumbnails(library: LibraryFolder, device: torch.device | str) -> None:
 def measure(model: Model, rows: SceneParameters, images: PosedImages, index: Sequence[int]) -> float:
     """Returns the mean PSNR (dB) of a scene's decoded renders on some views of a dataset."""
     cameras = images.cameras[torch.tensor(index)].to(rows.weights.device)
-    shown = render_images(model, model.compose(rows), cameras, images.size, geometry=False)
+    shown = render_images(model, model.compose(rows, bounded=True), cameras, images.size, geometry=False)
     return metrics.psnr(shown.images, images.images(list(index)).float() / 255).mean().item()

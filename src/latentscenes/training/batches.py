@@ -19,6 +19,7 @@ from latentscenes.model.codec import COLORS
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.training.distributed import ALONE, Team
+from latentscenes.training.hulls import Hulls
 from latentscenes.training.losses import Batch, at_pixels, needs_images
 
 ENCODE_CHUNK = 32
@@ -58,6 +59,10 @@ class BatchSource:
         self._slot = torch.full((len(images.rgb),), -1)  # rank of each fitted view of own scenes among them
         self._slot[self._own] = torch.arange(len(self._own))
         self.focus = ErrorGuidedSampling(len(self._own), stage.focus, self.device) if stage.focus else None
+        self._hulls = None
+        if stage.hull and images.alpha is not None and not stage.rates.cameras:
+            own = boxes if boxes.numel() else model.box.numbers.expand(len(boxes), 6)
+            self._hulls = Hulls(images, [scenes.entries[scene] for scene in owned], own)
         self.images_needed = needs_images(stage.losses) or stage.losses.color and not stage.rays
         frozen = stage.rates.encoder == 0 or not model.codec.encoder_parameters()
         only_latents = stage.losses.latent and not (stage.losses.autoencoder or stage.losses.equivariance)
@@ -193,7 +198,7 @@ class BatchSource:
                 latents = latents + change
         return Batch(
             torch.tensor(scenes), cameras, background, images, latents, pixels, grid, colors, views, cells,
-            behind, share=len(scenes) / len(whole),
+            behind, self._hulls and self._hulls.of(scenes).to(self.device), share=len(scenes) / len(whole),
         )  # fmt: skip
 
     def learn(self, batch: Batch, errors: Float[Tensor, "v p"] | None) -> None:

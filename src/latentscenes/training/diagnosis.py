@@ -98,7 +98,7 @@ def view_errors(
     over all compared pixels, and over those where mask and scene overlap; and the mean |opacity − alpha| if
     silhouettes are known."""
     index, corrections = torch.tensor(fit.scene.views("fit")), fit.corrections
-    planes, background = model.compose(fit.parameters), model.background(*images.size)
+    planes, background = model.compose(fit.parameters, bounded=True), model.background(*images.size)
     box, codec = model.box_of(planes), model.codec
     compared = codec.channels if codec.encodes_all else COLORS
     errors = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from latentscenes.core.cameras import Cameras
@@ -58,6 +58,8 @@ class Batch:
     """Cells of that map that the pixels lie in."""
     behind: Float[Tensor, "v p c"] | None = None
     """Latents behind each ray, which `latents` show too. None: those of `background`."""
+    occupied: UInt8[Tensor, "s n n n"] | None = None
+    """Cells of the scenes' boxes inside of which most rays sample (`hulls`). None: all."""
     corrected: "Corrected | None" = None
     """Corrections of the views, if they have any. The cameras are corrected already."""
     share: float = 1.0
@@ -100,7 +102,7 @@ def terms(
 
     # Renders against their targets
     if needs_render(weights):
-        view = _rendered(model, planes, batch, generator)
+        view = _rendered(model, planes._replace(occupied=batch.occupied), batch, generator)
         grid = batch.grid or tuple(batch.background.shape[1:])
         pixels = None if batch.grid else batch.pixels  # images are cropped as the grid is
         if weights.latent:

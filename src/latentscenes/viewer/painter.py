@@ -144,7 +144,7 @@ class Painter:
         rows = self._rows(scene, checksum)
         if blend is not None:
             rows = blended(rows, self._rows(blend.other, other_checksum), blend)
-        return self.library.model.compose(rows)
+        return self.library.model.compose(rows, bounded=True)
 
     def _checksum(self, scene: str) -> str:
         place = self.library.folder.index.place(scene)

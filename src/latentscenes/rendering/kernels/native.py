@@ -229,6 +229,11 @@ def render(
     return run(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
 
 
+def samples(*given: Tensor, axes: str = "xy,xz,yz", aggregation: str = "sum") -> Float[Tensor, "s p n"]:
+    """Returns densities of stratified samples, none skipped. Takes the tensors of `render` except u_fine."""
+    return _render_plainly(*given, given[-1][..., :0], axes, aggregation, 0.0, True)[4]
+
+
 # Planes: fusion, total variation, Adam by rows (planes.cpp)
 
 

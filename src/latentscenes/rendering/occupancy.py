@@ -1,0 +1,124 @@
+"""Occupied cells of scene boxes, which bound the samples of rays: no ray samples before its first occupied
+cell, nor after its last.
+
+Cells come from silhouettes while a scene is learned (its visual hull), and from its own densities where it is
+shown.
+"""
+
+import ctypes
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from latentscenes.rendering.field import Field, FusedPlanes, mix, sample_planes
+from latentscenes.rendering.kernels import native
+
+SIDE = 48
+"""Cells along each side of a box."""
+STEPS_PER_CELL = 1.5
+"""Places along a ray that are looked up, for each cell along a side."""
+TOGETHER = 16
+"""Places along rays that torch looks up together."""
+CLEAR = 1e-3
+"""Largest opacity of a cell that counts as empty. Behind SIDE such cells, 95 % of the light is left."""
+
+
+def bound_rays(
+    origins: Float[Tensor, "s p 3"],
+    directions: Float[Tensor, "s p 3"],
+    near: Float[Tensor, "s p"],
+    far: Float[Tensor, "s p"],
+    cells: UInt8[Tensor, "s n n n"],
+) -> tuple[Float[Tensor, "s p"], Float[Tensor, "s p"]]:
+    """Returns where rays in box coordinates enter their first occupied cell and leave their last (indexed x,
+    y, z). A ray that meets none ends where it begins. No gradients.
+
+    Each ray is looked up at STEPS_PER_CELL · n places. So it can miss a cell that it cuts at a corner: cells
+    next to occupied ones should be occupied, too.
+    """
+    given = [value.detach().contiguous() for value in (origins, directions, near, far)]
+    if native.serves(*given):
+        return _bound_natively(*given, cells.contiguous())
+    return bound_rays_in_torch(*given, cells)
+
+
+def _bound_natively(
+    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor]:
+    first, last = torch.empty_like(near), torch.empty_like(far)
+    sizes = (*near.shape, cells.shape[1], int(STEPS_PER_CELL * cells.shape[1]), torch.get_num_threads())
+    arrays = map(native.pointer, (cells, origins, directions, near, far, first, last))
+    native.library().latentscenes_bound_rays(*map(ctypes.c_int64, sizes), *arrays)
+    return first, last
+
+
+def bound_rays_in_torch(
+    origins: Float[Tensor, "s p 3"],
+    directions: Float[Tensor, "s p 3"],
+    near: Float[Tensor, "s p"],
+    far: Float[Tensor, "s p"],
+    cells: UInt8[Tensor, "s n n n"],
+) -> tuple[Float[Tensor, "s p"], Float[Tensor, "s p"]]:
+    """Computes `bound_rays` in plain torch."""
+    side = cells.shape[1]
+    steps = int(STEPS_PER_CELL * side)
+    width = (far - near) / steps
+    scene = torch.arange(len(cells), device=cells.device)[:, None, None]
+    first, last = torch.full_like(near, steps), torch.full_like(near, -1)
+    for part in torch.arange(steps, device=near.device).split(TOGETHER):
+        t = near[..., None] + (part + 0.5) * width[..., None]
+        points = origins[:, :, None] + t[..., None] * directions[:, :, None]
+        x, y, z = ((points + 1) * (0.5 * side)).nan_to_num().clamp(0, side - 1).long().unbind(-1)
+        hit = cells[scene, x, y, z] > 0
+        first = torch.minimum(first, torch.where(hit, part, steps).amin(-1))
+        last = torch.maximum(last, torch.where(hit, part, -1).amax(-1))
+    met = last >= 0
+    bounded = near + first * width, near + (last + 1) * width
+    return torch.where(met, bounded[0], near), torch.where(met, bounded[1], near)
+
+
+@torch.no_grad()
+def occupied_cells(
+    planes: FusedPlanes, field: Field, length: Float[Tensor, "s"], side: int = SIDE
+) -> UInt8[Tensor, "s n n n"] | None:
+    """Returns the cells in which a scene has matter, and the cells next to them; None if its density depends
+    on the direction or on more than the planes.
+
+    Args:
+        planes: mixed.
+        length: the longest side of a cell of each scene, in the unit of its densities.
+        side: n, cells along each side of the box.
+    """
+    if field.view_direction or field.frequencies:
+        return None
+    density = _densities(planes, field, side)
+    solid = (1 - torch.exp(-density * length[:, None, None, None]) > CLEAR).float()
+    return grown(solid)
+
+
+def grown(solid: Float[Tensor, "s n n n"]) -> UInt8[Tensor, "s n n n"]:
+    """Returns cells that are 1 where they or one of their 26 neighbors are above 0."""
+    return nn.functional.max_pool3d(solid[:, None], 3, stride=1, padding=1)[:, 0].byte()
+
+
+def _densities(planes: FusedPlanes, field: Field, side: int) -> Float[Tensor, "s n n n"]:
+    """Returns densities in the middles of cells."""
+    texels = planes.texels if planes.mixing is None else mix(planes.texels, planes.mixing)
+    middles = (torch.arange(side, device=texels.device) + 0.5) * (2 / side) - 1
+    if native.serves(texels, field.hidden.weight):  # along columns of cells
+        x, y = torch.meshgrid(middles, middles, indexing="ij")
+        network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
+        origins = torch.stack([x, y, torch.full_like(x, -1)], -1).view(1, -1, 3).expand(len(texels), -1, 3)
+        near = origins.new_zeros(origins.shape[:2])
+        rays = (origins, origins.new_tensor([0.0, 0, 1]).expand_as(origins), near, near + 2)
+        u = near.new_full((*near.shape, side), 0.5)
+        style = {"axes": planes.axes, "aggregation": planes.aggregation}
+        found = native.samples(texels, *network, *rays, u, **style)
+        return found.view(-1, side, side, side)
+    points = torch.stack(torch.meshgrid(middles, middles, middles, indexing="ij"), -1).reshape(1, -1, 3)
+    found = []
+    for part in points.expand(len(texels), -1, 3).split(side * side, 1):
+        features = sample_planes(texels, part, planes.axes, planes.aggregation)
+        found.append(field(features, part, torch.zeros_like(part))[0])
+    return torch.cat(found, 1).unflatten(1, (side, side, side))
