@@ -14,6 +14,7 @@ class Bucket(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, bytes]
+    parts: dict[tuple[str, int], bytes]
     refused: list[str]
     lock: threading.Lock
 
@@ -27,7 +28,11 @@ class Bucket(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_PUT(self):
-        content, path = self.rfile.read(int(self.headers["Content-Length"])), unquote(self.path)
+        url, content = urlsplit(self.path), self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(url.path)
+        if "partNumber" in url.query:
+            self.parts[path, int(parse_qs(url.query)["partNumber"][0])] = content
+            return self.answer(200, ETag=tag(content))
         with self.lock:
             there = self.objects.get(path)
             missed = self.headers["If-None-Match"] == "*" and there is not None
@@ -50,9 +55,18 @@ class Bucket(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        """Deletes the objects that a list names."""
-        url, text = urlsplit(self.path), self.rfile.read(int(self.headers["Content-Length"])).decode()
-        assert url.query.startswith("delete")
+        """Begins and ends the writing of a large object in parts, or deletes the objects of a list."""
+        url, text = urlsplit(self.path), self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        path = unquote(url.path)
+        if "uploads" in url.query:
+            return self.answer(
+                200, b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+            )
+        if "uploadId" in url.query:
+            numbers = [int(number) for number in re.findall(r"<PartNumber>(\d+)<", text)]
+            self.objects[path] = content = b"".join(self.parts.pop((path, number)) for number in numbers)
+            found = f"<CompleteMultipartUploadResult><ETag>{escape(tag(content))}</ETag>"
+            return self.answer(200, f"{found}</CompleteMultipartUploadResult>".encode())
         keys = [unescape(key) for key in re.findall("<Key>(.*?)</Key>", text)]
         for key in keys:
             self.objects.pop(f"{unquote(url.path)}/{key}", None)
@@ -80,7 +94,7 @@ def listed(objects, bucket, prefix):
 @contextmanager
 def serving_bucket(monkeypatch):
     """Serves an S3 of this machine, which obstore finds by the environment. Yields what it keeps."""
-    kept = type("Kept", (Bucket,), {"objects": {}, "refused": [], "lock": threading.Lock()})
+    kept = type("Kept", (Bucket,), {"objects": {}, "parts": {}, "refused": [], "lock": threading.Lock()})
     with ThreadingHTTPServer(("127.0.0.1", 0), kept) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"

@@ -69,8 +69,6 @@ def exploit_in_bucket(
     refuse_alone(images, options)
     rank, ranks = shared
     folder = ranks.parts or Path(f"{bucket.address.rpartition('/')[2]}.parts")
-    with writing_to(folder):
-        make_folder(folder)
     with Claims(_board(bucket, "claims"), uuid.uuid4().hex, ranks.lease).renewing() as claims:
         plan = found_or_made(
             claims, lambda: _read(bucket, folder),
@@ -106,8 +104,6 @@ def fetched_parts(bucket: BucketTarget, folder: Path) -> tuple[dict[Path, list[s
     Raises:
         UserError: no ranks have learned there, it cannot be reached, or a file is damaged.
     """
-    with writing_to(folder):
-        make_folder(folder)
     plan = _read(bucket, folder)
     if plan is None:
         raise UserError(
@@ -136,6 +132,8 @@ def _read(bucket: BucketTarget, folder: Path) -> Plan | None:
     content = bucket.read(PLAN)
     if content is None:
         return None
+    with writing_to(folder):
+        make_folder(folder)
     write_bytes(folder / PLAN, content)
     return read_plan(folder)
 
