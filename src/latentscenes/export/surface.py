@@ -34,6 +34,9 @@ GROUND = 0.15
 white part at the object's edge for background; many pictures do not."""
 BEHIND = 2.0
 """Matter up to so many cells behind the depth of a picture is what the picture shows."""
+MATTER = 0.9
+"""Opaque matter is background if a larger share of the pictures that show it shows it as that. Some pictures
+show a white part of an object in another color, or the object behind it."""
 SMALLEST = 0.02
 """Parts with a smaller share of the largest part's volume are left out."""
 FEWEST, MOST = 8, 512
@@ -234,8 +237,8 @@ def background(
     shown: RenderedImages, cameras: Cameras, grid: Grid, near: Int[np.ndarray, "n 3"]
 ) -> Bool[np.ndarray, "v H W"]:
     """Returns which pixels show background: white that is connected to the border, unless it is a part of the
-    object. Where the field is opaque behind such a pixel, its matter is background if many pictures show it
-    as that while nothing lies in front of it.
+    object. Where the field is opaque behind such a pixel, its matter is background if nearly all pictures
+    that show it show it as that.
 
     Args:
         near: cells that hold matter, or lie beside such cells.
@@ -246,7 +249,7 @@ def background(
         return ground
     share = seen_as_ground(grid.points()[tuple(near.T)], ground, cameras, shown, BEHIND * grid.step)
     empty = np.zeros(grid.count, bool)
-    empty[tuple(near[share > GROUND].T)] = True
+    empty[tuple(near[share > MATTER].T)] = True
     for view in np.flatnonzero(opaque.any((1, 2))):
         pixels = opaque[view].ravel().nonzero()[0]
         origins, directions = cameras[view : view + 1].rays(*opaque.shape[1:], torch.from_numpy(pixels)[None])
@@ -267,10 +270,10 @@ def seen_as_ground(
     """Returns the share of pictures in which each point projects onto background.
 
     Args:
-        shown: if given, opaque pixels count only for points that lie at most `behind` world units behind
-            what they show.
+        shown: if given, only pictures in which the point is visible count: nothing opaque lies more than
+            `behind` world units before it.
     """
-    total = torch.zeros(len(points))
+    total, visible = torch.zeros(len(points)), torch.zeros(len(points))
     for view in range(len(cameras)):
         places, depth = cameras[view : view + 1].project(points)
         layers = [torch.from_numpy(ground[view]).float()]
@@ -281,9 +284,11 @@ def seen_as_ground(
         counted = (read[0] > 0.5) & (depth[0] > 0)
         if shown is not None:
             distance = (points - cameras.positions[view]).norm(dim=1)
-            counted &= (read[1] < 0.5) | (distance < read[2] + behind)
+            free = (read[1] < 0.5) | (distance < read[2] + behind)
+            counted &= free
+            visible += free
         total += counted
-    return (total / len(cameras)).numpy()
+    return (total / (len(cameras) if shown is None else visible.clamp_min(1))).numpy()
 
 
 def large_parts(cells: Bool[np.ndarray, "x y z"], smallest: float = SMALLEST) -> Bool[np.ndarray, "x y z"]:
