@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import file_checksum
+from latentscenes.core.files import PARTIAL, file_checksum
 from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.storage import maintenance, verifying
 from latentscenes.storage.library import LibraryFolder, NewScene
@@ -52,8 +52,43 @@ CASES = (
     Case("library model", "library model {home}/library {out}"),
     Case("library join", "library join {out} {home}/library"),
     Case("library publish", "library publish {home}/library --out {out} --site"),
+    Case(
+        "exploit --rank",
+        "exploit --run {home}/run --data {home}/cars --out {out} --threads 1 --group 1 --rank 0 "
+        "--world-size 1 --lease 2",
+    ),
+    Case(
+        "data meshes --catalog",
+        "data meshes --folder {home}/meshes --catalog {home}/objects.csv --out {out} --views 3 --held-out 1 "
+        "--size 16 --workers 1 --threads 1",
+    ),
+    Case("export images", "export images --run {home}/run --match * --out {out} --views 2 --threads 1"),
+    Case("export page", "export page --run {home}/run --match * --out {out}/a.html --frames 2 --threads 1"),
     Case("data join", "data join --folders {home}/cars {home}/cars2 --out {out}"),
 )
+
+
+PYRAMID = """v -1 -1 0
+v 1 -1 0
+v 1 1 0
+v -1 1 0
+v 0 0 {height}
+f 1 2 5
+f 2 3 5
+f 3 4 5
+f 4 1 5
+f 4 3 2 1
+"""
+"""An OBJ file."""
+
+
+def make_meshes(home: Path) -> None:
+    """Writes a folder of three meshes and a table with their tags."""
+    (home / "meshes").mkdir()
+    for height in (1, 2, 3):
+        (home / "meshes" / f"pyramid{height}.obj").write_text(PYRAMID.format(height=height))
+    lines = (f"pyramid{height}.obj,roof,{height}\n" for height in (1, 2, 3))
+    (home / "objects.csv").write_text("file,category,height\n" + "".join(lines))
 
 
 CLOCKS = ("time", "seconds", "cpu_seconds")
@@ -61,7 +96,7 @@ CLOCKS = ("time", "seconds", "cpu_seconds")
 
 
 def result_of(out: Path) -> dict:
-    """Describes what a command made: a run, a library or a dataset."""
+    """Describes what a command made: a run, a library, a published one, a dataset, or other files."""
     if (out / "run.json").exists():
         run = Run.open(out)
         model, rows = run.load()
@@ -82,6 +117,9 @@ def result_of(out: Path) -> dict:
         damage = [str(damage) for damage in library.verify()]
         stated = json.loads((out / "published.json").read_text())
         return {"damage": damage, "stated": {key: stated[key] for key in stated if key not in made}}
+    if not (out / "views.json").exists():
+        whole = (file for file in sorted(out.rglob("*")) if file.is_file() and PARTIAL not in str(file))
+        return {"files": {str(file.relative_to(out)): file_checksum(file) for file in whole}}
     PosedImages.open(out)
     return {"damage": verify(out), "files": {file.name: file_checksum(file) for file in out.glob("*.npy")}}
 

@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fault_cases import CASES, SETTINGS, Case, compact, read, result_of, same, write
+from benchmarks.fault_cases import CASES, SETTINGS, Case, compact, make_meshes, read, result_of, same, write
 from latentscenes.cli import main as program
 from latentscenes.cli.common import run_program, say
 from latentscenes.core.console import Table
 from latentscenes.storage import verifying
+from latentscenes.storage.index import FILE
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.training import loop
 
@@ -186,12 +188,14 @@ class Campaign:
     # Damaged files
 
     def mutations(self, folder: str, check: str, count: int) -> None:
-        """Damages every kind of file of a folder `count` times; `check` must then say so."""
+        """Damages every kind of file of a folder `count` times; `check` must then say so. Leaves out what no
+        file keeps: the memory that processes share (-shm), and bytes of the index that hold no entry."""
         out, tally = self.home / "out", Counter()
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(self.home / folder, out)
-        kinds = {}
-        for file in sorted(file for file in out.rglob("*") if file.is_file() and file.stat().st_size):
+        kinds, held = {}, _entries(out)
+        files = (file for file in out.rglob("*") if file.is_file() and not file.name.endswith("-shm"))
+        for file in sorted(file for file in files if file.stat().st_size):
             kinds.setdefault(file.suffix + file.name[:2] * (file.suffix != ".safetensors"), []).append(file)
         total = 0
         for kind, _ in itertools.product(kinds.values(), range(count)):
@@ -207,7 +211,7 @@ class Campaign:
             tally["hangs"] += ended == "hang"
             if ended == "traceback":
                 say(f"{file.name}: {text[-400:]}")
-            elif ended == "done" and "edited" not in text:
+            elif ended == "done" and "edited" not in text and not (held and held == _entries(out)):
                 tally["unnoticed"] += 1
                 tally[file.name] += 1
             file.write_bytes(before)
@@ -268,7 +272,22 @@ class Campaign:
 
 
 HARMS = {"kill": "killed", "tear": "torn write", "full": "disk full", "error": "error once"}
+CHECKS = {
+    "library": "library verify {out}", "run": "verify {out}", "filed": "verify {out}",
+    "cars": "data verify {out}",
+}  # fmt: skip
+"""Folders whose files are damaged, and the commands that must say so."""
 COLUMNS = ("lost", "stuck", "differ", "unnoticed", "tracebacks", "hangs")
+
+
+def _entries(library: Path) -> list[str] | None:
+    """Returns all that the index of a library holds, as text; None if it cannot be read, or there is none."""
+    if not (library / FILE).exists():
+        return None
+    with contextlib.closing(sqlite3.connect(library / FILE)) as connection:
+        with contextlib.suppress(sqlite3.DatabaseError):
+            return list(connection.iterdump())
+    return None
 
 
 def make_inputs(home: Path, campaign: Campaign) -> None:
@@ -276,6 +295,7 @@ def make_inputs(home: Path, campaign: Campaign) -> None:
 
     The commands run in this process: what they import and compile is then there in all forks."""
     (home / "tiny.yaml").write_text(SETTINGS)
+    make_meshes(home)
     cars = "data cars --train 2 --new 3 --size 16 --views 4 --held-out 1 --out {home}/cars"
     for command in (cars, CASES[0].command, CASES[2].command):
         case = Case("input", command)
@@ -301,7 +321,7 @@ def make_inputs(home: Path, campaign: Campaign) -> None:
 
 def main(
     folder: Path, kills: int = 60, writes: int = 20, cuts: int = 20, mutations: int = 8, minutes: float = 2.0,
-    seed: int = 0,
+    seed: int = 0, only: str = "",
 ) -> None:  # fmt: skip
     """Injects faults into commands and prints one table.
 
@@ -313,6 +333,7 @@ def main(
         mutations: damages of each kind of file.
         minutes: how long two writers, a compactor and two readers work.
         seed: of all choices.
+        only: only the rows of commands (and of damaged folders, `library: damaged`) that contain this.
     """
     if "FAULTS" not in os.environ:  # once more, with faults.c preloaded
         shim, source = Path(tempfile.mkdtemp()) / "faults.so", Path(__file__).with_name("faults.c")
@@ -325,19 +346,21 @@ def main(
     campaign = Campaign(home, seed)
     make_inputs(home, campaign)
     for case in CASES:
+        if only not in case.name:
+            continue
         campaign.calls(case, "kill", kills)
         for harm in ("tear", "full", "error"):
             campaign.calls(case, harm, writes)
-    if os.geteuid() == 0 and Path("/dev/loop-control").exists():
+    if not only and os.geteuid() == 0 and Path("/dev/loop-control").exists():
         for case in (CASES[0], CASES[1], CASES[2], CASES[3]):
             campaign.cuts(case, cuts)
-    else:
+    elif not only:
         say("Power cuts: left out, since they need root and a loop device.")
-    campaign.mutations("library", "library verify {out}", mutations)
-    campaign.mutations("run", "verify {out}", mutations)
-    campaign.mutations("filed", "verify {out}", mutations)
-    campaign.mutations("cars", "data verify {out}", mutations)
-    campaign.together(60 * minutes)
+    for folder, check in CHECKS.items():
+        if only in f"{folder}: damaged":
+            campaign.mutations(folder, check, mutations)
+    if not only:
+        campaign.together(60 * minutes)
     print(Table("Faults", ("fault", "cases", *COLUMNS), tuple(campaign.rows)).markdown())
 
 

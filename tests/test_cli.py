@@ -383,3 +383,25 @@ def test_a_stop_by_a_signal_takes_one_line_and_leaves_nothing(number, status, ca
     err = capsys.readouterr().err
     assert stop.value.code == status and err.startswith("latentscenes: stopped.") and err.count("\n") == 1
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
+
+
+def test_a_stop_while_a_module_is_imported_is_not_lost(capsys, tmp_path, monkeypatch):
+    """trimesh, for one, keeps any error of the packages that it looks for, and goes on."""
+    (tmp_path / "keeps_errors.py").write_text(
+        "import os, signal, time\nwhole = False\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.2)\n    whole = True\n"
+        "except BaseException:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        import keeps_errors
+
+        time.sleep(10)
+    assert stop.value.code == 130 and keeps_errors.whole and "stopped" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException:
+            raise TypeError("what a package made of it") from None
+    assert stop.value.code == 143 and capsys.readouterr().err.count("\n") == 1

@@ -249,3 +249,18 @@ def test_addresses_are_no_folders_for_new_libraries(whole, tmp_path, monkeypatch
     with pytest.raises(UserError, match=f"^{address}: libraries are written to folders"):
         join(Path(address), [whole.path])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_another_join_makes_meanwhile_keeps_its_scenes(part, tmp_path, monkeypatch):
+    first, second, out = part("a", [scene("x", 1)]), part("b", [scene("y", 2)]), tmp_path / "out"
+    real = joining.locked
+
+    def later(path, wait, holder):  # the other process held the lock, and has finished
+        monkeypatch.setattr(joining, "locked", real)
+        assert join(out, [first]).added == 1
+        return real(path, wait, holder)
+
+    monkeypatch.setattr(joining, "locked", later)
+    assert join(out, [second]).added == 1
+    joined = LibraryFolder.open(out)
+    assert joined.index.names() == ["x", "y"] and verify(joined) == []

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 
@@ -161,8 +162,9 @@ def errors_in_one_line() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    stops = _Stops()
     try:
-        with _terminated_as_by_keys():
+        with stops:
             yield
             sys.stdout.flush()
     except UserError as error:
@@ -173,38 +175,73 @@ def errors_in_one_line() -> Iterator[None]:
     except Interrupted:
         print("latentscenes: stopped; everything is saved. The same command continues.", file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt as stop:
-        print("latentscenes: stopped. What is complete stays; run the same command again.", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, _Terminated) else 130)
+    except KeyboardInterrupt:
+        stops.end()
     except OSError as error:  # disk full, no permission, …
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         _fail(f"{where}{error.strerror or error}.")
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error), re.IGNORECASE)
-        if not full:
+    except Exception as error:
+        if stops.number:  # a package made this error of the stop
+            stops.end()
+        said = isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error), re.IGNORECASE)
+        if not said and not isinstance(error, MemoryError):
             raise
         _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, such as a scheduler sends it."""
+IMPORT_SECONDS = 0.05
+"""Time between two looks whether an import is finished."""
 
 
-@contextmanager
-def _terminated_as_by_keys() -> Iterator[None]:
-    """Makes SIGTERM end the block as Ctrl-C does, so that temporary files and other processes go, too."""
+class _Stops:
+    """Ends a block at Ctrl-C and at SIGTERM, so that temporary files and other processes go, too.
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    A module that is being imported is finished first: packages keep what they catch then, and would go on
+    broken, or not stop.
+    """
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal that came; 0: none."""
+
+    def __enter__(self) -> "_Stops":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # no other can set signals
+            self._before = {one: signal.signal(one, self._stop) for one in (signal.SIGINT, signal.SIGTERM)}
+            if hasattr(signal, "setitimer"):  # not on Windows
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        first, self.number = not self.number, number
+        if first and hasattr(signal, "setitimer") and _is_importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
+        else:
+            raise KeyboardInterrupt
+
+    def _again(self, _: int, frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
+        else:
+            raise KeyboardInterrupt
+
+    def end(self) -> NoReturn:
+        print("latentscenes: stopped. What is complete stays; run the same command again.", file=sys.stderr)
+        sys.exit(128 + (self.number or signal.SIGINT))
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fail(message: str) -> None:

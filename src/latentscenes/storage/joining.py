@@ -77,7 +77,7 @@ def join(
     if home is None:
         refuse_inside(out)
         _chosen(None, opened, only or {})
-    target = home or empty_copy(opened[0].path, out)
+    target = home or _made(opened, out)
     target.wait = wait
     with target.writing():
         chosen, known = _chosen(target, opened, only or {})
@@ -85,6 +85,18 @@ def join(
     for library in (*opened, target):
         library.close()
     return Joined(sum(map(len, chosen)), known)
+
+
+def _made(parts: Sequence[LibraryFolder], out: Path) -> LibraryFolder:
+    """Makes the library `out`, or opens it if another process was faster."""
+    try:
+        return empty_copy(parts[0].path, out)
+    except UserError:
+        if not LibraryFolder.exists(out):
+            raise
+    made = LibraryFolder.open(out)
+    _refuse_other_models([made, *parts])
+    return made
 
 
 def empty_copy(source: Path, out: Path, journal: Literal["WAL", "DELETE"] = "WAL") -> LibraryFolder:
@@ -102,6 +114,8 @@ def empty_copy(source: Path, out: Path, journal: Literal["WAL", "DELETE"] = "WAL
         make_folder(out)
     refuse_links(out)
     with locked(out / "lock", True, f"{out}: another process is creating this library"):
+        if LibraryFolder.exists(out):
+            raise UserError(f"{out}: another process has just created this library. Run this again.")
         for leftover in (out / "shards", out / "model"):
             shutil.rmtree(leftover, ignore_errors=True)
             make_folder(leftover)
