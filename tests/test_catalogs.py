@@ -297,7 +297,7 @@ def test_a_furniture_library_becomes_a_dataset_with_tags(furniture, tmp_path, ca
     told = capsys.readouterr().err
     assert "shop.sh3f: 4 meshes (4 OBJ); 2 with a row in a catalog" in told
     shown = f"remark: {furniture}/PluginFurnitureCatalog.properties: "
-    assert f"{shown}1 rows that name no mesh: /models/gone.obj" in told
+    assert f"{shown}1 row that names no mesh: /models/gone.obj" in told
     assert f"{shown}2 meshes without a row: stool__model, table__model" in told
     assert not list(tmp_path.glob("out.*"))
     assert '"tags"' not in (tmp_path / "out" / "views.json").read_text().split("stool__model")[1]
@@ -505,8 +505,8 @@ def test_posed_images_get_the_tags_of_a_catalog(tmp_path, make, write):
     made = make(tmp_path / "in", tmp_path / "set", options=ImportOptions(catalog=table, held_out=1))
     tags = {scene.name: scene.tags for scene in PosedImages.open(tmp_path / "set").scenes}
     assert tags == {"chair_1": {}, "chair_2": {"name": "Second chair", "category": "Seats"}}
-    assert f"{table}: 1 rows that name no object: chair_9" in made.notes
-    assert f"{table}: 1 objects without a row: chair_1" in made.notes
+    assert f"{table}: 1 row that names no object: chair_9" in made.notes
+    assert f"{table}: 1 object without a row: chair_1" in made.notes
 
 
 def test_the_only_object_gets_its_row(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -367,6 +368,14 @@ def test_short_answers_load_no_torch(arguments, library, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert done.returncode == (2 if "red_bal" in arguments else 0), done.stderr
+
+
+def test_a_report_needs_the_run_that_the_library_was_made_from(run, tmp_path, call):
+    parent = shutil.copytree(run.path, tmp_path / "run")
+    made = latentscenes.create_library(tmp_path / "library", parent, device="cpu")
+    parent.rename(tmp_path / "moved")
+    status, _, err = call("report", "--run", made.path, "--out", tmp_path / "a.html", "--device", "cpu")
+    assert status == 2 and f"{parent}, which it was made from, is not here" in err
 
 
 def test_a_list_may_be_read_in_part(library):

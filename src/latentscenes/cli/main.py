@@ -210,6 +210,11 @@ def report(
 
     check_place(out)
     new, baseline = SceneSet.open(run, data, device=device), rgb and SceneSet.open(rgb, device=device)
+    if not new.parent.exists():
+        raise UserError(
+            f"{run}: the report also shows the scenes of stage 1, but {new.parent}, which it was made from, "
+            f"is not here. Score the new ones: latentscenes eval --run {run} --sheet sheet.png"
+        )
     if baseline:
         baseline.require_finished()
     views, trained = PosedImages.open(new.data), SceneSet.open(new.parent, device=device)

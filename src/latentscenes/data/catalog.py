@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.names import plain_text
+from latentscenes.core.names import counted, plain_text
 from latentscenes.core.reading import parse_json, read_bytes, reason
 
 OWN = "PluginFurnitureCatalog.properties"
@@ -322,11 +322,14 @@ def misfits(
     """Returns remarks on what `assign` could not put together; `what` are the scenes, `mesh` for instance."""
     many = "meshes" if what == "mesh" else f"{what}s"
     found = (
-        (f"rows that name no {what}", [row.shown for row in lost]),
-        (f"rows of {many} that an earlier row names", [row.shown for row in late]),
-        (f"{many} without a row", [name for name in scenes if name not in taken]),
+        ((f"row that names no {what}", f"rows that name no {what}"), [row.shown for row in lost]),
+        (
+            (f"row of a {what} that an earlier row names", f"rows of {many} that an earlier row names"),
+            [row.shown for row in late],
+        ),
+        ((f"{what} without a row", f"{many} without a row"), [name for name in scenes if name not in taken]),
     )
-    return [f"{shown}: {len(names)} {text}: {listed(names)}" for text, names in found if names]
+    return [f"{shown}: {counted(len(names), *texts)}: {listed(names)}" for texts, names in found if names]
 
 
 def listed(names: list[str]) -> str:
