@@ -48,8 +48,8 @@ def render(
     Args:
         run: library, or run folder of train.
         scene: name of the scene.
-        out: .mp4 (needs the export extra), .gif, .png (strip of frames), or no ending for a folder of PNG
-            files.
+        out: .mp4 (needs the export extra), .gif, .png (all frames in one picture, in rows), or no ending for
+            a folder of PNG files.
         frames: number of cameras around the object.
         size: pixels along the wider side; unset: as in the data, or as in the camera path.
         mode: the quantity to show; `dashboard` puts image, latent channels, depth and opacity side by side.
@@ -74,8 +74,8 @@ def render(
         raise UserError(f"--fps {fps:g}: above 0.")
     learned = _opened(run, scene, set_up(machine))
     step = learned.model.codec.downsampling
-    if mode == "colors" and not learned.model.codec.leading_colors:
-        raise UserError("--mode colors: the latents of this model's codec hold no colors. Use --mode rgb.")
+    if mode == "colors":
+        _check_colors(learned)
     if path is None:
         wanted = scaled(learned.view.size, size, step)
         cameras, speed = learned.view_of(scene).orbit(frames, elevation), fps or 20.0
@@ -309,6 +309,14 @@ def _opened(run: Path, scene: str, device: "torch.device") -> "StoredScenes":
     learned = SceneSet.open_all(run, device)
     learned.check(scene)
     return learned
+
+
+def _check_colors(learned: "StoredScenes") -> None:
+    """Refuses --mode colors where latents hold no colors; says where they hold nothing else."""
+    if not learned.model.codec.leading_colors:
+        raise UserError("--mode colors: the latents of this model's codec hold no colors. Use --mode rgb.")
+    if learned.model.config.codec.kind == "identity":
+        say("--mode colors: this model's latents are colors, so the pictures are those of --mode rgb.")
 
 
 def _chosen(run: Path, choice: Choice, device: "torch.device") -> "tuple[StoredScenes, list[str]]":

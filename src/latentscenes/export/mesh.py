@@ -22,12 +22,13 @@ from trimesh.exchange.gltf import export_glb
 from trimesh.exchange.ply import export_ply
 
 from latentscenes.core.cameras import Cameras, Viewpoint
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place
 from latentscenes.core.version import __version__
 from latentscenes.export.sheets import save_file
 from latentscenes.export.surface import REACHED, Surface, simplified, surface
-from latentscenes.model.model import RenderedImages, render_images
+from latentscenes.model.model import CHUNK, RenderedImages, render_images
 from latentscenes.storage.scene_set import SceneSet
 
 VIEWS = 48
@@ -163,7 +164,11 @@ def photographed(
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     planes, cameras = loaded.planes(scene), view.dome(VIEWS, lowest)
-    shown = render_images(loaded.model, planes, cameras, (finer * view.size[0], finer * view.size[1]))
+    size = finer * view.size[0], finer * view.size[1]
+    parts = list(torch.arange(VIEWS).split(CHUNK))
+    some = [render_images(loaded.model, planes, cameras[part], size) for part in tracked(parts, "rendering")]
+    names = ("images", "latents", "depth", "opacity")
+    shown = RenderedImages(*(torch.cat([getattr(one, name) for one in some]) for name in names))
     return surface(loaded.model, planes, shown, cameras, cells, reached), shown, cameras
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentscenes.core.cameras import Cameras, Viewpoint
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.export.splats import Splats
 from latentscenes.export.video import scaled
@@ -188,7 +189,7 @@ def fitted(
     groups = [{"params": [value.requires_grad_()], "lr": RATES[name]} for name, value in free.items()]
     adam, steps = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15), rounds * len(cameras)
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.95 * step / steps)
-    for step in range(steps):
+    for step in tracked(range(steps), "fitting splats"):
         if step % len(cameras) == 0:
             turn = torch.randperm(len(cameras), generator=random).tolist()
         camera = cameras[turn[step % len(cameras)] : turn[step % len(cameras)] + 1]

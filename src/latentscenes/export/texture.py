@@ -22,6 +22,7 @@ from embreex.mesh_construction import TriangleMesh
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from latentscenes.core.cameras import Cameras, Viewpoint
+from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.export.mesh import GRAZING, NEAREST, OPAQUE, paint, photographed, unseen
@@ -40,7 +41,7 @@ FINER = 2
 """Colors come from pictures with this many times the dataset's pixels on each side."""
 GUTTER = 4
 """Free texels between charts."""
-BLOCK = 1 << 19
+BLOCK = 1 << 17
 """Texels that are found or colored at once."""
 ROUNDS = 10
 """Steps of the fit."""
@@ -122,7 +123,7 @@ def _baked(
     if not visible.any():
         raise unseen(scene)
     tree, palette = cKDTree(found.vertices[visible]), of_vertices[visible]
-    for start in range(0, len(corners), BLOCK):
+    for start in tracked(range(0, len(corners), BLOCK), "coloring the texture"):
         part = slice(start, start + BLOCK)
         places = (weights[part] * found.vertices[corners[part]]).sum(1)
         outward = (weights[part] * normals[corners[part]]).sum(1)
@@ -217,7 +218,7 @@ def fitted_texels(
         _view(
             shown.images[view], shown.opacity[view], cameras[view : view + 1], caster, charts, normals, number
         )
-        for view in views
+        for view in tracked(views, "fitting the texture")
     ]
     reads, colors = vstack([part[0] for part in parts]).tocsr(), np.concatenate([part[1] for part in parts])
     texels = picture[inside].astype(np.float32)

@@ -183,8 +183,8 @@ def check_film(path: str | Path, background: Backdrop = "white") -> None:
 
 
 def save_frames(path: str | Path, frames: Iterable[Picture], fps: int | float = 20) -> None:
-    """Writes a film (.mp4, which needs the export extra, or .gif), a strip of frames (.png), or numbered PNG
-    files into a new folder (a name without an ending)."""
+    """Writes a film (.mp4, which needs the export extra, or .gif), all frames in one picture, in
+    rows (.png), or numbered PNG files into a new folder (a name without an ending)."""
     path = Path(path)
     check_film(path)
     kind, partial = path.suffix.lower(), partial_path(path)
