@@ -18,6 +18,7 @@ from latentscenes.cli.common import errors_in_one_line
 from latentscenes.core import config_io
 from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import lost_text
+from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
 from latentscenes.data import raycast
 from latentscenes.storage.library import LibraryFolder
@@ -405,3 +406,14 @@ def test_a_stop_while_a_module_is_imported_is_not_lost(capsys, tmp_path, monkeyp
         except BaseException:
             raise TypeError("what a package made of it") from None
     assert stop.value.code == 143 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with errors_in_one_line():
+        print("to nobody")
+        sys.stderr.write("to nobody")
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        raise UserError("told to nobody")
+    assert stop.value.code == 2

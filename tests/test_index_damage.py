@@ -15,7 +15,7 @@ import pytest
 from latentscenes.core.errors import UserError
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore
 from latentscenes.storage import maintenance, recovery
-from latentscenes.storage.index import FILE
+from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.joining import join
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.records import METRICS, SCORES, keep_log, log_problem, read_metrics
@@ -164,6 +164,22 @@ def test_a_scene_that_is_looked_for_elsewhere_stays(library, place):
         with pytest.raises(UserError, match="does not lie where the index says"):
             change(spoiled)
     assert {file.name for file in (library.path / "shards").iterdir()} == files
+
+
+def test_entries_out_of_order_do_not_keep_verify_busy(library, monkeypatch):
+    """A damaged page of SQLite's can give the same row for every question."""
+    ask, names = Index._ask, library.index.names()
+
+    def stuck(index, question, *values):
+        found = ask(index, question, *values)
+        return found or (ask(index, question, -1, *values[1:]) if " > ?" in question else found)
+
+    monkeypatch.setattr(Index, "_ask", stuck)
+    assert list(library.index.unlike()) == []
+    pages = library.index.pages(1000)
+    assert [info.name for info, _ in next(pages)] == names
+    with pytest.raises(UserError, match="entries out of order"):
+        next(pages)
 
 
 # Logs and scores

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,9 @@ def run_program(command: Callable[..., None]) -> None:
 def errors_in_one_line() -> Iterator[None]:
     """On an error that the user can fix, or on a stop by Ctrl-C or SIGTERM, prints one line and ends the
     process. Characters that the terminal's encoding lacks are printed as escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -189,8 +193,8 @@ def errors_in_one_line() -> Iterator[None]:
         _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")
 
 
-IMPORT_SECONDS = 0.05
-"""Time between two looks whether an import is finished."""
+IMPORT_SECONDS, LONGEST_IMPORT = 0.05, 2.0
+"""Time between two looks whether an import is finished; seconds after which it is waited for no longer."""
 
 
 class _Stops:
@@ -219,14 +223,14 @@ class _Stops:
             signal.signal(one, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        first, self.number = not self.number, number
+        first, self.number, self._come = not self.number, number, time.monotonic()
         if first and hasattr(signal, "setitimer") and _is_importing(frame):
             signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
         else:
             raise KeyboardInterrupt
 
     def _again(self, _: int, frame: FrameType | None) -> None:
-        if _is_importing(frame):
+        if _is_importing(frame) and time.monotonic() < self._come + LONGEST_IMPORT:
             signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
         else:
             raise KeyboardInterrupt

@@ -75,12 +75,15 @@ class EntryChecks:
                     f"number {scene}" if name is None else name.decode(errors="replace"), "thumbnail"
                 )
 
-    def _paged(self, question: str, key: str) -> Iterator[tuple]:
-        """Yields rows, whose first column is `key`, an integer, in its order."""
-        last = -(2**63)
-        while found := self._ask(f"{question} WHERE {key} > ? ORDER BY {key} LIMIT {PAGE}", last):
+    def _paged(self, question: str, key: str, where: str = "") -> Iterator[tuple]:
+        """Yields rows, whose first column is `key`, an integer, in its order. Ends where a damaged index
+        gives the same rows again."""
+        last, before = -(2**63), None
+        while (before is None or last > before) and (
+            found := self._ask(f"{question} WHERE {key} > ? {where} ORDER BY {key} LIMIT {PAGE}", last)
+        ):
             yield from found
-            last = found[-1][0]
+            last, before = found[-1][0], last
 
     def add_checks(self) -> None:
         """Adds the checksums that entries of earlier versions lack, of what they hold now."""
@@ -90,12 +93,10 @@ class EntryChecks:
                 ("scenes", "id", "tags", "tags_check"),
                 ("thumbnails", "scene", "png", "png_check"),
             ):
-                asked = f"SELECT {key}, CAST({value} AS BLOB) FROM {table} WHERE {check} IS NULL LIMIT {PAGE}"
-                while found := self._ask(asked):
-                    for number, content in found:
-                        self._ask(
-                            f"UPDATE {table} SET {check} = ? WHERE {key} = ?", check_of(content), number
-                        )
+                asked = f"SELECT {key}, CAST({value} AS BLOB) FROM {table}"
+                for number, content in self._paged(asked, key, f"AND {check} IS NULL"):
+                    assigned = check_of(content), number
+                    self._ask(f"UPDATE {table} SET {check} = ? WHERE {key} = ?", *assigned)
 
     # Mending: within a transaction
 

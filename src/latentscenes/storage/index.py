@@ -182,6 +182,8 @@ class Index(EntryChecks):
         columns, last = self._info_columns(), 0
         question = f"SELECT {columns}, shard, row, checksum, id FROM scenes WHERE id > ? ORDER BY id LIMIT ?"
         while found := self._ask(question, last, size):
+            if found[-1][-1] <= last:  # the same rows again and again
+                raise UserError(f"{self.path}: is damaged (entries out of order). {REMEDY}")
             yield [(self._info(row[:-4]), _place(row[-4:-1])) for row in found]
             last = found[-1][-1]
 

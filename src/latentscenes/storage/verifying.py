@@ -84,7 +84,7 @@ def _entry_damage(library: LibraryFolder) -> list[Damage]:
     """Returns what only the index says, and is not as it was written: names, tags, thumbnails; and the table
     of shards, where it is not that of the files."""
     found, index, path = [], library.index, library.path
-    for name, part in index.unlike():
+    for name, part in dict.fromkeys(index.unlike()):
         found.append(Damage(name, f"its {part} in {FILE} changed since it was written. {MENDED} {path}"))
     for shard in index.unknown_shards():
         found.append(Damage(FILE, f"does not list shard {shard!r}, in which scenes lie. {MENDED} {path}"))
