@@ -74,13 +74,16 @@ def join(
         raise UserError(f"{out}: named as a part of itself. Name it once, as the first.")
     home = LibraryFolder.open(out) if LibraryFolder.exists(out) else None
     _refuse_other_models([*opened] if home is None else [home, *opened])
+    found = None
     if home is None:
         refuse_inside(out)
-        _chosen(None, opened, only or {})
+        found = _chosen(None, opened, only or {})
     target = home or _made(opened, out)
     target.wait = wait
     with target.writing():
-        chosen, known = _chosen(target, opened, only or {})
+        if found is None or len(target.index):
+            found = _chosen(target, opened, only or {})
+        chosen, known = found
         _copied(target, zip(opened, chosen, strict=True))
     for library in (*opened, target):
         library.close()
