@@ -277,11 +277,11 @@ def test_publications_that_meet_in_a_bucket_are_told(library, tmp_path, late):
                 publish(other, BucketTarget(self.address, store))
             super().write(name, content)
             if name == DESCRIPTION and late:
-                publish(other, BucketTarget(self.address, store))
+                publish(other, BucketTarget(self.address, store), replace=True)
 
     with pytest.raises(UserError, match="^s3://some/cars: another process published there meanwhile"):
         publish(library, Met("s3://some/cars", store))
-    publish(library, BucketTarget("s3://some/cars", store))
+    publish(library, BucketTarget("s3://some/cars", store), replace=late)
     assert PublishedLibrary(BucketFiles("s3://some/cars", store)).verify() == []
 
 
