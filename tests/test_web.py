@@ -139,7 +139,7 @@ def test_pictures_are_those_of_python(tab, site, libraries, models, kind, name):
     cameras = VIEW.around(rows.own_box).dome(3, -30.0)
     white = torch.ones(model.codec.channels, *SIZE)
     with torch.no_grad():
-        view = library.model().render(model.compose(rows), cameras, white)
+        view = library.model().render(model.compose(rows, bounded=True), cameras, white)
     colors = (view.image(*SIZE)[:, :3].movedim(1, -1).numpy() + 1) / 2
     opacity = view.opacity.reshape(-1, *SIZE).numpy()
     shown, alpha = drawn(tab, site, kind, name, cameras)

@@ -75,7 +75,7 @@ def test_edges_are_means_of_several_rays(tab, site, library):
     cameras, rows, model = VIEW.dome(1), library.parameters("one"), library.model()
     white = torch.ones(model.codec.channels, FINER * TALL, FINER * WIDE)
     with torch.no_grad():
-        view = model.render(model.compose(rows), cameras, white)
+        view = model.render(model.compose(rows, bounded=True), cameras, white)
     fine = (view.image(FINER * TALL, FINER * WIDE)[0, :3].movedim(0, -1).numpy() + 1) / 2
     mean = fine.reshape(TALL, FINER, WIDE, FINER, 3).mean((1, 3))
     tab.open(site.page("empty", ""))

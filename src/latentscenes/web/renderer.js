@@ -9,8 +9,8 @@ import {Unreadable} from "./source.js";
  * white matter around the object is left out, too; fields grow it if they learn from pictures over white.
  */
 export const CLEAN = [0.1, 0.9], RAW = [0, 1];
-/** Optical depth of a whole box that is still empty. */
-const THIN = 0.1;
+/** Largest opacity of a cell that counts as empty, as in rendering/occupancy.py. */
+const CLEAR = 1e-3;
 /** Least byte of each channel of white, as in data/images.py. */
 const LEAST_WHITE = 250;
 /** Bytes of planes that stay in the memory of the graphics processor, in sum over scenes. */
@@ -185,24 +185,24 @@ export class Renderer {
 
   /** Finds the cells that may hold matter: those with density in or next to them. */
   #fillGrid(scene, held) {
-    const {gl} = this, side = CELLS * TILES, target = gl.createTexture(), frame = gl.createFramebuffer();
-    const found = new Uint8Array(4 * side * side);
+    const {gl} = this, target = gl.createTexture(), frame = gl.createFramebuffer();
+    const width = CELLS * TILES, height = CELLS * CELLS / TILES, found = new Uint8Array(4 * width * height);
     gl.bindTexture(gl.TEXTURE_2D, target);
-    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA8, side, side);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA8, width, height);
     gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
     gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, target, 0);
-    gl.viewport(0, 0, side, side);
+    gl.viewport(0, 0, width, height);
     gl.useProgram(this.#program(scene.render, probeShader).program);
     this.#bind(held);
     gl.drawArrays(gl.TRIANGLES, 0, 3);
-    gl.readPixels(0, 0, side, side, gl.RGBA, gl.UNSIGNED_BYTE, found);
+    gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, found);
     gl.deleteFramebuffer(frame);
     gl.deleteTexture(target);
     const cells = sorted(found, scene), grid = gl.createTexture();
     gl.bindTexture(gl.TEXTURE_2D, grid);
     gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
-    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.R8, side, side);
-    gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, side, side, gl.RED, gl.UNSIGNED_BYTE, cells);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.R8, width, height);
+    gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, width, height, gl.RED, gl.UNSIGNED_BYTE, cells);
     smooth(gl, gl.TEXTURE_2D, gl.NEAREST);
     return {grid, occupancy: cells.reduce((sum, value) => sum + (value > WHITE), 0) / cells.length};
   }
@@ -256,7 +256,7 @@ function smooth(gl, target, filter) {
 function sorted(found, {render, box, unit}) {
   const count = CELLS ** 3, cells = new Uint8Array(count);
   if (render.view_direction) return cells.fill(MATTER); // density depends on the side it is seen from
-  const least = THIN / (2 * Math.hypot(...box.half) / unit), level = 255 * least / (least + 1);
+  const least = -Math.log1p(-CLEAR) / (2 * Math.max(...box.half) / CELLS / unit), level = 255 * least / (least + 1);
   const dense = new Uint8Array(count), solid = new Uint8Array(count);
   const open = new Uint8Array(count); // cells that the space around the object may reach
   for (let k = 0; k < count; k++) {

@@ -1,12 +1,14 @@
 // The renderer as a fragment shader: the field, samples along rays, and compositing, as in rendering/field.py
 // and rendering/march.py. The samples are the same as Python's: `COARSE` stratified ones, then `FINE` where
-// these found density. Cells that the occupancy grid marks as empty are not evaluated, and rays end where
-// hardly any light is left.
+// these found density, between the first and the last occupied cell of a ray (rendering/occupancy.py). Cells
+// that the occupancy grid marks as empty are not evaluated, and rays end where hardly any light is left.
 
 import {featuresOf} from "./compose.js";
 
-/** Cells along each side of the occupancy grid. */
-export const CELLS = 64;
+/** Cells along each side of the occupancy grid, as in rendering/occupancy.py. */
+export const CELLS = 48;
+/** Places along a ray at which the first and the last occupied cell are looked for, as there. */
+const STEPS = 72;
 /** Tiles of the grid's picture in a row; each tile is a layer in z. */
 export const TILES = 8;
 /**
@@ -133,6 +135,7 @@ void main() {
 /** Renders a picture. */
 export function viewShader(render) {
   const {coarse, fine} = render, bounded = render.near !== null && render.near !== undefined;
+  const narrowed = !bounded && !render.frequencies && !render.view_direction;
   return `${field(render)}
 uniform sampler2D grid;       // what is in each cell
 uniform sampler2D sharp;      // the picture with one ray for each pixel
@@ -236,6 +239,16 @@ vec4 march(vec3 origin, vec3 direction, float near, float far) {
   return sum;
 }
 
+/** Moves the ends of a ray to its first and last occupied cell. If it meets none, both are the same. */
+void narrow(vec3 origin, vec3 direction, inout float near, inout float far) {
+  float stride = (far - near) / ${STEPS}.0, start = near + 0.5 * stride;
+  int first = 0, last = ${STEPS - 1};
+  while (first < ${STEPS} && !occupied(origin + (start + stride * float(first)) * direction)) first++;
+  while (last > first && !occupied(origin + (start + stride * float(last)) * direction)) last--;
+  far = near + stride * float(last + 1);
+  near = first < ${STEPS} ? near + stride * float(first) : far;
+}
+
 /** How much a pixel and its eight neighbors differ, in the channel where they differ most. */
 float contrast(ivec2 pixel) {
   vec4 low = vec4(1.0), high = vec4(0.0);
@@ -266,6 +279,7 @@ void main() {
   ${bounded ? "near = bounds.x; far = bounds.y;" : ""}
   written = vec4(0.0);
   if (far <= near) return;
+  ${narrowed ? "narrow(origin, direction, near, far);\n  if (far <= near) return;" : ""}
   vec4 found = march(origin, direction, near, far);
   float alpha = clamp((found.w - haze.x) / (haze.y - haze.x), 0.0, 1.0);
   vec3 color = clamp((0.5 * (found.xyz + found.w)) / max(found.w, 1e-4), 0.0, 1.0);
