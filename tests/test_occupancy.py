@@ -99,6 +99,21 @@ def test_kernel_and_torch_find_the_same_cells(tiny, solids, monkeypatch):
     assert torch.allclose(occupancy._densities(model.compose(rows), model.field, 16), by_kernel, atol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_plate_between_the_middles_of_cells_is_not_lost(axis):
+    """It is 0.9 cells thick: nearly two texels."""
+    cell = 2 * np.array(BOX.half) / SIDE
+    semi = np.full(3, 10.0)
+    semi[axis] = 0.45
+    model, rows = egg_parts(semi=semi * cell, center=np.array(BOX.center))
+    whole, bounded = (
+        render_images(model, model.compose(rows, bounded), VIEW.orbit(4, 50.0), VIEW.size).opacity
+        for bounded in (False, True)
+    )
+    assert whole.sum() > 10
+    assert (bounded < 0.5)[whole > 0.9].float().mean() < 0.02
+
+
 def test_density_that_depends_on_the_direction_has_no_cells(tiny, solids):
     directed = dataclasses.replace(tiny, field=dataclasses.replace(tiny.field, view_direction=True))
     model = Model(directed, solids.box).eval().requires_grad_(False)

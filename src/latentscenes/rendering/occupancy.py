@@ -20,8 +20,11 @@ STEPS_PER_CELL = 1.5
 """Places along a ray that are looked up, for each cell along a side."""
 TOGETHER = 16
 """Places along rays that torch looks up together."""
+LOOKUPS = 4
+"""Most places along each side of a cell at which densities are looked up."""
 CLEAR = 1e-3
-"""Largest opacity of a cell that counts as empty. Behind SIDE such cells, 95 % of the light is left."""
+"""Largest opacity, by its mean density, of a cell that counts as empty. Behind SIDE such cells, 95 % of the
+light is left."""
 
 
 def bound_rays(
@@ -92,9 +95,20 @@ def occupied_cells(
     """
     if field.view_direction or field.frequencies:
         return None
-    density = _densities(planes, field, side)
+    texels = planes.texels if planes.mixing is None else mix(planes.texels, planes.mixing)
+    planes = planes._replace(texels=texels, mixing=None)
+    places = _lookups(-(-texels.shape[2] // side))
+    density = sum(_densities(planes, field, side, place) for place in places) / len(places)
     solid = (1 - torch.exp(-density * length[:, None, None, None]) > CLEAR).float()
     return grown(solid)
+
+
+def _lookups(count: int) -> list[tuple[float, float, float]]:
+    """Returns the places in a cell, as fractions of its sides, at which densities are looked up: c² of the
+    c³ places of a grid, so that a plate or a rod along an axis, wider than 1 / c of the cell, meets some."""
+    count = min(count, LOOKUPS)
+    places = [(x, y, -(x + y) % count) for x in range(count) for y in range(count)]
+    return [tuple((k + 0.5) / count for k in place) for place in places]
 
 
 def grown(solid: Float[Tensor, "s n n n"]) -> UInt8[Tensor, "s n n n"]:
@@ -102,21 +116,23 @@ def grown(solid: Float[Tensor, "s n n n"]) -> UInt8[Tensor, "s n n n"]:
     return nn.functional.max_pool3d(solid[:, None], 3, stride=1, padding=1)[:, 0].byte()
 
 
-def _densities(planes: FusedPlanes, field: Field, side: int) -> Float[Tensor, "s n n n"]:
-    """Returns densities in the middles of cells."""
-    texels = planes.texels if planes.mixing is None else mix(planes.texels, planes.mixing)
-    middles = (torch.arange(side, device=texels.device) + 0.5) * (2 / side) - 1
+def _densities(
+    planes: FusedPlanes, field: Field, side: int, place: tuple[float, float, float] = (0.5, 0.5, 0.5)
+) -> Float[Tensor, "s n n n"]:
+    """Returns densities of mixed planes at one place in each cell, given as fractions of its sides."""
+    texels = planes.texels
+    across, down, along = ((torch.arange(side, device=texels.device) + k) * (2 / side) - 1 for k in place)
     if native.serves(texels, field.hidden.weight):  # along columns of cells
-        x, y = torch.meshgrid(middles, middles, indexing="ij")
+        x, y = torch.meshgrid(across, down, indexing="ij")
         network = (field.hidden.weight, field.hidden.bias, field.out.weight, field.out.bias)
         origins = torch.stack([x, y, torch.full_like(x, -1)], -1).view(1, -1, 3).expand(len(texels), -1, 3)
         near = origins.new_zeros(origins.shape[:2])
         rays = (origins, origins.new_tensor([0.0, 0, 1]).expand_as(origins), near, near + 2)
-        u = near.new_full((*near.shape, side), 0.5)
+        u = near.new_full((*near.shape, side), place[2])
         style = {"axes": planes.axes, "aggregation": planes.aggregation}
         found = native.samples(texels, *network, *rays, u, **style)
         return found.view(-1, side, side, side)
-    points = torch.stack(torch.meshgrid(middles, middles, middles, indexing="ij"), -1).reshape(1, -1, 3)
+    points = torch.stack(torch.meshgrid(across, down, along, indexing="ij"), -1).reshape(1, -1, 3)
     found = []
     for part in points.expand(len(texels), -1, 3).split(side * side, 1):
         features = sample_planes(texels, part, planes.axes, planes.aggregation)

@@ -7,6 +7,8 @@ import {featuresOf} from "./compose.js";
 
 /** Cells along each side of the occupancy grid, as in rendering/occupancy.py. */
 export const CELLS = 48;
+/** Most places along each side of a cell at which densities are looked up, as there. */
+const LOOKUPS = 4;
 /** Places along a ray at which the first and the last occupied cell are looked for, as there. */
 const STEPS = 72;
 /** Tiles of the grid's picture in a row; each tile is a layer in z. */
@@ -119,16 +121,30 @@ vec4 field(vec3 p, vec3 toward) {
 `;
 }
 
-/** Writes density / (density + 1) and color at the centers of all cells of the grid. */
+/**
+ * Writes density / (density + 1) and color of all cells of the grid, from the places that
+ * rendering/occupancy.py looks up, too: the mean of the density, and the color of the densest.
+ */
 export function probeShader(render) {
+  const count = Math.min(Math.ceil(render.resolution / CELLS), LOOKUPS);
   return `${field(render)}
 out vec4 written;
 void main() {
   ivec2 place = ivec2(gl_FragCoord.xy);
   ivec2 tile = place / ${CELLS};
   vec3 cell = vec3(place - tile * ${CELLS}, tile.y * ${TILES} + tile.x);
-  vec4 found = field((cell + 0.5) / ${(CELLS / 2).toFixed(1)} - 1.0, vec3(0.0, 0.0, 1.0));
-  written = vec4(found.x / (found.x + 1.0), 0.5 + 0.5 * found.yzw);
+  vec4 densest = vec4(0.0);
+  float sum = 0.0;
+  for (int x = 0; x < ${count}; x++) {
+    for (int y = 0; y < ${count}; y++) {
+      vec3 inside = (vec3(x, y, (${2 * count} - x - y) % ${count}) + 0.5) / ${count.toFixed(1)};
+      vec4 here = field((cell + inside) / ${(CELLS / 2).toFixed(1)} - 1.0, vec3(0.0, 0.0, 1.0));
+      if (here.x >= densest.x) densest = here;
+      sum += here.x;
+    }
+  }
+  float density = sum / ${(count * count).toFixed(1)};
+  written = vec4(density / (density + 1.0), 0.5 + 0.5 * densest.yzw);
 }`;
 }
 
