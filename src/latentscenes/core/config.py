@@ -202,7 +202,7 @@ class StageConfig:
     focus: float = 0.0
     """Share of the rays or crops sampled where the error was large before; the others are uniform."""
     hull: bool = False
-    """Rays, except a few, sample inside the scene's visual hull only, where the dataset has silhouettes. So
+    """Rays that meet the scene's visual hull sample inside it only, where the dataset has silhouettes. So
     samples are denser there. Not while `rates.cameras` corrects cameras."""
     random_background: float = 0.0
     """Share of the rays behind which truth and render get the same random color instead of white, where the

@@ -29,9 +29,6 @@ CHUNK = 8
 """Views rendered and decoded together."""
 PORTION = 16384
 """Rays rendered together in adaptive views."""
-UNBOUNDED = 0.125
-"""Share of learning rays that sample in the whole box although occupied cells are known, so that the rest
-becomes empty."""
 LARGE = 192
 """Smallest side of pictures that adaptive views make from fewer rays, in latent pixels. Smaller ones would
 gain nothing."""
@@ -182,8 +179,8 @@ class Model(nn.Module):
         """Renders views of s scenes at the background's resolution. Cameras come scene by scene,
         equally many each.
 
-        With a generator, samples are jittered, and a few rays sample in the whole box even if cells are
-        occupied; without, samples lie in the middle of their slices. `pixels` picks the rays of each view
+        With a generator, samples are jittered, and rays that meet no occupied cell sample in the whole box;
+        without, samples lie in the middle of their slices. `pixels` picks the rays of each view
         (row · w + column); without it, all are rendered. `behind` gives each ray a background of its own.
         With `free_rays`, each ray's origin and direction take gradients.
         """
@@ -193,8 +190,8 @@ class Model(nn.Module):
         if planes.occupied is not None:
             near, far = bound_rays(*rays, planes.occupied)
             if generator is not None:
-                whole = uniform(generator, *near.shape, device=self.device) < UNBOUNDED
-                near, far = torch.where(whole, rays.near, near), torch.where(whole, rays.far, far)
+                missed = near == far  # what these rays meet must become empty
+                near, far = torch.where(missed, rays.near, near), torch.where(missed, rays.far, far)
             rays = rays._replace(near=near, far=far)
         if free_rays:
             free = {name: getattr(rays, name).detach().requires_grad_() for name in ("origins", "directions")}

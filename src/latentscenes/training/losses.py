@@ -59,7 +59,7 @@ class Batch:
     behind: Float[Tensor, "v p c"] | None = None
     """Latents behind each ray, which `latents` show too. None: those of `background`."""
     occupied: UInt8[Tensor, "s n n n"] | None = None
-    """Cells of the scenes' boxes inside of which most rays sample (`hulls`). None: all."""
+    """Cells of the scenes' boxes inside of which rays sample (`hulls`). None: all."""
     corrected: "Corrected | None" = None
     """Corrections of the views, if they have any. The cameras are corrected already."""
     share: float = 1.0
