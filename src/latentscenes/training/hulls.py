@@ -1,7 +1,7 @@
 """Visual hulls of scenes: where matter can be, by the silhouettes of their training views.
 
-While a scene is learned, rays that meet its hull sample inside it only. The others sample in the whole box, so
-that what lies outside becomes empty.
+While a scene is learned, rays that meet its hull sample inside it only. The others sample in the whole box,
+so that what lies outside becomes empty.
 """
 
 import numpy as np
