@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SOLIDS
+from conftest import SOLIDS, photograph
 from egg import BOX, CENTER, SEMI, VIEW, egg_parts
 
 from latentscenes.core import config_io
-from latentscenes.core.cameras import Box
+from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
+from latentscenes.data.boxes import visual_hull
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering import occupancy
@@ -146,6 +147,26 @@ def test_a_hull_holds_the_object_and_little_else(solids, name):
     inside = (place.square().sum(-1) < 1) if kind == "ellipsoid" else (place.abs().amax(-1) < 1)
     assert cells[inside].all()
     assert cells.float().mean() < 3 * inside.float().mean() + 0.1
+
+
+def test_a_hull_of_close_views_holds_a_wire():
+    """Its shadow, 4 pixels wide, is narrower than a cell, and lies between the middles of cells."""
+    cameras, half = orbit(6, focal=4.0), 0.45
+    _, alpha = photograph("box", (0.4, 0.004, 0.004), (0.0, 0.0, 0.0), cameras, 128)
+    hull = visual_hull(alpha > 8, cameras, Box((0.0, 0.0, 0.0), (half,) * 3), SIDE)
+    cells = grown(torch.from_numpy(hull)[None].float())[0]
+    wire = ((torch.linspace(-0.39, 0.39, 200) / half + 1) * SIDE / 2).long()
+    assert (cells[wire, SIDE // 2, SIDE // 2] > 0).all()
+    assert cells[20:28, 20:28, 20:28].float().mean() < 0.5  # what all views see
+
+
+@pytest.mark.parametrize("glass", [False, True])
+def test_masks_that_lack_a_part_in_some_views_bound_nothing(solids, glass):
+    scene = solids.select("train")[0]
+    alpha = np.array(solids.alpha)
+    alpha[scene.first + 1, :12] = 0  # above the upper third of the ball
+    wrong = dataclasses.replace(solids, alpha=alpha // 4 if glass else alpha)
+    assert carved(wrong, scene, solids.box.numbers).all()
 
 
 def test_silhouettes_that_contradict_each_other_bound_nothing(solids):

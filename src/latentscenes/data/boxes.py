@@ -166,9 +166,15 @@ def visual_hull(
     masks: Bool[np.ndarray, "v h w"], cameras: Cameras, box: Box, side: int
 ) -> Bool[np.ndarray, "n n n"]:
     """Returns which of side³ cells of a box, indexed x, y, z, lie within nearly all silhouettes (see
-    `carve`), after these are widened by a pixel."""
+    `carve`), after these are widened: by a pixel, or by more where cameras are so close that the middles of
+    cells could otherwise lie on both sides of a thin part."""
     center, half = np.array(box.center), np.array(box.half)
-    left = carve(_dilate(masks), cameras, _grid(center - half, center + half, side))
+    distance = np.linalg.norm(cameras.cam2world[:, :, 3].numpy() - center, axis=1).clip(min=half.max())
+    focal = (cameras.intrinsics[:, :2].numpy() * masks.shape[:0:-1]).max(1)
+    cell = 2 * half.max() / side * (focal / distance).max()  # pixels
+    for _ in range(max(1, math.ceil((cell - 1) / 2))):
+        masks = _dilate(masks)
+    left = carve(masks, cameras, _grid(center - half, center + half, side))
     index = np.round(((left - center) / half + 1) * (side / 2) - 0.5).astype(np.int64)
     found = np.zeros((side, side, side), dtype=bool)
     found[tuple(index.T)] = True

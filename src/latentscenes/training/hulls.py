@@ -17,11 +17,11 @@ from latentscenes.rendering.render import camera_rays
 
 SEEN = 8
 """Alpha (0 to 255) above which a pixel belongs to a silhouette."""
-SOLID = 128
-"""Alpha from which a pixel must lie in front of the hull."""
+SOLID = 48
+"""Alpha from which a pixel must lie in front of the hull. Glass has little."""
 CHECKED = 32
 """Rows and columns of each silhouette that are compared with the hull."""
-MISSED = 0.005
+MISSED = 0.002
 """Share of these pixels that a hull may miss. Where it misses more, masks or cameras are wrong."""
 
 
