@@ -16,7 +16,7 @@ from latentscenes.model.model import Model
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.run import Run
-from latentscenes.training import exploit as stage_two
+from latentscenes.training import preparing
 from latentscenes.training import probe, ranks
 from latentscenes.training.exploit import exploit
 from latentscenes.training.probe import Trial, fewest, tried
@@ -88,7 +88,7 @@ def test_the_number_is_a_setting_of_the_library(run, config, solids, tmp_path, m
     monkeypatch.setattr(probe, "MOST", 1)
     first = exploit(tmp_path / "first", solids, config, run, dataclasses.replace(AUTO, limit=1), CPU)
     assert steps(first) == [2, 2] and steps(run) == [2, 1]  # the run itself is as it was
-    monkeypatch.setattr(stage_two, "for_exploit", None)  # no other probe
+    monkeypatch.setattr(preparing, "for_exploit", None)  # no other probe
     more = exploit(first.path, solids, config, None, AUTO, CPU)
     told = exploit(tmp_path / "told", solids, config, run, dataclasses.replace(AUTO, scenes=2), CPU)
     other = exploit(tmp_path / "other", solids, config, run, dataclasses.replace(AUTO, scenes=None), CPU)
