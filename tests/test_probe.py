@@ -16,8 +16,7 @@ from latentscenes.model.model import Model
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.run import Run
-from latentscenes.training import preparing
-from latentscenes.training import probe, ranks
+from latentscenes.training import preparing, probe, ranks
 from latentscenes.training.exploit import exploit
 from latentscenes.training.probe import Trial, fewest, tried
 from latentscenes.training.ranks import exploit_rank
