@@ -581,21 +581,11 @@ def test_case_compressed():
 
 
 @needs_cases
-def test_case_meshopt_whose_data_are_elsewhere_is_named(tmp_path):
-    """The file names its picture as the packed points; with the right place, it is as plain.glb."""
+def test_case_meshopt_whose_data_are_elsewhere_is_named():
+    """The file names its picture as the packed points, and the bytes meant hold no points either."""
     pytest.importorskip("meshoptimizer", reason="meshoptimizer is not installed")
-    folder = CASES / "08-compressed" / "in"
     with pytest.raises(UserError, match="its meshopt data cannot be read"):
-        read_mesh(folder / "meshopt.glb")
-    content = (folder / "meshopt.glb").read_bytes()
-    size = struct.unpack_from("<I", content, 12)[0]
-    meta = json.loads(content[20 : 20 + size])
-    meta["bufferViews"][2]["extensions"]["EXT_meshopt_compression"]["byteOffset"] = 184
-    text = json.dumps(meta).encode()
-    text += b" " * (-len(text) % 4)
-    head = struct.pack("<4sIII4s", b"glTF", 2, 20 + len(text) + len(content) - 20 - size, len(text), b"JSON")
-    (tmp_path / "right.glb").write_bytes(head + text + content[20 + size :])
-    assert seen(tmp_path / "right.glb") == pytest.approx(seen(folder / "plain.glb"), abs=1)
+        read_mesh(CASES / "08-compressed" / "in" / "meshopt.glb")
 
 
 @needs_cases
