@@ -72,6 +72,9 @@ def test_claims_lapse_unless_they_are_renewed(boards):
         assert time.monotonic() - begun < 10
         time.sleep(0.05)
     assert time.monotonic() - begun > 0.25 and ours.state().newest == {"a": 2}
+    assert not theirs.take_over("a", 1) and not theirs.take_over("a", 2)
+    again = Claims(boards(), "we", 0.4)  # the same owner, started again
+    assert again.take_over("a", 2) and not ours.take_over("a", 2) and not again.take_over("a", 3)
     ours.finish("a")
     ours.forget("a")
     assert theirs.state().done == {"a": "we"} and theirs.state().newest == {}

@@ -19,6 +19,7 @@ from latentscenes.rendering import occupancy
 from latentscenes.rendering.kernels import native
 from latentscenes.rendering.march import intersect_cube
 from latentscenes.rendering.occupancy import SIDE, bound_rays, bound_rays_in_torch, grown
+from latentscenes.rendering.render import Rays
 from latentscenes.training.batches import BatchSource, TrainingScenes
 from latentscenes.training.hulls import carved
 
@@ -30,7 +31,7 @@ def random_rays(scenes=3, count=2000, seed=1):
     origins = 3 * torch.nn.functional.normalize(torch.randn(scenes, count, 3, generator=generator), dim=-1)
     targets = 1.4 * (2 * torch.rand(scenes, count, 3, generator=generator) - 1)
     directions = torch.nn.functional.normalize(targets - origins, dim=-1)
-    return origins, directions, *intersect_cube(origins, directions)
+    return Rays(origins, directions, *intersect_cube(origins, directions))
 
 
 def middles(side=SIDE):
@@ -44,8 +45,8 @@ def test_rays_enter_and_leave_where_cells_begin_and_end(bound):
     cells[0, 2:4, 3:6, 7] = 1  # x in [-0.5, 0], y in [-0.25, 0.5], z in [0.75, 1]
     origins = torch.tensor([[[-3.0, 0.1, 0.8], [-0.3, 3, 0.8], [-3, 0.1, 0.5], [5, 5, 5], [-0.3, 0, 3]]])
     directions = torch.tensor([[[1.0, 0, 0], [0, -1, 0], [1, 0, 0], [0, 0, 1], [0, 0, -1]]])
-    near, far = intersect_cube(origins, directions)
-    first, last = bound(origins, directions, near, far, cells)
+    rays = bound(Rays(origins, directions, *intersect_cube(origins, directions)), cells)
+    first, last = rays.near, rays.far
     step = 2 / int(8 * occupancy.STEPS_PER_CELL)
     for ray, wanted in ((0, (2.5, 3.0)), (1, (2.5, 3.25)), (4, (2.0, 2.25))):
         assert wanted[0] - step <= first[0, ray] <= wanted[0] + step / 2
@@ -55,22 +56,21 @@ def test_rays_enter_and_leave_where_cells_begin_and_end(bound):
 
 @needs_native
 def test_kernel_and_torch_find_the_same_bounds():
-    origins, directions, near, far = random_rays()
+    rays = random_rays()
     cells = (torch.rand(3, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(2)) < 1e-3).float()
     cells = grown(cells)
-    by_kernel = torch.stack(bound_rays(origins, directions, near, far, cells))
-    by_torch = torch.stack(bound_rays_in_torch(origins, directions, near, far, cells))
+    by_kernel, by_torch = (torch.stack(bound(rays, cells)[2:]) for bound in (bound_rays, bound_rays_in_torch))
     same = (by_kernel - by_torch).abs() < 1e-5  # not where rounding moves a place across the edge of a cell
     assert same.float().mean() > 0.985
     met = by_torch[1] > by_torch[0]
-    assert 0.3 < met[far > near].float().mean() < 0.999
+    assert 0.3 < met[rays.far > rays.near].float().mean() < 0.999
 
 
 def test_no_ray_samples_beside_what_it_could_see():
     """All that an object hides or shows lies between the bounds, since its neighbors count as occupied."""
     ball = grown((middles().square().sum(-1) < 0.5**2).float()[None])
-    origins, directions, near, far = random_rays(1)
-    first, last = bound_rays(origins, directions, near, far, ball)
+    rays = random_rays(1)
+    origins, directions, first, last = bound_rays(rays, ball)
     middle = -(origins * directions).sum(-1)
     squared = 0.5**2 - (origins.square().sum(-1) - middle**2)
     hit = squared > 0

@@ -318,24 +318,6 @@ def test_of_all_that_claim_one_succeeds(tmp_path):
     assert many[0].state().done == {"b": "owner 1"}
 
 
-def test_only_stale_claims_are_taken_over(tmp_path):
-    ours, theirs = Claims(tmp_path, "we", 0.4), Claims(tmp_path, "they", 0.4)
-    with theirs.renewing():
-        assert theirs.take("a") and not ours.take("a")
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
-            assert not ours.take_over("a", 1)
-            time.sleep(0.05)
-    begun = time.monotonic()
-    while not ours.take_over("a", 1):
-        assert time.monotonic() - begun < 10
-        time.sleep(0.05)
-    assert time.monotonic() - begun > 0.25
-    assert not theirs.take_over("a", 1) and not theirs.take_over("a", 2)
-    again = Claims(tmp_path, "we", 0.4)  # the same owner, started again
-    assert again.take_over("a", 2) and not ours.take_over("a", 2) and not again.take_over("a", 3)
-
-
 def test_claims_of_work_that_does_not_move_on_lapse(tmp_path):
     ours, theirs = Claims(tmp_path, "we", 0.4), Claims(tmp_path, "they", 0.4, patience=0.8)
     with theirs.renewing():

@@ -188,11 +188,13 @@ class Model(nn.Module):
         rays = self.rays(planes, cameras, *background.shape[1:], pixels)
         leave = rays.far
         if planes.occupied is not None:
-            near, far = bound_rays(*rays, planes.occupied)
+            bounded = bound_rays(rays, planes.occupied)
             if generator is not None:
-                missed = near == far  # what these rays meet must become empty
-                near, far = torch.where(missed, rays.near, near), torch.where(missed, rays.far, far)
-            rays = rays._replace(near=near, far=far)
+                missed = bounded.near == bounded.far  # what these rays meet must become empty
+                near = torch.where(missed, rays.near, bounded.near)
+                far = torch.where(missed, rays.far, bounded.far)
+                bounded = bounded._replace(near=near, far=far)
+            rays = bounded
         if free_rays:
             free = {name: getattr(rays, name).detach().requires_grad_() for name in ("origins", "directions")}
             rays = rays._replace(**free)

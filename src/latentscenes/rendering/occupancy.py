@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentscenes.rendering.field import Field, FusedPlanes, mix, sample_planes
 from latentscenes.rendering.kernels import native
+from latentscenes.rendering.render import Rays
 
 SIDE = 48
 """Cells along each side of a box."""
@@ -27,58 +28,41 @@ CLEAR = 1e-3
 light is left."""
 
 
-def bound_rays(
-    origins: Float[Tensor, "s p 3"],
-    directions: Float[Tensor, "s p 3"],
-    near: Float[Tensor, "s p"],
-    far: Float[Tensor, "s p"],
-    cells: UInt8[Tensor, "s n n n"],
-) -> tuple[Float[Tensor, "s p"], Float[Tensor, "s p"]]:
-    """Returns where rays in box coordinates enter their first occupied cell and leave their last (indexed x,
-    y, z). A ray that meets none ends where it begins. No gradients.
+def bound_rays(rays: Rays, cells: UInt8[Tensor, "s n n n"]) -> Rays:
+    """Returns rays that begin where they enter their first occupied cell (indexed x, y, z) and end where they
+    leave their last. A ray that meets none ends where it begins. Near and far are without gradients.
 
     Each ray is looked up at STEPS_PER_CELL · n places. So it can miss a cell that it cuts at a corner: cells
     next to occupied ones should be occupied, too.
     """
-    given = [value.detach().contiguous() for value in (origins, directions, near, far)]
-    if native.serves(*given):
-        return _bound_natively(*given, cells.contiguous())
-    return bound_rays_in_torch(*given, cells)
-
-
-def _bound_natively(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, cells: Tensor
-) -> tuple[Tensor, Tensor]:
-    first, last = torch.empty_like(near), torch.empty_like(far)
+    given = [part.detach().contiguous() for part in rays]
+    if not native.serves(*given):
+        return bound_rays_in_torch(rays, cells)
+    near, far = torch.empty_like(rays.near), torch.empty_like(rays.far)
     sizes = (*near.shape, cells.shape[1], int(STEPS_PER_CELL * cells.shape[1]), torch.get_num_threads())
-    arrays = map(native.pointer, (cells, origins, directions, near, far, first, last))
+    arrays = map(native.pointer, (cells.contiguous(), *given, near, far))
     native.library().latentscenes_bound_rays(*map(ctypes.c_int64, sizes), *arrays)
-    return first, last
+    return rays._replace(near=near, far=far)
 
 
-def bound_rays_in_torch(
-    origins: Float[Tensor, "s p 3"],
-    directions: Float[Tensor, "s p 3"],
-    near: Float[Tensor, "s p"],
-    far: Float[Tensor, "s p"],
-    cells: UInt8[Tensor, "s n n n"],
-) -> tuple[Float[Tensor, "s p"], Float[Tensor, "s p"]]:
+@torch.no_grad()
+def bound_rays_in_torch(rays: Rays, cells: UInt8[Tensor, "s n n n"]) -> Rays:
     """Computes `bound_rays` in plain torch."""
     side = cells.shape[1]
     steps = int(STEPS_PER_CELL * side)
-    width = (far - near) / steps
+    width = (rays.far - rays.near) / steps
     scene = torch.arange(len(cells), device=cells.device)[:, None, None]
-    first, last = torch.full_like(near, steps), torch.full_like(near, -1)
-    for part in torch.arange(steps, device=near.device).split(TOGETHER):
-        t = near[..., None] + (part + 0.5) * width[..., None]
-        points = origins[:, :, None] + t[..., None] * directions[:, :, None]
+    first, last = torch.full_like(rays.near, steps), torch.full_like(rays.near, -1)
+    for part in torch.arange(steps, device=width.device).split(TOGETHER):
+        t = rays.near[..., None] + (part + 0.5) * width[..., None]
+        points = rays.origins[:, :, None] + t[..., None] * rays.directions[:, :, None]
         x, y, z = ((points + 1) * (0.5 * side)).nan_to_num().clamp(0, side - 1).long().unbind(-1)
         hit = cells[scene, x, y, z] > 0
         first = torch.minimum(first, torch.where(hit, part, steps).amin(-1))
         last = torch.maximum(last, torch.where(hit, part, -1).amax(-1))
     met = last >= 0
-    bounded = near + first * width, near + (last + 1) * width
-    return torch.where(met, bounded[0], near), torch.where(met, bounded[1], near)
+    near, far = rays.near + first * width, rays.near + (last + 1) * width
+    return rays._replace(near=torch.where(met, near, rays.near), far=torch.where(met, far, rays.near))
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ def kinds_of(stages: Sequence[StageConfig]) -> list[str]:
 
 def limited(config: Config, kinds: Iterable[str], trial: bool = False) -> Config:
     """Returns the configuration whose exploit stages learn no other kinds of corrections. For a `trial`,
-    stages are short, and those after the last that learns corrections are absent."""
+    stages are short and use no hulls, which moved cameras exclude, so that trials differ by corrections only;
+    stages after the last that learns corrections are absent."""
     stages, none = config.exploit, {kind: 0.0 for kind in REFINED if kind not in kinds}
     if trial:
         last = max(k for k, stage in enumerate(stages) if corrects([stage]))
@@ -106,7 +107,7 @@ def _shortened(stage: StageConfig) -> StageConfig:
     names = ("epochs", "field_epochs", "weights_epochs")
     whole = {name: getattr(stage, name) for name in names}
     short = {name: max(1, round(TRIAL * epochs)) if epochs else epochs for name, epochs in whole.items()}
-    return dataclasses.replace(stage, **short)
+    return dataclasses.replace(stage, **short, hull=False)
 
 
 def view_ranges(scenes: Sequence[Scene]) -> list[slice]:

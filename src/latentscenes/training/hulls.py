@@ -54,8 +54,8 @@ def carved(images: PosedImages, scene: Scene, box: Float[Tensor, "6"]) -> UInt8[
     rows, columns = ((np.arange(CHECKED) + 0.5) / CHECKED * side for side in alpha.shape[1:])
     solid = alpha[:, rows.astype(int)][:, :, columns.astype(int)] >= SOLID
     rays = camera_rays(cameras, box[None], CHECKED, CHECKED)
-    near, far = bound_rays(*rays, cells)
-    missed = (rays.far > rays.near) & (far <= near)
+    bounded = bound_rays(rays, cells)
+    missed = (rays.far > rays.near) & (bounded.far <= bounded.near)
     looked = torch.from_numpy(solid).reshape(1, -1)
     if (missed & looked).sum() > MISSED * looked.sum():
         return np.ones_like(hull, dtype=np.uint8)
