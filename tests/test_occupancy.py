@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SOLIDS, photograph
+from conftest import SOLIDS, photograph, write_solids
 from egg import BOX, CENTER, SEMI, VIEW, egg_parts
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, orbit
 from latentscenes.core.errors import UserError
 from latentscenes.data.boxes import visual_hull
+from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import random_parameters
 from latentscenes.rendering import occupancy
@@ -177,6 +178,20 @@ def test_silhouettes_that_contradict_each_other_bound_nothing(solids):
     wrong = dataclasses.replace(solids, cameras=dataclasses.replace(solids.cameras, cam2world=turned))
     assert not carved(solids, scene, solids.box.numbers).all()
     assert carved(wrong, scene, solids.box.numbers).all()
+
+
+@pytest.mark.parametrize(("wrong", "bounded"), [(0, True), (1, True), (2, False)])
+def test_of_a_dozen_silhouettes_one_may_be_wrong(tmp_path, wrong, bounded):
+    solids = PosedImages.open(write_solids(tmp_path / "solids", views=14))
+    scene = solids.select("train")[0]
+    alpha = np.array(solids.alpha)
+    alpha[[scene.first + 3, scene.first + 8][:wrong]] = 255  # as of a picture without a mask
+    cells = carved(dataclasses.replace(solids, alpha=alpha), scene, solids.box.numbers) > 0
+    kind, size, *_ = SOLIDS[scene.name]
+    place = middles() * torch.tensor(solids.box.half) / torch.tensor(size)
+    inside = (place.square().sum(-1) < 1) if kind == "ellipsoid" else (place.abs().amax(-1) < 1)
+    assert cells[inside.numpy()].all()
+    assert (cells.mean() < 0.5) == bounded
 
 
 def source(views, **changes):

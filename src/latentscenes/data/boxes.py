@@ -55,6 +55,11 @@ def carving_views(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, CARVING_VIEWS)).round().astype(int)).tolist()
 
 
+def excused(count: int) -> int:
+    """Returns how many of `count` silhouettes may be wrong."""
+    return math.ceil(BAD_SILHOUETTES * count) if count >= 12 else 0
+
+
 def visible_cube(cameras: Cameras) -> Box:
     """Returns a cube around the point the cameras look at. Its half side is the median over cameras of the
     reach of the image at that distance."""
@@ -72,7 +77,7 @@ def carve(
     then the object is cut off, and the view says nothing about points outside.
     """
     height, width = masks.shape[1:]
-    allowed = math.ceil(BAD_SILHOUETTES * len(masks)) if len(masks) >= 12 else 0
+    allowed = excused(len(masks))
     cut_off = masks[:, [0, -1]].any((1, 2)) | masks[:, :, [0, -1]].any((1, 2))
     points, misses = np.ascontiguousarray(grid.T), np.zeros(len(grid), dtype=np.int32)
     matrices = cameras.cam2world.numpy().astype(grid.dtype)
