@@ -135,14 +135,16 @@ def nearly(points: list[Point], level: float) -> Point | None:
 
 
 def _conclude(result: Result, curves: dict[str, list[Point]]) -> None:
-    best = {name: max(point.psnr for point in points) for name, points in curves.items()}
-    near = {name: nearly(points, best[name]) for name, points in curves.items()}
+    best = {name: max(point.psnr for point in points) for name, points in curves.items() if points}
+    near = {name: nearly(curves[name], level) for name, level in best.items()}
     for name, point in near.items():
         result.add(
             f"{name}: within {NEAR} dB of its converged {best[name]:.2f} dB",
             f"{point.cpu_seconds:.2f} CPU s",
             f"{point.epochs} epochs",
         )
+    if len(best) < 2:
+        return
     result.figures["speedup to own convergence"] = near["RGB"].cpu_seconds / near["ours"].cpu_seconds
     result.add(
         "RGB's time over ours, each to its own", f"{near['RGB'].cpu_seconds / near['ours'].cpu_seconds:.1f}x"
@@ -180,7 +182,7 @@ def main(
         rounds: number of rounds of `processes`.
         limit: number of new scenes that `quality` learns.
         ours: epochs of the first exploit stage to try.
-        rgb: epochs of RGB tri-planes to try.
+        rgb: epochs of RGB tri-planes to try; none to leave them out.
         out: JSON file for all figures and the machine's description; tables are written beside it as
             Markdown.
     """
