@@ -1,6 +1,7 @@
 """Occupied cells: what they bound, visual hulls of silhouettes, what views and learning gain."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +256,11 @@ def test_boxes_of_models_with_a_box_for_each_object_bound_their_own_cells():
         for some, scene in ((model, rows), (other, larger))
     )
     assert 4 < share / least < 9
+
+
+def test_the_browser_bounds_rays_by_the_same_numbers():
+    shader = (Path(occupancy.__file__).parents[1] / "web" / "shader.js").read_text()
+    numbers = {name: float(value) for name, value in re.findall(r"const ([A-Z]+) = ([0-9.]+);", shader)}
+    assert numbers["CELLS"] == SIDE
+    assert numbers["LOOKUPS"] == occupancy.LOOKUPS
+    assert numbers["STEPS"] == SIDE * occupancy.STEPS_PER_CELL
