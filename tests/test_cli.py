@@ -2,11 +2,8 @@
 
 import inspect
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from types import SimpleNamespace
 from typing import get_args
 
@@ -372,40 +369,6 @@ def test_numbers_with_nouns_and_losses():
 def test_other_failures_of_torch_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError, match="shapes"), errors_in_one_line():
         raise RuntimeError("shapes cannot be multiplied")
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_by_a_signal_takes_one_line_and_leaves_nothing(number, status, capsys, tmp_path):
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop, errors_in_one_line():
-        with tempfile.TemporaryDirectory(dir=tmp_path):
-            os.kill(os.getpid(), number)
-            time.sleep(10)
-    err = capsys.readouterr().err
-    assert stop.value.code == status and err.startswith("latentscenes: stopped.") and err.count("\n") == 1
-    assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
-
-
-def test_a_stop_while_a_module_is_imported_is_not_lost(capsys, tmp_path, monkeypatch):
-    """trimesh, for one, keeps any error of the packages that it looks for, and goes on."""
-    (tmp_path / "keeps_errors.py").write_text(
-        "import os, signal, time\nwhole = False\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.2)\n    whole = True\n"
-        "except BaseException:\n    pass\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SystemExit) as stop, errors_in_one_line():
-        import keeps_errors
-
-        time.sleep(10)
-    assert stop.value.code == 130 and keeps_errors.whole and "stopped" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop, errors_in_one_line():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-        except BaseException:
-            raise TypeError("what a package made of it") from None
-    assert stop.value.code == 143 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_closed_output_is_no_error(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, locked, partial_path, write_bytes
+from latentscenes.core.files import check_place, locked, partial_path, write_bytes, write_files
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -21,6 +21,29 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"a: cannot be written \(No space left on device\)"):
         write_bytes(tmp_path / "a", b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("call, time", [("fsync", 2), ("fsync", 3), ("replace", 2), ("replace", 3)])
+def test_of_files_that_belong_together_all_are_written_or_none(call, time, tmp_path, monkeypatch):
+    (tmp_path / "c").write_bytes(b"old")
+    contents = {tmp_path / name: name.encode() for name in "abc"}
+    met, home = [], os if call == "fsync" else Path
+    original = getattr(home, call)
+
+    def fails_once(*arguments):
+        met.append(arguments)
+        if len(met) == time:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments)
+
+    monkeypatch.setattr(home, call, fails_once)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        write_files(contents)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"c": b"old"}
+    assert write_files(contents) == 3
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        name: name.encode() for name in "abc"
+    }
 
 
 def test_places_are_looked_at_without_a_trace(tmp_path, monkeypatch):

@@ -193,15 +193,15 @@ def errors_in_one_line() -> Iterator[None]:
         _fail("out of memory. Close other programs, or choose smaller sizes or fewer scenes (--scenes).")
 
 
-IMPORT_SECONDS, LONGEST_IMPORT = 0.05, 2.0
-"""Time between two looks whether an import is finished; seconds after which it is waited for no longer."""
+LOOK_SECONDS, LONGEST_IMPORT = 0.05, 2.0
+"""Time between two looks whether an import goes on; seconds of it after which it is broken off anywhere."""
 
 
 class _Stops:
     """Ends a block at Ctrl-C and at SIGTERM, so that temporary files and other processes go, too.
 
-    A module that is being imported is finished first: packages keep what they catch then, and would go on
-    broken, or not stop.
+    An import ends where it looks for its next module: elsewhere, packages turn the stop into errors of their
+    own. Those that keep it and go on are stopped again.
     """
 
     def __init__(self) -> None:
@@ -221,18 +221,25 @@ class _Stops:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for one, handler in self._before.items():
             signal.signal(one, handler)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         first, self.number, self._come = not self.number, number, time.monotonic()
-        if first and hasattr(signal, "setitimer") and _is_importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
-        else:
+        if not first or not hasattr(signal, "setitimer") or not _is_importing(frame):
+            raise KeyboardInterrupt
+        sys.meta_path.insert(0, self)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS)
+
+    def find_spec(self, *_: object) -> None:
+        """Called where an import looks for a module."""
+        if threading.current_thread() is threading.main_thread() and not _is_ending():
             raise KeyboardInterrupt
 
     def _again(self, _: int, frame: FrameType | None) -> None:
-        if _is_importing(frame) and time.monotonic() < self._come + LONGEST_IMPORT:
-            signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
-        else:
+        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS)
+        late = time.monotonic() > self._come + LONGEST_IMPORT
+        if not _is_ending() and (late or not _is_importing(frame)):
             raise KeyboardInterrupt
 
     def end(self) -> NoReturn:
@@ -246,6 +253,14 @@ def _is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_ending() -> bool:
+    """Returns whether this code tidies up after a stop: it must not be stopped, too."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _fail(message: str) -> None:

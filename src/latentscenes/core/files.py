@@ -5,6 +5,7 @@ holds the name is brought to the disk, too. Only then may the caller remove what
 """
 
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -12,8 +13,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,25 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file: see `new_file`."""
     with new_file(path) as partial:
         partial.write_bytes(content)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> int:
+    """Writes files that belong together, and the folders that they lie in: all, or none if one cannot be
+    written. All are on the disk before the first gets its name. Returns their size in bytes."""
+    with ExitStack() as stack:
+        stack.push(functools.partial(_remove, [path for path in contents if not path.exists()]))
+        for path, content in reversed(contents.items()):
+            with writing_to(path):
+                make_folder(path.parent)
+            written = stack.enter_context(new_file(path))
+            written.write_bytes(content)
+            sync(written)
+    return sum(map(len, contents.values()))
+
+
+def _remove(new: list[Path], error: type[BaseException] | None, *_: object) -> None:
+    for path in new if error else ():
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:

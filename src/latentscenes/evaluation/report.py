@@ -12,6 +12,7 @@ from PIL import Image
 
 from latentscenes.core import config_io
 from latentscenes.core.console import bytes_text, percent_text, seconds_text
+from latentscenes.core.files import write_files
 from latentscenes.core.names import counted
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, line_chart, smooth, templates
@@ -31,8 +32,7 @@ from latentscenes.export.sheets import (
     captioned,
     comparison_sheet,
     dashboard_sheet,
-    save_file,
-    save_image,
+    image_bytes,
     short_names,
 )
 from latentscenes.export.video import gif_bytes, orbit_frames
@@ -51,8 +51,11 @@ def write_report(path: str | Path, content: Comparison) -> Path:
     """Writes the report and returns its path. Also writes the summary as Markdown (.md) and the contact sheet
     (.png) beside it. Rendering the pictures takes some seconds."""
     path = Path(path)
-    save_file(path.with_suffix(".md"), summary_table(content).markdown().encode())
-    save_image(path.with_suffix(".png"), contact_sheet(content))
+    sheet = path.with_suffix(".png")
+    others = {
+        path.with_suffix(".md"): summary_table(content).markdown().encode(),
+        sheet: image_bytes(sheet, contact_sheet(content)),
+    }
     ours = cost.account_learned(content.new)
     rgb = cost.account_learned(content.rgb) if content.rgb else cost.account(config_io.load("rgb"))
     in_pixels = is_exact(content.mean(content.evaluation_new))
@@ -71,7 +74,7 @@ def write_report(path: str | Path, content: Comparison) -> Path:
         **_costs(ours, rgb),
         **_details(content),
     )
-    save_file(path, page.encode())
+    write_files(others | {path: page.encode()})
     return path
 
 

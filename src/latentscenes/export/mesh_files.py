@@ -20,7 +20,7 @@ from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import new_file, writing_to
+from latentscenes.core.files import new_file, write_files, writing_to
 from latentscenes.core.version import __version__
 from latentscenes.export.mesh import UNLIT, y_up
 from latentscenes.export.sheets import save_file
@@ -91,9 +91,8 @@ def _write_obj(path: Path, mesh: TexturedMesh) -> int:
     lines += [f"vn {x:.4f} {y:.4f} {z:.4f}" for x, y, z in y_up(mesh.normals).tolist()]
     lines += [f"f {a}/{a}/{a} {b}/{b}/{b} {c}/{c}/{c}" for a, b, c in (mesh.faces + 1).tolist()]
     looks = ["newmtl surface", "Kd 1 1 1", "Ka 1 1 1", "illum 0", f"map_Kd {picture.name}"]
-    sizes = [save_file(picture, _png(mesh.texture))]
-    sizes.append(save_file(material, "\n".join([*looks, ""]).encode()))
-    return sum(sizes) + save_file(path, "\n".join([*lines, ""]).encode())
+    texts = {material: "\n".join([*looks, ""]).encode(), path: "\n".join([*lines, ""]).encode()}
+    return write_files({picture: _png(mesh.texture)} | texts)
 
 
 def require_usd() -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, write_bytes, writing_to
+from latentscenes.core.files import check_place, write_files
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import RenderedImages, render_images, to_uint8
@@ -291,15 +291,17 @@ def check_picture(path: Path) -> None:
 
 def save_image(path: str | Path, picture: Picture) -> None:
     """Writes one picture. The ending decides the format (.png, .jpg, .webp)."""
-    path, stream = Path(path), io.BytesIO()
-    check_picture(path)
+    check_picture(Path(path))
+    save_file(path, image_bytes(Path(path), picture))
+
+
+def image_bytes(path: Path, picture: Picture) -> bytes:
+    """Returns a picture in the format of the ending of `path`."""
+    stream = io.BytesIO()
     Image.fromarray(picture).save(stream, PICTURES[path.suffix.lower()])
-    save_file(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def save_file(path: str | Path, content: bytes) -> int:
     """Writes a file, and the folders it lies in if they are absent. Returns its size in bytes."""
-    with writing_to(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(Path(path), content)
-    return len(content)
+    return write_files({Path(path): content})

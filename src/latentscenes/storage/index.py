@@ -10,6 +10,7 @@ import fnmatch
 import json
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Index(EntryChecks):
             self._connection = sqlite3.connect(
                 address(path), uri=True, isolation_level=None, check_same_thread=False, timeout=60
             )
+            weakref.finalize(self, self._connection.close)  # at the latest at exit: it takes in the journal
             self._begin = guard(self._connection, path)
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
             self._connection.execute("PRAGMA foreign_keys = ON")
