@@ -6,11 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_for_checkpoint
 
 from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
@@ -111,15 +111,6 @@ def started(count, *arguments):
     ]  # fmt: skip
 
 
-def wait_for_steps(out, steps, processes):
-    deadline = time.monotonic() + 120
-    while not any(int(path.name) >= steps for path in out.glob("checkpoints/*") if path.name.isdigit()):
-        assert time.monotonic() < deadline
-        for process in processes:
-            assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-
-
 def test_processes_end_where_one_ends_whatever_dies(solids, tiny, tmp_path):
     config, out = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(config_io.dump(tiny))
@@ -127,9 +118,9 @@ def test_processes_end_where_one_ends_whatever_dies(solids, tiny, tmp_path):
 
     # Of three, one is killed: the others stop, and a checkpoint is left
     three = started(3, config, solids.path, out, 0.2)
-    wait_for_steps(out, 2, three)
+    wait_for_checkpoint(out, 1, *three)
     three[1].kill()
-    told = [process.communicate(timeout=60)[1] for process in three]
+    told = [process.communicate(timeout=300)[1] for process in three]
     assert [process.returncode for process in three] == [2, -signal.SIGKILL, 2]
     assert all("another process of this run has ended" in told[rank] for rank in (0, 2))
     before = Run.open(out).position.total
@@ -137,9 +128,9 @@ def test_processes_end_where_one_ends_whatever_dies(solids, tiny, tmp_path):
 
     # Of two that go on, one is told to stop: both save the same step
     two = started(2, config, solids.path, out, 0.2)
-    wait_for_steps(out, before + 2, two)
+    wait_for_checkpoint(out, before + 1, *two)
     two[1].terminate()
-    told = [process.communicate(timeout=60)[1] for process in two]
+    told = [process.communicate(timeout=300)[1] for process in two]
     assert [process.returncode for process in two] == [130, 130], told
     assert all("stopped; everything is saved" in text for text in told)
     assert before + 2 <= Run.open(out).position.total < whole.position.total

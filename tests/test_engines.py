@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_ranks import COUNT, CPU, OPTIONS, alone, boxes, content, path, run  # noqa: F401
+from waiting import wait_for
 
 from latentscenes.cli.machines import as_workers
 from latentscenes.core import config_io
@@ -42,13 +43,6 @@ def call(run, path, tmp_path, monkeypatch):  # noqa: F811
     )
     settings, ranks = config_io.dump(run.config), RankOptions(rank="0", world_size=1, lease=2.0)
     return SlowCall(tmp_path / "out", path, settings, run.path, OPTIONS, ranks, 1, "cpu")
-
-
-def wait_for(holds):
-    deadline = time.monotonic() + 400  # a busy machine starts processes slowly
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def send(job, number):
@@ -115,14 +109,15 @@ learn_here = local._learn
 
 
 @pytest.mark.parametrize(
-    ("strike", "told"), [(die_once, "exit code -9"), (hang_once, "has not moved for 6 s")]
+    ("strike", "patience", "told"),
+    [(die_once, 600.0, "exit code -9"), (hang_once, 15.0, "has not moved for 15 s")],
 )
 def test_a_process_that_ends_or_hangs_starts_again(
-    strike, told, run, boxes, alone, tmp_path, monkeypatch, capsys  # noqa: F811
+    strike, patience, told, run, boxes, alone, tmp_path, monkeypatch, capsys  # noqa: F811
 ):  # fmt: skip
     """Here a group is given up after two turns, so it must be the same process that goes on with it."""
     monkeypatch.setattr(local, "_learn", partial(struck, strike))
-    monkeypatch.setattr(local, "PATIENCE", 6.0)
+    monkeypatch.setattr(local, "PATIENCE", patience)
     options, threads = dataclasses.replace(OPTIONS, workers=2), torch.get_num_threads()
     library = exploit(tmp_path / "out", boxes, run.config, run, options, CPU)
     assert content(library.path) == alone and torch.get_num_threads() == threads

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import HALF, TINY, photograph
 from results import made_run
+from waiting import wait_for
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, orbit
@@ -195,15 +196,6 @@ def started(run, path, out, rank, pause):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-
-
-def wait_for(holds, *processes):
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        for process in processes:
-            assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
 
 
 def test_killed_and_stopped_ranks(run, path, boxes, alone, tmp_path):

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from waiting import wait_for_checkpoint
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
@@ -174,18 +174,6 @@ def start(config_path, solids_path, out):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     command = [sys.executable, "-c", SCRIPT, str(config_path), str(solids_path), str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_checkpoint(out, above, process):
-    deadline = time.monotonic() + 300  # a busy machine imports torch slowly
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "run.json").exists() and any(
-            p.name.isdigit() and int(p.name) > above for p in (out / "checkpoints").glob("*")
-        ):
-            return
-        time.sleep(0.01)
-    errors = process.communicate()[1] if process.poll() is not None else ""
-    raise AssertionError(f"no checkpoint above {above} in time: {errors}")
 
 
 def test_killed_processes(solids, solids_path, tiny, tmp_path):

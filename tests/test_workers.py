@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.processes import side_by_side
@@ -99,10 +100,3 @@ def test_stopping_stops_all_after_they_saved(how, tmp_path):
         assert "Traceback" not in process.communicate()[1]
     finally:
         process.kill()
-
-
-def wait_for(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
