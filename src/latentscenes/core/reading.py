@@ -19,10 +19,14 @@ MOST_MODEL = 1 << 30
 MOST_MESH = 2 << 30
 """Bytes of the largest mesh file."""
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""What stands in a file of Git LFS that was not fetched."""
+
 
 def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
     """Opens a file for reading. A FIFO, device or folder raises an OSError at once, instead of waiting for
-    another process or reading without end; so does a file of more than `most` bytes."""
+    another process or reading without end; so does a file of more than `most` bytes, or one that stands for
+    another in Git LFS."""
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     found = os.fstat(number)
     regular = stat.S_ISREG(found.st_mode)
@@ -30,7 +34,11 @@ def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
         os.close(number)
         fault = f"has more than {(most or 0) >> 20} MiB" if regular else "is no regular file"
         raise OSError(None, fault, str(path))
-    return os.fdopen(number, "rb")
+    stream = os.fdopen(number, "rb")
+    if stream.peek(len(POINTER)).startswith(POINTER):
+        stream.close()
+        raise OSError(None, "is a pointer of Git LFS; `git lfs pull` brings the file itself", str(path))
+    return stream
 
 
 def require_regular(path: str | Path, most: int | None = None) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
-from latentscenes.data.meshes.gltf_buffers import EXTRA, MESHOPT, GltfFile
+from latentscenes.data.meshes.gltf_buffers import EXTRA, MESHOPT, TYPES, GltfFile
 from latentscenes.data.meshes.surfaces import DAMAGE, MOST_REPEATED, Material, Remarks, Surface, read_texture
 from latentscenes.data.raycast import BLEND, OPAQUE
 
@@ -92,16 +92,20 @@ class _Reader:
             if "mesh" in node:
                 yield from self._placed(node, self._global[place])
 
-    def _walk(self, place: int, parent: Float[np.ndarray, "4 4"], depth: int) -> Iterator[tuple[int, dict]]:
-        """All visible nodes from one on, with their global transforms noted."""
+    def _walk(
+        self, place: int, parent: Float[np.ndarray, "4 4"], depth: int, shown: bool = True
+    ) -> Iterator[tuple[int, dict]]:
+        """All visible nodes from one on, with their global transforms noted. An invisible node hides those
+        below it."""
         if depth > DEEPEST or place in self._global:
             raise self.file.error(f"nodes[{place}] comes twice in the tree of nodes")
         node = self.file.item("nodes", place)
         self._global[place] = parent @ _local(node)
-        if node.get("extensions", {}).get("KHR_node_visibility", {}).get("visible", True):
+        shown &= node.get("extensions", {}).get("KHR_node_visibility", {}).get("visible", True)
+        if shown:
             yield place, node
         for child in node.get("children", []):
-            yield from self._walk(child, self._global[place], depth + 1)
+            yield from self._walk(child, self._global[place], depth + 1, shown)
 
     def _placed(self, node: dict[str, Any], matrix: Float[np.ndarray, "4 4"]) -> Iterator[Surface]:
         """The surfaces of a node's mesh in the world, as often as it is instanced."""
@@ -212,8 +216,9 @@ class _Reader:
         by_id = {entry["unique_id"]: entry["data"] for entry in mesh.attributes}
         arrays = {}
         for name, number in packed["attributes"].items():
-            values = np.asarray(by_id[number])
             entry = self.file.item("accessors", primitive["attributes"][name])
+            # the decoder widens some integers, so what 1.0 is follows from the file's own type
+            values = np.asarray(by_id[number]).astype(TYPES[entry["componentType"]])
             arrays[name] = GltfFile._numbers(values.reshape(len(values), -1), bool(entry.get("normalized")))
         return arrays, np.asarray(mesh.faces, np.int64).reshape(-1)
 

@@ -24,6 +24,7 @@ SHAPES = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "M
 MESHOPT = ("EXT_meshopt_compression", "KHR_meshopt_compression")
 MOST_VALUES = 1 << 28
 """Numbers in one accessor; a larger count is refused before it is allocated."""
+ONLY_2 = "only version 2 is read. Convert it, such as by gltf-pipeline"
 EXTRA = 'pip install "latentscenes[meshes]"'
 
 
@@ -46,7 +47,7 @@ class GltfFile:
         if not isinstance(self.json, dict) or not isinstance(self.json.get("asset"), dict):
             raise self.error("is no glTF: `asset` is absent")
         if str(self.json["asset"].get("version", "2")).split(".")[0] != "2":
-            raise self.error(f"is glTF {short(self.json['asset']['version'])}; only version 2 is read")
+            raise self.error(f"is glTF {short(self.json['asset']['version'])}; {ONLY_2}")
         self._buffers: dict[int, bytes] = {}
         self._views: dict[int, bytes] = {}
 
@@ -59,7 +60,7 @@ class GltfFile:
             raise self.error("is cut short")
         version, length = struct.unpack_from("<II", content, 4)
         if version != 2:
-            raise self.error(f"is binary glTF of version {version}; only version 2 is read")
+            raise self.error(f"is binary glTF of version {version}; {ONLY_2}")
         if length > len(content):
             raise self.error(f"is cut short: {len(content)} of {length} bytes are there")
         chunks, place = {}, 12

@@ -170,10 +170,11 @@ def read_mesh(
     """
     suffix, remarks = path.suffix.lower(), Remarks()
     try:
-        if suffix == ".obj":
-            surfaces = read_obj(path, remarks, reading.multiply_kd)
-        else:
-            surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
+        with np.errstate(all="ignore"):  # numbers that are none are looked for afterwards
+            if suffix == ".obj":
+                surfaces = read_obj(path, remarks, reading.multiply_kd)
+            else:
+                surfaces = (read_ply if suffix == ".ply" else read_gltf)(path, remarks)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}).") from None
     matrix = _matrix(suffix, reading)

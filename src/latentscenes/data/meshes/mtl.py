@@ -6,6 +6,7 @@ instead, as the format's text says. Without Kd the factor is 1. Decimal commas a
 some programs write, are read as they are meant. Source: Wavefront's "MTL material format".
 """
 
+import codecs
 import itertools
 import os
 import re
@@ -21,7 +22,7 @@ from latentscenes.data.raycast import BLEND, OPAQUE
 from latentscenes.data.shading import to_linear
 
 OPTIONS = dict.fromkeys(
-    ("blendu", "blendv", "boost", "bm", "cc", "clamp", "imfchan", "texres", "type"), 1
+    ("blendu", "blendv", "boost", "bm", "cc", "clamp", "colorspace", "imfchan", "texres", "type"), 1
 )  # fmt: skip
 """Options of a texture with a fixed number of arguments; -mm has two, -o, -s and -t have one to three
 numbers."""
@@ -32,6 +33,8 @@ LEFT_OUT = (
 )
 """Statements of MTL that are left out, and how the remark begins."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+MTL = re.compile(r"\S.*?\.mtl(?=\s|$)", re.IGNORECASE)
+"""A file name among several on a line, which may hold spaces."""
 COMMA = re.compile(r"(?<=\d),(?=\d)")
 """The decimal point of programs that write numbers as some languages do."""
 
@@ -62,8 +65,10 @@ def read_materials(path: Path, libraries: list[str], remarks: Remarks, multiply:
     """Returns the materials of an OBJ file's libraries by name. `multiply`: a texture is multiplied by Kd."""
     found = {}
     for name in libraries:
-        file = find_beside(path, name)
-        files = [file] if file else [other for word in name.split() if (other := find_beside(path, word))]
+        plain = name.replace("\\ ", " ")  # some programs write a backslash before spaces
+        for names in ([name], [plain], MTL.findall(plain), name.split()):
+            if files := list(filter(None, (find_beside(path, one) for one in names))):
+                break
         if not files:
             remarks.add("its material library (MTL) is not there; without it, faces are white")
         for one in files:
@@ -203,7 +208,9 @@ def _picture(file: Path, obj: Path, texture: _Map, remarks: Remarks) -> np.ndarr
 
 def read_lines(path: Path) -> str:
     """Returns a text file of any encoding; lines that end in a backslash go on."""
-    text = read_bytes(path, MOST_MESH).decode("utf-8-sig", errors="replace")
+    content = read_bytes(path, MOST_MESH)
+    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
     return text.replace("\\\r\n", " ").replace("\\\n", " ")
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
-from latentscenes.data.meshes.mtl import Painted, read_lines, read_materials
+from latentscenes.data.meshes.mtl import NUMBER, Painted, read_lines, read_materials
 from latentscenes.data.meshes.surfaces import (
     DAMAGE,
     Remarks,
@@ -23,6 +23,9 @@ from latentscenes.data.meshes.surfaces import (
     smooth_normals,
     unit_colors,
 )
+
+LEFT_OUT = {"p": "points", "l": "lines"} | dict.fromkeys(("curv", "curv2", "surf"), "curved surfaces")
+"""Statements that are left out, with a remark."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ def read_obj(path: Path, remarks: Remarks, multiply: bool = False) -> list[Surfa
 
 
 def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
-    tables, faces, libraries = _parse(read_lines(path), path)
+    tables, faces, libraries = _parse(read_lines(path), path, remarks)
     materials = read_materials(path, libraries, remarks, multiply)
     for name in [name for name in faces if name and name not in materials]:
         root = name.rpartition("_")[0]  # old exporters append the texture's name, or NONE
@@ -70,7 +73,9 @@ def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
     return surfaces
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Faces], list[str]]:
+def _parse(
+    text: str, path: Path, remarks: Remarks
+) -> tuple[dict[str, np.ndarray], dict[str, _Faces], list[str]]:
     """Tables of numbers, polygons by material, and the names of material libraries."""
     points: list[list[str]] = []
     uv: list[list[str]] = []
@@ -106,6 +111,8 @@ def _parse(text: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, _Fac
             libraries.append(line.split(None, 1)[1].strip())
         elif key == "s" and len(words) > 1:
             group = 0 if words[1] in ("off", "0") else int(words[1]) if words[1].isdecimal() else 1
+        elif key in LEFT_OUT:
+            remarks.add(f"{LEFT_OUT[key]} are left out")
     table = _numbers(points, path, "v")
     tables = {"v": table[:, :3], "vt": _numbers(uv, path, "vt", 2), "vn": _numbers(normals, path, "vn", 3)}
     if table.shape[1] >= 6:
@@ -128,20 +135,29 @@ def _corner(word: str, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _numbers(rows: list[list[str]], path: Path, key: str, width: int = 0) -> Float[np.ndarray, "n k"]:
-    """A table of numbers; shorter rows are filled with zeros. Vertices (width 0) have 3, or 6 with a
-    color."""
+    """A table of numbers; shorter rows are filled with zeros. Vertices (width 0) have 3, or 6 where some have
+    a color: those without one get no number (nan)."""
     if not rows:
         return np.zeros((0, width or 3))
-    counts = {len(row) for row in rows}
     if not width:
-        width = 6 if min(counts) >= 6 else 3
-        rows = [[*row[:3], *row[len(row) - 3 :]] if width == 6 else row[:3] for row in rows]
+        width = 6 if max(map(len, rows)) >= 6 else 3
+        rows = _colored(rows) if width == 6 else [row[:3] for row in rows]
     try:
         if {len(row) for row in rows} == {width}:
             return np.array(rows, dtype=np.float64)
         return np.array([[*row[:width], *["0"] * (width - len(row))] for row in rows], dtype=np.float64)
     except ValueError as error:
         raise UserError(f"{path}: a line {key!r} holds something else than numbers ({error}).") from None
+
+
+def _colored(rows: list[list[str]]) -> list[list[str]]:
+    """Vertices as x y z r g b. Lines hold x y z r g b, x y z w r g b with w = 1, or x y z r g b a."""
+    weighted = all(NUMBER.match(row[3]) and float(row[3]) == 1 for row in rows if len(row) >= 7)
+    first = {len(row): 4 if len(row) >= 7 and weighted else 3 for row in rows}
+    return [
+        [*row[:3], *["0"] * (3 - len(row)), *(row[first[len(row)] :][:3] if len(row) >= 6 else ["nan"] * 3)]
+        for row in rows
+    ]
 
 
 def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: Painted) -> list[Surface]:

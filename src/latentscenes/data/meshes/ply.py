@@ -63,14 +63,16 @@ def _surfaces(content: bytes, path: Path, remarks: Remarks) -> list[Surface]:
     kind, elements, textures, start = _header(content, path)
     _read(content[start:], kind, elements, path)
     vertices, faces = elements.get("vertex"), elements.get("face")
+    if vertices is not None and "packed_position" in vertices.columns:
+        raise UserError(f"{path}: holds Gaussian splats and no faces; only meshes are read.")
     if vertices is None or not {"x", "y", "z"} <= set(vertices.columns):
         raise UserError(f"{path}: holds no vertices with x, y and z.")
     polygons = _polygons(faces, elements.get("tristrips"))
     if not polygons:
-        splat = "f_dc_0" in vertices.columns
-        raise UserError(
-            f"{path}: holds {'Gaussian splats' if splat else 'points'} and no faces; only meshes are read."
+        kind = (
+            "Gaussian splats" if "f_dc_0" in vertices.columns else "points" if vertices.count else "nothing"
         )
+        raise UserError(f"{path}: holds {kind} and no faces; only meshes are read.")
     points = np.stack([vertices.columns[name] for name in "xyz"], 1).astype(np.float64)
     flat = np.concatenate(polygons)
     if flat.min() < 0 or flat.max() >= len(points):
@@ -125,8 +127,11 @@ def _header(content: bytes, path: Path) -> tuple[str, dict[str, _Element], list[
 def _read(data: bytes, kind: str, elements: dict[str, _Element], path: Path) -> None:
     if kind == "ascii":
         words, place = data.split(), 0
-        for element in elements.values():
-            place = _read_words(words, place, element)
+        try:
+            for element in elements.values():
+                place = _read_words(words, place, element)
+        except (IndexError, ValueError):
+            raise UserError(f"{path}: is cut short, or its rows are not as its header says.") from None
         return
     place, order = 0, "<" if "little" in kind else ">"
     for element in elements.values():
@@ -217,15 +222,18 @@ def _read_rows(data: bytes, place: int, element: _Element, order: str) -> int:
 
 
 def _polygons(faces: _Element | None, strips: _Element | None) -> list[np.ndarray]:
-    found = []
-    if faces is not None:
-        rows = faces.rows.get("vertex_indices", faces.rows.get("vertex_index", []))
-        found += [row.astype(np.int64) for row in rows]
-    for row in strips.rows.get("vertex_indices", []) if strips else ():
+    found = [row.astype(np.int64) for row in _indices(faces)]
+    for row in _indices(strips):
         for strip in np.split(row, np.flatnonzero(row == -1)):
             strip = strip[strip >= 0].astype(np.int64)
             found += [strip[k : k + 3][:: 1 if k % 2 == 0 else -1] for k in range(len(strip) - 2)]
     return found
+
+
+def _indices(element: _Element | None) -> list[np.ndarray]:
+    """The numbers of vertices in each row of an element; none without it."""
+    rows = element.rows if element else {}
+    return rows.get("vertex_indices", rows.get("vertex_index", []))
 
 
 def _columns(element: _Element, names: tuple[tuple[str, ...], ...]) -> np.ndarray | None:

@@ -117,7 +117,8 @@ def _is_mesh(path: Path) -> bool:
 
 
 def find_meshes(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Path]:
-    """Returns mesh files by name, sorted. A name is the path inside the folder, `/` as `__`, no ending."""
+    """Returns mesh files by name, sorted. A name is the path inside the folder, `/` as `__`, without the
+    ending unless two files differ only in that: then `_glb` or `_obj` follows."""
     if folder.is_file():
         if folder.suffix.lower() not in FORMATS:
             known = ", ".join([*FORMATS, *sorted(ARCHIVES)])
@@ -126,12 +127,14 @@ def find_meshes(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, 
     if not folder.is_dir():
         raise no_folder(folder)
     files: dict[str, Path] = {}
-    for path in sorted(walk(folder)) if paths is None else paths:
-        if _is_mesh(path):
-            name = "__".join(path.relative_to(folder).with_suffix("").parts)
-            if name in files:
-                raise UserError(f"{path} and {files[name]} are both named {name!r}; rename or remove one.")
-            files[name] = path
+    meshes = [path for path in (sorted(walk(folder)) if paths is None else paths) if _is_mesh(path)]
+    alike = Counter(path.with_suffix("") for path in meshes)
+    for path in meshes:
+        ending = f"_{path.suffix[1:].lower()}" if alike[path.with_suffix("")] > 1 else ""
+        name = "__".join(path.relative_to(folder).with_suffix("").parts) + ending
+        if name in files:
+            raise UserError(f"{path} and {files[name]} are both named {name!r}; rename or remove one.")
+        files[name] = path
     return files
 
 

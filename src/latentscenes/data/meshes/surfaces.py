@@ -110,8 +110,8 @@ def _soup(surface: Surface, middle: Float[np.ndarray, "3"], matrix: Float[np.nda
     return TriangleSoup(
         corners=corners.astype(np.float32),
         normals=_unit(normals).astype(np.float32),
-        uv=(surface.uv if textured else np.zeros((count, 3, 2))).astype(np.float32),
-        colors=(colors * np.array(material.factor)).astype(np.float32),
+        uv=(np.nan_to_num(surface.uv) if textured else np.zeros((count, 3, 2))).astype(np.float32),
+        colors=(np.nan_to_num(colors, nan=1.0) * np.array(material.factor)).astype(np.float32),
         texture=np.zeros(count, np.int64),
         cutoff=np.full(count, material.cutoff, np.float32),
         textures=(material.texture if textured else np.full((1, 1, 4), 255, np.uint8),),
@@ -224,15 +224,18 @@ def linear_colors(values: np.ndarray) -> Float[np.ndarray, "*n 4"]:
 def unit_colors(colors: np.ndarray, what: str, remarks: Remarks) -> np.ndarray:
     """Returns sRGB colors as fractions. Integers count up to the largest of their type, but up to 255 where
     none is larger; fractions of which some exceed BRIGHT count up to 255. A remark tells where 255 was
-    guessed."""
-    most = float(np.nanmax(colors, initial=0))
+    guessed, and where a number is none: white takes its place."""
+    known = np.isfinite(colors)
+    most = float(np.max(colors, initial=0, where=known))
     if colors.dtype.kind in "ui":
         scale = 255 if most <= 255 else np.iinfo(colors.dtype).max
     else:
         scale = 255 if most > BRIGHT else 1
     if scale == 255 and colors.dtype != np.uint8:
         remarks.add(f"{what}: taken as numbers from 0 to 255")
-    return colors / scale
+    if not known.all():
+        remarks.add(f"{what}: some are no numbers and taken as white")
+    return np.where(known, colors / scale, 1.0)
 
 
 def _unit(vectors: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
