@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import latentscenes
+import latentscenes.api
 from latentscenes.cli.common import run_program
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Viewpoint

@@ -90,11 +90,11 @@ def parse_json(text: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {short(key)} comes twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {short(twice)} comes twice")
     return found
 
 

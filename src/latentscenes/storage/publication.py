@@ -155,10 +155,13 @@ def check_page(page: Any, count: int | None = None) -> None:
         values = page.get(column)
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"it has no {count} values of {column}")
-        if set(map(type, values)) - COLUMN_KINDS.get(column, set(map(type, values))):
+        kinds = set(map(type, values))
+        if kinds - COLUMN_KINDS.get(column, kinds):
             raise ValueError(f"a value of {column} is none")
-        if column in NUMBERS and max((abs(value) for value in values if value is not None), default=0) > MOST:
-            raise ValueError(f"a value of {column} is too large")
+        if column in NUMBERS:
+            known = [value for value in values if value is not None] if type(None) in kinds else values
+            if known and not -MOST <= min(known) <= max(known) <= MOST:
+                raise ValueError(f"a value of {column} is too large")
 
 
 def files_of(description: dict[str, Any]) -> list[PublishedFile]:
