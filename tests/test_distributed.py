@@ -58,7 +58,7 @@ def test_shares_of_a_batch_sum_to_the_batch(solids, tiny, monkeypatch, stage, cr
     chosen = tiny.train[stage]
     if chosen.name == "scenes":
         rays = {"crop": 3} if crop else {"rays": 5}
-        chosen = dataclasses.replace(chosen, scenes=3, focus=0.5, **rays)
+        chosen = dataclasses.replace(chosen, scenes=3, focus=0.5, hull=True, **rays)
     elif crop:
         chosen = dataclasses.replace(chosen, scenes=3)
     most = 1e-5 if chosen.name == "codec" else 1e-2  # as two kernels of one process differ
@@ -113,6 +113,7 @@ def started(count, *arguments):
 
 def test_processes_end_where_one_ends_whatever_dies(solids, tiny, tmp_path):
     config, out = tmp_path / "config.yaml", tmp_path / "run"
+    tiny = config_io.parse(config_io.dump(tiny), "test", ["train.scenes.hull=true"])
     config.write_text(config_io.dump(tiny))
     whole = train(tiny, solids, tmp_path / "whole", device=CPU)
 

@@ -61,7 +61,8 @@ def boxes(path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, solids):
-    return made_run(tmp_path_factory.mktemp("runs") / "run", config_io.parse(TINY, "tiny"), solids, "train")
+    config = config_io.parse(TINY, "tiny", ["exploit.0.hull=true"])
+    return made_run(tmp_path_factory.mktemp("runs") / "run", config, solids, "train")
 
 
 @pytest.fixture(scope="module")
