@@ -63,10 +63,7 @@ CASES = (
         "--size 16 --workers 1 --threads 1",
     ),
     Case("export images", "export images --run {home}/run --match * --out {out} --views 2 --threads 1"),
-    Case(
-        "export mesh",
-        "export mesh --run {home}/run --scene car_0000 --out {out}/a.obj --texture 64 --cells 16 --threads 1",
-    ),
+    Case("report", "report --run {home}/library --out {out}/a.html --threads 1"),
     Case("export page", "export page --run {home}/run --match * --out {out}/a.html --frames 2 --threads 1"),
     Case("data join", "data join --folders {home}/cars {home}/cars2 --out {out}"),
 )

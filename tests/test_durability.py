@@ -11,10 +11,11 @@ import stat
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from latentscenes.core import files
+from latentscenes.core import config_io, files
 from latentscenes.core.cameras import Box
 from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
@@ -554,3 +555,35 @@ def test_a_shard_removed_while_it_is_opened_counts_as_absent(library, monkeypatc
     first = library.shards.numbers()[0]
     with pytest.raises(FileNotFoundError, match="absent, though the index lists it"):
         library.shards.open(first)
+
+
+def test_each_commit_of_an_index_is_brought_to_the_disk(library):
+    """With SQLite's log (WAL), full synchronization does that."""
+    ask = library.index._connection.execute
+    assert (ask("PRAGMA journal_mode").fetchone()[0], ask("PRAGMA synchronous").fetchone()[0]) == ("wal", 2)
+
+
+class MakesFolder:
+    """Its pickle makes a folder when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_yaml_and_npy_is_not_run(tmp_path):
+    made, settings = tmp_path / "made", tmp_path / "code.yaml"
+    settings.write_text(f"seed: !!python/object/apply:os.mkdir [{made}]\n")
+    with pytest.raises(UserError, match="code.yaml: not valid YAML"):
+        config_io.load(str(settings))
+    data = Path(shutil.copytree(KEPT / "cars", tmp_path / "cars"))
+    (file, *_) = sorted(data.glob("*.npy"))
+    np.save(file, np.array([MakesFolder(made)]), allow_pickle=True)
+    for read in (PosedImages.open, verify):
+        with pytest.raises(UserError, match=file.name):
+            read(data)
+    assert not made.exists()
+    np.load(file, allow_pickle=True)
+    assert made.is_dir()  # what it would have done

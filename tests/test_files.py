@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import check_place, locked, partial_path, write_bytes, write_files
+from latentscenes.core.files import check_place, locked, partial_path, sync, write_bytes, write_files
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -44,6 +44,21 @@ def test_of_files_that_belong_together_all_are_written_or_none(call, time, tmp_p
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
         name: name.encode() for name in "abc"
     }
+
+
+def test_a_folder_that_cannot_be_brought_to_the_disk_is_no_fault_but_a_failing_disk_is(tmp_path, monkeypatch):
+    def fails_with(number):
+        def fsync(_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        fails_with(number)
+        sync(tmp_path)
+    fails_with(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sync(tmp_path)
 
 
 def test_places_are_looked_at_without_a_trace(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -289,22 +290,22 @@ class FakeBrowser:
         except (ConnectionClosed, OSError):
             pass
 
-    def render_images(self, camera: Cameras, canvas: tuple[int, int]) -> None:
+    def render_images(self, camera: Cameras, canvas: tuple[int, int], **odd) -> None:
         from viser.transforms import SO3
 
         matrix, position = camera.cam2world[0].double().numpy(), camera.positions[0].tolist()
-        self.send(
-            "ViewerCameraMessage",
-            wxyz=SO3.from_matrix(matrix[:, :3]).wxyz.tolist(),
-            position=position,
-            fov=2 * math.atan(0.5 / camera.intrinsics[0, 1].item()),
-            near=0.01,
-            far=1000.0,
-            image_height=canvas[0],
-            image_width=canvas[1],
-            look_at=[0.0, 0.0, 0.0],
-            up_direction=[0.0, 0.0, 1.0],
-        )
+        plain = {
+            "wxyz": SO3.from_matrix(matrix[:, :3]).wxyz.tolist(),
+            "position": position,
+            "fov": 2 * math.atan(0.5 / camera.intrinsics[0, 1].item()),
+            "near": 0.01,
+            "far": 1000.0,
+            "image_height": canvas[0],
+            "image_width": canvas[1],
+            "look_at": [0.0, 0.0, 0.0],
+            "up_direction": [0.0, 0.0, 1.0],
+        }
+        self.send("ViewerCameraMessage", **plain | odd)
 
     def send(self, kind: str, **values) -> None:
         import msgspec
@@ -463,6 +464,24 @@ def test_the_server_guards_itself(car_library, capfd):
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and "a browser sent what cannot be understood" in printed.err
     assert "\x1b" not in printed.err and "Traceback" not in printed.err + printed.out
+
+
+def test_odd_cameras_take_one_line(car_library, capfd):
+    """Also as the first message of a browser, which starts its session."""
+    with warnings.catch_warnings(), Viewer(car_library, port=0, moving=32, still=32) as viewer:
+        for odd in (
+            {"image_height": 0, "image_width": 0}, {"image_height": -5}, {"fov": float("inf")}, {"fov": 0.0},
+            {"fov": float("nan")}, {"wxyz": [0.0] * 4}, {"wxyz": "abc"}, {"position": [1.0]}, {"fov": "x"},
+            {"position": [1e300] * 3},
+        ):  # fmt: skip
+            fake = FakeBrowser(viewer)
+            fake.render_images(car_library.orbit(1), (32, 32), **odd)
+            time.sleep(0.1)
+        plain = FakeBrowser(viewer)
+        plain.render_images(car_library.orbit(1), (32, 32))
+        until(lambda: plain.pictures)
+    printed = capfd.readouterr()
+    assert printed.err.count("\n") <= 1 and "Traceback" not in printed.err, printed.err
 
 
 def test_text_of_a_library_is_shown_as_text():

@@ -82,6 +82,7 @@ class Index(EntryChecks):
             self._begin = guard(self._connection, path)
             found = self._connection.execute("PRAGMA user_version").fetchone()[0]
             self._connection.execute("PRAGMA foreign_keys = ON")
+            self._connection.execute("PRAGMA synchronous = FULL")  # some builds of SQLite would do less
         if not found:
             raise UserError(f"{path}: is empty. {REMEDY}")
         if found != VERSION:

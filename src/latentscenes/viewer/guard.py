@@ -63,32 +63,51 @@ def refusal(headers: Headers, host: str) -> str | None:
 
 
 @contextmanager
-def guarded(host: str) -> Iterator[None]:
+def guarded(host: str) -> Iterator["Remarks"]:
     """While viser starts its server for `host` in this block, makes it refuse foreign requests (`refusal`),
-    send POLICY with its page, and print one line about odd messages instead of tracebacks."""
+    send POLICY with its page, and print one line about odd messages instead of tracebacks. Yields what prints
+    that line."""
     with _starting:
-        original = sockets.serve
+        original, remarks = sockets.serve, Remarks()
 
         def serve(handler: Callable, *place: Any, process_request: Callable, **options: Any) -> Any:
-            guard = _Guard(host, handler, process_request)
-            asyncio.get_running_loop().set_exception_handler(guard.remark_on)
+            guard = _Guard(host, handler, process_request, remarks)
+            asyncio.get_running_loop().set_exception_handler(remarks.on_task)
             silent = logging.Logger("latentscenes.viewer", logging.CRITICAL + 1)
             options |= {"max_size": LARGEST_MESSAGE, "logger": silent}
             return original(guard.handle, *place, process_request=guard.answer, **options)
 
         sockets.serve = serve
         try:
-            yield
+            yield remarks
         finally:
             sockets.serve = original
+
+
+class Remarks:
+    """Prints one line about odd messages, at most every BETWEEN_REMARKS seconds."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, error: Exception | str) -> None:
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + BETWEEN_REMARKS
+            what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+            text = one_line(" ".join(what.split()))[:200]
+            print(f"latentscenes: a browser sent what cannot be understood ({text}).", file=sys.stderr)
+
+    def on_task(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handles errors of the server's own tasks, such as those that work on a single message."""
+        self(context.get("exception") or context["message"])
 
 
 class _Guard:
     """Stands before viser's two functions: the one for requests and the one for connected browsers."""
 
-    def __init__(self, host: str, handler: Callable, process_request: Callable):
+    def __init__(self, host: str, handler: Callable, process_request: Callable, remark: Remarks):
         self.host, self._handler, self._process_request = host, handler, process_request
-        self._connected, self._next_remark = 0, 0.0
+        self._remark, self._connected = remark, 0
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """Returns an HTTP response, or None where a browser may connect."""
@@ -119,14 +138,3 @@ class _Guard:
             self._remark(error)
         finally:
             self._connected -= 1
-
-    def remark_on(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Handles errors of the server's own tasks, such as those that work on a single message."""
-        self._remark(context.get("exception") or context["message"])
-
-    def _remark(self, error: Exception | str) -> None:
-        if (now := time.monotonic()) >= self._next_remark:
-            self._next_remark = now + BETWEEN_REMARKS
-            what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
-            text = one_line(" ".join(what.split()))[:200]
-            print(f"latentscenes: a browser sent what cannot be understood ({text}).", file=sys.stderr)

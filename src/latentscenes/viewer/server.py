@@ -94,8 +94,10 @@ class Viewer:
         library.picture_size()
         datasets = Datasets(library, data)
         check_port(host, port)
-        warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
-        with guarded(host), contextlib.redirect_stdout(io.StringIO()):
+        for text in ("Queued a .* on a closed connection", r"\[viser\] .* does not match annotation"):
+            warnings.filterwarnings("ignore", text)
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"viser\.transforms")
+        with guarded(host) as self._remark, contextlib.redirect_stdout(io.StringIO()):
             self._server = _Server(host=host, port=port, label=one_line(library.path.name), verbose=False)
         self.host, self.port = host, self._server.get_port()
         self._library, self._datasets = library, datasets
@@ -142,12 +144,13 @@ class Viewer:
 
     def _connect(self, client: ClientHandle) -> None:
         """Starts a session; widens the field of view in a narrow window. The browser may leave meanwhile."""
-        camera = client.camera
-        if camera.aspect < 1:
-            camera.fov = 2 * math.atan(math.tan(camera.fov / 2) / camera.aspect)
-        session = None
+        camera, session = client.camera, None
         try:
+            if 0 < camera.image_width < camera.image_height:
+                camera.fov = 2 * math.atan(math.tan(camera.fov / 2) / camera.aspect)
             session = Session(client, self._library, self._renderer, self._datasets, self._library.names[0])
+        except Exception as error:  # of this browser alone
+            self._remark(error)
         finally:
             with self._lock:
                 if session is not None:
