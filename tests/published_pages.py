@@ -73,6 +73,7 @@ def library_of(
     scenes: dict[str, SceneParameters],
     precision: StoragePrecision = "int8",
     tags: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    silhouettes: bool | None = None,
 ) -> LibraryFolder:
     """Writes a library of these scenes, all with a green thumbnail, and with tags by name."""
     png = io.BytesIO()
@@ -82,7 +83,7 @@ def library_of(
         info = SceneInfo(
             name=name, dataset=None, split=None, source=name, precision=precision, bytes=1, origin="exploit",
             added=now(), seconds=None, cpu_seconds=None, psnr=None, psnr_lost=None,
-            tags=tags.get(name, {}),
+            silhouettes=silhouettes, tags=tags.get(name, {}),
         )  # fmt: skip
         known.append(NewScene(info, pack(rows, precision), png.getvalue()))
     info = LibraryInfo(BOX, VIEW, precision, "run", 1.0, 1)

@@ -180,6 +180,7 @@ def test_corrections_that_bring_nothing_are_left_out(parent, tmp_path):
     library, found = learn(tmp_path / "with", images, parent)
     assert found is None
     assert library.index.place("new").checksum == without.index.place("new").checksum
+    assert library.index.info("new").silhouettes is True  # masks, and random backgrounds
     assert library.index.info("new").cpu_seconds > 1.3 * without.index.info("new").cpu_seconds  # with trials
     assert not any((library.path / "work").glob("*/run.json"))
     tags = library.index.info("new").tags

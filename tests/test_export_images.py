@@ -105,6 +105,15 @@ def test_white_matter_is_transparent(tmp_path):
     assert np.array_equal(rgb, to_uint8(images)[0]) and np.array_equal(alpha, rgba[0, ..., 3])
 
 
+def test_white_parts_stay_where_silhouettes_are_known():
+    """A white object that touches the border, in a clear picture with faint haze."""
+    images, opacity = torch.ones(1, 3, 16, 16), torch.full((1, 16, 16), 0.05)
+    opacity[:, :8, 4:12] = 1.0
+    rgba = with_alpha(RenderedImages(images, images, opacity, opacity), silhouettes=True)
+    assert (rgba[0, :8, 4:12] == 255).all() and rgba[0, ..., 3].sum() == 255 * 64
+    assert not with_alpha(RenderedImages(images, images, opacity, opacity))[..., 3].any()
+
+
 def test_images_command(tmp_path, run, monkeypatch, capsys):
     call(
         monkeypatch,

@@ -56,3 +56,4 @@ def test_libraries_grow(kept):
     assert library.names[-1] == "again" and library.verify() == []
     *old, new = (info.cpu_seconds for info in library.infos())  # the first change adds them to the index
     assert old == [None] * 5 and new > 0
+    assert [info.silhouettes for info in library.infos()] == [None] * 5 + [False]

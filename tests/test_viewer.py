@@ -25,6 +25,7 @@ import latentscenes
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Cameras, orbit
 from latentscenes.core.errors import UserError
+from latentscenes.export.sheets import captions_of
 from latentscenes.viewer.painter import (
     FAR_AWAY,
     Blend,
@@ -486,10 +487,16 @@ def test_odd_cameras_take_one_line(car_library, capfd):
 
 def test_text_of_a_library_is_shown_as_text():
     text = "<img src=x onerror=alert(1)>\"'><script>"
-    shown = panels.GRID.render(columns=3, tiles=[("id", text, text, panels.EMPTY, text)])
+    shown = panels.GRID.render(columns=3, tiles=[("id", text, text, text, panels.EMPTY, text)])
     about = ABOUT.render(name=text, about=text, blend=text, facts=text)
     shown += panels.NOTE.render(text=UserError(text)) + about
     assert shown.count("<img") == 1 and "<script" not in shown and shown.count("&lt;img src=x") == 9
+
+
+def test_long_names_differ_below_thumbnails():
+    folder = "BlendSwap-CC-0__Blend_Swap_CC-0"
+    names = [f"{folder}_armchair__armchair", f"{folder}_clock__clock", "Blend_Swap_CC-0_bedside_table_2", "x"]
+    assert list(captions_of(names, 16).values()) == ["armchair", "clock", "Blend_Sw…table_2", "x"]
 
 
 def test_thumbnails_that_are_large_are_not_shown():

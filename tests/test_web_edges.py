@@ -92,6 +92,28 @@ def test_edges_are_means_of_several_rays(tab, site, library):
     assert not tab.problems
 
 
+WHITE = """(async () => {
+  const {PublishedLibrary} = await import("/web/library.js"), {ServerSource} = await import("/web/source.js");
+  const {Scene} = await import("/web/compose.js"), {Renderer} = await import("/web/renderer.js");
+  const library = await PublishedLibrary.open(new ServerSource("/FOLDER")), renderer = new Renderer();
+  renderer.draw(await Scene.read(library, await library.find("one"), "one"), CAMERA, 48, 40);
+  return renderer.pixels(48, 40).filter((_, k) => k % 4 === 3).reduce((a, b) => Math.max(a, b));
+})()"""
+
+
+def test_white_objects_are_shown_where_silhouettes_are_known(tab, site, tmp_path):
+    model, opacity = random_model(COLORS), {}
+    model.field.out.bias[1:], model.field.out.weight[1:] = 40.0, 0.0
+    for known in (None, True):
+        made = library_of(tmp_path / f"{known}", model, {"one": random_scene(model, 1)}, silhouettes=known)
+        published(site.folder / f"white{known}", made)
+        tab.open(site.page("empty", ""))
+        tab.wait("document.title === 'empty'")
+        script = WHITE.replace("CAMERA", json.dumps(as_in_browser(VIEW.dome(1), 0)))
+        opacity[known] = tab.evaluate(script.replace("FOLDER", f"white{known}"))
+    assert opacity[None] == 0 and opacity[True] > 230
+
+
 def test_element_at_rest_has_smooth_edges(tab, site):
     watch = (
         "<style>latent-scene { width: 100px; }</style><script type=module>"

@@ -101,12 +101,13 @@ def _library_inside(folder: Path, loaded: StoredScenes, scenes: Sequence[str]) -
     found = []
     for scene in tracked(scenes, "packing"):
         rows = loaded.parameters(scene)
-        picture = thumbnail(model, rows, loaded.view)
+        known = loaded.silhouettes(scene)
+        picture = thumbnail(model, rows, loaded.view, known)
         payload = pack(fused(loaded, scene, rows) if fuse else rows, "int8")
         unknown = dict.fromkeys(("dataset", "split", "seconds", "cpu_seconds", "psnr", "psnr_lost"))
         info = SceneInfo(
             name=scene, source=scene, precision="int8", bytes=payload_bytes(payload), origin="exploit",
-            added=now(), tags=loaded.tags(scene), **unknown,
+            added=now(), silhouettes=known, tags=loaded.tags(scene), **unknown,
         )  # fmt: skip
         found.append(NewScene(info, payload, picture))
     start = fused(loaded, scenes[0], rows) if fuse else rows

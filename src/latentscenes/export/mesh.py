@@ -169,7 +169,8 @@ def photographed(
     some = [render_images(loaded.model, planes, cameras[part], size) for part in tracked(parts, "rendering")]
     names = ("images", "latents", "depth", "opacity")
     shown = RenderedImages(*(torch.cat([getattr(one, name) for one in some]) for name in names))
-    return surface(loaded.model, planes, shown, cameras, cells, reached), shown, cameras
+    known = loaded.silhouettes(scene)
+    return surface(loaded.model, planes, shown, cameras, cells, reached, known), shown, cameras
 
 
 def paint(

@@ -143,7 +143,8 @@ def _tiles(
     """Pictures of a scene with alpha, cropped to a window."""
     planes, parts = loaded.planes(scene), torch.arange(len(cameras)).split(TOGETHER)
     shown = (render_images(loaded.model, planes, cameras[part], size, adaptive=True) for part in parts)
-    return np.concatenate([with_alpha(pictures)[:, *window] for pictures in shown])
+    known = loaded.silhouettes(scene)
+    return np.concatenate([with_alpha(pictures, known)[:, *window] for pictures in shown])
 
 
 def sheet(pictures: UInt8[np.ndarray, "v H W 4"], columns: int) -> UInt8[np.ndarray, "h w 4"]:
@@ -191,11 +192,11 @@ def write_views(
         make_folder(out.parent)
         try:
             for scene in tracked(chosen, "exporting"):
-                folder = partial / folders[scene]
+                folder, known = partial / folders[scene], loaded.silhouettes(scene)
                 (folder / "images").mkdir(parents=True)
                 files = [f"images/{place:05d}.png" for place in range(len(cameras))]
                 shown = render_images(loaded.model, loaded.planes(scene), cameras, size)
-                for file, picture in zip(files, over(with_alpha(shown), background), strict=True):
+                for file, picture in zip(files, over(with_alpha(shown, known), background), strict=True):
                     Image.fromarray(picture).save(folder / file)
                 described = json.dumps(transforms(cameras, files, size), indent=1)
                 (folder / "transforms.json").write_text(described)

@@ -139,6 +139,12 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def captions_of(names: Sequence[str], most: int) -> dict[str, str]:
+    """Returns short captions: the end of the name that no other ends with, of at most `most`
+    letters; where it is longer, the middle is left out."""
+    return {name: cut(end, most) for name, end in short_names(names).items()}
+
+
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(11)

@@ -1,8 +1,8 @@
 """Fits splats to pictures of their scene: places, sizes, opacities, colors follow gradients of the error.
 
 Notable:
-- Pictures of splats are computed as by Kerbl et al. (arXiv 2308.04079, section 4), with the low-pass of 0.3
-  square pixels that viewers use. It widens small splats, so a fit is best near the sizes that it has seen.
+- Pictures of splats are computed as by Kerbl et al. (arXiv 2308.04079, section 4). Viewers widen small splats
+  by different low-passes; each step draws one of them, so that no splat relies on a single viewer.
 - A splat and a pixel that it touches are a pair. Pairs are sorted by pixel and distance, so the light that
   passes all splats before a pair is a difference of running sums of logarithms.
 - Backgrounds change from step to step, so that no splat imitates one.
@@ -31,8 +31,9 @@ MOST = 100_000
 """Most splats of a fit: a step holds some hundred bytes for each pair, and about 30 pairs for each splat."""
 FINER, FINEST = (2, 3), 1024
 """A fit sees pictures with these multiples of the dataset's pixels on each side, up to so many."""
-LOW_PASS = 0.3
-"""Added to variances in the picture, square pixels."""
+LOW_PASSES = (0.3, False), (0.3, True), (0.075, False)
+"""What viewers add to variances in the picture, square pixels, and whether they lower opacities by as much as
+a splat grows: first as published, then as in Mip-Splatting (arXiv 2311.16493) and Spark, then PlayCanvas."""
 REACH = 3.0
 """Standard deviations at which a splat ends."""
 FAINTEST = 1 / 255
@@ -52,12 +53,19 @@ class Flat(NamedTuple):
     """Along x, along y, and between both."""
     distance: Float[Tensor, "n"]
     """From the camera; infinite behind it."""
+    share: Float[Tensor, "n"]
+    """What the low-pass leaves of the opacity."""
 
 
 def project(
-    positions: Float[Tensor, "n 3"], axes: Float[Tensor, "n 3 3"], camera: Cameras, size: tuple[int, int]
+    positions: Float[Tensor, "n 3"],
+    axes: Float[Tensor, "n 3 3"],
+    camera: Cameras,
+    size: tuple[int, int],
+    low_pass: tuple[float, bool] = LOW_PASSES[0],
 ) -> Flat:
-    """Projects splats; `axes` are their ellipsoids' axes as columns, as long as the standard deviations."""
+    """Projects splats; `axes` are their ellipsoids' axes as columns, as long as the standard deviations.
+    `low_pass` is one of LOW_PASSES."""
     matrix, lens = camera.cam2world[0].to(positions), camera.intrinsics[0].to(positions)
     height, width = size
     turn = matrix[:, :3].t()
@@ -69,8 +77,12 @@ def project(
     zero = torch.zeros_like(z)
     slopes = torch.stack([fx / z, zero, -fx * x / z**2, zero, fy / z, -fy * y / z**2], 1)
     across, down = (slopes.view(-1, 2, 3) @ (turn @ axes)).unbind(1)
-    variance = [across.square().sum(1) + LOW_PASS, down.square().sum(1) + LOW_PASS, (across * down).sum(1)]
-    return Flat(middle, torch.stack(variance, 1), torch.where(ahead, seen.norm(dim=1), torch.inf))
+    wide, high, both = across.square().sum(1), down.square().sum(1), (across * down).sum(1)
+    added, lowered = low_pass
+    variance = torch.stack([wide + added, high + added, both], 1)
+    grown = (variance[:, 0] * variance[:, 1] - both**2) / (wide * high - both**2).clamp_min(1e-9)
+    share = grown.rsqrt() if lowered else torch.ones_like(z)
+    return Flat(middle, variance, torch.where(ahead, seen.norm(dim=1), torch.inf), share)
 
 
 def opacity_at(
@@ -82,7 +94,7 @@ def opacity_at(
     a, c, b = flat.variance.t()
     a, b, c = ((part / (a * c - b * b))[splat] for part in (c, -b, a))
     power = a * x * x + 2 * b * x * y + c * y * y
-    return torch.where(power < REACH**2, opacities[splat] * torch.exp(-0.5 * power), 0.0)
+    return torch.where(power < REACH**2, (opacities * flat.share)[splat] * torch.exp(-0.5 * power), 0.0)
 
 
 def light_before(opacity: Float[Tensor, "p"], pixel: Int[Tensor, "p"]) -> Float[Tensor, "p"]:
@@ -177,7 +189,7 @@ def fitted(
     """
     if not rounds:
         return splats
-    planes, random = loaded.planes(scene), torch.Generator().manual_seed(0)
+    planes, known, random = loaded.planes(scene), loaded.silhouettes(scene), torch.Generator().manual_seed(0)
     start, axes, scales, opacities, colors = (
         torch.tensor(values, dtype=torch.float32) for values in vars(splats).values()
     )
@@ -195,9 +207,12 @@ def fitted(
         camera = cameras[turn[step % len(cameras)] : turn[step % len(cameras)] + 1]
         size = sizes[int(torch.randint(len(sizes), (1,), generator=random))]
         background = torch.rand(3, generator=random)
-        seen = torch.from_numpy(with_alpha(render_images(loaded.model, planes, camera, size))[0]) / 255
+        shown = render_images(loaded.model, planes, camera, size)
+        seen = torch.from_numpy(with_alpha(shown, known)[0]) / 255
         truth = background + seen[..., 3:] * (seen[..., :3] - background)
-        flat = project(start + unit * free["place"], axes * free["scale"].exp()[:, None], camera, size)
+        low_pass = LOW_PASSES[int(torch.randint(len(LOW_PASSES), (1,), generator=random))]
+        places, widths = start + unit * free["place"], axes * free["scale"].exp()[:, None]
+        flat = project(places, widths, camera, size, low_pass)
         shown = picture(flat, free["opacity"].sigmoid(), free["color"], background, size)
         adam.zero_grad()
         (shown - truth).square().mean().backward()

@@ -6,9 +6,10 @@ Notable:
   one direction.
 - Space that no light reaches counts as inside, even if it is empty. So the surface is closed and has no
   cavities.
-- Pictures over white do not distinguish white matter around an object from empty space, and fields do grow
-  such matter. It is removed: a cell that many pictures show as white background counts as empty. White parts
-  of the object that hide a cell do not count as background.
+- Pictures over white do not distinguish white matter around an object from empty space, and fields that
+  learn without silhouettes do grow such matter. It is removed: a cell that many pictures show as white
+  background counts as empty. White parts of the object that hide a cell do not count as background.
+- With silhouettes, background is where nothing is opaque, whatever its color.
 - docs/export.md compares this with a threshold on density and with fused depth maps.
 """
 
@@ -37,6 +38,9 @@ BEHIND = 2.0
 MATTER = 0.9
 """Opaque matter is background if a larger share of the pictures that show it shows it as that. Some pictures
 show a white part of an object in another color, or the object behind it."""
+CLEAR = 0.02
+"""Pixels of lower opacity show background, where opacity says where the object is: black matter of this
+opacity is as white as background over white may be."""
 SMALLEST = 0.02
 """Parts with a smaller share of the largest part's volume are left out."""
 FEWEST, MOST = 8, 512
@@ -168,6 +172,7 @@ def surface(
     cameras: Cameras,
     cells: int = 128,
     reached: float = REACHED,
+    silhouettes: bool = False,
 ) -> Surface:
     """Extracts the surface of a scene from its fused planes.
 
@@ -175,6 +180,7 @@ def surface(
         shown: pictures of the scene from all around, with depth and opacity.
         cells: number of cubic cells along the box's longest side.
         reached: a point is outside if this share of the light reaches it.
+        silhouettes: whether opacity says where the object is.
 
     Raises:
         UserError: the export extra is absent, `cells` is out of range, or nothing is solid.
@@ -195,7 +201,7 @@ def surface(
     found = density(model, planes, grid).cpu().numpy()
     light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
     near = np.argwhere(binary_dilation(light < reached))  # other cells do not touch the surface
-    ground = background(shown, cameras, grid, near)
+    ground = background(shown, cameras, grid, near, silhouettes)
     light[tuple(near[seen_as_ground(grid.points()[tuple(near.T)], ground, cameras) > GROUND].T)] = 1.0
     light = np.pad(light, 1, constant_values=1.0)
     solid = large_parts(light < reached)
@@ -234,7 +240,11 @@ def simplified(found: Surface, faces: int) -> Surface:
 
 
 def background(
-    shown: RenderedImages, cameras: Cameras, grid: Grid, near: Int[np.ndarray, "n 3"]
+    shown: RenderedImages,
+    cameras: Cameras,
+    grid: Grid,
+    near: Int[np.ndarray, "n 3"],
+    silhouettes: bool = False,
 ) -> Bool[np.ndarray, "v H W"]:
     """Returns which pixels show background: white that is connected to the border, unless it is a part of the
     object. Where the field is opaque behind such a pixel, its matter is background if nearly all pictures
@@ -242,7 +252,10 @@ def background(
 
     Args:
         near: cells that hold matter, or lie beside such cells.
+        silhouettes: whether opacity says where the object is; then colors do not count.
     """
+    if silhouettes:
+        return (shown.opacity < CLEAR).numpy()
     ground = white_background(to_uint8(shown.images))
     opaque = ground & (shown.opacity > 0.5).numpy()
     if not opaque.any():

@@ -103,7 +103,7 @@ def camera_frames(
             loaded.model, planes, cameras[chunk], size, geometry, adaptive=True, decoded=mode != "colors"
         )
         if mode in ("rgb", "colors") and background != "white":
-            yield from over(with_alpha(shown), background)
+            yield from over(with_alpha(shown, loaded.silhouettes(scene)), background)
             continue
         yield from _frames(shown, like or shown, mode, size[0])
 

@@ -32,19 +32,21 @@ THUMBNAIL_REACH = 0.48
 same."""
 
 
-def with_alpha(shown: RenderedImages) -> UInt8[np.ndarray, "v H W 4"]:
+def with_alpha(shown: RenderedImages, silhouettes: bool = False) -> UInt8[np.ndarray, "v H W 4"]:
     """Converts rendered pictures to straight alpha, without haze.
 
-    Where pictures were learned without silhouettes, fields may grow white matter around the object. White
-    that is connected to the border is therefore transparent, and pixels beside such matter get the smallest
-    alpha that their color allows.
+    Where pictures were learned without `silhouettes`, fields may grow white matter around the object. White
+    that is connected to the border is then transparent, and pixels beside such matter get the smallest alpha
+    that their color allows. With them, opacity is what it says, and white parts of the object stay.
     """
     over_white = shown.images
     opacity = _enlarged(shown.opacity, over_white.shape[2:])
     least = 1 - over_white.amin(
         1
     )  # the smallest alpha with which a color in [0, 1] gives the pixel over white
-    ground = torch.from_numpy(white_background(to_uint8(over_white)))
+    ground = torch.zeros_like(opacity, dtype=torch.bool)
+    if not silhouettes:
+        ground = torch.from_numpy(white_background(to_uint8(over_white)))
     matter = (ground & (opacity > 0.5)).float()
     beside = nn.functional.max_pool2d(matter[:, None], 3, 1, 1)[:, 0] > 0
     raw = torch.where(beside, least, torch.maximum(least, opacity))
@@ -79,9 +81,9 @@ def over(
 
 
 @torch.no_grad()
-def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
-    """Renders a small PNG of a scene, cut out. The image just holds the scene's box, and the camera looks
-    from the same side for all."""
+def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint, silhouettes: bool = False) -> bytes:
+    """Renders a small PNG of a scene, cut out (see `with_alpha`). The image just holds the scene's box, and
+    the camera looks from the same side for all."""
     camera = view.around(rows.own_box).orbit(1, *THUMBNAIL_ANGLES)
     corners = (rows.own_box or model.box).corners()
     reach = (camera.project(corners)[0] - 0.5).abs().max()
@@ -93,7 +95,7 @@ def thumbnail(model: Model, rows: SceneParameters, view: Viewpoint) -> bytes:
     shown = render_images(
         model, model.compose(rows, bounded=True), near, view.size, geometry=False, adaptive=True
     )
-    image = Image.fromarray(with_alpha(shown)[0])
+    image = Image.fromarray(with_alpha(shown, silhouettes)[0])
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)

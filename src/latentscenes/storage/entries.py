@@ -39,6 +39,9 @@ class SceneInfo:
     """Mean PSNR as learned, dB, on a few held-out views (on fitted views if none is held out)."""
     psnr_lost: float | None
     """PSNR lost by storing the scene at `precision`, dB."""
+    silhouettes: bool | None = None
+    """Whether the scene was learned with silhouettes over random backgrounds, so that its opacity says where
+    the object is. None for scenes of earlier versions."""
     tags: dict[str, Any] = field(default_factory=dict)
     """What a catalog says about the object (`category`, `license`, …), and notes of the user."""
 
@@ -62,6 +65,7 @@ TEXT, NUMBER, NONE = (str,), (int, float, type(None)), type(None)
 KINDS: dict[str, Kind] = {
     "precision": frozenset(get_args(StoragePrecision)), "origin": frozenset(get_args(Origin)),
     "bytes": (int,), "dataset": (str, NONE), "split": frozenset({"train", "new", None}),
+    "silhouettes": frozenset({True, False, None}),
     **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
 }  # fmt: skip
 """What fields of SceneInfo may hold; the others hold text."""
@@ -76,7 +80,9 @@ def scene_info(row: Sequence[Any]) -> SceneInfo | None:
         if isinstance(tags, str):
             tags = {} if tags == "{}" else parse_json(tags)
         if all(map(_fits, values, FIELD_KINDS)) and isinstance(tags, dict):
-            return SceneInfo(*values, tags=tags)
+            silhouettes = values.pop()
+            known = None if silhouettes is None else bool(silhouettes)  # SQLite keeps numbers
+            return SceneInfo(*values, silhouettes=known, tags=tags)
     except (TypeError, ValueError):
         pass
     return None

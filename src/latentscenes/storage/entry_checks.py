@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 from latentscenes.storage.entries import SceneInfo
 
 COLUMNS = {
-    "scenes": {"cpu_seconds": "REAL", "name_check": "INTEGER", "tags_check": "INTEGER"},
+    "scenes": {
+        "cpu_seconds": "REAL",
+        "silhouettes": "INTEGER",
+        "name_check": "INTEGER",
+        "tags_check": "INTEGER",
+    },
     "thumbnails": {"png_check": "INTEGER"},
 }
 """Columns that indexes of earlier versions lack, by table. The first change of such an index adds them,

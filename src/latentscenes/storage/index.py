@@ -32,8 +32,8 @@ REMEDY = "Restore it from a copy, or make it from the shards again: latentscenes
 """What to do if the index is lost."""
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
-ADDED = "cpu_seconds"
-"""The column of a scene's metadata that indexes of earlier versions lack."""
+ADDED = "cpu_seconds", "silhouettes"
+"""Columns of a scene's metadata that indexes of earlier versions lack."""
 
 TABLES = f"""
 CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, scenes INTEGER NOT NULL);
@@ -42,7 +42,7 @@ CREATE TABLE scenes (
   shard INTEGER NOT NULL, row INTEGER NOT NULL, checksum TEXT NOT NULL,
   precision TEXT NOT NULL, bytes INTEGER NOT NULL, origin TEXT NOT NULL,
   dataset TEXT, split TEXT, source TEXT NOT NULL, added TEXT NOT NULL,
-  seconds REAL, {ADDED} REAL, psnr REAL, psnr_lost REAL, tags TEXT NOT NULL,
+  seconds REAL, cpu_seconds REAL, psnr REAL, psnr_lost REAL, silhouettes INTEGER, tags TEXT NOT NULL,
   name_check INTEGER, tags_check INTEGER
 );
 CREATE INDEX scenes_shard ON scenes (shard);
@@ -210,9 +210,11 @@ class Index(EntryChecks):
         return info
 
     def _info_columns(self) -> str:
-        columns = ", ".join(SceneInfo.__dataclass_fields__)
         present = self._column("SELECT name FROM pragma_table_info('scenes')")
-        return columns if ADDED in present else columns.replace(ADDED, f"NULL AS {ADDED}")
+        absent = set(ADDED).difference(present)
+        return ", ".join(
+            f"NULL AS {name}" if name in absent else name for name in SceneInfo.__dataclass_fields__
+        )
 
     def place(self, name: str) -> Place | None:
         """Returns the place of one scene; None if there is no such scene."""

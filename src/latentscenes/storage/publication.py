@@ -151,6 +151,7 @@ def check_page(page: Any, count: int | None = None) -> None:
     if not isinstance(page, dict) or not isinstance(page.get("name"), list):
         raise ValueError("it holds no names")
     count = len(page["name"]) if count is None else count
+    page.setdefault("silhouettes", [None] * count)  # of earlier versions
     for column in (*PLACE, *INFO):
         values = page.get(column)
         if not isinstance(values, list) or len(values) != count:

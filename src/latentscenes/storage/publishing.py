@@ -214,7 +214,7 @@ class _Publication:
         """Writes all files but the description, which it returns."""
         library, row = self.library, 0
         self._take_up()
-        pages, weights, tags = [], [], TagCounts()
+        pages, weights, tags, known = [], [], TagCounts(), True
         buckets: list[list[str]] = [[] for _ in range(bucket_count(len(library.index)))]
         for entries in library.index.pages(PAGE):
             columns: dict[str, list] = {name: [] for name in (*PLACE, *INFO)}
@@ -225,7 +225,7 @@ class _Publication:
                 entry = json.dumps([row, *(found[name] for name in ENTRY)], separators=(",", ":"))
                 buckets[bucket_of(info.name, len(buckets))].append(f"{json.dumps(info.name)}:{entry}")
                 tags.add(info.tags)
-                row += 1
+                known, row = known and bool(info.silhouettes), row + 1
             pages.append(self._write("index", packed(as_json(columns))))
             weights += self._weights([place for _, place in entries])
         self._close_pack()
@@ -240,6 +240,7 @@ class _Publication:
             "packs": self._packs, "pages": pages, "weights": weights,
             "names": [self._write("names", packed(f"{{{','.join(bucket)}}}")) for bucket in buckets],
             "atlases": self._atlases, "page_size": PAGE, "thumbnail": CELL, "tags": tags.most_frequent(),
+            "silhouettes": known,
         }  # fmt: skip
 
     def _scene(self, info: SceneInfo, place: Place) -> dict[str, Any]:

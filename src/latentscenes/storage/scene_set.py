@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from latentscenes.core.cameras import Box, Viewpoint
-from latentscenes.core.config import Config
+from latentscenes.core.config import Config, StageConfig
 from latentscenes.core.console import Spent, lost_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import nothing_learned, unknown_scene
@@ -33,6 +33,12 @@ from latentscenes.storage.published import open_source
 from latentscenes.storage.published_index import is_published
 from latentscenes.storage.run import Run
 from latentscenes.storage.source import SceneSource
+
+
+def shows_silhouettes(stages: Sequence[StageConfig], images: PosedImages) -> bool:
+    """Returns whether the opacity of scenes that these stages learn says where the object is: random
+    backgrounds leave no white matter around it."""
+    return images.alpha is not None and any(stage.random_background for stage in stages)
 
 
 class SceneSet(ABC):
@@ -51,6 +57,10 @@ class SceneSet(ABC):
     def tags(self, name: str) -> dict[str, Any]:
         """Returns what a catalog says about a scene; empty if nothing is known."""
         return {}
+
+    def silhouettes(self, name: str) -> bool:
+        """Returns whether a scene's opacity says where the object is (see SceneInfo)."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -233,6 +243,10 @@ class RunScenes(StoredScenes):
     def tags(self, name: str) -> dict[str, Any]:
         return next((scene.tags for scene in self._images.scenes if scene.name == name), {})
 
+    def silhouettes(self, name: str) -> bool:
+        learned = self.config.exploit if self._folder.info.kind == "exploit" else self.config.train
+        return shows_silhouettes(learned, self._images)
+
     def require_finished(self) -> None:
         self._folder.require_finished()
 
@@ -297,6 +311,10 @@ class LibraryScenes(StoredScenes):
     def tags(self, name: str) -> dict[str, Any]:
         info = self._folder.index.info(name)
         return info.tags if info else {}
+
+    def silhouettes(self, name: str) -> bool:
+        info = self._folder.index.info(name)
+        return bool(info and info.silhouettes)
 
     @property
     def shared_file(self) -> Path:

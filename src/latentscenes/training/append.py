@@ -21,6 +21,7 @@ from latentscenes.storage.entries import Origin, SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene, now
 from latentscenes.storage.quantize import check_precision, pack, payload_bytes, unpack
 from latentscenes.storage.run import Run
+from latentscenes.storage.scene_set import shows_silhouettes
 
 MEASURED_VIEWS = 4
 """Views per scene for measuring its PSNR."""
@@ -46,7 +47,8 @@ def library_from_run(
     if scenes:
         known = images.select(run.info.split, run.info.scenes)
         shown = track(known, "Scenes of stage 1", console=console, disable=not console.is_terminal)
-        provenance = Provenance("stage 1", run.info.split)
+        known_edges = shows_silhouettes(run.config.train, images)
+        provenance = Provenance("stage 1", run.info.split, silhouettes=known_edges)
         found = new_scenes(model, rows, info.view, images, shown, chosen, provenance)
     return LibraryFolder.create(out, config, info, model, mean_parameters(1, rows), found)
 
@@ -70,6 +72,8 @@ class Provenance:
     spent: Spent | None = None
     """Learning time; None for scenes of stage 1."""
     tags: dict[str, Any] | None = None
+    silhouettes: bool = False
+    """Whether it was learned with silhouettes over random backgrounds."""
 
 
 def new_scenes(
@@ -99,9 +103,9 @@ def new_scene(
     info = SceneInfo(
         scene.name, precision, payload_bytes(payload), provenance.origin, dataset, provenance.split,
         scene.name, now(), spent and spent.wall, spent and spent.cpu, round(before, 3), round(lost, 4),
-        scene.tags | (provenance.tags or {}),
+        provenance.silhouettes, scene.tags | (provenance.tags or {}),
     )  # fmt: skip
-    return NewScene(info, payload, thumbnail(model, stored, view))
+    return NewScene(info, payload, thumbnail(model, stored, view, provenance.silhouettes))
 
 
 def draw_thumbnails(library: LibraryFolder, device: torch.device | str) -> None:
@@ -112,7 +116,8 @@ def draw_thumbnails(library: LibraryFolder, device: torch.device | str) -> None:
     model = library.model(device)
     with library.writing():
         for name in track(names, "Thumbnails", console=console, disable=not console.is_terminal):
-            picture = thumbnail(model, library.parameters(name).to(device), library.info.view)
+            known = bool(library.index.info(name).silhouettes)
+            picture = thumbnail(model, library.parameters(name).to(device), library.info.view, known)
             with library.index.transaction():
                 library.index.set_thumbnail(name, picture)
 

@@ -19,6 +19,7 @@ from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, refuse_foreign
 from latentscenes.storage.pretrained import open_parent, refuse_no_stages, refuse_other_settings  # fmt: skip
 from latentscenes.storage.run import Run, RunInfo
+from latentscenes.storage.scene_set import shows_silhouettes
 from latentscenes.training.append import Provenance, library_info, new_scenes
 from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.exploit import exploit
@@ -96,7 +97,8 @@ def finetune(
     Trainer(run, model, TrainingScenes(parameters, images, scenes), tracker).fit(config.exploit)
     tracker.close()
     model.eval().requires_grad_(False)
-    provenance = Provenance("exploit", "new", run.spent.times(1 / len(scenes)))
+    known, spent = shows_silhouettes(config.exploit, images), run.spent.times(1 / len(scenes))
+    provenance = Provenance("exploit", "new", spent, silhouettes=known)
     found = new_scenes(model, parameters, info.view, images, scenes, info.precision, provenance)
     library = LibraryFolder.create(out, frozen(config), info, model, mean_parameters(1, parameters), found)
     finish(run, library)

@@ -28,6 +28,7 @@ from latentscenes.storage.index import Index
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.records import keep_log
 from latentscenes.storage.run import Run, RunInfo
+from latentscenes.storage.scene_set import shows_silhouettes
 from latentscenes.training.append import Provenance, new_scene
 from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.corrections import HELPS, kinds_of, limited
@@ -71,11 +72,12 @@ class GroupLearner:
             for k, fit in zip(again, better, strict=True):
                 fits[k] = dataclasses.replace(fit, spent=fits[k].spent + fit.spent)
         found, split = [], "new" if origin == "exploit" else None
+        known = shows_silhouettes(self.config.exploit, images)
         for k, (scene, fit) in enumerate(zip(scenes, fits, strict=True)):
             self._move()
             learned = (tags or {}) | view_tags(fit, odd[k], k in again, images)
             ready = (fit.parameters, library.info.view, images, scene, self.precision)
-            found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned)))
+            found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned, known)))
         library.append(found)
         finish(runs[-1], library)
         for path in {other.path for other in runs} - {runs[-1].path}:

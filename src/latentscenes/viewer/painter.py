@@ -125,13 +125,21 @@ class Painter:
         elif request.mode == "rgb":
             decoded = model.decode(latents.contiguous()).float().clamp(0, 1).cpu()
             shown = RenderedImages(decoded, latents.cpu(), depth[None], opacity[None])
-            picture = over(with_alpha(shown), "black") if request.black else to_uint8(decoded)
+            picture = (
+                over(with_alpha(shown, self._known(request)), "black") if request.black else to_uint8(decoded)
+            )
         else:
             channel = latents[:, request.channel].float().cpu().numpy()
             ranges = self._channel_ranges(request.scene, self._checksum(request.scene))
             picture = enlarge(gray(channel, ranges[request.channel]), size)
         along = along_axis(depth, camera).where(opacity > 0.5, FAR_AWAY).numpy() if request.depth else None
         return Frame(picture[0], along)
+
+    def _known(self, request: ViewRequest) -> bool:
+        """Whether opacities say where the object is, of a scene and of what it is blended with."""
+        names = [request.scene, *([request.blend.other] if request.blend else [])]
+        infos = [self.library.folder.index.info(name) for name in names]
+        return all(info and info.silhouettes for info in infos)
 
     def planes(self, scene: str, blend: Blend | None = None) -> FusedPlanes:
         """Returns the fused tri-planes of a scene or a blend."""

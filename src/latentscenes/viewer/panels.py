@@ -22,7 +22,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
-from latentscenes.export.sheets import Picture, beside
+from latentscenes.export.sheets import Picture, beside, captions_of
 from latentscenes.model import metrics
 from latentscenes.model.model import render_images, to_uint8
 from latentscenes.viewer.painter import Painter, Renderer
@@ -36,12 +36,11 @@ GRID = Template(
 .scenes label:hover { background: rgba(34, 139, 230, 0.12); }
 .scenes img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 4px;
   background: white; }
-.scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
+.scenes div { font-size: 11px; line-height: 1.25; opacity: 0.75; overflow: hidden; white-space: nowrap; }
 </style><div class="scenes" style="grid-template-columns: repeat({{columns}}, minmax(0, 1fr))">
-{% for button, name, about, picture, caption in tiles %}
+{% for button, name, short, about, picture, caption in tiles %}
 <label for="{{button}}" title="{{name}}{% if about %}&#10;{{about}}{% endif %}">
-<img alt="" src="{{picture}}"><div>{{name}}</div>
+<img alt="" src="{{picture}}"><div>{{short}}</div>
 {% if caption %}<div>{{caption}}</div>{% endif %}</label>
 {% endfor %}</div>""",
     autoescape=True,
@@ -50,6 +49,7 @@ NOTE = Template(
     '<div style="padding: 0 14px 7px; font-size: 12px; opacity: 0.75">{{text}}</div>', autoescape=True
 )
 """A line of small text. All HTML comes from templates, which escape what a library holds."""
+LETTERS = 48  # of all captions in a row of the gallery
 EMPTY = "data:,"
 """Address of no picture."""
 LONGEST = 1024
@@ -122,14 +122,14 @@ class Thumbnails:
     def show(self, names: Sequence[str], captions: Sequence[str] = ()) -> None:
         """Shows up to `count` scenes, each with an optional second line of text."""
         self._names, abouts = list(names), self._library.folder.index.abouts()
-        tiles = []
+        tiles, shorter = [], captions_of(names, LETTERS // self._columns)
         for place, button in enumerate(self._buttons):
             button.visible = place < len(names)
             if place < len(names):
                 button.label = names[place]
                 caption = captions[place] if captions else ""
                 name, about = names[place], abouts.get(names[place], "")
-                tiles.append((element_id(button), name, about, self._picture(name), caption))
+                tiles.append((element_id(button), name, shorter[name], about, self._picture(name), caption))
         self._folder.visible = bool(names)
         self._grid.content = GRID.render(columns=self._columns, tiles=tiles)
 

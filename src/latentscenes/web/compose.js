@@ -16,6 +16,8 @@ export class Scene {
 
   constructor(library, model, own, name) {
     this.render = library.render;
+    /** Whether opacity says where the object is, so that white matter is of the object. */
+    this.silhouettes = library.description.silhouettes === true;
     this.name = name;
     this.own = own;
     this.model = model;

@@ -19,6 +19,8 @@ const TYPING = 250; // milliseconds
 const NAMING = ["name", "title"];
 /** Tag that is shown below the name, if the object has it; otherwise all are. */
 const TELLING = "category";
+/** Letters of a name on a card: two lines. */
+const LETTERS = 40;
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
 
 const status = document.getElementById("status"), view = document.getElementById("view");
@@ -43,6 +45,12 @@ function make(kind, properties = {}, ...children) {
 /** Text of strangers, which cannot turn the direction of the text around it. */
 function foreign(text) {
   return make("bdi", {textContent: String(text).replace(HIDDEN, "�")});
+}
+
+/** Leaves out the middle of a long text: names of one origin differ at their ends. */
+function cut(text) {
+  const letters = [...text], end = LETTERS / 2 - 1;
+  return letters.length <= LETTERS ? text : `${letters.slice(0, LETTERS / 2).join("")}…${letters.slice(-end).join("")}`;
 }
 
 /** What an object is called, as [tag, text]; the tag is null for the name of its scene. */
@@ -100,7 +108,7 @@ function cards(found) {
     const [tag, name] = called(entry), pairs = tagPairs(entry.tags).filter(([key]) => key !== tag);
     const told = pairs.filter(([key]) => key === TELLING);
     const about = (told.length ? told : pairs).map(([, value]) => value).join(", ").slice(0, 120);
-    const card = link({object: entry.name}, {className: "card"}, canvas, make("span", {}, foreign(name)),
+    const card = link({object: entry.name}, {className: "card"}, canvas, make("span", {}, foreign(cut(name))),
       make("small", {}, foreign(about)));
     card.dataset.name = entry.name;
     return make("li", {}, card);

@@ -6,7 +6,7 @@ import {Unreadable} from "./source.js";
 
 /**
  * Opacities up to the first are haze, those from the second on are solid (see model/pictures.py). With CLEAN,
- * white matter around the object is left out, too; fields grow it if they learn from pictures over white.
+ * white matter around the object is left out, too; fields grow it if they learn without silhouettes.
  */
 export const CLEAN = [0.1, 0.9], RAW = [0, 1];
 /** Largest opacity of a cell that counts as empty, as in rendering/occupancy.py. */
@@ -112,7 +112,7 @@ export class Renderer {
     const {near, far} = scene.render;
     gl.uniform2f(at("bounds"), (near ?? 0) / scene.unit, (far ?? 0) / scene.unit);
     gl.uniform2fv(at("haze"), haze);
-    gl.uniform1i(at("clean"), haze === RAW ? 0 : 1);
+    gl.uniform1i(at("clean"), haze === RAW || scene.silhouettes ? 0 : 1);
     return at;
   }
 
