@@ -340,17 +340,23 @@ def _mutation(name: str, seed: float) -> Callable:
 
 
 def campaign(good: list[Good], work: Path, mutations: int, most: int, seed: int) -> tuple[Table, list[str]]:
-    """Runs all cases; after Ctrl-C, those so far count. Returns the table and what went wrong."""
+    """Runs all cases; after Ctrl-C, those so far count. Returns the table and what went wrong. Kinds whose
+    whole set is refused, since a package is absent, say, are left out: they would show nothing."""
     counts: dict[str, Counter] = {}
     faults: list[str] = []
+    useless: set[str] = set()
     with contextlib.suppress(KeyboardInterrupt):
         for one, label, put in tracked(list(broken_sets(good, mutations, most, seed)), "breaking files"):
+            if one.kind in useless:
+                continue
             way = re.search(r"\((as it is|mutation)?", label)[1] or "hostile"
             group = counts.setdefault(f"{one.kind}, {way}", Counter())
             group["files"] += 1
             for outcome in _outcomes(one, put, work):
                 group[outcome.what] += 1
                 if outcome.what not in ("accepted", "refused" if way != "as it is" else ""):
+                    if way == "as it is":
+                        useless.add(one.kind)
                     faults.append(f"{one.kind}: {label}: {outcome.what}: {outcome.text}")
                     print(faults[-1][:1000], file=sys.stderr, flush=True)
     columns = ("files", "refused", "accepted", "traceback", "crash", "hang", "memory")

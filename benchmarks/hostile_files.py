@@ -65,7 +65,7 @@ LIBRARY = (
     ("library verify {0}", False), ("cost --run {0}", False), ("search {0} a", True),
     ("render --run {0} --scene a --frames 1 --out {out}.png", True),
     ("export page --run {0} --match * --frames 1 --out {out}.html", True),
-    ("library publish {0} --out {out} --site", True), ("library join {out} {0}", False),
+    ("library publish {0} --out {out} --site", False), ("library join {out} {0}", False),
     ("library rename {0} a other", False), ("library export {0} b --out {out}", False),
     ("library repack {0} --precision int4", True), ("library compact {0}", False),
 )  # fmt: skip
