@@ -295,19 +295,10 @@ def test_skipping_loses_little():
 
 
 @needs_compiler
-def test_operators_are_well_formed():
-    planes, field, rays, u_coarse, u_fine = problem(rays=3)
-    arguments = (planes, *network(field), *rays, u_coarse, u_fine, "xy,xz,yz", "sum", 0.0, True)
-    torch.library.opcheck(torch.ops.latentscenes.render.default, arguments)
-
-
-@needs_compiler
-def test_without_gradients_no_operator_is_called(monkeypatch):
-    """An operator imports torch._dynamo at its first call, which takes seconds."""
+def test_without_gradients_results_are_the_same():
     arguments = problem()
     with_gradients = run_native(*arguments)
     assert with_gradients[0].requires_grad
-    monkeypatch.setattr(native, "_render", None)
     with torch.no_grad():
         without = run_native(*arguments)
     for mine, theirs in zip(without, with_gradients, strict=True):

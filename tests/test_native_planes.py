@@ -58,16 +58,6 @@ def test_fusion(scenes, resolution, micro, macro, bases, fusion, bias, threads):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_a_fusion_without_gradients_calls_no_operator(monkeypatch):
-    rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
-    given = rows.micro, rows.weights, rows.bias, shared, "concat"
-    found = native.compose(*given)
-    assert found.requires_grad
-    monkeypatch.setattr(native, "_compose", None)
-    with torch.no_grad():
-        assert torch.equal(native.compose(*given), found)
-
-
 def test_only_wanted_gradients_of_a_fusion():
     rows, shared = rows_and_bases(2, 6, 2, 3, 4, False)
     shared = shared.detach()
@@ -89,17 +79,6 @@ def test_total_variation(shape):
     torch.testing.assert_close(found, wanted)
     (mine,), (theirs,) = gradients(3 * found, [planes], None), gradients(3 * wanted, [planes], None)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
-
-
-def test_operators_are_well_formed():
-    rows, shared = rows_and_bases(2, 4, 2, 3, 2, True)
-    torch.library.opcheck(
-        torch.ops.latentscenes.compose.default, (rows.micro, rows.weights, rows.bias, shared, False)
-    )
-    variation = torch.ops.latentscenes.total_variation.default
-    torch.library.opcheck(
-        variation, (rows.micro.detach().requires_grad_(),), test_utils=("test_schema", "test_faketensor")
-    )
 
 
 def test_same_inputs_same_bits():

@@ -208,12 +208,6 @@ def test_sorting_is_stable():
     assert torch.equal(order.long(), t.sort(dim=-1, stable=True).indices)
 
 
-def test_operators_are_well_formed():
-    planes, field, rays, u_coarse, u_fine = small(rays=2, coarse=4, fine=2)
-    arguments = (planes, *network(field), *rays, u_coarse, u_fine, "xy,xz,yz", "sum", "float32", 0.0, True)
-    torch.library.opcheck(torch.ops.latentscenes.render_triton.default, arguments)
-
-
 def test_render_rays_takes_it_and_counts_free_light_as_far():
     planes, *rest = small()
     arguments = FusedPlanes(planes), *rest

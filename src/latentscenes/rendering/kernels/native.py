@@ -1,5 +1,4 @@
-"""The CPU kernel (native.cpp, planes.cpp) as differentiable torch operators. `render` computes as
-`march_planes`.
+"""The CPU kernel (native.cpp, planes.cpp) as differentiable functions. `render` computes as `march_planes`.
 
 Gradients reach planes, network, origins and directions of rays; not near, far or random numbers.
 """
@@ -7,10 +6,12 @@ Gradients reach planes, network, origins and directions of rays; not near, far o
 import ctypes
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from latentscenes.rendering.field import DENSITY_SHIFT, FEATURE_MARGIN, PLANE_AXES
 from latentscenes.rendering.kernels import build
@@ -64,7 +65,7 @@ def why_unavailable() -> str:
     return build.load()[1]
 
 
-def _problem(inputs: list[Tensor], axes: str, aggregation: str, skip: float) -> _Problem:
+def _problem(inputs: Sequence[Tensor], axes: str, aggregation: str, skip: float) -> _Problem:
     planes, hidden_w, _, out_w, _, _, _, _, _, u_coarse, u_fine = inputs
     scenes, rays, coarse = u_coarse.shape
     columns, rows = zip(*PLANE_AXES[axes], strict=True)
@@ -118,86 +119,55 @@ def outputs(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> list
     return [u_coarse.new_empty(shape) for shape in shapes]
 
 
-def _needs_operator(*tensors: Tensor) -> bool:
-    """Whether gradients of the tensors are wanted, or torch compiles. Otherwise the function that an operator
-    is made of will do: the first call of any operator imports torch._dynamo, which takes seconds."""
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return wanted or torch.compiler.is_compiling()
-
-
-def _render_plainly(
-    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor,
-    directions: Tensor, near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str,
-    aggregation: str, skip: float, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine)
-    inputs = [tensor.contiguous() for tensor in given]
+def _march(tensors: Sequence[Tensor], axes: str, aggregation: str, skip: float, keep: bool) -> list[Tensor]:
+    """Returns `outputs`. The tensors are those of INPUTS, contiguous."""
+    out_w, u_coarse, u_fine = (tensors[INPUTS.index(name)] for name in ("out_w", "u_coarse", "u_fine"))
     results = outputs(u_coarse, u_fine, out_w, keep)
-    if near.numel():
-        call("latentscenes_forward", _problem(inputs, axes, aggregation, skip), results)
-    return tuple(results)
+    if u_coarse.numel():
+        call("latentscenes_forward", _problem(tensors, axes, aggregation, skip), results)
+    return results
 
 
-_render = torch.library.custom_op(
-    "latentscenes::render", _render_plainly, mutates_args=(), device_types="cpu"
-)
+class _Render(torch.autograd.Function):
+    """Takes INPUTS, then axes, aggregation, skip and whether gradients are wanted. Returns features, depth
+    and opacity. Not an operator of torch's library: the first call of one loads torch's compiler, which
+    takes a second."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        *tensors, axes, aggregation, skip, keep = given
+        inputs = [tensor.contiguous() for tensor in tensors]
+        results = _march(inputs, axes, aggregation, skip, keep)
+        if keep:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs, *results[3:])
+            ctx.options = axes, aggregation, skip
+        return tuple(results[:3])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        needed = ctx.needs_input_grad
+        inputs, saved = ctx.saved_tensors[: len(INPUTS)], ctx.saved_tensors[len(INPUTS) :]
+        wanted = [needed[0], *4 * [any(needed[1:5])], *2 * [any(needed[5:7])]]
+        gradients = _empty(inputs[:7], wanted)
+        if inputs[INPUTS.index("near")].numel():
+            ups = [inputs[0].new_empty(0) if up is None else up.contiguous() for up in upstream]
+            call("latentscenes_backward", _problem(inputs, *ctx.options), [*ups, *saved, *gradients])
+        else:
+            gradients = [gradient.zero_() for gradient in gradients]
+        return *_only(gradients, wanted), *8 * [None]
 
 
-@_render.register_fake
-def _(
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes,
-    aggregation, skip, keep,
-):  # fmt: skip
-    return tuple(outputs(u_coarse, u_fine, out_w, keep))
-
-
-@torch.library.custom_op("latentscenes::render_backward", mutates_args=(), device_types="cpu")
-def _render_backward(
-    upstream: list[Tensor],
-    saved: list[Tensor],
-    given: list[Tensor],
-    axes: str,
-    aggregation: str,
-    skip: float,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Returns gradients of the first seven INPUTS; empty ones where not wanted."""
-    inputs = [tensor.contiguous() for tensor in given]
-    gradients = [
-        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=False)
-    ]
-    if inputs[INPUTS.index("near")].numel():
-        arguments = [*(tensor.contiguous() for tensor in upstream), *saved, *gradients]
-        call("latentscenes_backward", _problem(inputs, axes, aggregation, skip), arguments)
-        return gradients
-    return [gradient.zero_() for gradient in gradients]
-
-
-@_render_backward.register_fake
-def _(upstream, saved, given, axes, aggregation, skip, wanted):
+def _empty(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """Returns a tensor for each gradient; an empty one where it is not wanted."""
     return [
-        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=False)
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(tensors, wanted, strict=True)
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.axes, ctx.aggregation, ctx.skip, ctx.keep = inputs
-    # Otherwise saved outputs would get gradients of zeros, as large as all samples
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[3:])
-
-
-def _backward(ctx, *upstream):
-    tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
-    given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
-    results = [gradient if gradient is not None else given[0].new_empty(0) for gradient in upstream[:3]]
-    wanted = [needed[0], *4 * [any(needed[1:5])], *2 * [any(needed[5:7])]]
-    gradients = _render_backward(results, saved, given, ctx.axes, ctx.aggregation, ctx.skip, wanted)
-    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    return *found, *8 * [None]
-
-
-_render.register_autograd(_backward, setup_context=_setup_context)
+def _only(gradients: list[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
 def render(
@@ -225,13 +195,13 @@ def render(
     trained = (planes, hidden_w, hidden_b, out_w, out_b, origins, directions)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     fixed = (tensor.detach() for tensor in (near, far, u_coarse, u_fine))
-    run = _render if _needs_operator(*trained) else _render_plainly
-    return run(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)[:3]
+    return _Render.apply(*trained, *fixed, axes, aggregation, SKIP if skip is None else skip, keep)
 
 
 def samples(*given: Tensor, axes: str = "xy,xz,yz", aggregation: str = "sum") -> Float[Tensor, "s p n"]:
     """Returns densities of stratified samples, none skipped. Takes the tensors of `render` except u_fine."""
-    return _render_plainly(*given, given[-1][..., :0], axes, aggregation, 0.0, True)[4]
+    inputs = [tensor.contiguous() for tensor in (*given, given[-1][..., :0])]
+    return _march(inputs, axes, aggregation, 0.0, True)[4]
 
 
 # Planes: fusion, total variation, Adam by rows (planes.cpp)
@@ -260,68 +230,27 @@ def _fusion(micro: Tensor, weights: Tensor, bases: Tensor, add: bool) -> _Fusion
     )
 
 
-def _compose_plainly(micro: Tensor, weights: Tensor, bias: Tensor, bases: Tensor, add: bool) -> Tensor:
-    given = [tensor.contiguous() for tensor in (micro, weights, bias, bases)]
-    planes = _fused_like(micro, bases, len(weights), add)
-    call("latentscenes_compose", _fusion(micro, weights, bases, add), [*given, planes])
-    return planes
+class _Compose(torch.autograd.Function):
+    """Takes micro, weights, bias, bases and whether features are added."""
 
+    @staticmethod
+    def forward(ctx, *given):
+        micro, weights, bias, bases, ctx.add = given
+        inputs = [tensor.contiguous() for tensor in given[:4]]
+        width = bases.shape[-1] if ctx.add else micro.shape[-1] + bases.shape[-1]
+        planes = bases.new_empty(len(weights), *bases.shape[1:-1], width)
+        call("latentscenes_compose", _fusion(micro, weights, bases, ctx.add), [*inputs, planes])
+        ctx.save_for_backward(*inputs)
+        return planes
 
-_compose = torch.library.custom_op(
-    "latentscenes::compose", _compose_plainly, mutates_args=(), device_types="cpu"
-)
-
-
-def _fused_like(micro: Tensor, bases: Tensor, scenes: int, add: bool) -> Tensor:
-    width = bases.shape[-1] if add else micro.shape[-1] + bases.shape[-1]
-    return bases.new_empty(scenes, *bases.shape[1:-1], width)
-
-
-@_compose.register_fake
-def _(micro, weights, bias, bases, add):
-    return _fused_like(micro, bases, len(weights), add)
-
-
-@torch.library.custom_op("latentscenes::compose_backward", mutates_args=(), device_types="cpu")
-def _compose_backward(
-    upstream: Tensor,
-    micro: Tensor,
-    weights: Tensor,
-    bias: Tensor,
-    bases: Tensor,
-    add: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Returns gradients of micro, weights, bias and bases; empty ones where not wanted."""
-    given = (micro, weights, bias, bases)
-    gradients = [
-        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(given, wanted, strict=True)
-    ]
-    inputs = [weights.contiguous(), bases.contiguous(), upstream.contiguous()]
-    call("latentscenes_compose_backward", _fusion(micro, weights, bases, add), [*inputs, *gradients])
-    return gradients
-
-
-@_compose_backward.register_fake
-def _(upstream, micro, weights, bias, bases, add, wanted):
-    return [
-        tensor.new_empty(tensor.shape if want else 0)
-        for tensor, want in zip((micro, weights, bias, bases), wanted, strict=True)
-    ]
-
-
-def _setup_compose(ctx, inputs, output) -> None:
-    *tensors, ctx.add = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_compose(ctx, upstream):
-    wanted = list(ctx.needs_input_grad[:4])
-    gradients = _compose_backward(upstream, *ctx.saved_tensors, ctx.add, wanted)
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), None
-
-
-_compose.register_autograd(_differentiate_compose, setup_context=_setup_compose)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        wanted, (micro, weights, bias, bases) = ctx.needs_input_grad[:4], ctx.saved_tensors
+        gradients = _empty((micro, weights, bias, bases), wanted)
+        arguments = [weights, bases, upstream.contiguous(), *gradients]
+        call("latentscenes_compose_backward", _fusion(micro, weights, bases, ctx.add), arguments)
+        return *_only(gradients, wanted), None
 
 
 def compose(
@@ -332,43 +261,31 @@ def compose(
     fusion: str,
 ) -> Float[Tensor, "s 3 r r f"]:
     """Computes `planes.fuse_in_torch`, for k > 0. b is 1 or 0; m may be 0."""
-    given = (micro, weights, bias, bases)
-    run = _compose if _needs_operator(*given) else _compose_plainly
-    return run(*given, fusion == "sum" and micro.shape[-1] > 0)
+    return _Compose.apply(micro, weights, bias, bases, fusion == "sum" and micro.shape[-1] > 0)
 
 
-@torch.library.custom_op("latentscenes::total_variation", mutates_args=(), device_types="cpu")
-def _total_variation(planes: Tensor) -> tuple[Tensor, Tensor]:
-    texels = planes.contiguous()
-    value, gradient = texels.new_empty(()), torch.empty_like(texels)
-    sizes = [
-        ctypes.c_int64(size)
-        for size in (texels.shape[0] * 3, texels.shape[2], texels.shape[-1], torch.get_num_threads())
-    ]
-    library().latentscenes_total_variation(*sizes, *map(pointer, (texels, value, gradient)))
-    return value, gradient
+class _TotalVariation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, planes):
+        texels = planes.contiguous()
+        value, gradient = texels.new_empty(()), torch.empty_like(texels)
+        sizes = [
+            ctypes.c_int64(size)
+            for size in (texels.shape[0] * 3, texels.shape[2], texels.shape[-1], torch.get_num_threads())
+        ]
+        library().latentscenes_total_variation(*sizes, *map(pointer, (texels, value, gradient)))
+        ctx.save_for_backward(gradient)
+        return value
 
-
-@_total_variation.register_fake
-def _(planes):
-    return planes.new_empty(()), torch.empty_like(planes)
-
-
-def _setup_variation(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
-
-
-def _differentiate_variation(ctx, upstream, _):
-    return None if upstream is None else upstream * ctx.saved_tensors[0]
-
-
-_total_variation.register_autograd(_differentiate_variation, setup_context=_setup_variation)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0]
 
 
 def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
     """Computes `losses.total_variation_in_torch` and its gradient in one pass. r must be at least 2."""
-    return _total_variation(planes)[0]
+    return _TotalVariation.apply(planes)
 
 
 def adam(

@@ -1,10 +1,11 @@
-"""The GPU kernels as differentiable torch operators. `render` computes as `march_planes`.
+"""The GPU kernels as differentiable functions. `render` computes as `march_planes`.
 
 A pass has a few launches: evaluate the field at coarse samples, place fine samples, evaluate the field there,
 sort and composite all. Between launches, memory holds only places, densities and features of samples;
 backward needs the same. Gradients reach planes and network, not rays or random numbers.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from latentscenes.rendering import march
 from latentscenes.rendering.kernels import triton_field, triton_march
@@ -67,7 +69,7 @@ class _Sizes(NamedTuple):
         return {"R": max(1, LANES // padded), name: padded}
 
 
-def _sizes(given: list[Tensor]) -> _Sizes:
+def _sizes(given: Sequence[Tensor]) -> _Sizes:
     planes, hidden_w, _, out_w, _, _, _, _, _, u_coarse, u_fine = given
     scenes, per_scene, coarse = u_coarse.shape
     if scenes * per_scene * (coarse + u_fine.shape[-1]) >= 2**31:
@@ -93,20 +95,15 @@ def _results(u_coarse: Tensor, u_fine: Tensor, out_w: Tensor, keep: bool) -> lis
     return [*found, torch.empty_like(found[3], dtype=torch.int32)]
 
 
-@torch.library.custom_op("latentscenes::render_triton", mutates_args=())
-def _render(
-    planes: Tensor, hidden_w: Tensor, hidden_b: Tensor, out_w: Tensor, out_b: Tensor, origins: Tensor,
-    directions: Tensor, near: Tensor, far: Tensor, u_coarse: Tensor, u_fine: Tensor, axes: str,
-    aggregation: str, precision: str, skip: float, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = [planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine]
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = (
-        x.contiguous() for x in given
-    )
+def _march(
+    given: Sequence[Tensor], axes: str, aggregation: str, precision: str, skip: float, keep: bool
+) -> list[Tensor]:
+    """Returns `_results`. The tensors are those of INPUTS, contiguous."""
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine = given
     size = _sizes(given)
     results = _results(u_coarse, u_fine, out_w, keep)
     if not size.rays:
-        return tuple(results)
+        return results
     out_features, depth, opacity = results[:3]
     _, _, _, t, density, features, order = results if keep else _results(u_coarse, u_fine, out_w, True)
     t[..., : size.coarse] = march.stratified(near, far, u_coarse)
@@ -135,41 +132,29 @@ def _render(
             t, density, features, order, out_features, depth, opacity, size.rays, size.samples, size.channels,
             **block,
         )  # fmt: skip
-    return tuple(results)
+    return results
 
 
-@_render.register_fake
-def _(
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, u_coarse, u_fine, axes,
-    aggregation, precision, skip, keep,
-):  # fmt: skip
-    return tuple(_results(u_coarse, u_fine, out_w, keep))
-
-
-@torch.library.custom_op("latentscenes::render_triton_backward", mutates_args=())
-def _render_backward(
-    upstream: list[Tensor],
-    saved: list[Tensor],
-    given: list[Tensor],
+def _gradients(
+    upstream: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    given: Sequence[Tensor],
     axes: str,
     aggregation: str,
     precision: str,
     skip: float,
-    planes_too: bool,
-    network_too: bool,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Returns gradients of planes, hidden_w, hidden_b, out_w and out_b; empty ones where not wanted."""
-    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = (
-        x.contiguous() for x in given
-    )
+    """Returns gradients of planes, hidden_w, hidden_b, out_w and out_b, the last four together; empty ones
+    where not wanted."""
+    planes, hidden_w, hidden_b, out_w, out_b, origins, directions, near, far, _, _ = given
     size = _sizes(given)
-    wanted = [planes_too] + 4 * [network_too]
     gradients = [
         torch.zeros_like(x) if want else x.new_empty(0) for x, want in zip(given[:5], wanted, strict=True)
     ]
     if not size.rays:
         return gradients
-    up_features, up_depth, up_opacity = (x.contiguous() for x in upstream)
+    up_features, up_depth, up_opacity = upstream
     t, density, features, order = saved
     threshold = skip * (up_features.abs().sum(-1) + up_depth.abs() * far + up_opacity.abs()).mean()
     d_raw = t.new_empty((*t.shape, 1 + size.channels))
@@ -186,11 +171,11 @@ def _render_backward(
         read = (_readable(planes, precision), hidden_w, hidden_b, out_w, origins, directions, t, d_raw, kept)
         options = {"BLOCK": BACKWARD_BLOCK, **size.options(axes, aggregation, precision)}
         blocks = triton.cdiv(len(kept), BACKWARD_BLOCK)
-        if planes_too:
+        if wanted[0]:
             triton_field.field_backward_planes[(blocks,)](
                 *read, gradients[0], len(kept), *size.kernel(), **options
             )
-        if network_too:
+        if wanted[1]:
             programs = min(blocks, _programs(planes.device))
             shares = [x.new_empty((programs, *x.shape)) for x in given[1:5]]
             triton_field.field_backward_network[(programs,)](
@@ -200,12 +185,6 @@ def _render_backward(
     return gradients
 
 
-@_render_backward.register_fake
-def _(upstream, saved, given, axes, aggregation, precision, skip, planes_too, network_too):
-    wanted = [planes_too] + 4 * [network_too]
-    return [given[k].new_empty(given[k].shape if wanted[k] else 0) for k in range(5)]
-
-
 def _programs(device: torch.device) -> int:
     """Returns the largest number of programs that sum the network's gradients (interpreted: two)."""
     if device.type != "cuda":
@@ -213,32 +192,35 @@ def _programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, ctx.keep = inputs
-    # Otherwise saved outputs would get gradients of zeros, as large as all samples
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[3:])
+class _Render(torch.autograd.Function):
+    """As `native._Render`, with the precision after the aggregation."""
 
+    @staticmethod
+    def forward(ctx, *given):
+        *tensors, axes, aggregation, precision, skip, keep = given
+        inputs = [tensor.contiguous() for tensor in tensors]
+        results = _march(inputs, axes, aggregation, precision, skip, keep)
+        if keep:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs, *results[3:])
+            ctx.options = axes, aggregation, precision, skip
+        return tuple(results[:3])
 
-def _backward(ctx, *upstream):
-    tensors = ctx.saved_tensors
-    planes_too, network_too = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-    given, saved = list(tensors[: len(INPUTS)]), list(tensors[len(INPUTS) :])
-    near = given[INPUTS.index("near")]
-    shapes = [(*near.shape, saved[2].shape[-1]), near.shape, near.shape]
-    results = [
-        near.new_zeros(shape) if up is None else up for up, shape in zip(upstream[:3], shapes, strict=True)
-    ]
-    gradients = _render_backward(
-        results, saved, given, ctx.axes, ctx.aggregation, ctx.precision, ctx.skip, planes_too, network_too
-    )
-    wanted = [planes_too] + 4 * [network_too]
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *11 * [
-        None
-    ]
-
-
-_render.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        needed = ctx.needs_input_grad
+        inputs, saved = ctx.saved_tensors[: len(INPUTS)], ctx.saved_tensors[len(INPUTS) :]
+        near = inputs[INPUTS.index("near")]
+        shapes = [(*near.shape, saved[2].shape[-1]), near.shape, near.shape]
+        ups = [
+            near.new_zeros(shape) if up is None else up.contiguous()
+            for up, shape in zip(upstream, shapes, strict=True)
+        ]
+        wanted = [needed[0], *4 * [any(needed[1:5])]]
+        gradients = _gradients(ups, saved, inputs, *ctx.options, wanted)
+        found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        return *found, *11 * [None]
 
 
 def render(
@@ -270,4 +252,5 @@ def render(
     trained = (planes, hidden_w, hidden_b, out_w, out_b)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     fixed = (tensor.detach() for tensor in (origins, directions, near, far, u_coarse, u_fine))
-    return _render(*trained, *fixed, axes, aggregation, precision, SKIP if skip is None else skip, keep)[:3]
+    options = axes, aggregation, precision, SKIP if skip is None else skip, keep
+    return _Render.apply(*trained, *fixed, *options)
