@@ -232,14 +232,33 @@ def test_transforms_that_cannot_be_used(tmp_path, change, message):
         make_transforms(tmp_path / "one", tmp_path / "set")
 
 
+@pytest.mark.parametrize("start", ["C:\\Users\\me\\shoe\\", "/home/me/shoe/", "D:/shoe/"])
+def test_transforms_with_absolute_paths_of_another_machine(tmp_path, start):
+    cameras = around(4)
+    write_transforms(tmp_path / "one", cameras, pictures(cameras), rotation=0.3)
+    file = tmp_path / "one" / "transforms.json"
+    meta = json.loads(file.read_text())
+    for number, frame in enumerate(meta["frames"]):
+        frame |= {"file_path": f"{start}images/r_{number}.png", "sharpness": 7.0}
+    file.write_text(json.dumps(meta))
+    made = make_transforms(tmp_path / "one", tmp_path / "set", options=ImportOptions(held_out=1))
+    assert PosedImages.open(tmp_path / "set").scenes[0].count == 4
+    assert not [note for note in made.notes if "not used" in note]
+
+
 def test_transforms_with_absent_images_or_bad_matrices(tmp_path):
     cameras = around(4)
     write_transforms(tmp_path / "one", cameras, pictures(cameras))
     file = tmp_path / "one" / "transforms.json"
     meta = json.loads(file.read_text())
     (tmp_path / "one" / "images" / "r_2.png").rename(tmp_path / "kept.png")
-    with pytest.raises(UserError, match="r_2: no such image"):
+    made = make_transforms(tmp_path / "one", tmp_path / "three", options=ImportOptions(held_out=1))
+    assert any("left out, as their images are absent" in note and "r_2" in note for note in made.notes)
+    assert PosedImages.open(tmp_path / "three").scenes[0].count == 3
+    (tmp_path / "one" / "images" / "r_3.png").rename(tmp_path / "kept_3.png")
+    with pytest.raises(UserError, match="r_2: no such image.* 2 of 4 that transforms.json lists are absent"):
         make_transforms(tmp_path / "one", tmp_path / "set")
+    (tmp_path / "kept_3.png").rename(tmp_path / "one" / "images" / "r_3.png")
     (tmp_path / "kept.png").rename(tmp_path / "one" / "images" / "r_2.png")
     meta["frames"][1]["transform_matrix"] = [[1, 2], [3]]
     file.write_text(json.dumps(meta))

@@ -59,7 +59,7 @@ def spoil(folder: Path, what: str) -> str:
             return "000003.png: has no pose"
         case "mixed sizes":
             Image.open(image).resize((SIDE // 2, SIDE)).save(image)
-            return rf"000003.png: is {SIDE // 2}x{SIDE} .*earlier images are {SIDE}x{SIDE}.*Give a size"
+            return rf"000003.png: is {SIDE // 2}x{SIDE} .*earlier images are {SIDE}x{SIDE}.*Give a --size"
         case "fifteen numbers":
             pose.write_text(" ".join(numbers[:15]))
             return "000003.txt: holds 15 numbers.*16"
@@ -263,7 +263,7 @@ def test_datasets_at_other_sizes(tmp_path):
     Image.fromarray(np.full((2 * SIDE, 2 * SIDE, 3), 255, np.uint8)).save(
         tmp_path / "one" / "rgb" / "000005.png"
     )
-    with pytest.raises(UserError, match="000005.png.*Give a size"):
+    with pytest.raises(UserError, match="000005.png.*Give a --size"):
         make_srn(tmp_path / "one", tmp_path / "mixed")
     make_srn(
         tmp_path / "one", tmp_path / "same", options=ImportOptions(size=(SIDE, SIDE), background="unknown")

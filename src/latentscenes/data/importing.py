@@ -310,7 +310,7 @@ def _read(
         if rgb.shape[:2] != size:
             raise UserError(
                 f"{path}: is {rgb.shape[1]}x{rgb.shape[0]} (width x height), but earlier images are "
-                f"{size[1]}x{size[0]}. Give a size, to which all are reduced, or remove the wrong ones."
+                f"{size[1]}x{size[0]}. Give a --size, to which all are reduced, or remove the wrong ones."
             )
         images[place] = rgb
         if alpha is not None:

@@ -6,7 +6,7 @@ Cameras are camera-to-world in OpenGL axes (x right, y up, looking along -z), wo
 """
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line
 from latentscenes.core.reading import read_any_json
+from latentscenes.data.catalog import listed
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
 from latentscenes.data.importing import (
@@ -30,15 +31,19 @@ from latentscenes.data.lenses import LENS_KEYS, Lens, read_intrinsics, read_lens
 from latentscenes.data.options import Axes, HeldOutFrom, ImportOptions
 from latentscenes.data.splits import natural_key
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
+Frame = dict[str, Any]
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG", ".JPEG")
 """Tried in this order if file_path has none."""
 FRAME_KEYS = {
     "file_path", "mask_path", "transform_matrix", "transform_matrix_start", "transform_matrix_end",
 }  # fmt: skip
 LISTS = ("train", "val", "test")
 FILE_KEYS = {"frames", *(f"{part}_filenames" for part in LISTS)}
-READ = FRAME_KEYS | FILE_KEYS | LENS_KEYS
-"""Keys that are read. Others are named after the import, unless they are empty, zero or false."""
+HARMLESS = {"rotation", "sharpness", "colmap_im_id", "ply_file_path", "timestamp"}
+"""Keys that Blender's script, instant-ngp's and nerfstudio write into every file for themselves."""
+READ = FRAME_KEYS | FILE_KEYS | LENS_KEYS | HARMLESS
+"""Keys that are read or mean nothing here. Others are named after the import, unless they are empty, zero or
+false."""
 MITSUBA = "normal_mts_args"
 """Says, in instant-ngp, that matrices have Mitsuba's axes."""
 NGP_MASK = "dynamic_mask_"
@@ -148,9 +153,8 @@ def _read_scene(
         frames, marked = _frames(meta, file), set()
         if len(parts) == 1:
             frames, marked = _listed(meta, frames, file, held_out_from, notes)
-        for place, frame in enumerate(frames):
+        for place, (frame, image) in enumerate(_present(folder, frames, file, notes)):
             label = f"{file}: frame {place} ({frame['file_path']})"
-            image = _image_path(folder, frame["file_path"])
             require_upright(image)
             pinhole = read_intrinsics((frame, meta), image_size(image), label)
             lens = read_lens({**meta, **frame}, pinhole, label)
@@ -283,17 +287,36 @@ def _flat(matrix: Any, label: str) -> list[float]:
 
 
 def _found(folder: Path, name: str) -> Path:
-    """Returns the path that a file names, maybe in the style of Windows."""
-    path = folder / name
-    return folder / name.replace("\\", "/") if "\\" in name and not path.is_file() else path
-
-
-def _image_path(folder: Path, file_path: str) -> Path:
-    """Returns the image that a frame names, with or without its extension, maybe in the style of Windows."""
-    path = _found(folder, file_path)
-    if path.is_file() or path.suffix in EXTENSIONS:
+    """Returns the path that a file names, maybe in the style of Windows. Of an absolute path of another
+    machine, the longest end counts that is in the folder."""
+    if (path := folder / name).is_file():
         return path
-    for extension in EXTENSIONS if path.name else ():
-        if (found := path.with_name(path.name + extension)).is_file():
-            return found
-    raise UserError(f"{path}: no such image, also not as .png or .jpg. Restore it, or remove the frame.")
+    plain = PureWindowsPath(name)  # takes both kinds of slashes
+    absolute = bool(plain.root or plain.drive)
+    for first in range(1, len(plain.parts)) if absolute else ():
+        if (end := folder.joinpath(*plain.parts[first:])).is_file():
+            return end
+    return path if absolute else folder / plain.as_posix()
+
+
+def _image_path(folder: Path, file_path: str) -> Path | None:
+    """Returns the image that a frame names, with or without its extension; None if it is not there."""
+    for extension in ("", *EXTENSIONS):
+        if (path := _found(folder, file_path + extension)).is_file():
+            return path
+    return None
+
+
+def _present(folder: Path, frames: list[Frame], file: Path, notes: list[str]) -> list[tuple[Frame, Path]]:
+    """Returns the frames whose images are there, with these. Some files, such as instant-ngp's fox, list
+    pictures that were sorted out; where half or more are absent, a folder is."""
+    found = [(frame, _image_path(folder, frame["file_path"])) for frame in frames]
+    lost = [frame["file_path"] for frame, path in found if path is None]
+    if 2 * len(lost) >= len(frames):
+        raise UserError(
+            f"{folder / lost[0]}: no such image, also not as .png, .jpg or .webp; {len(lost)} of "
+            f"{len(frames)} that {file.name} lists are absent. Restore them, or remove their frames."
+        )
+    if lost:
+        notes.append(f"{file}: left out, as their images are absent: {listed([*map(one_line, lost)])}")
+    return [(frame, path) for frame, path in found if path is not None]
