@@ -235,7 +235,7 @@ def test_transforms_that_cannot_be_used(tmp_path, change, message):
 @pytest.mark.parametrize("start", ["C:\\Users\\me\\shoe\\", "/home/me/shoe/", "D:/shoe/"])
 def test_transforms_with_absolute_paths_of_another_machine(tmp_path, start):
     cameras = around(4)
-    write_transforms(tmp_path / "one", cameras, pictures(cameras), rotation=0.3)
+    write_transforms(tmp_path / "one", cameras, pictures(cameras), rotation=0.3, camera_angle_x=0.9)
     file = tmp_path / "one" / "transforms.json"
     meta = json.loads(file.read_text())
     for number, frame in enumerate(meta["frames"]):
