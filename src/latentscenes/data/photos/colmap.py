@@ -31,6 +31,11 @@ PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 """File endings of photographs."""
 FEWEST = 10
 """Least number of photographs of an object."""
+UNPLACED = (
+    "Photographs that COLMAP cannot place overlap too little, are blurred, or show too little texture: take "
+    "more, with a patterned cloth or newspaper under the object, and run COLMAP again. Or remove the "
+    "photographs without a pose from images/."
+)
 PARTS = "cameras", "images"
 """Files of a model that are read."""
 WIDEST = 3.0
@@ -123,9 +128,8 @@ def read_photographs(folder: Path) -> tuple[list[Photograph], int]:
     if len(photographs) < max(FEWEST, present / 2):
         raise UserError(
             f"{source}: has {len(photographs)} of the {present} photographs in {images}; at least {FEWEST} "
-            "and half of them are needed. Photographs that COLMAP cannot place overlap too little, are "
-            "blurred, or show too little texture: take more, with a patterned cloth or newspaper under the "
-            "object, and run COLMAP again. Or remove the photographs without a pose from images/."
+            "and half of them are needed. "
+            f"{UNPLACED if len(photographs) < present else 'Take more, and run COLMAP again.'}"
         )
     photographs.sort(key=lambda photograph: natural_key(photograph.name))
     return photographs, present - len(photographs)
