@@ -438,6 +438,23 @@ def test_meshopt_is_read_where_its_package_is(tmp_path):
     assert corner_colors(path).tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_indices_packed_by_meshopt(tmp_path, width):
+    codec = pytest.importorskip("meshoptimizer", reason="meshoptimizer is not installed")
+    corners = np.array([0, 1, 2, 0, 2, 3], np.uint32)
+    packed = np.frombuffer(bytes(codec.encode_index_buffer(corners, 6, 4)), np.uint8)
+
+    def changes(content):
+        view = {"buffer": 0, "mode": "TRIANGLES", "count": 6, "byteStride": width}
+        view |= {key: content["bufferViews"][3][key] for key in ("byteOffset", "byteLength")}
+        extensions = {"EXT_meshopt_compression": view}
+        content["bufferViews"][2] = {"buffer": 1, "byteLength": 6 * width, "extensions": extensions}
+        content["accessors"][2]["componentType"] = {2: 5123, 4: 5125}[width]
+
+    path = write_glb(tmp_path / "q.glb", changes, {"packed": packed}, quarters())
+    assert corner_colors(path).tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+
+
 # Shared cases
 
 

@@ -144,7 +144,8 @@ class GltfFile:
             if mode == "ATTRIBUTES":
                 return self._attributes(codec, packed, data)
             decode = codec.decode_index_buffer if mode == "TRIANGLES" else codec.decode_index_sequence
-            return np.asarray(decode(count, stride, data)).astype({2: "<u2", 4: "<u4"}[stride]).tobytes()
+            found = decode(count, 4, data)  # the package's array has 4 bytes a number, whatever is asked for
+            return np.asarray(found).astype({2: "<u2", 4: "<u4"}[stride]).tobytes()
         except (RuntimeError, ValueError) as error:
             raise self.error(f"its meshopt data cannot be read ({error})") from None
 
