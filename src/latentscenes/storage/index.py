@@ -318,9 +318,8 @@ class Index(EntryChecks):
             tags = json.dumps(info.tags) if info.tags else "{}"
             checks = {"name_check": check_of(info.name), "tags_check": check_of(tags)}
             values = vars(info) | place | {"tags": tags} | checks
-            scene = run(
-                f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
-            ).lastrowid
+            question = f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})"
+            scene = run(question, values).lastrowid
             if png is not None:
                 pictures.append((scene, png, check_of(png)))
         self._connection.executemany(
