@@ -192,7 +192,9 @@ export class Renderer {
     gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
     gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, target, 0);
     gl.viewport(0, 0, width, height);
-    gl.useProgram(this.#program(scene.render, probeShader).program);
+    const {program, at} = this.#program(scene.render, probeShader), side = 2 * Math.max(...scene.box.half) / CELLS;
+    gl.useProgram(program);
+    gl.uniform1f(at("least"), -Math.log1p(-CLEAR) * scene.unit / side);
     this.#bind(held);
     gl.drawArrays(gl.TRIANGLES, 0, 3);
     gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, found);
@@ -253,14 +255,13 @@ function smooth(gl, target, filter) {
 }
 
 /** Sorts the cells of the grid, from the picture that the probe shader draws. */
-function sorted(found, {render, box, unit}) {
+function sorted(found, {render}) {
   const count = CELLS ** 3, cells = new Uint8Array(count);
   if (render.view_direction) return cells.fill(MATTER); // density depends on the side it is seen from
-  const least = -Math.log1p(-CLEAR) / (2 * Math.max(...box.half) / CELLS / unit), level = 255 * least / (least + 1);
   const dense = new Uint8Array(count), solid = new Uint8Array(count);
   const open = new Uint8Array(count); // cells that the space around the object may reach
   for (let k = 0; k < count; k++) {
-    dense[k] = Number(found[4 * k] > level);
+    dense[k] = Number(found[4 * k] > 127);
     const [red, green, blue] = found.subarray(4 * k + 1, 4 * k + 4);
     open[k] = Number(!dense[k] || Math.min(red, green, blue) >= LEAST_WHITE);
   }

@@ -122,12 +122,13 @@ vec4 field(vec3 p, vec3 toward) {
 }
 
 /**
- * Writes density / (density + 1) and color of all cells of the grid, from the places that
+ * Writes of all cells of the grid whether their density exceeds `least`, and their color, from the places that
  * rendering/occupancy.py looks up, too: the mean of the density, and the color of the densest.
  */
 export function probeShader(render) {
   const count = Math.min(Math.ceil(render.resolution / CELLS), LOOKUPS);
   return `${field(render)}
+uniform float least;
 out vec4 written;
 void main() {
   ivec2 place = ivec2(gl_FragCoord.xy);
@@ -144,7 +145,7 @@ void main() {
     }
   }
   float density = sum / ${(count * count).toFixed(1)};
-  written = vec4(density / (density + 1.0), 0.5 + 0.5 * densest.yzw);
+  written = vec4(density > least ? 1.0 : 0.0, 0.5 + 0.5 * densest.yzw);
 }`;
 }
 
