@@ -119,7 +119,7 @@ class Drawn:
             info = SceneInfo(
                 f"object_{number:07d}", "int4", payload_bytes(payload), "exploit", "/data/drawn", "new",
                 f"object_{number:07d}", "2026-01-01T00:00:00+00:00", 2.0, 4.0, 30 + number % 7 / 10, 0.1,
-                {"category": f"kind {number % 23}", "license": "CC0-1.0"},
+                tags={"category": f"kind {number % 23}", "license": "CC0-1.0"},
             )  # fmt: skip
             found.append(NewScene(info, payload, self._pictures[number % KINDS]))
         return found

@@ -44,7 +44,7 @@ def scene(name, seed, precision="int8", dataset="/data", source=None):
     payload = pack(rows, precision)
     info = SceneInfo(
         name, precision, payload_bytes(payload), "exploit", dataset, "new", source or name,
-        "2026-01-01T00:00:00+00:00", 2.0, 1.5, 30.0 + seed, 0.01, {"seed": seed},
+        "2026-01-01T00:00:00+00:00", 2.0, 1.5, 30.0 + seed, 0.01, tags={"seed": seed},
     )  # fmt: skip
     return NewScene(info, payload, f"picture of {name}".encode())
 

@@ -68,11 +68,13 @@ def test_a_stop_while_a_package_loads_comes_at_its_next_module(capsys, tmp_path,
 
 
 def program(words, folder, **changes):
-    """Runs `python -m latentscenes`, which finds modules in a folder first."""
+    """Runs `python -m latentscenes`, which finds modules in a folder first, and hears Ctrl-C also where the
+    tests do not, as in the background of a shell."""
     path = os.pathsep.join([str(folder), *sys.path])
     return subprocess.run(
         [sys.executable, "-m", "latentscenes", *words],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | changes, timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
