@@ -1,5 +1,8 @@
 """Native fusion and total variation against torch: values and gradients, odd sizes, every option."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -90,3 +93,15 @@ def test_same_inputs_same_bits():
         return [planes, *gradients(planes, [rows.micro, rows.weights, shared], upstream)]
 
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+def test_gradients_do_not_load_the_compiler_of_torch():
+    """It takes a second, in each process that learns."""
+    script = (
+        "import sys, torch\nfrom latentscenes.rendering.kernels import native\n"
+        "micro, bases = (torch.rand(2, 3, 4, 4, 2, requires_grad=True) for _ in range(2))\n"
+        "planes = native.compose(micro, torch.rand(2, 2), torch.zeros(2, 0), bases, 'concat')\n"
+        "native.total_variation(planes).backward()\n"
+        "assert micro.grad.abs().sum() > 0 and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
