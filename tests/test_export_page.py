@@ -2,12 +2,14 @@
 requests."""
 
 import base64
+import contextlib
 import io
 import json
 import re
 import shutil
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -166,4 +168,29 @@ def test_page_in_a_browser(tmp_path):
             not page.problems
             and [request for request in page.requests if not request.startswith("file:")] == []
         )
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_page_prints_all_pictures(tmp_path):
+    """Also those below the screen, and where printers leave backgrounds out."""
+    pytest.importorskip("websockets")
+    one, profile = egg(), tmp_path / "profile"
+    names = [f"egg {k}" for k in range(12)]
+    many = SceneSet.of_table(one.model, mean_parameters(12, one.parameters("egg")), names)
+    write_page(tmp_path / "page.html", many, VIEW, names, frames=4)
+    profile.mkdir()
+    with browser(profile, 400, 300) as new:
+        page = new()
+        page.open(f"file://{tmp_path}/page.html")
+        shown = "document.querySelectorAll('.view[style*=webp]').length"
+        page.wait(f"document.querySelectorAll('figure').length === 12 && {shown} > 0")
+        assert page.evaluate(shown) < 12
+        printed = base64.b64decode(page.command("Page.printToPDF", printBackground=False)["data"])
+        page.wait(f"{shown} < 12")  # those out of sight are released again
+    drawn = 0
+    for start in re.finditer(rb"stream\r?\n", printed):
+        with contextlib.suppress(zlib.error):  # pictures and fonts are streams, too
+            drawn += len(re.findall(rb"/X\d+ Do", zlib.decompressobj().decompress(printed[start.end() :])))
+    assert drawn == 12
     shutil.rmtree(profile, ignore_errors=True)

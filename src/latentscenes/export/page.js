@@ -102,6 +102,8 @@ const all = scenes.map(scene => new Turning(scene, false)), of = new Map(all.map
 list.append(...all.map(turning => turning.figure));
 const watcher = new IntersectionObserver(entries => entries.forEach(entry => of.get(entry.target).show(entry.isIntersecting)), {rootMargin: "200px"});
 all.forEach(turning => watcher.observe(turning.figure));
+addEventListener("beforeprint", () => all.forEach(turning => turning.show(true)));
+addEventListener("afterprint", () => all.forEach(({figure}) => { watcher.unobserve(figure); watcher.observe(figure); }));
 
 const filter = document.getElementById("filter"), play = document.getElementById("play");
 filter.hidden = scenes.length < 9;
