@@ -15,6 +15,7 @@ import pytest
 from latentscenes.core.errors import UserError
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore
 from latentscenes.storage import maintenance, recovery
+from latentscenes.storage.entries import Totals
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.joining import join
 from latentscenes.storage.library import LibraryFolder, NewScene
@@ -164,6 +165,85 @@ def test_a_scene_that_is_looked_for_elsewhere_stays(library, place):
         with pytest.raises(UserError, match="does not lie where the index says"):
             change(spoiled)
     assert {file.name for file in (library.path / "shards").iterdir()} == files
+
+
+# Totals
+
+
+def totals_of(library: LibraryFolder) -> Totals:
+    """The totals, which must be kept, and those of the rows."""
+    infos = library.index.infos()
+    known = [info.psnr for info in infos if info.psnr is not None]
+    right = Totals(len(infos), sum(info.bytes for info in infos), sum(known) / len(known) if known else None)
+    for found in (library.index.totals(), library.index._kept()):
+        assert found[:2] == right[:2]
+    assert library.index.totals().psnr == (right.psnr and pytest.approx(right.psnr, abs=1e-9))
+    return right
+
+
+def test_totals_are_kept_by_every_change(library):
+    first, payload = library.index.infos()[0], library.payload("other")
+
+    def append(name, psnr):
+        info = replace(first, name=name, source=name, psnr=psnr)
+        library.append([NewScene(info, payload, b"\x89PNG another")])
+
+    before = totals_of(library)
+    append("good", 40.0)
+    append("unknown", None)
+    assert totals_of(library).count == before.count + 2
+    with pytest.raises(UserError, match="there already"):
+        append("good", 20.0)
+    with pytest.raises(ZeroDivisionError), library.writing(), library.index.transaction():
+        library.index.remove(["good"])
+        raise ZeroDivisionError
+    assert totals_of(library).count == before.count + 2
+    library.rename("good", "better")
+    library.tag("better", {"a": 1})
+    totals_of(library)
+    library.remove(["armchair"])
+    assert totals_of(library).count == before.count + 1
+    maintenance.compact(library)
+    size = totals_of(library).bytes
+    assert maintenance.repack(library, "int3") and totals_of(library).bytes < size
+    library.remove(library.index.names())
+    assert totals_of(library) == (0, 0, None)
+    append("new", 30.0)
+    assert totals_of(library).psnr == 30
+
+
+def test_totals_of_earlier_versions_are_counted(library, tmp_path):
+    """An index without totals gets them by its first change; versions that know none leave them outdated."""
+    old = LibraryFolder.open(shutil.copytree(KEPT / "library", tmp_path / "old"))
+    assert old.index._kept() is None and old.index.totals().count == len(old.index.names())
+    old.rename(old.index.names()[0], "another")
+    totals_of(old)
+    for statement in (
+        "DELETE FROM scenes WHERE name = 'armchair'",
+        "INSERT INTO scenes (name, shard, row, checksum, precision, bytes, origin, source, added, tags) "
+        "SELECT 'new', shard, row, checksum, precision, 7, origin, source, added, tags FROM scenes LIMIT 1",
+    ):
+        count = library.index.totals().count
+        library = changed(library, statement)
+        assert library.index._kept() is None and not library.index.totals_are_damaged()
+        assert abs(library.index.totals().count - count) == 1
+    library.tag("other", {"a": 1})
+    totals_of(library)
+
+
+def test_damaged_totals_are_named_and_mended(library):
+    right = totals_of(library)
+    for statement in (
+        "UPDATE totals SET bytes = bytes + 1", "UPDATE totals SET psnr = 'x'",
+        "UPDATE totals SET row_check = row_check + 1", "UPDATE scenes SET bytes = 7 WHERE name = 'other'",
+    ):  # fmt: skip
+        library = changed(library, statement)
+        assert any("its totals are not those" in damage.what for damage in verify(library))
+        assert "scenes" in statement or library.index.totals() == right
+        library.close()
+        recovery.rebuild(library.path)
+        library = LibraryFolder.open(library.path)
+        assert verify(library) == [] and totals_of(library) == right
 
 
 def test_entries_out_of_order_do_not_keep_verify_busy(library, monkeypatch):

@@ -46,6 +46,9 @@ def check_of(value: str | bytes) -> int:
 class EntryChecks:
     """The part of an index that deals with these checksums."""
 
+    _recount = False
+    """Whether the transaction changes or removes rows that were there before."""
+
     def _ask(self, question: str, *values: Any) -> list[tuple]:
         raise NotImplementedError
 
@@ -107,7 +110,7 @@ class EntryChecks:
 
     def correct(self, info: SceneInfo) -> None:
         """Writes all metadata of the scene of this name anew."""
-        text = json.dumps(info.tags)
+        self._recount, text = True, json.dumps(info.tags)
         values = {key: value for key, value in vars(info).items() if key != "name"}
         values |= {"tags": text, "tags_check": check_of(text)}
         assigned = ", ".join(f"{key} = ?" for key in values)
@@ -119,6 +122,7 @@ class EntryChecks:
 
     def relist(self, shards: dict[int, int]) -> None:
         """States anew how many scenes were written into shards. Removes thumbnails of no scene."""
+        self._recount = True
         for shard, count in shards.items():
             self._ask("INSERT OR REPLACE INTO shards (id, scenes) VALUES (?, ?)", shard, count)
         self._ask("DELETE FROM thumbnails WHERE scene NOT IN (SELECT id FROM scenes)")

@@ -21,8 +21,9 @@ from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import short, tagged, tags_text, unknown_scene
-from latentscenes.storage.entries import SceneInfo, Totals, scene_info
-from latentscenes.storage.entry_checks import COLUMNS, EntryChecks, check_of
+from latentscenes.storage.entries import SceneInfo, scene_info
+from latentscenes.storage.entry_checks import COLUMNS, check_of
+from latentscenes.storage.index_totals import TABLE, IndexTotals
 from latentscenes.storage.sqlite import address, guard
 
 FILE = "index.sqlite"
@@ -50,6 +51,7 @@ CREATE TABLE thumbnails (
   scene INTEGER PRIMARY KEY REFERENCES scenes (id) ON DELETE CASCADE, png BLOB NOT NULL,
   png_check INTEGER
 );
+{TABLE};
 PRAGMA user_version = {VERSION};
 """
 
@@ -63,7 +65,7 @@ class Place:
     checksum: str
 
 
-class Index(EntryChecks):
+class Index(IndexTotals):
     """An opened index. Threads may share it."""
 
     def __init__(self, path: Path):
@@ -153,11 +155,6 @@ class Index(EntryChecks):
     def names(self) -> list[str]:
         """Returns all names in the order of addition."""
         return self._column("SELECT name FROM scenes ORDER BY id")
-
-    def totals(self) -> Totals:
-        """Returns the number of scenes, their size and mean PSNR."""
-        count, size, psnr = self._ask("SELECT count(*), total(bytes), avg(psnr) FROM scenes")[0]
-        return Totals(count, int(size), psnr)
 
     def first(self, count: int) -> list[SceneInfo]:
         """Returns the metadata of the first `count` scenes, in the order of addition."""
@@ -297,7 +294,8 @@ class Index(EntryChecks):
                 for table, column in self._lacking():
                     kind = COLUMNS[table][column]
                     self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
-                yield
+                with self._keeping_totals():
+                    yield
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:  # some errors have ended it already
@@ -328,6 +326,7 @@ class Index(EntryChecks):
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes scenes."""
+        self._recount = True
         self._connection.executemany("DELETE FROM scenes WHERE name = ?", [(name,) for name in names])
 
     def rename(self, old: str, new: str) -> None:
@@ -362,6 +361,7 @@ class Index(EntryChecks):
         self, name: str, checksum: str, precision: StoragePrecision, size: int, psnr_lost: float | None
     ) -> None:
         """Updates a scene that is stored at another precision: `size` in bytes, `psnr_lost` in dB."""
+        self._recount = True
         self._connection.execute(
             "UPDATE scenes SET checksum = ?, precision = ?, bytes = ?, psnr_lost = ? WHERE name = ?",
             (checksum, precision, size, psnr_lost, name),

@@ -25,8 +25,8 @@ FIXED = [entry.name for entry in fields(SceneInfo) if entry.name not in ("name",
 NAMED = 3
 """Scenes of an unlisted shard that `verify` names."""
 
-
 MENDED = "What its shard states is taken again by: latentscenes library rebuild"
+COUNTED = "They are counted again by: latentscenes library rebuild"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def _entry_damage(library: LibraryFolder) -> list[Damage]:
     found, index, path = [], library.index, library.path
     for name, part in dict.fromkeys(index.unlike()):
         found.append(Damage(name, f"its {part} in {FILE} changed since it was written. {MENDED} {path}"))
+    if index.totals_are_damaged():
+        found.append(Damage(FILE, f"its totals are not those of its scenes. {COUNTED} {path}"))
     for shard in index.unknown_shards():
         found.append(Damage(FILE, f"does not list shard {shard!r}, in which scenes lie. {MENDED} {path}"))
     for shard, (written, _) in index.shards().items():
