@@ -9,6 +9,7 @@ import tyro
 from latentscenes.cli.common import (
     CORES,
     CoreOptions,
+    Cores,
     require_dataset,
     require_parent,
     require_there,
@@ -118,10 +119,7 @@ def data_meshes(
         out: folder of the new dataset.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
-    require_there(folder)
-    if fit_to is not None:
-        require_parent(fit_to)
-    set_up(cores)
+    _prepare(folder, cores, fit_to)
     from latentscenes.data.meshes.importer import make_meshes
 
     make_meshes(folder, out, _fitted(options, fit_to), reading, choice)
@@ -147,10 +145,7 @@ def data_srn(
         intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
-    require_there(folder)
-    if fit_to is not None:
-        require_parent(fit_to)
-    set_up(cores)
+    _prepare(folder, cores, fit_to)
     from latentscenes.data.srn import make_srn
 
     options = _fitted(options, fit_to)
@@ -175,10 +170,7 @@ def data_transforms(
         axes: camera axes of the files.
         fit_to: model, run or library; each object is moved and scaled to just fit its box.
     """
-    require_there(folder)
-    if fit_to is not None:
-        require_parent(fit_to)
-    set_up(cores)
+    _prepare(folder, cores, fit_to)
     from latentscenes.data.transforms import make_transforms
 
     options = _fitted(options, fit_to)
@@ -204,11 +196,18 @@ def data_photos(
         held_out: views of each object kept for evaluation.
         boxes: one scene box for all objects (`common`), or one for each (`object`).
     """
-    require_there(folder)
-    set_up(cores)
+    _prepare(folder, cores)
     from latentscenes.data.photos.importer import make_photos
 
     _report(make_photos(folder, out, size=size, held_out=held_out, boxes=boxes, choice=choice))
+
+
+def _prepare(folder: Path, cores: Cores, fit_to: Path | None = None) -> None:
+    """Refuses a mistyped folder or model, before torch is loaded, and sets the number of threads."""
+    require_there(folder)
+    if fit_to is not None:
+        require_parent(fit_to)
+    set_up(cores)
 
 
 def _one_box(model: Path) -> "Box | None":

@@ -46,7 +46,7 @@ from latentscenes.core.files import (
 from latentscenes.core.names import check_name
 from latentscenes.core.runtime import seeded
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneParameters, random_parameters, scene_shapes
+from latentscenes.model.planes import SceneParameters, mean_parameters, random_parameters, scene_shapes
 from latentscenes.storage.records import (
     FIT_SCORES,
     METRICS,
@@ -310,6 +310,13 @@ class Run:
             tables["micro"] = read_micro(*place, stored_sums(self.newest(), self._remedy()))
         rows = self._scenes(tables)
         return model.to(device).eval().requires_grad_(False), rows.to(device)
+
+    def starting(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
+        """Returns the model of a finished run on a device, and the mean of its scenes, where new ones start
+        (n = 1, on the CPU). Raises a UserError as `load` and `require_finished` do."""
+        self.require_finished()
+        model, rows = self.load(device)
+        return model, mean_parameters(1, rows.to("cpu"))
 
     def _scenes(self, tables: dict[str, Tensor]) -> SceneParameters:
         """Checks the sizes of learned tables. Raises a UserError if they are not the configuration's."""

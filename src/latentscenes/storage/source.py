@@ -123,6 +123,10 @@ class SceneSource(ABC):
             tables["mixing"] = zero_mixing(1, self.config.planes)[0]
         return self.unpacked(tables, str(file))
 
+    def starting(self, device: torch.device | str = "cpu") -> tuple[Model, SceneParameters]:
+        """Returns the model on a device, and `starting_scene`."""
+        return self.model(device), self.starting_scene()
+
     # Scenes
 
     @abstractmethod

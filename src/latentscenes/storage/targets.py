@@ -123,7 +123,7 @@ class BucketTarget(Target):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        with self._asking(self.address):
+        with asking(self.address):
             if not self._exists(DESCRIPTION):
                 for batch in self._listing():
                     for entry in batch:
@@ -148,18 +148,8 @@ class BucketTarget(Target):
             return False
         return True
 
-    @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Turns errors of the object store into a UserError that names what was asked for."""
-        from obstore.exceptions import BaseError
-
-        try:
-            yield
-        except (BaseError, OSError) as error:
-            raise UserError(f"{what}: {store_reason(error)}") from None
-
     def sizes(self) -> dict[str, int]:
-        with self._asking(self.address):
+        with asking(self.address):
             return {
                 entry["path"]: entry["size"]
                 for batch in self._listing()
@@ -170,7 +160,7 @@ class BucketTarget(Target):
     def read(self, name: str, most: int = MOST_TEXT) -> bytes | None:
         import obstore
 
-        with self._asking(f"{self.address}/{name}"):
+        with asking(f"{self.address}/{name}"):
             try:
                 found = obstore.get(self.store, name)
                 if found.meta["size"] > most:
@@ -184,7 +174,7 @@ class BucketTarget(Target):
 
         kind = TYPES.get(Path(name).suffix, "application/octet-stream")
         keep = FOREVER if NAME.fullmatch(name) else "no-cache"
-        with self._asking(f"{self.address}/{name}"):
+        with asking(f"{self.address}/{name}"):
             attributes = {"Content-Type": kind, "Cache-Control": keep}
             try:
                 obstore.put(self.store, name, content, attributes=attributes)
@@ -194,8 +184,19 @@ class BucketTarget(Target):
     def remove(self, name: str) -> None:
         import obstore
 
-        with self._asking(f"{self.address}/{name}"):
+        with asking(f"{self.address}/{name}"):
             obstore.delete(self.store, name)
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turns errors of an object store into a UserError that names what was asked for."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        raise UserError(f"{what}: {store_reason(error)}") from None
 
 
 def store_reason(error: Exception) -> str:

@@ -6,14 +6,13 @@ renewed it since they last looked. Claims (claims.py) need no more.
 
 import os
 import uuid
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, sync, writing_to
-from latentscenes.storage.targets import store_reason
+from latentscenes.storage.targets import asking
 
 
 @runtime_checkable
@@ -105,7 +104,7 @@ class BucketBoard:
     def names(self) -> list[str]:
         import obstore
 
-        with self._asking(self._folder):
+        with asking(self.address):
             found = [entry["path"] for batch in obstore.list(self._store, self._folder) for entry in batch]
         return [path.rpartition("/")[2] for path in found if path.rpartition("/")[0] == self._folder]
 
@@ -115,7 +114,7 @@ class BucketBoard:
     def read(self, name: str) -> tuple[str, Hashable] | None:
         import obstore
 
-        with self._asking(name):
+        with asking(f"{self.address}/{name}"):
             try:
                 found = obstore.get(self._store, f"{self._folder}/{name}")
                 text = bytes(found.bytes()).decode(errors="replace")
@@ -132,7 +131,7 @@ class BucketBoard:
         from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
 
         text, path = f"{content}\n{uuid.uuid4().hex}", f"{self._folder}/{name}"
-        with self._asking(name):
+        with asking(f"{self.address}/{name}"):
             try:
                 tag = obstore.put(self._store, path, text.encode(), mode=condition)["e_tag"]
             except (AlreadyExistsError, PreconditionError):
@@ -155,20 +154,11 @@ class BucketBoard:
     def remove(self, name: str) -> None:
         import obstore
 
-        with self._asking(name):
+        with asking(f"{self.address}/{name}"):
             try:
                 obstore.delete(self._store, f"{self._folder}/{name}")
             except FileNotFoundError:
                 pass
-
-    @contextmanager
-    def _asking(self, name: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError
-
-        try:
-            yield
-        except (BaseError, OSError) as error:
-            raise UserError(f"{self.address}/{name}: {store_reason(error)}") from None
 
 
 def created(file: Path, content: str) -> bool:

@@ -13,8 +13,7 @@ from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages
-from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneParameters, mean_parameters
+from latentscenes.model.planes import mean_parameters
 from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, refuse_foreign
 from latentscenes.storage.pretrained import open_parent, refuse_no_stages, refuse_other_settings  # fmt: skip
@@ -85,7 +84,8 @@ def finetune(
     refuse_cut_off(images, parent)
     say(f"Shared parts keep learning. {out} becomes a library of {counted(len(scenes), 'new scene')} only.")
     names, data = [scene.name for scene in scenes], str(images.path.resolve())
-    model, mean, info = _parts(parent, images, options.precision or "int8", device)
+    model, mean = parent.starting(device)
+    info = _info(parent, images, options.precision or "int8")
     run_info = RunInfo("exploit", data, "new", names, info.box, info.parent)
     sweep(out / "work", None)
     run = Run.create(out / "work" / "finetune", config, run_info)
@@ -105,15 +105,7 @@ def finetune(
     return library
 
 
-def _parts(
-    parent: Run | LibraryFolder, images: PosedImages, precision: StoragePrecision, device: torch.device
-) -> tuple[Model, SceneParameters, LibraryInfo]:
-    """The model, where new scenes start, and the description of a library that starts from these."""
-    origin = str(parent.path.resolve())
-    if isinstance(parent, LibraryFolder):
-        info = dataclasses.replace(parent.info, precision=precision, finetuned_from=origin)
-        return parent.model(device), parent.starting_scene(), info
-    parent.require_finished()
-    model, parameters = parent.load(device)
-    info = dataclasses.replace(library_info(parent, images, precision), finetuned_from=origin)
-    return model, mean_parameters(1, parameters), info
+def _info(parent: Run | LibraryFolder, images: PosedImages, precision: StoragePrecision) -> LibraryInfo:
+    """Describes a library whose model starts as that of `parent`."""
+    known = parent.info if isinstance(parent, LibraryFolder) else library_info(parent, images, precision)
+    return dataclasses.replace(known, precision=precision, finetuned_from=str(parent.path.resolve()))

@@ -22,7 +22,7 @@ from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
 from latentscenes.data.placing import UPRIGHT, fitting, object_box, place, turn_of, turned_box
 from latentscenes.model.model import Model
-from latentscenes.model.planes import SceneParameters, mean_parameters
+from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.add import quick
@@ -92,11 +92,7 @@ def errors_by_way(
     """Returns the mean squared error of some new objects after a few steps of learning, for the ways of WAYS
     that are best after fewer steps, and for AS_IT_IS."""
     scenes = images.select("new", limit=TRIED)
-    if isinstance(learned, LibraryFolder):
-        model, start = learned.model(device), learned.starting_scene()
-    else:
-        model, rows = learned.load(device)
-        start = mean_parameters(1, rows)
+    model, start = learned.starting(device)
     views = max(len(scene.views("fit")) for scene in scenes)
     boxes = [object_box(images, scene) for scene in scenes]
     settings = _without_micro(quick(config, views, ROUGH_STEPS))

@@ -147,12 +147,7 @@ def for_exploit(
     config: Config, images: PosedImages, parent: Run | LibraryFolder, limit: int | None, device: torch.device
 ) -> Config:
     """Returns the configuration of a new library, with as many scenes a step as fill the device."""
-    if isinstance(parent, LibraryFolder):
-        model, start = parent.model(device), parent.starting_scene()
-    else:
-        parent.require_finished()
-        model, rows = parent.load(device)
-        start = mean_parameters(1, rows.to("cpu"))
+    model, start = parent.starting(device)
     scenes = images.select("new", limit=limit)
     return with_scenes(config, "exploit", probed(config, "exploit", model, start, (images, scenes)))
 

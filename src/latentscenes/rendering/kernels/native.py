@@ -6,7 +6,7 @@ Gradients reach planes, network, origins and directions of rays; not near, far o
 import ctypes
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -128,6 +128,22 @@ def _march(tensors: Sequence[Tensor], axes: str, aggregation: str, skip: float, 
     return results
 
 
+def marched(ctx, march: Callable[..., list[Tensor]], given: Sequence) -> tuple[Tensor, ...]:
+    """Returns features, depth and opacity by `march`, for INPUTS, options, and whether gradients are wanted.
+    If so, saves the tensors and options for the backward pass."""
+    inputs, options, keep = (
+        [tensor.contiguous() for tensor in given[: len(INPUTS)]],
+        given[len(INPUTS) : -1],
+        given[-1],
+    )
+    results = march(inputs, *options, keep)
+    if keep:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *results[3:])
+        ctx.options = options
+    return tuple(results[:3])
+
+
 class _Render(torch.autograd.Function):
     """Takes INPUTS, then axes, aggregation, skip and whether gradients are wanted. Returns features, depth
     and opacity. Not an operator of torch's library: the first call of one loads torch's compiler, which
@@ -135,14 +151,7 @@ class _Render(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *given):
-        *tensors, axes, aggregation, skip, keep = given
-        inputs = [tensor.contiguous() for tensor in tensors]
-        results = _march(inputs, axes, aggregation, skip, keep)
-        if keep:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs, *results[3:])
-            ctx.options = axes, aggregation, skip
-        return tuple(results[:3])
+        return marched(ctx, _march, given)
 
     @staticmethod
     @once_differentiable
@@ -156,7 +165,7 @@ class _Render(torch.autograd.Function):
             call("latentscenes_backward", _problem(inputs, *ctx.options), [*ups, *saved, *gradients])
         else:
             gradients = [gradient.zero_() for gradient in gradients]
-        return *_only(gradients, wanted), *8 * [None]
+        return *only(gradients, wanted), *8 * [None]
 
 
 def _empty(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -166,7 +175,7 @@ def _empty(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     ]
 
 
-def _only(gradients: list[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+def only(gradients: list[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
@@ -250,7 +259,7 @@ class _Compose(torch.autograd.Function):
         gradients = _empty((micro, weights, bias, bases), wanted)
         arguments = [weights, bases, upstream.contiguous(), *gradients]
         call("latentscenes_compose_backward", _fusion(micro, weights, bases, ctx.add), arguments)
-        return *_only(gradients, wanted), None
+        return *only(gradients, wanted), None
 
 
 def compose(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from latentscenes.rendering import march
 from latentscenes.rendering.kernels import triton_field, triton_march
-from latentscenes.rendering.kernels.native import INPUTS, SKIP, outputs
+from latentscenes.rendering.kernels.native import INPUTS, SKIP, marched, only, outputs
 
 FORWARD_BLOCK, BACKWARD_BLOCK, WARPS = 64, 32, 8
 """Points and warps of a program of the field's kernels. With more points or fewer warps, the compiler runs
@@ -197,14 +197,7 @@ class _Render(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *given):
-        *tensors, axes, aggregation, precision, skip, keep = given
-        inputs = [tensor.contiguous() for tensor in tensors]
-        results = _march(inputs, axes, aggregation, precision, skip, keep)
-        if keep:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs, *results[3:])
-            ctx.options = axes, aggregation, precision, skip
-        return tuple(results[:3])
+        return marched(ctx, _march, given)
 
     @staticmethod
     @once_differentiable
@@ -219,8 +212,7 @@ class _Render(torch.autograd.Function):
         ]
         wanted = [needed[0], *4 * [any(needed[1:5])]]
         gradients = _gradients(ups, saved, inputs, *ctx.options, wanted)
-        found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-        return *found, *11 * [None]
+        return *only(gradients, wanted), *11 * [None]
 
 
 def render(
