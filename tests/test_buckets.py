@@ -12,11 +12,11 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions, chosen_rank
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.targets import BucketTarget, object_store, open_target
-from latentscenes.training import bucket as module
-from latentscenes.training import ranks as ranks_module
-from latentscenes.training.boards import BucketBoard, FolderBoard
-from latentscenes.training.bucket import exploit_in_bucket, fetched_parts
-from latentscenes.training.claims import Claims
+from latentscenes.training.sharing import bucket as module
+from latentscenes.training.sharing import ranks as ranks_module
+from latentscenes.training.sharing.boards import BucketBoard, FolderBoard
+from latentscenes.training.sharing.bucket import exploit_in_bucket, fetched_parts
+from latentscenes.training.sharing.claims import Claims
 
 ADDRESS = "s3://bucket/boxes"
 

@@ -19,10 +19,10 @@ from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions
 from latentscenes.storage.run import Run
-from latentscenes.training import loop, ranks
-from latentscenes.training.engines import local, slurm
+from latentscenes.training import loop
 from latentscenes.training.exploit import exploit
-from latentscenes.training.ranks import RankCall
+from latentscenes.training.sharing import local, ranks, slurm
+from latentscenes.training.sharing.ranks import RankCall
 
 
 class SlowCall(RankCall):
@@ -189,7 +189,7 @@ def test_actors_and_nodes_of_ray_that_die(call, alone, monkeypatch):  # noqa: F8
     ray = pytest.importorskip("ray", reason=RAY)
     from ray.cluster_utils import Cluster
 
-    from latentscenes.training.engines import ray as engine
+    from latentscenes.training.sharing import ray as engine
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster, learned = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), []

@@ -16,10 +16,11 @@ from latentscenes.model.model import Model
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.run import Run
-from latentscenes.training import preparing, probe, ranks
+from latentscenes.training import preparing, probe
 from latentscenes.training.exploit import exploit
 from latentscenes.training.probe import Trial, fewest, tried
-from latentscenes.training.ranks import exploit_rank
+from latentscenes.training.sharing import ranks
+from latentscenes.training.sharing.ranks import exploit_rank
 
 CPU = torch.device("cpu")
 AUTO = ExploitOptions(precision="float32", stage_one=False, scenes="auto")

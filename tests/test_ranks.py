@@ -27,15 +27,15 @@ from latentscenes.data.writing import DatasetWriter
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.verifying import verify
-from latentscenes.training import claims as leases
 from latentscenes.training import groups
-from latentscenes.training import ranks as module
 from latentscenes.training.batches import BatchSource
-from latentscenes.training.claims import Claims, own_name
 from latentscenes.training.exploit import exploit
 from latentscenes.training.groups import GroupLearner
-from latentscenes.training.plan import PLAN, Plan, agreed
-from latentscenes.training.ranks import exploit_rank
+from latentscenes.training.sharing import claims as leases
+from latentscenes.training.sharing import ranks as module
+from latentscenes.training.sharing.claims import Claims, own_name
+from latentscenes.training.sharing.plan import PLAN, Plan, agreed
+from latentscenes.training.sharing.ranks import exploit_rank
 
 CPU = torch.device("cpu")
 COUNT = 6
@@ -185,7 +185,7 @@ from latentscenes.core.ranks import RankOptions, chosen_rank
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.ranks import exploit_rank
+from latentscenes.training.sharing.ranks import exploit_rank
 loop.SAVE_SECONDS = 0.0
 save = Run.save
 Run.save = lambda *given: (save(*given), time.sleep(float(sys.argv[5])))  # time to be killed in

@@ -15,7 +15,7 @@ from latentscenes.core.ranks import RankOptions, chosen_rank
 
 if TYPE_CHECKING:
     from latentscenes.core.config import Config
-    from latentscenes.training.ranks import RankCall
+    from latentscenes.training.sharing.ranks import RankCall
 
 
 def learn_share(
@@ -36,7 +36,7 @@ def learn_share(
         )
     if ranks.engine is not None:
         from latentscenes.core.config_io import dump
-        from latentscenes.training.ranks import RankCall
+        from latentscenes.training.sharing.ranks import RankCall
 
         parts = ranks.parts and ranks.parts.absolute()
         call = RankCall(
@@ -52,14 +52,14 @@ def learn_share(
 
     if address:
         from latentscenes.storage.targets import open_target
-        from latentscenes.training.bucket import exploit_in_bucket
+        from latentscenes.training.sharing.bucket import exploit_in_bucket
 
         given = PosedImages.open(data), settings, run, options, device, (rank, ranks)
         share = exploit_in_bucket(open_target(address), *given)
         say(f"{address}: all scenes are learned. This process learned {share.groups} groups.")
         say(f"Join them into a library: latentscenes library join LIBRARY {address}")
         return
-    from latentscenes.training.ranks import exploit_rank
+    from latentscenes.training.sharing.ranks import exploit_rank
 
     share = exploit_rank(out, PosedImages.open(data), settings, run, options, device, (rank, ranks))
     say(f"{out}: all scenes are in the library. This process learned {share.groups} groups.")
@@ -87,12 +87,12 @@ def _start(call: "RankCall", ranks: RankOptions) -> None:
     """Starts ranks by an engine. Waits for those of Ray; those of SLURM go on by themselves."""
     count, needs = ranks.world_size, ranks.parsed_options()
     if ranks.engine == "ray":
-        from latentscenes.training.engines import ray
+        from latentscenes.training.sharing import ray
 
         ray.learn(call, count, ranks.address, needs)
         say(f"{call.out}: all scenes are in the library.")
     else:
-        from latentscenes.training.engines import slurm
+        from latentscenes.training.sharing import slurm
 
         jobs = slurm.submit(call, count, "slurm", needs)
         where = slurm.jobs_folder(call.out)
@@ -134,7 +134,7 @@ def library_join(
 def _fetched(address: str, folder: Path) -> dict[Path, list[str]]:
     """Fetches what ranks have learned in a bucket. Returns the scenes to take from each part."""
     from latentscenes.storage.targets import open_target
-    from latentscenes.training.bucket import fetched_parts
+    from latentscenes.training.sharing.bucket import fetched_parts
 
     only, missing = fetched_parts(open_target(address), folder)
     if not only:

@@ -38,11 +38,11 @@ from latentscenes.storage.library import START, LibraryFolder
 from latentscenes.storage.run import SETTINGS
 from latentscenes.storage.shards import NAME, shard_scenes
 from latentscenes.storage.targets import BucketTarget
-from latentscenes.training.boards import BucketBoard, created
-from latentscenes.training.claims import Claims, own_name
-from latentscenes.training.plan import PLAN, Plan, found_or_made, made, read_plan, refuse_other
 from latentscenes.training.preparing import settled
-from latentscenes.training.ranks import Share, Worker, items, opened, refuse_alone, teller
+from latentscenes.training.sharing.boards import BucketBoard, created
+from latentscenes.training.sharing.claims import Claims, own_name
+from latentscenes.training.sharing.plan import PLAN, Plan, found_or_made, made, read_plan, refuse_other
+from latentscenes.training.sharing.ranks import Share, Worker, items, opened, refuse_alone, teller
 
 SEED = f"model/{SHARED}", f"model/{START}", SETTINGS, DESCRIPTION
 """Files of a library without scenes. The last one makes it a library."""

@@ -14,7 +14,7 @@ processes learn one: the scenes of one of them are joined.
 
 No index is used by two machines at a time: each part has a single writer; the library is opened by the
 process that makes the plan, and by the one that joins. Processes of one machine need no parts: they append to
-the library itself (engines/local.py).
+the library itself (local.py).
 """
 
 import math
@@ -38,10 +38,19 @@ from latentscenes.storage.description import SHARED, read_description
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.training.claims import MOST_CLAIMS, Claims, own_name
 from latentscenes.training.groups import GroupLearner, remarks, sweep, told
-from latentscenes.training.plan import PARTS, PLAN, Plan, agreed, made, read_plan, refuse_other, remove_parts
 from latentscenes.training.preparing import settled
+from latentscenes.training.sharing.claims import MOST_CLAIMS, Claims, own_name
+from latentscenes.training.sharing.plan import (
+    PARTS,
+    PLAN,
+    Plan,
+    agreed,
+    made,
+    read_plan,
+    refuse_other,
+    remove_parts,
+)
 
 JOINING = "join"
 """Item that the process claims that joins, beside the groups."""

@@ -20,8 +20,8 @@ from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import SHARED
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
-from latentscenes.training.claims import Claims
 from latentscenes.training.preparing import groups_to_learn, library_for, settled
+from latentscenes.training.sharing.claims import Claims
 
 PARTS, PLAN = "parts", "plan.json"
 """Folder of a library where several ranks keep what they learn, and its file that says how they share it."""

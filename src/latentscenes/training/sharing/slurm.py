@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, writing_to
-from latentscenes.training.ranks import RankCall
+from latentscenes.training.sharing.ranks import RankCall
 
 if TYPE_CHECKING:
     from submitit import Job

@@ -26,9 +26,9 @@ from latentscenes.core.runtime import StopFlag, set_up
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.training.claims import MOST_CLAIMS, Claims
-from latentscenes.training.plan import Plan
-from latentscenes.training.ranks import GivenUp, Worker
+from latentscenes.training.sharing.claims import MOST_CLAIMS, Claims
+from latentscenes.training.sharing.plan import Plan
+from latentscenes.training.sharing.ranks import GivenUp, Worker
 
 PATIENCE = 600.0
 """Seconds without a step after which a process counts as hung."""

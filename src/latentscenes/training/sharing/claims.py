@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, sync, writing_to
-from latentscenes.training.boards import Board, FolderBoard, created
+from latentscenes.training.sharing.boards import Board, FolderBoard, created
 
 CLAIM, DONE = "claim", "done"
 RENEWALS = 4

@@ -11,7 +11,7 @@ from latentscenes.core.console import say
 from latentscenes.core.errors import Interrupted, UserError
 from latentscenes.core.processes import CHECK_SECONDS
 from latentscenes.core.runtime import StopFlag
-from latentscenes.training.ranks import RankCall
+from latentscenes.training.sharing.ranks import RankCall
 
 
 class Learner:

@@ -1,1 +1,0 @@
-"""Engines that start many ranks: on this machine, by SLURM, by Ray."""
