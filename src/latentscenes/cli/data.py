@@ -55,9 +55,9 @@ def data_cars(
     """Make a dataset of procedural cars. Nothing is downloaded.
 
     Args:
-        out: folder of the new dataset.
-        train: cars to learn in stage 1.
-        new: cars kept for stage 2.
+        out: Folder of the new dataset.
+        train: Cars to learn in stage 1.
+        new: Cars kept for stage 2.
     """
     set_up(cores)
     from latentscenes.data.synthetic.cars import make_cars
@@ -69,9 +69,9 @@ def data_place(folder: Path, out: Path, fit_to: Path | None = None, placing: Pla
     """Turn, scale or fit the objects of a dataset, by moving its cameras.
 
     Args:
-        folder: the dataset.
-        out: folder of the new dataset.
-        fit_to: model, run or library; after turning, each object is moved and scaled to just fit its box.
+        folder: The dataset.
+        out: Folder of the new dataset.
+        fit_to: Model, run or library; after turning, each object is moved and scaled to just fit its box.
     """
     if fit_to is not None:
         require_parent(fit_to)
@@ -87,8 +87,8 @@ def data_join(folders: tuple[Path, ...], out: Path) -> None:
     """Join datasets, to learn several classes at once.
 
     Args:
-        folders: two or more datasets with images of one size and different scene names.
-        out: folder of the new dataset. Splits and held-out views are kept.
+        folders: Two or more datasets with images of one size and different scene names.
+        out: Folder of the new dataset. Splits and held-out views are kept.
     """
     for folder in folders:
         require_dataset(folder)
@@ -115,9 +115,9 @@ def data_meshes(
     The same command continues a stopped import.
 
     Args:
-        folder: a folder, searched with its subfolders and the archives in it; an archive; or one mesh.
-        out: folder of the new dataset.
-        fit_to: model, run or library; each object is moved and scaled to just fit its box.
+        folder: A folder, searched with its subfolders and the archives in it; an archive; or one mesh.
+        out: Folder of the new dataset.
+        fit_to: Model, run or library; each object is moved and scaled to just fit its box.
     """
     _prepare(folder, cores, fit_to)
     from latentscenes.data.meshes.importer import make_meshes
@@ -138,12 +138,12 @@ def data_srn(
     """Import objects in the ShapeNet-SRN layout, or an EG3D export with dataset.json.
 
     Args:
-        folder: a folder of objects, or one object.
-        out: folder of the new dataset.
-        above: keep only views whose camera height is above -0.5.
-        axes: camera axes of the files.
-        intrinsics_size: height and width that intrinsics.txt refers to, if its last line is wrong.
-        fit_to: model, run or library; each object is moved and scaled to just fit its box.
+        folder: A folder of objects, or one object.
+        out: Folder of the new dataset.
+        above: Keep only views whose camera height is above -0.5.
+        axes: Camera axes of the files.
+        intrinsics_size: Height and width that intrinsics.txt refers to, if its last line is wrong.
+        fit_to: Model, run or library; each object is moved and scaled to just fit its box.
     """
     _prepare(folder, cores, fit_to)
     from latentscenes.data.srn import make_srn
@@ -164,11 +164,11 @@ def data_transforms(
     """Import nerfstudio or Blender transforms*.json: one scene or a folder of scenes.
 
     Args:
-        folder: a folder with transforms*.json, or a folder of such folders.
-        out: folder of the new dataset.
-        held_out_from: the part whose frames become held-out views; unset: test if it exists, else val.
-        axes: camera axes of the files.
-        fit_to: model, run or library; each object is moved and scaled to just fit its box.
+        folder: A folder with transforms*.json, or a folder of such folders.
+        out: Folder of the new dataset.
+        held_out_from: The part whose frames become held-out views; unset: test if it exists, else val.
+        axes: Camera axes of the files.
+        fit_to: Model, run or library; each object is moved and scaled to just fit its box.
     """
     _prepare(folder, cores, fit_to)
     from latentscenes.data.transforms import make_transforms
@@ -189,12 +189,12 @@ def data_photos(
     """Import your own photographs with their COLMAP reconstructions and masks. Needs latentscenes[photos].
 
     Args:
-        folder: a folder of objects, or one object: a folder with images/, sparse/0 and masks/ (no masks/ if
+        folder: A folder of objects, or one object: a folder with images/, sparse/0 and masks/ (no masks/ if
             images are transparent around the object).
-        out: folder of the new dataset.
-        size: pixels along each side of the stored images.
-        held_out: views of each object kept for evaluation.
-        boxes: one scene box for all objects (`common`), or one for each (`object`).
+        out: Folder of the new dataset.
+        size: Pixels along each side of the stored images.
+        held_out: Views of each object kept for evaluation.
+        boxes: One scene box for all objects (`common`), or one for each (`object`).
     """
     _prepare(folder, cores)
     from latentscenes.data.photos.importer import make_photos
@@ -234,7 +234,7 @@ def data_verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     """Compare a dataset with its checksums. The exit status is 1 if it differs from when it was made.
 
     Args:
-        data: its folder.
+        data: Dataset folder.
     """
     require_dataset(data)
     from latentscenes.data.dataset import PosedImages, verify

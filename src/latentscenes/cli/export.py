@@ -46,19 +46,19 @@ def render(
     """Render an orbit around a learned scene, or a film along a nerfstudio camera path.
 
     Args:
-        run: library, or run folder of train.
-        scene: name of the scene.
+        run: Library, or run folder of train.
+        scene: Name of the scene.
         out: .mp4 (needs the export extra), .gif, .png (all frames in one picture, in rows), or no ending for
             a folder of PNG files.
-        frames: number of cameras around the object.
-        size: pixels along the wider side; unset: as in the data, or as in the camera path.
-        mode: the quantity to show; `dashboard` puts image, latent channels, depth and opacity side by side.
+        frames: Number of cameras around the object.
+        size: Pixels along the wider side; unset: as in the data, or as in the camera path.
+        mode: The quantity to show; `dashboard` puts image, latent channels, depth and opacity side by side.
             `colors`, for models with our codec: the colors among the latents, rendered at every pixel and not
             decoded.
-        elevation: elevation of the cameras in degrees.
-        path: nerfstudio camera path (JSON), used instead of an orbit.
-        fps: frames per second; unset: as in the camera path, 20 for an orbit.
-        background: what lies behind the object, in mode `rgb`; over black and transparent, haze is removed.
+        elevation: Elevation of the cameras in degrees.
+        path: Nerfstudio camera path (JSON), used instead of an orbit.
+        fps: Frames per second; unset: as in the camera path, 20 for an orbit.
+        background: What lies behind the object, in mode `rgb`; over black and transparent, haze is removed.
     """
     require_folder(run)
     from latentscenes.core.console import tracked
@@ -105,14 +105,14 @@ def export_mesh(
     USDZ).
 
     Args:
-        run: library, or run folder of train.
-        scene: name of the scene.
+        run: Library, or run folder of train.
+        scene: Name of the scene.
         out: .glb, .obj or .usdz file; OBJ is written with an MTL and a PNG beside it.
-        texture: texels along each side of the texture. Unset: vertex colors for GLB, 1024 for OBJ and USDZ.
-        faces: merge triangles until at most this many are left. Unset: 20000 with a texture, else all.
-        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
+        texture: Texels along each side of the texture. Unset: vertex colors for GLB, 1024 for OBJ and USDZ.
+        faces: Merge triangles until at most this many are left. Unset: 20000 with a texture, else all.
+        cells: Number of cells along the longest side of the scene box; more cells are finer and slower.
             Unset: 192 with a texture, else 128.
-        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+        lowest: Elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
     """
     require_folder(run)
@@ -148,12 +148,12 @@ def export_points(
     """Write the surface of a scene as points with normals and colors (PLY).
 
     Args:
-        run: library, or run folder of train.
-        scene: name of the scene.
+        run: Library, or run folder of train.
+        scene: Name of the scene.
         out: .ply file.
-        count: number of points, uniform over the visible part of the surface.
-        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
-        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+        count: Number of points, uniform over the visible part of the surface.
+        cells: Number of cells along the longest side of the scene box; more cells are finer and slower.
+        lowest: Elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
     """
     require_folder(run)
@@ -181,15 +181,15 @@ def export_splats(
     glTF with KHR_gaussian_splatting, or the small files SPZ and SOG.
 
     Args:
-        run: library, or run folder of train.
-        scene: name of the scene.
+        run: Library, or run folder of train.
+        scene: Name of the scene.
         out: .ply, .glb, .spz or .sog file.
-        count: most splats.
-        cells: number of cells along the longest side of the scene box; more cells are finer and slower.
-        lowest: elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
+        count: Largest number of splats.
+        cells: Number of cells along the longest side of the scene box; more cells are finer and slower.
+        lowest: Elevation in degrees of the lowest camera that colors come from; -90 for objects photographed
             from below too.
-        rounds: how often the splats are fitted to each of 48 pictures; 0: not at all.
-        size: pixels along the wider side of these pictures, if the splats will be shown at one size; unset:
+        rounds: How often the splats are fitted to each of 48 pictures; 0: not at all.
+        size: Pixels along the wider side of these pictures, if the splats will be shown at one size; unset:
             two and three times the dataset's.
     """
     require_folder(run)
@@ -224,14 +224,14 @@ def export_images(
     nerfstudio.
 
     Args:
-        run: library, or run folder of train.
-        out: new folder.
-        views: number of pictures of each scene.
-        size: pixels along the wider side; unset: as in the data.
-        around: place cameras on a dome or on one orbit.
-        lowest: elevation in degrees at which the dome ends; -90 for a whole sphere.
-        elevation: elevation of the orbit in degrees.
-        background: what lies behind the object.
+        run: Library, or run folder of train.
+        out: New folder.
+        views: Number of pictures of each scene.
+        size: Pixels along the wider side; unset: as in the data.
+        around: Place cameras on a dome or on one orbit.
+        lowest: Elevation in degrees at which the dome ends; -90 for a whole sphere.
+        elevation: Elevation of the orbit in degrees.
+        background: What lies behind the object.
     """
     require_folder(run)
     from latentscenes.export.pages import write_views
@@ -265,13 +265,13 @@ def export_page(
     """Write one HTML file that turns scenes in any browser, without a network.
 
     Args:
-        run: library, or run folder of train.
+        run: Library, or run folder of train.
         out: .html file.
-        title: title of the page; unset: the folder's name.
-        frames: number of pictures in one turn.
-        size: pixels along the wider side of a picture; unset: as in the data.
-        elevations: elevations in degrees; with more than one, dragging up and down changes the elevation.
-        live: the page renders the scenes instead of showing pictures; needs WebGL2, and scenes whose latents
+        title: Title of the page; unset: the folder's name.
+        frames: Number of pictures in one turn.
+        size: Pixels along the wider side of a picture; unset: as in the data.
+        elevations: Elevations in degrees; with more than one, dragging up and down changes the elevation.
+        live: The page renders the scenes instead of showing pictures; needs WebGL2, and scenes whose latents
             are colors.
     """
     require_folder(run)

@@ -35,8 +35,8 @@ def library_remove(library: Folder, scenes: Names) -> None:
     """Remove scenes. `library compact` frees their space.
 
     Args:
-        library: its folder.
-        scenes: their names.
+        library: Library folder.
+        scenes: Names of the scenes.
     """
     if not scenes:
         raise UserError(
@@ -55,9 +55,9 @@ def library_rename(library: Folder, scene: Name, new: Name) -> None:
     """Rename a scene.
 
     Args:
-        library: its folder.
-        scene: its name.
-        new: its new name.
+        library: Library folder.
+        scene: Name of the scene.
+        new: New name.
     """
     _open(library, [scene]).rename(scene, new)
     say(f"{library}: {scene!r} is now {new!r}.")
@@ -69,11 +69,11 @@ def library_export(
     """Copy scenes, bit for bit, to a new library or to one with the same model.
 
     Args:
-        library: its folder.
-        scenes: their names …
+        library: Library folder.
+        scenes: Names of scenes …
         match: … or a pattern for names (* and ?) …
         where: … or conditions on tags, such as category=chair*.
-        out: folder of the other library.
+        out: Folder of the other library.
     """
     matching = opened_index(library, scenes).infos(match or "*", where) if match or where else []
     names = [*scenes, *(info.name for info in matching if info.name not in scenes)]
@@ -86,8 +86,8 @@ def library_model(library: Folder, out: Annotated[Path, tyro.conf.Positional]) -
     """Write the shared parts in half precision, without scenes: a pretrained model for `exploit --run`.
 
     Args:
-        library: its folder.
-        out: folder to write.
+        library: Library folder.
+        out: Folder to write.
     """
     require_library(library)
     from latentscenes.core.console import bytes_text
@@ -102,7 +102,7 @@ def library_verify(library: Folder) -> None:
     """Compare all scenes with their checksums. The exit status is 1 if any is damaged.
 
     Args:
-        library: its folder, or the address of a published library, which is read whole.
+        library: Library folder, or the address of a published library, which is read whole.
     """
     opened = _open(library)
     damaged = opened.verify()
@@ -118,7 +118,7 @@ def library_rebuild(library: Folder, machine: MachineOptions = MACHINE) -> None:
     Entries that have changed since they were written become what the shards state.
 
     Args:
-        library: its folder.
+        library: Library folder.
     """
     require_library(library)
     from latentscenes.storage.recovery import rebuild
@@ -148,7 +148,7 @@ def library_compact(library: Folder) -> None:
     """Merge small files and free the space of removed scenes and stopped work. Scenes stay identical.
 
     Args:
-        library: its folder.
+        library: Library folder.
     """
     from latentscenes.core.console import bytes_text
 
@@ -164,9 +164,9 @@ def library_repack(
     """Store scenes at a coarser precision. Without options, print size and loss at each precision.
 
     Args:
-        library: its folder.
-        precision: how to store scenes; scenes of this or a coarser precision stay as they are.
-        lost: choose the smallest precision with at most this mean loss, dB.
+        library: Library folder.
+        precision: How to store scenes; scenes of this or a coarser precision stay as they are.
+        lost: Choose the smallest precision with at most this mean loss, dB.
     """
     from latentscenes.core.console import bytes_text, lost_text, show
 
@@ -226,11 +226,11 @@ def search(
     """Find the scenes of a library that are most similar to a scene.
 
     Args:
-        library: its folder.
-        scene: a scene of the library; with `data`, a scene of that dataset, learned in a second or two.
-        count: number of scenes to find.
-        data: dataset that holds the scene.
-        where: find only scenes whose tags match, such as category=chair*.
+        library: Library folder.
+        scene: A scene of the library; with `data`, a scene of that dataset, learned in a second or two.
+        count: Number of scenes to find.
+        data: Dataset that holds the scene.
+        where: Find only scenes whose tags match, such as category=chair*.
     """
     from latentscenes.core.console import Table, show
 

@@ -34,11 +34,11 @@ def library_list(
     """List the scenes of a library.
 
     Args:
-        library: its folder, or the address of a published library.
-        match: only scenes whose names match this pattern (* and ?).
-        where: only scenes whose tags match, such as category=chair* license=CC0*.
-        limit: maximum number of scenes; 0: all.
-        as_json: print one JSON object per line with all metadata of a scene.
+        library: Library folder, or the address of a published library.
+        match: Only scenes whose names match this pattern (* and ?).
+        where: Only scenes whose tags match, such as category=chair* license=CC0*.
+        limit: Maximum number of scenes; 0: all.
+        as_json: Print one JSON object per line with all metadata of a scene.
     """
     from latentscenes.core.console import Table, bytes_text, seconds_text, show
     from latentscenes.storage.addresses import address_of
@@ -108,8 +108,8 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
     """Show facts about a library, or the metadata of one scene.
 
     Args:
-        library: its folder, or the address of a published library.
-        scene: name of a scene.
+        library: Library folder, or the address of a published library.
+        scene: Name of a scene.
     """
     from latentscenes.core.console import Spent, bytes_text
 

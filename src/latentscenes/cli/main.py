@@ -53,17 +53,17 @@ def train(
     Several processes, also of several machines, share the work if torchrun starts them.
 
     Args:
-        data: dataset made by `latentscenes data`.
-        out: run folder.
-        config: preset or YAML file.
-        overrides: settings to change, for instance planes.resolution=32 train.joint.epochs=5.
-        split: split of the dataset to learn.
-        limit: learn at most this many scenes, in order.
-        scenes: scenes that are learned together in a step, in all stages; unset: as the settings say. With
+        data: Dataset made by `latentscenes data`.
+        out: Run folder.
+        config: Preset or YAML file.
+        overrides: Settings to change, for instance planes.resolution=32 train.joint.epochs=5.
+        split: Split of the dataset to learn.
+        limit: Learn at most this many scenes, in order.
+        scenes: Scenes that are learned together in a step, in all stages; unset: as the settings say. With
             `auto`, a short probe finds how many fill the device, and a stopped run keeps the number. With
             another number, shared parts take another number of steps, so it is another run.
-        track: also send metrics to a tracker.
-        print_config: print every setting as YAML, as they are for this dataset if it exists, and stop.
+        track: Also send metrics to a tracker.
+        print_config: Print every setting as YAML, as they are for this dataset if it exists, and stop.
     """
     if print_config and not (data / "views.json").is_file():
         _settings(config, overrides, print_config)
@@ -105,17 +105,17 @@ def exploit(
     --engine, several processes, also of several machines, share the work.
 
     Args:
-        data: dataset whose `new` scenes are learned, except scenes that the library holds already.
-        out: library folder, created if absent.
-        run: shared parts of a new library: a finished run, another library, or pretrained `cars`, `objects`.
-        config: preset or YAML file; unset: the configuration of the library or run.
-        overrides: settings to change, for instance exploit.latent.epochs=20.
-        finetune: as published: also learn base planes, field and decoder, into a library of the new scenes.
-        fit: find out, by learning a few objects for a few steps, how objects must be turned, and learn them
+        data: Dataset whose `new` scenes are learned, except scenes that the library holds already.
+        out: Library folder, created if absent.
+        run: Shared parts of a new library: a finished run, another library, or pretrained `cars`, `objects`.
+        config: Preset or YAML file; unset: the configuration of the library or run.
+        overrides: Settings to change, for instance exploit.latent.epochs=20.
+        finetune: As published: also learn base planes, field and decoder, into a library of the new scenes.
+        fit: Find out, by learning a few objects for a few steps, how objects must be turned, and learn them
             from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
-        refine: also learn small corrections of each view, its color (gain and offset) and its camera, where
+        refine: Also learn small corrections of each view, its color (gain and offset) and its camera, where
             a short trial finds that they help. Takes two to three times as long.
-        print_config: print every setting as YAML and stop.
+        print_config: Print every setting as YAML and stop.
     """
     from latentscenes.storage.description import find_model
 
@@ -160,12 +160,12 @@ def evaluate(
     """Score learned scenes on held-out views: codec ceiling, latent error, total.
 
     Args:
-        run: run folder of train, or library. For a library, scores the scenes of the dataset learned last.
-        data: the dataset, if it has moved; for a library of several datasets, the one to score.
-        part: score held-out views, or the views that were fitted.
-        views: at most this many views of each scene.
-        split: scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if any.
-        sheet: also write a contact sheet truth | codec | render here (PNG).
+        run: Run folder of train, or library. For a library, scores the scenes of the dataset learned last.
+        data: The dataset, if it has moved; for a library of several datasets, the one to score.
+        part: Score held-out views, or the views that were fitted.
+        views: At most this many views of each scene.
+        split: Scenes of a library to score: `train` are those of stage 1; unset: the new scenes, if any.
+        sheet: Also write a contact sheet truth | codec | render here (PNG).
     """
     require_folder(run)
     device = set_up(machine)
@@ -194,10 +194,10 @@ def report(
     """Write an HTML report on new scenes: scores, pictures, costs, training curves, and an RGB baseline.
 
     Args:
-        run: library made by exploit. The run that it is based on must not have moved.
+        run: Library made by exploit. The run that it is based on must not have moved.
         out: HTML file to write. The summary (Markdown) and the contact sheet (PNG) are written beside it.
-        rgb: run folder of RGB tri-planes of the same scenes.
-        data: the dataset, if it has moved.
+        rgb: Run folder of RGB tri-planes of the same scenes.
+        data: The dataset, if it has moved.
     """
     require_folder(run)
     device = set_up(machine)
@@ -235,11 +235,11 @@ def cost(
     """Show memory and time per scene in a collection of N scenes, and the break-even against RGB tri-planes.
 
     Args:
-        run: run or library.
-        config: configuration, used without --run; shows memory only.
+        run: Run or library.
+        config: Configuration, used without --run; shows memory only.
         baseline: RGB tri-planes to compare with: a configuration (memory only), or a finished run or a
             library (and time).
-        overrides: settings to change.
+        overrides: Settings to change.
     """
     if run is not None:
         require_folder(run)
@@ -252,7 +252,7 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     """Compare a run, library or dataset with its checksums. The exit status is 1 if something differs.
 
     Args:
-        folder: its folder, or the address of a published library.
+        folder: Folder of a run, library or dataset, or the address of a published library.
     """
     if (folder / "views.json").is_file():
         return data_verify(folder)
@@ -281,12 +281,12 @@ def view(
     """View a library in a browser: gallery, orbits, depth, latents, blends of scenes, photographs, cameras.
 
     Args:
-        library: library folder, or address of a published library.
-        host: address to serve at; the default admits this machine only, 0.0.0.0 every machine on the network.
-        port: port to serve at; 0: any free port.
-        data: dataset that the scenes were learned from, if it has moved.
-        moving: pixels along the shorter side of pictures while the camera moves.
-        still: pixels along the shorter side of pictures while the camera rests.
+        library: Library folder, or address of a published library.
+        host: Address to serve at; the default admits this machine only, 0.0.0.0 every machine on the network.
+        port: Port to serve at; 0: any free port.
+        data: Dataset that the scenes were learned from, if it has moved.
+        moving: Pixels along the shorter side of pictures while the camera moves.
+        still: Pixels along the shorter side of pictures while the camera rests.
     """
     require_source(library)
     device = set_up(machine)
@@ -307,7 +307,7 @@ def demo(out: Path = Path("demo"), machine: MachineOptions = MACHINE) -> None:
     """Run the whole pipeline on procedural cars: data, both stages, the RGB baseline, a table and a report.
 
     Args:
-        out: folder for all results. The same command continues a stopped demo.
+        out: Folder for all results. The same command continues a stopped demo.
     """
     device = set_up(machine)
     from latentscenes.cli.demo import run_demo

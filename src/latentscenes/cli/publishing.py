@@ -19,11 +19,11 @@ def library_publish(
     """Write a library as static files that any web server or bucket can serve; later calls add what is new.
 
     Args:
-        library: its folder.
-        out: folder, or s3://BUCKET/PATH or gs://BUCKET/PATH (need the cloud extra).
-        site: also write a gallery, index.html, which shows and searches the library in browsers.
-        title: title of the gallery; unset: the library's name.
-        replace: take the place of another library that is published there.
+        library: Library folder.
+        out: Folder, or s3://BUCKET/PATH or gs://BUCKET/PATH (need the cloud extra).
+        site: Also write a gallery, index.html, which shows and searches the library in browsers.
+        title: Title of the gallery; unset: the library's name.
+        replace: Take the place of another library that is published there.
     """
     from latentscenes.core.console import bytes_text
     from latentscenes.storage.addresses import address_of
@@ -60,11 +60,11 @@ def library_push(
     """Publish a library in a repository of the Hugging Face hub (hub extra); later calls add what is new.
 
     Args:
-        library: its folder.
+        library: Library folder.
         repository: USER/NAME; made if absent.
-        kind: kind of the repository.
-        private: whether a new repository is private.
-        replace: take the place of another library that is published there.
+        kind: Kind of the repository.
+        private: Whether a new repository is private.
+        replace: Take the place of another library that is published there.
     """
     require_library(library)
     from latentscenes.core.console import bytes_text
@@ -87,8 +87,8 @@ def library_pull(
 
     Args:
         repository: USER/NAME.
-        out: library folder, made if absent; another library of the same model gets the scenes that it lacks.
-        kind: kind of the repository.
+        out: Library folder, made if absent; another library of the same model gets the scenes that it lacks.
+        kind: Kind of the repository.
     """
     from latentscenes.storage.hub import pull
 

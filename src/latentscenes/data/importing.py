@@ -222,8 +222,6 @@ def _choose(origin: Path, names: list[str], options: ImportOptions) -> dict[str,
     if options.limit is not None:
         if options.split is not None:
             raise UserError("--limit cannot be combined with a split file; shorten the file's lists instead.")
-        if options.limit < 1:
-            raise UserError(f"--limit {options.limit}: must be at least one scene.")
         names = sorted(names, key=natural_key)[: options.limit]
     if not names:
         raise UserError(f"{origin}: no scene found.")

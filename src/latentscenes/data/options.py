@@ -40,7 +40,29 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class ViewOptions:
+class BoxOptions:
+    """Which scene box objects get."""
+
+    box: str | float | None = None
+    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: the smallest box
+    around all objects; for images without silhouettes, the cube that all cameras see."""
+    boxes: Boxes = "common"
+    """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
+    sizes."""
+    fit: bool = False
+    """Move and scale each object so that it just fits `box`."""
+
+    def __post_init__(self) -> None:
+        if self.fit and self.box is None:
+            raise UserError("--fit: give the box to fit objects to, with --box or --fit-to.")
+        if self.box is not None:
+            box_numbers(self.box)
+            if self.boxes == "object":
+                raise UserError(f"--box {self.box} and --boxes object are both given; give one of them.")
+
+
+@dataclass(frozen=True)
+class ViewOptions(BoxOptions):
     """How the objects of a dataset are rendered."""
 
     views: int = 40
@@ -61,19 +83,9 @@ class ViewOptions:
     """Instead of `distance`: the share of the image's side that each object spans in its closest view."""
     samples: int = 3
     """Average samples² rays per pixel."""
-    box: str | float | None = None
-    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: the smallest box
-    around all objects."""
-    boxes: Boxes = "common"
-    """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
-    sizes."""
-    fit: bool = False
-    """Move and scale each object so that it just fits `box`."""
 
     def __post_init__(self) -> None:
-        if self.box is not None:
-            box_numbers(self.box)
-        check_boxes(self.box, self.boxes, self.fit)
+        super().__post_init__()
         for name in ("views", "size", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
@@ -104,12 +116,13 @@ class SceneChoice:
 
     catalog: Path | None = None
     """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
-    and license; `file` names a mesh or the folder of an object. That of a furniture library (.sh3f) is found
-    by itself."""
+    and license; `file` names a mesh or the folder of an object. A furniture library (.sh3f) brings its
+    own."""
     split: Path | None = None
-    """JSON file {"train": [...], "new": [...]} with names of scenes; others are left out."""
+    """JSON file {"train": [...], "new": [...]} with names of scenes. Scenes that it does not list are left
+    out."""
     new: New = 0
-    """Without `split`: keep the last objects by name, this many or `all`, for stage 2."""
+    """Without `split`: keep the last objects by name, this many or `all`, for stage 2 (`new`)."""
     limit: int | None = None
     """Import at most this many objects."""
 
@@ -136,7 +149,7 @@ class MeshChoice(SceneChoice):
 
 
 @dataclass(frozen=True)
-class ImportOptions(Placement):
+class ImportOptions(BoxOptions, Placement, SceneChoice):
     """How existing images become a dataset."""
 
     size: int | tuple[int, int] | None = None
@@ -144,12 +157,6 @@ class ImportOptions(Placement):
     unchanged."""
     reduce: int = 1
     """Divide height and width by this whole number, instead of setting `size`."""
-    box: str | float | None = None
-    """The scene box: half side of a cube around the origin, or cx,cy,cz,hx,hy,hz. Unset: fitted to the
-    silhouettes, or, for an unknown background, the cube that the cameras see."""
-    boxes: Boxes = "common"
-    """`common`: one scene box for all objects. `object`: one for each, for objects of different shapes and
-    sizes."""
     background: Background = "auto"
     """Source of the silhouettes. `alpha`: the files' alpha channel, or else their masks; `white`: white
     pixels connected to the border; `unknown`: none (photographs); `auto`: decided by the first scene's
@@ -158,29 +165,10 @@ class ImportOptions(Placement):
     """Store silhouettes found from a white background as alpha."""
     held_out: int = 4
     """Views of each scene kept for evaluation, evenly spread, if the source does not define any."""
-    split: str | Path | None = None
-    """JSON file {"train": [...], "new": [...]} with scene names; scenes it does not list are left out."""
-    new: New = 0
-    """Without `split`: mark the last scenes, this many or `all`, as new; the others as train."""
-    limit: int | None = None
-    """Import at most this many scenes; not together with `split`."""
-    catalog: Path | None = None
-    """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
-    and license; `file` names the folder of an object."""
-    fit: bool = False
-    """Move and scale each object so that it just fits `box`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_boxes(self.box, self.boxes, self.fit)
-
-
-def check_boxes(box: str | float | None, boxes: Boxes, fit: bool) -> None:
-    """Refuses a box given together with a box for each object, and no box to fit objects to."""
-    if fit and box is None:
-        raise UserError("--fit: give the box to fit objects to, with --box or --fit-to.")
-    if box is not None and boxes == "object":
-        raise UserError(f"--box {box} and --boxes object are both given; give one of them.")
+        for part in (BoxOptions, Placement, SceneChoice):
+            part.__post_init__(self)
 
 
 def box_numbers(box: str | float) -> list[float]:
