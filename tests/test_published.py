@@ -22,6 +22,7 @@ from latentscenes.storage.addresses import BucketFiles, address_of
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.publication import DESCRIPTION, PublishedFile, unpacked_json
 from latentscenes.storage.published import PublishedLibrary
+from latentscenes.storage.published_index import PublishedIndex
 from latentscenes.storage.publishing import publish
 from latentscenes.storage.scene_set import SceneSet
 from latentscenes.storage.targets import BucketTarget, FolderTarget
@@ -210,13 +211,31 @@ def changed(out, entry: str, change) -> None:
         ("names", lambda bucket: bucket.__setitem__("a chair", [4, 99, 0, 9, 0, 0, "0" * 64])),
         ("names", lambda bucket: bucket.__setitem__("a chair", {"row": 4})),
         ("names", lambda bucket: bucket["a chair"].__setitem__(0, 2)),
+        ("names", lambda bucket: bucket[""].__setitem__("a chair", ["int4"])),
+        ("names", lambda bucket: bucket[""]["a chair"].__setitem__(0, "int1")),
+        ("names", lambda bucket: bucket[""]["a chair"].__setitem__(8, "{}}")),
+        ("names", lambda bucket: bucket[""].pop("a chair")),
+        ("names", lambda bucket: bucket.__setitem__("", [])),
     ],
 )
-def test_pages_of_strangers_are_checked(out, entry, change):
+def test_pages_and_buckets_of_strangers_are_checked(out, entry, change):
     changed(out, entry, change)
     opened = latentscenes.open_library(out, device="cpu")
     with pytest.raises(UserError, match="damaged"):
-        assert opened["a chair"].metadata
+        assert opened["a chair"].metadata and opened.folder.index.info_in_page("a chair")
+
+
+def test_metadata_lie_beside_names(out, monkeypatch):
+    """Who looks up a name reads no page; of an earlier version's publication, one."""
+    pages = latentscenes.open_library(out, device="cpu").infos()
+    with monkeypatch.context() as patch:
+        patch.setattr(PublishedIndex, "_read_page", lambda *_: pytest.fail("a page is read"))
+        fresh = latentscenes.open_library(out, device="cpu")
+        assert [fresh[info.name].metadata for info in pages] == pages
+        assert fresh.folder.index.info("") is None and fresh.folder.index.known([""]) == set()
+    changed(out, "names", lambda bucket: bucket.pop(""))
+    earlier = latentscenes.open_library(out, device="cpu")
+    assert [earlier[info.name].metadata for info in pages] == pages and earlier.verify() == []
 
 
 def test_verify_names_what_is_damaged(out):
@@ -233,8 +252,10 @@ def test_verify_names_what_is_damaged(out):
 
 def test_verify_compares_pages_and_buckets(out):
     changed(out, "names", lambda bucket: bucket["a chair"].__setitem__(2, 8))
-    found = latentscenes.open_library(out, device="cpu").verify()
-    assert [damage.name for damage in found] == ["a chair"] and "not that of its page" in found[0].what
+    changed(out, "names", lambda bucket: bucket[""]["red_ball"].__setitem__(5, 99.0))
+    found = {damage.name: damage.what for damage in latentscenes.open_library(out, device="cpu").verify()}
+    assert found.keys() == {"a chair", "red_ball"} and "not that of its page" in found["a chair"]
+    assert "not those of its page" in found["red_ball"]
 
 
 def test_published_libraries_cannot_be_changed(out, solids):

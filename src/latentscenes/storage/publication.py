@@ -53,6 +53,10 @@ PLACE = "pack", "offset", "bytes", "sha256", "payload", "atlas", "cell"
 """Columns of a page that say where a scene and its thumbnail are."""
 ENTRY = "pack", "offset", "bytes", "atlas", "cell", "sha256"
 """What a bucket says of a scene, after its row."""
+FACTS = [column for column in INFO if column != "name"]
+"""Metadata of a scene in its bucket."""
+NO_NAME = ""
+"""The key of the metadata in a bucket: a text that names no scene, so earlier versions skip it."""
 
 
 NUMBERS = {*PLACE, "stored", "seconds", "cpu_seconds", "psnr", "psnr_lost"} - {"sha256", "payload"}
@@ -187,6 +191,12 @@ def bucket_of(name: str, buckets: int) -> int:
     for byte in name.encode(errors="surrogatepass"):  # text that is no UTF-8 names no scene
         number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
     return number % buckets
+
+
+def bucket_text(scenes: list[tuple[str, str, str]]) -> str:
+    """Returns the JSON of a bucket of scenes: their names, places and metadata, as JSON."""
+    places, facts = (",".join(f"{one[0]}:{one[part]}" for one in scenes) for part in (1, 2))
+    return f'{{{places}{"," if scenes else ""}"{NO_NAME}":{{{facts}}}}}'
 
 
 def as_json(content: Any) -> str:

@@ -132,6 +132,9 @@ class PublishedLibrary(SceneSource):
             if spot is None or [spot.row, *(getattr(spot, key) for key in ENTRY)] != [row, *place]:
                 file = about["names"][bucket_of(name, len(about["names"]))].file
                 found.append(Damage(name, f"its entry in {file} is not that of its page"))
+            elif self.index.info(name) != self.index.info_in_page(name):
+                file = about["names"][bucket_of(name, len(about["names"]))].file
+                found.append(Damage(name, f"its metadata in {file} are not those of its page"))
             else:
                 places[spot.pack].append((name, spot))
         for number, file in enumerate(about["packs"]):

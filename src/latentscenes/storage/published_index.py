@@ -18,7 +18,9 @@ from latentscenes.storage.entries import SceneInfo, Totals, scene_info
 from latentscenes.storage.index import Place
 from latentscenes.storage.publication import (
     DESCRIPTION,
+    FACTS,
     INFO,
+    NO_NAME,
     SIDE,
     PublishedFile,
     bucket_of,
@@ -124,7 +126,7 @@ class PublishedIndex:
             return None
         number = bucket_of(name, len(buckets))
         entry = self._bucket(number).get(name)
-        if entry is None:
+        if entry is None or name == NO_NAME:
             return None
         if not self._is_spot(entry):
             raise self._damage(buckets[number], f"its entry of {short(name)}")
@@ -160,7 +162,9 @@ class PublishedIndex:
         return self._names
 
     def _info(self, page: dict[str, list], row: int) -> SceneInfo:
-        values = {field: page[column][row] for column, field in INFO.items()}
+        return self._known_info({field: page[column][row] for column, field in INFO.items()})
+
+    def _known_info(self, values: dict[str, Any]) -> SceneInfo:
         values |= {"dataset": None, "split": None, "source": values["name"]}
         info = scene_info([values[field] for field in SceneInfo.__dataclass_fields__])
         if info is None:
@@ -212,7 +216,22 @@ class PublishedIndex:
         return page, row
 
     def info(self, name: str) -> SceneInfo | None:
-        """As `Index.info`. Reads a bucket and a page."""
+        """As `Index.info`. Reads a bucket; of a library that an earlier version published, also a page."""
+        if self.spot(name) is None:
+            return None
+        number = bucket_of(name, len(self.about["names"]))
+        facts = self._bucket(number).get(NO_NAME)
+        if facts is None:
+            return self.info_in_page(name)
+        values = facts.get(name) if isinstance(facts, dict) else None
+        if not isinstance(values, list) or len(values) != len(FACTS):
+            raise self._damage(self.about["names"][number], f"its metadata of {short(name)}")
+        return self._known_info(
+            {INFO[column]: value for column, value in zip(FACTS, values, strict=True)} | {"name": name}
+        )
+
+    def info_in_page(self, name: str) -> SceneInfo | None:
+        """As `info`, from the scene's page."""
         found = self._row(name)
         return found and self._info(*found)
 

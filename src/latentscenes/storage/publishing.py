@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import CHECKSUM, file_checksum, now, object_checksum
-from latentscenes.core.names import short
+from latentscenes.core.names import check_name, short
 from latentscenes.core.reading import parse_json, reason
 from latentscenes.core.version import __version__
 from latentscenes.storage.description import identity_of, refuse_inside
@@ -29,6 +29,7 @@ from latentscenes.storage.publication import (
     CELL,
     DESCRIPTION,
     ENTRY,
+    FACTS,
     FLAT,
     FORMAT,
     INFO,
@@ -40,6 +41,7 @@ from latentscenes.storage.publication import (
     as_json,
     bucket_count,
     bucket_of,
+    bucket_text,
     check_description,
     check_page,
     files_of,
@@ -215,15 +217,16 @@ class _Publication:
         library, row = self.library, 0
         self._take_up()
         pages, weights, tags, known = [], [], TagCounts(), True
-        buckets: list[list[str]] = [[] for _ in range(bucket_count(len(library.index)))]
+        buckets: list[list[tuple[str, str, str]]] = [[] for _ in range(bucket_count(len(library.index)))]
         for entries in library.index.pages(PAGE):
             columns: dict[str, list] = {name: [] for name in (*PLACE, *INFO)}
             for info, place in entries:
                 found = self._scene(info, place)
                 for name, value in found.items():
                     columns[name].append(value)
-                entry = json.dumps([row, *(found[name] for name in ENTRY)], separators=(",", ":"))
-                buckets[bucket_of(info.name, len(buckets))].append(f"{json.dumps(info.name)}:{entry}")
+                bucket = buckets[bucket_of(check_name(info.name, library.path), len(buckets))]
+                entry = [row, *(found[name] for name in ENTRY)], [found[name] for name in FACTS]
+                bucket.append((json.dumps(info.name), *map(as_json, entry)))
                 tags.add(info.tags)
                 known, row = known and bool(info.silhouettes), row + 1
             pages.append(self._write("index", packed(as_json(columns))))
@@ -238,7 +241,7 @@ class _Publication:
             "render": render_facts(model),
             **{name: self._write(*made) for name, made in model_files(library, model).items()},
             "packs": self._packs, "pages": pages, "weights": weights,
-            "names": [self._write("names", packed(f"{{{','.join(bucket)}}}")) for bucket in buckets],
+            "names": [self._write("names", packed(bucket_text(bucket))) for bucket in buckets],
             "atlases": self._atlases, "page_size": PAGE, "thumbnail": CELL, "tags": tags.most_frequent(),
             "silhouettes": known,
         }  # fmt: skip
