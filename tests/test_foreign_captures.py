@@ -3,14 +3,18 @@
 import json
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
 from conftest import SHARED
+from PIL import Image, ImageCms
 
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
+from latentscenes.data.images import read_image
 from latentscenes.data.photos.importer import make_photos
+from latentscenes.data.shading import to_linear, to_srgb
 from latentscenes.data.srn import make_srn
 from latentscenes.data.transforms import make_transforms
 
@@ -174,3 +178,92 @@ def test_a_damaged_model_without_points_is_named_by_its_own_folder(tmp_path):
         make_photos(tmp_path / "in", tmp_path / "out", size=48)
     paths = re.findall(r"/[^ :,)\"]+", str(caught.value))
     assert all(path.startswith(str(tmp_path)) for path in paths)
+
+
+def icc(name, red, green, blue, gamma=None):
+    """A color profile: that of sRGB with other primaries (XYZ for D50), and a power law as its curve."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert len(name) == 4
+    for place in range(132, 132 + 12 * int.from_bytes(content[128:132]), 12):
+        tag, start = bytes(content[place : place + 4]), int.from_bytes(content[place + 4 : place + 8])
+        if tag in (primaries := {b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue}):
+            numbers = [round(65536 * value) for value in primaries[tag]]
+            content[start + 8 : start + 20] = struct.pack(">3i", *numbers)
+        elif tag == b"desc":
+            at = content.index("sRGB".encode("utf-16-be"), start)
+            content[at : at + 8] = name.encode("utf-16-be")
+        elif tag in (b"rTRC", b"gTRC", b"bTRC") and gamma:
+            content[start : start + 14] = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
+    return bytes(content)
+
+
+P3 = icc("P3 D", (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+ADOBE = icc(
+    "Adob", (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457), 2.2
+)
+P3_TO_SRGB = [[1.2249, -0.2247, 0], [-0.042, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]
+ADOBE_TO_SRGB = [[1.3983, -0.3984, 0], [0, 1, 0], [0, -0.043, 1.0429]]
+
+
+@pytest.mark.parametrize(
+    "profile, matrix, gamma", [(P3, P3_TO_SRGB, None), (ADOBE, ADOBE_TO_SRGB, 563 / 256)], ids=["P3", "Adobe"]
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colors_of_a_profile_become_srgb(profile, matrix, gamma, mode, tmp_path):
+    color = np.array([200, 110, 90])
+    Image.new("RGB", (4, 4), tuple(color.tolist())).convert(mode, palette=Image.Palette.ADAPTIVE).save(
+        tmp_path / "a.png", icc_profile=profile
+    )
+    pixels, alpha = read_image(tmp_path / "a.png")
+    light = to_linear(color / 255) if gamma is None else (color / 255) ** gamma
+    assert np.abs(pixels - 255 * to_srgb(np.array(matrix) @ light)).max() < 1.5
+    assert np.abs(pixels[0, 0] - color).max() > 10  # not just the numbers of the file
+    assert (alpha is None) == (mode != "RGBA") and (alpha is None or (alpha == 255).all())
+
+
+def test_other_profiles_are_passed_over_or_named(tmp_path):
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (4, 4), (200, 110, 90)).save(tmp_path / "srgb.jpg", icc_profile=content, quality=100)
+    Image.new("RGB", (4, 4), (200, 110, 90)).save(tmp_path / "none.jpg", quality=100)
+    assert np.array_equal(read_image(tmp_path / "srgb.jpg")[0], read_image(tmp_path / "none.jpg")[0])
+    Image.new("L", (4, 4), 90).save(tmp_path / "gray.png", icc_profile=P3)
+    assert np.abs(read_image(tmp_path / "gray.png")[0].astype(int) - 90).max() <= 1
+    Image.new("RGBA", (4, 4), (200, 110, 90, 128)).save(tmp_path / "bad.png", icc_profile=P3[:200])
+    with pytest.raises(UserError, match=r"bad\.png: its color profile \(ICC\) cannot be used .*exiftool"):
+        read_image(tmp_path / "bad.png")
+
+
+def test_pictures_of_linear_light_are_named(tmp_path):
+    for name in ("a.exr", "a.HDR"):
+        (tmp_path / name).write_bytes(b"\x76\x2f\x31\x01\x02\0\0\0")
+        with pytest.raises(UserError, match=f"{name}: pictures of linear light .*PNG or JPEG"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "place, content, told",
+    [
+        ("keyframes/corrected_cameras/1.json", '{"t_00": 1}', "of Polycam: .*ns-process-data polycam"),
+        ("metadata.json", '{"K": [1], "poses": []}', "of Record3D: .*ns-process-data record3d"),
+        ("cameras.xml", '<?xml version="1.0"?>\n<document version="2.0.0">', "of Metashape: "),
+        ("cameras.csv", "#name,x,y,alt,heading,pitch,roll,f,px,py\n", "of RealityCapture: "),
+        ("sparse/0/cameras.txt", "", "COLMAP model: latentscenes data photos"),
+        ("car/sparse/0/cameras.txt", "", "car holds a COLMAP model: latentscenes data photos"),
+        ("models.csv", "file,name\n", "even in subfolders.$"),
+    ],
+)
+def test_exports_that_must_be_converted_are_named(place, content, told, tmp_path):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text(content)
+    with pytest.raises(UserError, match=rf"no transforms\.json .*{told}"):
+        make_transforms(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["_mask.png", ".png.mask.png"])
+def test_masks_named_by_other_programs(ending, plain, tmp_path):
+    shutil.copytree(CASES / "16-colmap" / "plain", tmp_path / "in")
+    masks = list((tmp_path / "in" / "thing" / "masks").iterdir())
+    for mask in masks:
+        mask.rename(mask.with_name(mask.name.split(".")[0] + ending))
+    make_photos(tmp_path / "in", tmp_path / "out", size=48)
+    assert np.array_equal(images(tmp_path / "out"), plain)

@@ -1,5 +1,6 @@
 """Reads images as a dataset stores them: 8 bits, RGB over white, and a separate silhouette."""
 
+import io
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason, require_regular
@@ -98,7 +99,8 @@ def read_image(
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]:
     """Reads RGB over white, and alpha (0 … 255) if the file has it.
 
-    Reads every format that Pillow reads; gray, palette and 16-bit images become 8-bit RGB.
+    Reads every format that Pillow reads; gray, palette and 16-bit images become 8-bit RGB, and colors of a
+    profile (ICC) become sRGB.
 
     Args:
         size: height and width, to which the image is reduced by averaging; enlarging is refused.
@@ -133,13 +135,51 @@ def _decoded(image: Image.Image, path: Path) -> tuple[UInt8[np.ndarray, "H W c"]
             f"{path}: cannot be decoded ({reason(error)}); it is damaged. Get it again."
         ) from None
     has_alpha = "A" in image.getbands() or "transparency" in image.info
+    profile = _profile(image, path)
     if image.mode == "F":
         raise UserError(f"{path}: holds floating-point values; convert it to 8 or 16 bits first.")
     if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
         image, has_alpha = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)), False
+    if profile is not None:
+        return _as_srgb(image, profile, has_alpha, path), has_alpha
     mode = "RGBA" if has_alpha else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode)), has_alpha
+
+
+def _as_srgb(
+    image: Image.Image, profile: ImageCms.ImageCmsProfile, has_alpha: bool, path: Path
+) -> UInt8[np.ndarray, "H W c"]:
+    """Returns RGB or RGBA in sRGB of a picture whose colors a profile describes, relative to its white."""
+    space = profile.profile.xcolor_space.strip()
+    plain = image if image.mode == space == "CMYK" else image.convert("L" if space == "GRAY" else "RGB")
+    try:
+        rgb = ImageCms.profileToProfile(
+            plain, profile, ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB",
+            flags=ImageCms.Flags.NOCACHE,
+        )  # fmt: skip
+    except Exception as error:  # a profile for other colors, or a damaged one
+        raise _unfit(path, error) from None
+    alpha = [np.asarray(image.convert("RGBA").getchannel("A"))] if has_alpha else []
+    return np.dstack([np.asarray(rgb), *alpha])
+
+
+def _profile(image: Image.Image, path: Path) -> ImageCms.ImageCmsProfile | None:
+    """Returns the color profile (ICC) in a picture, such as Display P3; None without one, and for sRGB."""
+    if not (content := image.info.get("icc_profile")):
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        return None if "sRGB" in ImageCms.getProfileDescription(profile) else profile
+    except Exception as error:
+        raise _unfit(path, error) from None
+
+
+def _unfit(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: its color profile (ICC) cannot be used ({reason(error)}). Save the picture with sRGB "
+        "colors, or remove the profile (exiftool -icc_profile:all=) if they are sRGB already."
+    )
 
 
 def read_silhouette(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
@@ -211,6 +251,12 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such image. Restore it, or remove its camera.") from None
     except UnidentifiedImageError:
+        if path.suffix.lower() in (".exr", ".hdr"):
+            raise UserError(
+                f"{path}: pictures of linear light (OpenEXR, Radiance) are not read. Write them as PNG or "
+                "JPEG with sRGB colors, all with one exposure (such as by ImageMagick: magick a.exr a.png), "
+                "and change their names in the file that lists them."
+            ) from None
         raise UserError(f"{path}: is not an image, or damaged. Get the file again.") from None
     except Exception as error:  # a broken header may break its reader in any way
         raise UserError(f"{path}: cannot be opened ({reason(error)}).") from None

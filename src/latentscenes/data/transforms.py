@@ -15,7 +15,7 @@ import torch
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line
-from latentscenes.core.reading import read_any_json
+from latentscenes.core.reading import read_any_json, read_bytes
 from latentscenes.data.catalog import listed
 from latentscenes.data.checks import read_matrix
 from latentscenes.data.images import image_size, require_upright
@@ -51,6 +51,14 @@ NGP_MASK = "dynamic_mask_"
 learned."""
 MOST_NAMED = 20
 """Keys that are named one by one."""
+CONVERTED = (
+    ("keyframes", b"", "Polycam", "polycam"),
+    ("metadata*", b'"poses"', "Record3D", "record3d"),
+    ("*.xml", b"<document", "Metashape", "metashape"),
+    ("*.csv", b"#name,", "RealityCapture", "realitycapture"),
+)
+"""What programs leave instead of transforms.json: a folder or a file, what it holds, the program, and the
+command of nerfstudio's ns-process-data that converts it."""
 STILL = 1e-4
 """Greatest difference of the matrices at the beginning and the end of an exposure, relative to their size."""
 
@@ -81,7 +89,9 @@ def make_transforms(
     else:
         scenes = {entry.name: entry for entry in subfolders(folder) if _described(entry)}
         if not scenes:
-            raise UserError(f"{folder}: no transforms.json or transforms_train.json, even in subfolders.")
+            raise UserError(
+                f"{folder}: no transforms.json or transforms_train.json, even in subfolders.{_hint(folder)}"
+            )
         if bare := [entry for entry in subfolders(folder) if entry.name not in scenes]:
             raise UserError(
                 f"{bare[0]}: has no transforms.json or transforms_train.json, but {next(iter(scenes))} has. "
@@ -115,6 +125,29 @@ def _unread(keys: dict[str, set[str]]) -> list[str]:
 
 def _described(folder: Path) -> bool:
     return any((folder / f"transforms{part}.json").is_file() for part in ("", "_train"))
+
+
+def _hint(folder: Path) -> str:
+    """What to do with a folder that another program left."""
+    for place in (folder, *subfolders(folder)):
+        if (place / "sparse").is_dir() or (place / "colmap").is_dir():
+            return f" {place} holds a COLMAP model: latentscenes data photos reads it."
+        for pattern, holds, program, command in CONVERTED:
+            for found in place.glob(pattern):
+                if _holds(found, holds):
+                    return (
+                        f" {found} seems to be of {program}: nerfstudio's ns-process-data {command} makes "
+                        "transforms.json of it."
+                    )
+    return ""
+
+
+def _holds(place: Path, content: bytes) -> bool:
+    """Whether a file holds these bytes; for none, whether `place` is a folder."""
+    try:
+        return content in read_bytes(place) if content else place.is_dir()
+    except OSError:
+        return False
 
 
 def _parts(folder: Path, held_out_from: HeldOutFrom | None) -> list[tuple[Path, bool]]:

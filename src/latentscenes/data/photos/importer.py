@@ -282,19 +282,23 @@ def _notes(folder: Path, unplaced: int, kinds: list[str]) -> tuple[str, ...]:
 # Masks
 
 
+MASKS = (".png", "_mask.png", ".mask.png")
+"""What follows a photograph's name, with or without its own ending, in the name of its mask."""
 CUT_OFF = 0.01
 """Least share of border pixels on the object at which a photograph counts as cutting the object off."""
 
 
 def find_masks(folder: Path, photographs: list[Photograph]) -> dict[str, Path]:
-    """Returns the mask of each photograph by its name: masks/NAME.png, or masks/NAME.jpg.png as COLMAP uses.
-    Empty if there is no folder masks/; the photographs must then be transparent around the object."""
+    """Returns the mask of each photograph by its name, such as masks/NAME.png, masks/NAME.jpg.png (COLMAP),
+    masks/NAME_mask.png (Metashape) or masks/NAME.jpg.mask.png (RealityCapture). Empty if there is no folder
+    masks/; the photographs must then be transparent around the object."""
     masks = folder / "masks"
     if not masks.is_dir():
         return {}
     found = {}
     for photograph in photographs:
-        choices = [masks / f"{photograph.name}.png", (masks / photograph.name).with_suffix(".png")]
+        names = (photograph.name, str(Path(photograph.name).with_suffix("")))
+        choices = [masks / f"{name}{ending}" for ending in MASKS for name in names]
         if (mask := next((choice for choice in choices if choice.is_file()), None)) is not None:
             found[photograph.name] = mask
     if missing := [photograph.name for photograph in photographs if photograph.name not in found]:
