@@ -219,14 +219,14 @@ def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
 
 
 def test_threads_decode_only_what_fits_at_one_time():
-    room, held = images._Room(), []
+    budget, held = images._PixelBudget(), []
 
     def take(pixels: int) -> None:
-        with room.of(pixels):
-            held.append(images.MOST_PIXELS - room._free)
+        with budget.of(pixels):
+            held.append(images.MOST_PIXELS - budget._free)
 
     images.in_parallel(take, [images.MOST_PIXELS // 2] * 16)
-    assert max(held) <= images.MOST_PIXELS == room._free
+    assert max(held) <= images.MOST_PIXELS == budget._free
 
 
 @pytest.mark.parametrize("code", [

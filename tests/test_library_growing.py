@@ -169,7 +169,7 @@ def test_what_is_packed_is_unpacked(precision, tiny):
 
 
 def test_dial_and_repack(library, solids):
-    settings = library.dial()
+    settings = library.precision_costs()
     assert [setting.precision for setting in settings] == list(PRECISIONS) and settings[0].lost == 0
     assert [setting.bytes for setting in settings] == sorted(
         (setting.bytes for setting in settings), reverse=True

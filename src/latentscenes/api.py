@@ -328,9 +328,9 @@ class Library:
         """Stores scenes of finer precision at `precision`, notes the lost PSNR, and returns their number."""
         return maintenance.repack(self._own, precision, self.device)
 
-    def dial(self) -> list[maintenance.Setting]:
+    def precision_costs(self) -> list[maintenance.PrecisionCost]:
         """Measures bytes per scene and lost PSNR (dB) at each precision, on some scenes."""
-        return maintenance.dial(self._own, self.device)
+        return maintenance.precision_costs(self._own, self.device)
 
     def verify(self) -> list[verifying.Damage]:
         """Compares all files with their checksums and returns the differences."""

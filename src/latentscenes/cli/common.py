@@ -80,7 +80,7 @@ class Machine(Cores):
 
 CORES, MACHINE = Cores(), Machine()
 NO_MEMORY = "(not enough|out of|can('t|not) allocate) memory"
-"""What torch says if memory runs out: as the operating system, allocators and GPUs put it."""
+"""Messages of torch if memory runs out: of the operating system, allocators and GPUs."""
 CoreOptions, MachineOptions = Annotated[Cores, FLAT], Annotated[Machine, FLAT]
 
 

@@ -25,7 +25,7 @@ from latentscenes.core.names import counted, one_line, plain_text, tags_text
 if TYPE_CHECKING:
     from latentscenes.api import Library
     from latentscenes.core.console import Table
-    from latentscenes.storage.maintenance import Setting
+    from latentscenes.storage.maintenance import PrecisionCost
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Name = Annotated[str, tyro.conf.Positional]
@@ -175,8 +175,8 @@ def library_repack(
         raise UserError(f"--lost {lost:g}: {reason}.")
     opened = _open(library, machine=machine)
     if precision is None:
-        settings = opened.dial()
-        show(dial_table(settings))
+        settings = opened.precision_costs()
+        show(precision_table(settings))
         if lost is None:
             return
         fitting = [setting for setting in settings if setting.lost <= lost]
@@ -189,7 +189,7 @@ def library_repack(
     say(f"{library}: {stored}. Mean over all scenes: {size}, {lost_text(mean)}.")
 
 
-def dial_table(settings: "list[Setting]") -> "Table":
+def precision_table(settings: "list[PrecisionCost]") -> "Table":
     """Returns a table of size and loss at each precision."""
     from latentscenes.core.console import Table, bytes_text
 

@@ -51,9 +51,9 @@ def library_list(
         for info in shown:
             print(json.dumps(asdict(info)))
         return
-    told = [key for key in ("name", "category") if any(key in info.tags for info in shown)]
+    columns = [key for key in ("name", "category") if any(key in info.tags for info in shown)]
     rows = [
-        (info.name, *(plain_text(info.tags.get(key, "–"), WIDEST) for key in told), info.origin,
+        (info.name, *(plain_text(info.tags.get(key, "–"), WIDEST) for key in columns), info.origin,
          info.precision, bytes_text(info.bytes), _decibels(info.psnr), _lost(info.psnr_lost),
          seconds_text(info.cpu_seconds), seconds_text(info.seconds), info.added[:10])
         for info in shown
@@ -63,7 +63,7 @@ def library_list(
         note += f"; mean {found.psnr:.2f} dB"
     if len(shown) < found.count:
         note += f"; {_thousands(found.count - len(shown))} not shown, --limit 0 shows all"
-    labels = [f"tag {key}" for key in told]
+    labels = [f"tag {key}" for key in columns]
     columns = ("scene", *labels, "from", "stored as", "bytes", "PSNR", "lost", "CPU", "wall", "added")
     if len(rows) <= MANY:
         show(Table(str(address_of(library) or library), columns, tuple(rows), (), note))
@@ -93,7 +93,7 @@ def _found(
 
 @dataclass(frozen=True)
 class Facts:
-    """What `library show` takes from library.json."""
+    """The entries of library.json that `library show` prints."""
 
     precision: StoragePrecision
     parent: str
@@ -171,7 +171,8 @@ def _show_scene(info: "SceneInfo") -> None:
 
 
 def _described(library: Path) -> tuple[dict[str, Any], str, int]:
-    """Returns what is said about a library, where that is said, and the size of the shared parts, bytes."""
+    """Returns the description of a library, the place of that description, and the size of the shared parts
+    in bytes."""
     from latentscenes.storage.description import SHARED, check_model_file, read_description
     from latentscenes.storage.published_index import PublishedIndex, is_published
 

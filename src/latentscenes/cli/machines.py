@@ -109,7 +109,8 @@ def library_join(
     Args:
         out: The joined library; made if absent.
         parts: Libraries whose scenes are copied. Scenes that are there already are not copied again; two
-            different scenes of one name are refused. Also buckets in which ranks have learned (s3://…, gs://…).
+            different scenes of one name are refused. Also buckets in which ranks have learned (s3://…,
+    gs://…).
     """
     from latentscenes.storage.addresses import address_of
 

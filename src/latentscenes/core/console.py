@@ -199,7 +199,7 @@ def bytes_text(count: float | int) -> str:
 
 
 def lost_text(decibels: float) -> str:
-    """Formats what rounding costs, in dB of PSNR. Where it helps by chance, nothing is lost."""
+    """Formats the loss by rounding, in dB of PSNR. Where it helps by chance, nothing is lost."""
     return f"{max(decibels, 0.0) + 0.0:.3f} dB lost"
 
 
@@ -225,11 +225,11 @@ ODD_VIEWS = {
     "disagreeing": "disagree with the others",
     "masks": "have masks that do not match",
 }
-"""Kinds of odd views in a scene's tag `odd_views`, and what they do."""
+"""Kinds of odd views in a scene's tag `odd_views`, and their effects."""
 
 
 def capture_lines(tags: dict[str, Any]) -> list[str]:
-    """Returns what learning found out about a scene's views, from its tags `view_corrections` and
+    """Returns the findings of learning on a scene's views, from its tags `view_corrections` and
     `odd_views`. Tags of these names that a user wrote for something else say nothing."""
     try:
         return list(_capture_lines(tags.get("view_corrections", {}), tags.get("odd_views", {})))

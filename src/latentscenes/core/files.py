@@ -27,7 +27,7 @@ from latentscenes.core.errors import Damaged, UserError
 from latentscenes.core.reading import MOST_TEXT, open_regular, parse_json, read_text, reason, require_regular
 
 FILE_ENDINGS = {".mp4", ".gif", ".png"}
-"""Endings that a partial file keeps, since its format is told by them."""
+"""Endings that a partial file keeps, since they tell its format."""
 PARTIAL = ".partial"
 """Part of the name of a file or folder that is not complete."""
 HOST_LETTERS = 24
@@ -76,8 +76,8 @@ def refuse_special(path: Path) -> None:
 def partial_path(path: Path) -> Path:
     """Returns where to write `path` until it is complete: STEM.partial-HOST-PID with its ending, beside it.
 
-    First removes what processes of this machine left there when they were killed. Other machines may share
-    the folder, so what they write is left alone.
+    First removes files that killed processes of this machine left there. Other machines may share
+    the folder, so their files are left alone.
     """
     stem, ending = (path.stem, path.suffix) if path.suffix.lower() in FILE_ENDINGS else (path.name, "")
     host = re.sub("[^A-Za-z0-9]", "", socket.gethostname())[-HOST_LETTERS:]

@@ -93,7 +93,7 @@ def plain_text(value: object, longest: int = 300) -> str:
 
 
 def tags_text(tags: Mapping[str, object]) -> str:
-    """Formats what is known of an object as one line: name, category, keywords, size, creator, license, then
+    """Formats the tags of an object as one line: name, category, keywords, size, creator, license, then
     the other tags with their keys."""
     values = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value

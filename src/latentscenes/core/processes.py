@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Pipe = connection.Connection
 Task = Callable[[Pipe], None]
-"""What a process does. It sends what it has to say as pairs of None and a message. It can be pickled: it is a
+"""The work of a process. It sends messages as pairs of None and a message. It can be pickled: it is a
 function of a module, or a functools.partial of one."""
 CHECK_SECONDS = 0.2
 """Time between two checks for a stop signal."""
@@ -28,7 +28,7 @@ SAVE_SECONDS = 120.0
 """Time that workers get to save before they are killed."""
 
 
-class Ended(Exception):
+class ProcessEnded(Exception):
     """A process has ended and says no more."""
 
     def __init__(self, code: int | None):
@@ -36,7 +36,7 @@ class Ended(Exception):
         """Its exit code; 0: it did all that it had to do."""
 
 
-class Crew:
+class ChildProcesses:
     """Processes that this one starts, within a block. At its end, they are asked to stop and waited for. They
     must save their progress, and return or raise `Interrupted` soon after SIGTERM. If this process dies, they
     are stopped, too."""
@@ -44,7 +44,7 @@ class Crew:
     def __init__(self) -> None:
         self._members: dict[Pipe, BaseProcess] = {}
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "ChildProcesses":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +70,7 @@ class Crew:
 
     def heard(self, pipe: Pipe) -> Any:
         """Waits for the next message of a process and returns it. Raises the error that the process sent;
-        `Ended` if it has ended, or `Interrupted` if SIGTERM ended it."""
+        `ProcessEnded` if it has ended, or `Interrupted` if SIGTERM ended it."""
         try:
             error, message = pipe.recv()
         except (EOFError, OSError):
@@ -84,10 +84,10 @@ class Crew:
         worker = self._members.pop(pipe)
         worker.join()
         pipe.close()
-        return Interrupted() if worker.exitcode == -signal.SIGTERM else Ended(worker.exitcode)
+        return Interrupted() if worker.exitcode == -signal.SIGTERM else ProcessEnded(worker.exitcode)
 
     def kill(self, pipe: Pipe) -> None:
-        """Ends a process that hangs. `heard` then raises `Ended`."""
+        """Ends a process that hangs. `heard` then raises `ProcessEnded`."""
         self._members[pipe].kill()
 
 
@@ -96,14 +96,14 @@ def side_by_side(
 ) -> Iterator[Result]:
     """Yields results of items as they come, from `count` processes. Each process calls `prepare` once and the
     function that it returns for every item. `prepare` must be picklable: a function of a module, or a
-    functools.partial of one. For what its work must do, see `Crew`.
+    functools.partial of one. For the duties of its work, see `ChildProcesses`.
 
     Raises:
         UserError: a worker raised it, or was killed.
         Interrupted: a signal asked to stop. All workers have saved.
     """
     waiting, busy = list(items), set()
-    with StopFlag() as stopped, Crew() as crew:
+    with StopFlag() as stopped, ChildProcesses() as crew:
         pipes = [crew.start(partial(_serve, prepare)) for _ in range(min(count, len(waiting)))]
         try:
             while waiting or busy:
@@ -119,11 +119,11 @@ def side_by_side(
                     result = crew.heard(pipe)
                     busy.remove(pipe)
                     yield result
-        except Ended as end:
+        except ProcessEnded as end:
             raise killed(end, "What was finished is kept.") from None
 
 
-def killed(end: Ended, kept: str) -> UserError:
+def killed(end: ProcessEnded, kept: str) -> UserError:
     """The error for a process that something killed."""
     return UserError(
         f"a worker process was killed (exit code {end.code}), most likely because memory ran out. {kept} Run "

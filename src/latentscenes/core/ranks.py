@@ -1,5 +1,5 @@
-"""Which of several processes this one is: told by options, or by what started it. Loads neither torch nor
-numpy."""
+"""Which of several processes this one is: by options, or by the program that started it. Loads neither torch
+nor numpy."""
 
 import os
 from collections.abc import Mapping
@@ -26,18 +26,19 @@ class RankOptions:
     """Number of processes that share the work. With --rank auto, only a Kubernetes Job needs it: its
     completions. With --engine ray, unset: as many as the cluster has room for."""
     parts: Path | None = None
-    """Folder that all processes see, where each keeps what it has learned until all parts are joined. Unset:
+    """Folder that all processes see. Each keeps its scenes there until all parts are joined. Unset:
     the folder `parts` of the library."""
     lease: float = 60.0
-    """Seconds without a sign of life after which another process takes over what a process was learning."""
+    """Seconds without a sign of life after which another process takes over a process's group."""
     patience: float = 600.0
     """Seconds without any progress, such as a step, after which a process that is alive counts as hung. It
     then no longer renews its lease, so another one learns its group."""
     engine: Engine | None = None
-    """What starts the processes. `local`: this command, on this machine; `--engine local --world-size 4` is
-    `--workers 4`. `slurm`: an array of jobs, submitted by submitit. `ray`: actors of a Ray cluster."""
+    """The program that starts the processes. `local`: this command, on this machine; `--engine local
+    --world-size 4` is `--workers 4`. `slurm`: an array of jobs, submitted by submitit. `ray`: actors of a Ray
+    cluster."""
     engine_options: tuple[str, ...] = ()
-    """What each process needs, as KEY=VALUE. slurm: parameters of submitit, such as slurm_partition=gpu
+    """Resources of each process, as KEY=VALUE. slurm: parameters of submitit, such as slurm_partition=gpu
     timeout_min=240 cpus_per_task=2 gpus_per_node=1. ray: options of actors, such as num_cpus=2 num_gpus=1."""
     address: str | None = None
     """With --engine ray, the cluster to connect to, such as `auto` on its nodes; unset: a new one of this
@@ -73,7 +74,7 @@ class RankOptions:
             )
 
     def _refuse_for_local(self) -> None:
-        """Raises a UserError for what processes of one machine do without."""
+        """Refuses options that processes of one machine do not need."""
         if self.engine == "local":
             for option, default in (("parts", None), ("lease", 60.0), ("patience", 600.0)):
                 if getattr(self, option) != default:
@@ -121,14 +122,14 @@ def chosen_rank(options: RankOptions, environment: Mapping[str, str] = os.enviro
         UserError: a number is absent or impossible.
     """
     if options.rank == AUTO:
-        return _told(environment, options.world_size)
+        return _from_environment(environment, options.world_size)
     number = _integer(options.rank, "--rank", "Give a number from 0, or auto")
     if options.world_size is None:
         raise UserError(f"--rank {number}: also give --world-size, the number of all processes.")
     return Rank(number, options.world_size, "--rank and --world-size")
 
 
-def _told(environment: Mapping[str, str], count: int | None) -> Rank:
+def _from_environment(environment: Mapping[str, str], count: int | None) -> Rank:
     def number(name: str) -> int:
         return _integer(environment.get(name), name, "It must be a whole number")
 

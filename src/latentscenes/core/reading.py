@@ -20,7 +20,7 @@ MOST_MESH = 2 << 30
 """Bytes of the largest mesh file."""
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""What stands in a file of Git LFS that was not fetched."""
+"""The beginning of a file of Git LFS that was not fetched."""
 
 
 def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
@@ -99,6 +99,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Returns what went wrong, on one line and without the file's name."""
+    """Returns the error's text, on one line and without the file's name."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())[:300]

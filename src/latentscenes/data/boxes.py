@@ -55,7 +55,7 @@ def carving_views(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, CARVING_VIEWS)).round().astype(int)).tolist()
 
 
-def excused(count: int) -> int:
+def allowed_wrong(count: int) -> int:
     """Returns how many of `count` silhouettes may be wrong."""
     return math.ceil(BAD_SILHOUETTES * count) if count >= 12 else 0
 
@@ -77,7 +77,7 @@ def carve(
     then the object is cut off, and the view says nothing about points outside.
     """
     height, width = masks.shape[1:]
-    allowed = excused(len(masks))
+    allowed = allowed_wrong(len(masks))
     cut_off = masks[:, [0, -1]].any((1, 2)) | masks[:, :, [0, -1]].any((1, 2))
     points, misses = np.ascontiguousarray(grid.T), np.zeros(len(grid), dtype=np.int32)
     matrices = cameras.cam2world.numpy().astype(grid.dtype)
@@ -145,7 +145,7 @@ def _bounds(
     high: Float[np.ndarray, "3"],
     name: str,
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-    """Returns the corners of what carving leaves of the grid between `low` and `high`."""
+    """Returns the corners of the part that carving leaves of the grid between `low` and `high`."""
     voxel = (high - low) / GRID
     left = carve(masks, cameras, _grid(low, high))
     if not len(left):

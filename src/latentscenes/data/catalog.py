@@ -66,7 +66,7 @@ def read_catalog(path: Path) -> list[Row]:
     """Reads a catalog.
 
     Raises:
-        UserError: the file cannot be read as its ending says, or no column tells what a row is about.
+        UserError: the file cannot be read as its ending says, or no column names the object of a row.
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: no catalog format; give {', '.join(sorted(FORMATS))}.")
@@ -158,7 +158,7 @@ def _row(cells: Mapping[str, Any]) -> Row:
 
 
 def _value(key: str, value: Any) -> str | list[str]:
-    """What is kept of a cell; empty if nothing is."""
+    """The text kept of a cell; may be empty."""
     if value is None:
         return ""
     if isinstance(value, dict):

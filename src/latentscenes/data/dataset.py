@@ -47,7 +47,7 @@ class Scene:
     box: Box | None = None
     """Its own box, if the dataset has a box for each object."""
     tags: dict[str, Any] = field(default_factory=dict, hash=False)
-    """What a catalog says about the object, such as `category`; a library keeps it."""
+    """The object's row of a catalog, such as `category`; a library keeps it."""
 
     def views(self, part: Literal["fit", "held_out", "all"]) -> list[int]:
         """Returns the dataset indices of the training views, of the held-out views, or of all views."""
@@ -233,8 +233,8 @@ def spread_evenly(index: list[int], count: int) -> list[int]:
 
 
 def verify(path: str | Path) -> list[str] | None:
-    """Compares a dataset with the checksums from when it was made. Returns what differs, one sentence a file;
-    None if it has no checksums, because an earlier version made it. Raises as `PosedImages.open`."""
+    """Compares a dataset with the checksums from when it was made. Returns the differences, one sentence a
+    file; None if it has no checksums, because an earlier version made it. Raises as `PosedImages.open`."""
     folder = PosedImages.open(path).path
     meta = read_object(folder / "views.json", "Make the dataset again.", seal=False)
     listed = meta.get("checksums")

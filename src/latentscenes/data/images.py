@@ -70,7 +70,7 @@ def image_orientation(image: Image.Image) -> int:
         return 1
 
 
-class _Room:
+class _PixelBudget:
     """Lets threads decode images at one time as long as they have MOST_PIXELS in all: a small file may hold a
     large picture."""
 
@@ -91,7 +91,7 @@ class _Room:
                 self._changed.notify_all()
 
 
-_room = _Room()
+_budget = _PixelBudget()
 
 
 def read_image(
@@ -107,7 +107,7 @@ def read_image(
         mask: an image that is white on the object; it is the alpha if the file has none, or all opaque.
         lens: distortion to undo.
     """
-    with open_image(path) as image, _room.of(image.width * image.height):
+    with open_image(path) as image, _budget.of(image.width * image.height):
         pixels, has_alpha = _decoded(image, path)
         if mask is not None and not (has_alpha and pixels[..., 3].min() < 255):
             pixels, has_alpha = np.dstack([pixels[..., :3], read_silhouette(mask, pixels.shape[:2])]), True

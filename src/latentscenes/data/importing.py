@@ -169,7 +169,7 @@ def _box_from(options: ImportOptions, background: Background) -> str:
 
 
 def _remarks(unused: list[str], tilted: dict[str, list[str]], background: Background) -> list[str]:
-    """What people should know: scenes whose masks are not used, and whose cameras stand upright along another
+    """Notes for people: scenes whose masks are not used, and whose cameras stand upright along another
     axis than z."""
     remarks = []
     if unused:
@@ -192,7 +192,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def is_leftover(name: str) -> bool:
-    """Tells hidden files, and what archives of a Mac leave behind: `._NAME` and `__MACOSX`."""
+    """Tells hidden files, and leftovers of archives of a Mac: `._NAME` and `__MACOSX`."""
     return name.startswith((".", "__MACOSX"))
 
 

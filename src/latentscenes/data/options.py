@@ -112,7 +112,7 @@ class MeshOptions(Placement):
 
 @dataclass(frozen=True)
 class SceneChoice:
-    """Which objects are imported, and what is known of them."""
+    """Which objects are imported, and the table that describes them."""
 
     catalog: Path | None = None
     """Table of the objects (CSV, JSON or .properties) with columns such as file, name, category, tags, size
@@ -133,7 +133,7 @@ class SceneChoice:
 
 @dataclass(frozen=True)
 class MeshChoice(SceneChoice):
-    """Which meshes are imported, what is known of them, and how many processes render."""
+    """Which meshes are imported, the table that describes them, and how many processes render."""
 
     limit: int | None = None
     """Import at most this many objects of each split: of those for stage 1, and of the new ones."""

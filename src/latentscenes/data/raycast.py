@@ -27,7 +27,7 @@ from latentscenes.data.shading import SRGB_TO_LINEAR, Lights, to_srgb
 from latentscenes.data.writing import DatasetWriter
 
 BLOCK = 16384
-"""Rays that are traced at once: few enough that what is computed of them stays in the processor's caches."""
+"""Rays that are traced at once: few enough that results stay in the processor's caches."""
 LAYERS = 12
 """Most surfaces that one ray passes."""
 STEP = 1e-4

@@ -115,7 +115,7 @@ class DatasetWriter:
 
 
 def _scene_entry(scene: Scene) -> dict[str, Any]:
-    """What views.json says of a scene. Without a box of its own and tags, earlier versions can read it."""
+    """A scene's entry in views.json. Without a box of its own and tags, earlier versions can read it."""
     entry = asdict(scene)
     for key in ("box", "tags"):
         if not entry[key]:

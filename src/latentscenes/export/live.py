@@ -33,7 +33,7 @@ from latentscenes.storage.targets import FolderTarget, Target
 MODULES = Path(__file__).parents[1] / "web"
 INDEX = "index.html"
 MARK = b'<meta name="generator" content="latentscenes'
-"""What tells a gallery's index.html from another one."""
+"""Text that marks an index.html as one of a gallery."""
 ENTRY = "latent-scene.js"
 """The module that defines the element."""
 SHARED_FROM = 2.5
@@ -134,7 +134,7 @@ def fused(loaded: StoredScenes, scene: str, rows: SceneParameters) -> SceneParam
 
 
 def bundle() -> str:
-    """Returns the modules of `web` as one script: each is a function that returns what others import."""
+    """Returns the modules of `web` as one script: each is a function that returns its exports."""
     texts: dict[str, str] = {}
 
     def add(name: str) -> None:

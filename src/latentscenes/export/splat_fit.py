@@ -32,7 +32,7 @@ MOST = 100_000
 FINER, FINEST = (2, 3), 1024
 """A fit sees pictures with these multiples of the dataset's pixels on each side, up to so many."""
 LOW_PASSES = (0.3, False), (0.3, True), (0.075, False)
-"""What viewers add to variances in the picture, square pixels, and whether they lower opacities by as much as
+"""Variances that viewers add in the picture, square pixels, and whether they lower opacities by as much as
 a splat grows: first as published, then as in Mip-Splatting (arXiv 2311.16493) and Spark, then PlayCanvas."""
 REACH = 3.0
 """Standard deviations at which a splat ends."""
@@ -54,7 +54,7 @@ class Flat(NamedTuple):
     distance: Float[Tensor, "n"]
     """From the camera; infinite behind it."""
     share: Float[Tensor, "n"]
-    """What the low-pass leaves of the opacity."""
+    """The share of opacity that the low-pass leaves."""
 
 
 def project(

@@ -1,4 +1,5 @@
-"""Files at an address: of a web server, a bucket, or a folder. Only what a user gave is asked for files."""
+"""Files at an address: of a web server, a bucket, or a folder. Only addresses that a user gave are asked for
+files."""
 
 import http.client
 import re
@@ -55,7 +56,7 @@ class Files(ABC):
     """Files at an address. Threads may share it."""
 
     remote = True
-    """Whether what is read should be kept in the user's cache."""
+    """Whether files should be kept in the user's cache."""
 
     def __init__(self, address: str | Path):
         self.address = address

@@ -1,4 +1,4 @@
-"""What library.json says of a library, and its folder `model`."""
+"""The description of a library, library.json, and its folder `model`."""
 
 from importlib import resources
 from pathlib import Path
@@ -61,7 +61,7 @@ def read_description(library: Path) -> dict[str, Any]:
 
 
 def identity_of(library: Path) -> str | None:
-    """Returns what tells a library from all others, also of the same model: the checksum of its description,
+    """Returns an identity that no other library has, also of the same model: the checksum of its description,
     which copies share and which never changes. None for libraries of earlier versions, which have none."""
     return read_description(library).get(CHECKSUM)
 
@@ -74,8 +74,8 @@ def refuse_inside(out: Path) -> None:
 
 
 def check_model_file(file: Path, use: str, checksum: str | None) -> None:
-    """Refuses a file of the folder `model` that is absent or damaged; `use` says what needs it. `checksum` is
-    its SHA-256; libraries of earlier versions may have none. Raises a UserError."""
+    """Refuses a file of the folder `model` that is absent or damaged; `use` names the user of the file.
+    `checksum` is its SHA-256; libraries of earlier versions may have none. Raises a UserError."""
     remedy = (
         f"{use[0].upper()}{use[1:]}. Restore it from a copy of this library, or from one of the same model."
     )

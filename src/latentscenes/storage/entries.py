@@ -43,7 +43,7 @@ class SceneInfo:
     """Whether the scene was learned with silhouettes over random backgrounds, so that its opacity says where
     the object is. None for scenes of earlier versions."""
     tags: dict[str, Any] = field(default_factory=dict)
-    """What a catalog says about the object (`category`, `license`, …), and notes of the user."""
+    """The object's row of a catalog (`category`, `license`, …), and notes of the user."""
 
     @property
     def spent(self) -> Spent | None:
@@ -52,7 +52,7 @@ class SceneInfo:
 
 
 class Totals(NamedTuple):
-    """What the scenes of a library are together."""
+    """Sums over the scenes of a library."""
 
     count: int
     bytes: int
@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
     "silhouettes": frozenset({True, False, None}),
     **dict.fromkeys(("seconds", "cpu_seconds", "psnr", "psnr_lost"), NUMBER),
 }  # fmt: skip
-"""What fields of SceneInfo may hold; the others hold text."""
+"""Types of the fields of SceneInfo; the others hold text."""
 FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__ if name != "tags"]
 
 

@@ -1,4 +1,4 @@
-"""Checksums of what only the index of a library says: names, tags and thumbnails.
+"""Checksums of values that only the index of a library holds: names, tags and thumbnails.
 
 Everything else that it says of a scene, its shard states too. Each checksum changes with its own value only,
 so a change of one value never covers damage of another. Entries of earlier versions have none until they
@@ -28,7 +28,7 @@ PAGE = 1000
 """Entries that are read at once."""
 
 
-class Unlike(NamedTuple):
+class ChangedValue(NamedTuple):
     """A value that has changed since it was written."""
 
     name: str
@@ -61,7 +61,7 @@ class EntryChecks:
         present = set(self._ask(" UNION ALL ".join(asked)))
         return [(table, one) for table in COLUMNS for one in COLUMNS[table] if (table, one) not in present]
 
-    def unlike(self) -> Iterator[Unlike]:
+    def unlike(self) -> Iterator[ChangedValue]:
         """Yields names, tags and thumbnails that have changed since they were written, in the order of
         addition, thumbnails last. Raises a UserError if the index cannot be read."""
         if self._lacking():
@@ -72,14 +72,14 @@ class EntryChecks:
             shown = (name or b"").decode(errors="replace")
             for part, value, check in (("name", name, name_check), ("tags", tags, tags_check)):
                 if check is not None and check != check_of(value or b""):
-                    yield Unlike(shown, part)
+                    yield ChangedValue(shown, part)
         pictures = (
             "SELECT scene, CAST(name AS BLOB), CAST(png AS BLOB), png_check FROM thumbnails "
             "LEFT JOIN scenes ON scenes.id = thumbnails.scene"
         )
         for scene, name, png, check in self._paged(pictures, "scene"):
             if name is None or check not in (None, check_of(png or b"")):
-                yield Unlike(
+                yield ChangedValue(
                     f"number {scene}" if name is None else name.decode(errors="replace"), "thumbnail"
                 )
 
@@ -94,7 +94,7 @@ class EntryChecks:
             last, before = found[-1][0], last
 
     def add_checks(self) -> None:
-        """Adds the checksums that entries of earlier versions lack, of what they hold now."""
+        """Adds the checksums that entries of earlier versions lack, of their present values."""
         with self.transaction():
             for table, key, value, check in (
                 ("scenes", "id", "name", "name_check"),

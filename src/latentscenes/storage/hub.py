@@ -23,7 +23,7 @@ COMMIT_BYTES, COMMIT_FILES = 256 << 20, 500
 BESIDE = {".gitattributes", "README.md"}
 """Files of a repository in which nothing is published yet."""
 WANTED = [DESCRIPTION, *(f"{folder}/*{ending}" for folder, ending in ENDINGS.items())]
-"""Files that are copied from a repository; what else lies there stays there."""
+"""Files that are copied from a repository; others stay there."""
 
 
 class HubTarget(Target):

@@ -30,7 +30,7 @@ FILE = "index.sqlite"
 MOST_SHARDS = 10**9
 """The last shard."""
 REMEDY = "Restore it from a copy, or make it from the shards again: latentscenes library rebuild"
-"""What to do if the index is lost."""
+"""The remedy for a lost index, a sentence of error messages."""
 VERSION = 1
 """Format of the index, stored as SQLite's user_version."""
 ADDED = "cpu_seconds", "silhouettes"

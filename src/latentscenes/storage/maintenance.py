@@ -43,11 +43,11 @@ SHARD_BYTES = 64 << 20
 VIEWS = 4
 """Cameras around a scene for measuring the loss at a coarser precision."""
 SAMPLE = 8
-"""Scenes that `dial` measures."""
+"""Scenes that `precision_costs` measures."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class PrecisionCost:
     """Size and loss at one precision: means over some scenes."""
 
     precision: StoragePrecision
@@ -131,7 +131,7 @@ def repack(library: LibraryFolder, precision: str, device: torch.device | str = 
     return len(names)
 
 
-def dial(library: LibraryFolder, device: torch.device | str = "cpu") -> list[Setting]:
+def precision_costs(library: LibraryFolder, device: torch.device | str = "cpu") -> list[PrecisionCost]:
     """Measures size and loss at each precision from the finest stored one on, with up to SAMPLE of the finest
     scenes. Raises a UserError if the library holds no scenes with a known PSNR."""
     infos = [info for info in library.index.infos() if info.psnr is not None]
@@ -150,7 +150,7 @@ def dial(library: LibraryFolder, device: torch.device | str = "cpu") -> list[Set
                 coarse = pack(library.unpacked(payload), precision)
             size += payload_bytes(coarse)
             lost += loss(library, model, payload, coarse, info.psnr)
-        settings.append(Setting(precision, size / len(chosen), lost / len(chosen)))
+        settings.append(PrecisionCost(precision, size / len(chosen), lost / len(chosen)))
     return settings
 
 

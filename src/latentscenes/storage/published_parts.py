@@ -62,8 +62,8 @@ def model_files(library: LibraryFolder, model: Model) -> dict[str, tuple]:
 
 
 def web_model(model: Model) -> dict[str, torch.Tensor]:
-    """Returns what a browser needs of a model, in float16 (float32 where that is out of range): base planes,
-    field, normalizer, and the decoder of a built-in codec."""
+    """Returns the parts of a model that a browser needs, in float16 (float32 where that is out of range):
+    base planes, field, normalizer, and the decoder of a built-in codec."""
     decoder = {id(parameter) for parameter in model.codec.decoder_parameters()}
     left_out = set()
     for name, parameter in model.codec.named_parameters():
@@ -81,7 +81,7 @@ def web_model(model: Model) -> dict[str, torch.Tensor]:
 
 
 def render_facts(model: Model) -> dict[str, Any]:
-    """Returns what a browser must know to render a scene."""
+    """Returns the settings that a browser needs to render a scene."""
     config = model.config
     planes, field, codec = config.planes, config.field, config.codec
     return {
@@ -98,7 +98,7 @@ def render_facts(model: Model) -> dict[str, Any]:
 
 
 def library_facts(library: LibraryFolder) -> dict[str, Any]:
-    """Returns what library.json says, without folders of the publisher's machine."""
+    """Returns the content of library.json, without folders of the publisher's machine."""
     facts = asdict(library.info)
     for name in ("parent", "finetuned_from"):
         facts[name] = facts[name] and PurePath(facts[name]).name

@@ -1,4 +1,4 @@
-"""What runs and libraries keep beside their results: logged steps, the command, versions."""
+"""Records that runs and libraries keep beside their results: logged steps, the command, versions."""
 
 import hashlib
 import json
@@ -82,8 +82,8 @@ def _log_seal(content: bytes) -> bytes:
 
 
 def log_problem(library: Path) -> str | None:
-    """Returns what is wrong with the log that `keep_log` wrote; None if nothing, or if there is no log, or
-    one of an earlier version, whose first line is a step."""
+    """Returns a description of damage to the log that `keep_log` wrote; None if nothing, or if there is no
+    log, or one of an earlier version, whose first line is a step."""
     try:
         content = read_bytes(library / METRICS, MOST_LOG)
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def cut_metrics(folder: Path, total: int) -> None:
 
 
 def log_of(folder: Path) -> dict[str, Any]:
-    """Returns what a checkpoint keeps of the log, by the name `log`: its bytes so far and their SHA-256."""
+    """Returns a checkpoint's entry `log`: its bytes so far and their SHA-256."""
     path = folder / METRICS
     if not path.exists():
         return {}
@@ -126,7 +126,7 @@ def begins_as(folder: Path, log: Any) -> bool:
 
 
 def command_text(arguments: Sequence[str]) -> str:
-    """Formats a command noted in a run or library as it is typed; empty for what is no list of words."""
+    """Formats a command noted in a run or library as it is typed; empty for anything but a list of words."""
     if not arguments or not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
         return ""
     program = Path(arguments[0])

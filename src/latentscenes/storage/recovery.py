@@ -26,14 +26,14 @@ from latentscenes.storage.sqlite import database_problem
 
 @dataclass
 class Rebuilt:
-    """What `rebuild` did."""
+    """The results of `rebuild`."""
 
     scenes: list[str] = field(default_factory=list)
     """Names of the scenes that the index lists anew."""
     renamed: list[str] = field(default_factory=list)
     """Those among them whose own name was taken."""
     damaged: list[str] = field(default_factory=list)
-    """What could not be read, for people."""
+    """Files that could not be read, for people."""
     mended: list[str] = field(default_factory=list)
     """Names of scenes whose entries are again what their shards state."""
     index_made: bool = False

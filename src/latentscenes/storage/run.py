@@ -235,7 +235,7 @@ class Run:
         return config_io.build(Position, values, checkpoint / "state.json")
 
     def state_at(self, checkpoint: Path) -> dict[str, Any]:
-        """What the state.json of a checkpoint says. Raises a UserError if it is damaged."""
+        """The content of a checkpoint's state.json. Raises a UserError if it is damaged."""
         return read_object(checkpoint / "state.json", self._remedy(), sealed_with="shared.safetensors")
 
     def check_at(self, checkpoint: Path) -> None:

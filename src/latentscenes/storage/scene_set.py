@@ -55,7 +55,7 @@ class SceneSet(ABC):
         """Returns the parameters of one scene (n = 1) on the model's device."""
 
     def tags(self, name: str) -> dict[str, Any]:
-        """Returns what a catalog says about a scene; empty if nothing is known."""
+        """Returns a scene's row of a catalog; empty if there is none."""
         return {}
 
     def silhouettes(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Shards: files of scenes, stacked tensor by tensor. Each is written once and states what it holds."""
+"""Shards: files of scenes, stacked tensor by tensor. Each is written once and lists its scenes."""
 
 import hashlib
 import json
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 NAME = re.compile(r"(\d{6,18})\.safetensors")
 MOST_SCENES = 2000
-"""Most scenes of a shard: what it states of them is read whenever it is opened."""
+"""Most scenes of a shard: its list of them is read whenever it is opened."""
 STATED, SEAL = "scenes", "seal"
-"""Metadata of a shard: what it states of its scenes, and the SHA-256 of this text. Earlier versions
+"""Metadata of a shard: the list of its scenes, and the SHA-256 of this text. Earlier versions
 did not write the latter."""
 OPEN = 64
 """Shards kept open for reading."""
@@ -99,7 +99,7 @@ class Shards:
         return payload_at(self.open(place.shard), place.row)
 
     def stated(self, place: Place) -> dict | None:
-        """Returns what the shard states of the scene at a place (see `stated_entries`). Raises as `open`, and
+        """Returns the shard's entry for the scene at a place (see `stated_entries`). Raises as `open`, and
         a SafetensorError if the statement is damaged."""
         if self._stated[0] != place.shard:
             self._stated = place.shard, stated_entries(self.open(place.shard))
@@ -152,7 +152,7 @@ def in_parts(scenes: list[T]) -> Iterator[list[T]]:
 
 
 def stated_entries(shard: safe_open) -> list[dict] | None:
-    """Returns what a shard states of its scenes, row by row: the fields of SceneInfo, and `checksum`. None if
+    """Returns a shard's entries for its scenes, row by row: the fields of SceneInfo, and `checksum`. None if
     it is of an earlier version. Raises a SafetensorError if the statement is damaged."""
     facts = shard.metadata() or {}
     if set(facts) - {STATED, SEAL} and SEAL not in facts:

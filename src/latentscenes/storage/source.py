@@ -1,4 +1,4 @@
-"""What a library offers for reading, whether it is a folder or published."""
+"""The interface for reading a library, whether it is a folder or published."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class SceneSource(ABC):
     """SHA-256 of the files with the shared parts and with the initial values, by their names in a folder."""
     index: SceneIndex
     remedy = "Restore it from a copy of this library."
-    """What to do about damage."""
+    """The remedy for damage, a sentence of error messages."""
 
     # The model
 

@@ -60,7 +60,7 @@ def address(path: Path) -> str:
 
 
 def database_problem(path: Path) -> str | None:
-    """Returns what is wrong with a file of SQLite: absent, empty, or what SQLite's own check finds. None
+    """Returns the fault of a file of SQLite: absent, empty, or the finding of SQLite's own check. None
     if nothing."""
     if not path.is_file():
         return "it is absent"

@@ -190,7 +190,7 @@ class BucketTarget(Target):
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turns errors of an object store into a UserError that names what was asked for."""
+    """Turns errors of an object store into a UserError that names the request."""
     from obstore.exceptions import BaseError
 
     try:
@@ -200,7 +200,7 @@ def asking(what: str) -> Iterator[None]:
 
 
 def store_reason(error: Exception) -> str:
-    """Returns what an object store says, on one line."""
+    """Returns the message of an object store, on one line."""
     text = " ".join(str(error).split("\n\nDebug source")[0].split())
     return f"cannot be reached or read ({text[:300]}). Check the address, the credentials and the network."
 

@@ -1,4 +1,4 @@
-"""What differs from the bytes once written: in a library, in a run."""
+"""Comparison of libraries and runs with the checksums of the bytes once written."""
 
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from latentscenes.storage.shards import ShardScene
 from latentscenes.storage.sqlite import database_problem
 
 FIXED = [entry.name for entry in fields(SceneInfo) if entry.name not in ("name", "tags")]
-"""What a scene's entry in the index and its shard both say."""
+"""Fields that a scene's entry in the index and its shard both hold."""
 NAMED = 3
 """Scenes of an unlisted shard that `verify` names."""
 
@@ -43,7 +43,7 @@ def verify(library: LibraryFolder) -> list[Damage]:
     differences, and shards that the index does not list."""
     if problem := database_problem(library.path / FILE):
         found = [Damage(FILE, f"is damaged ({problem}). {REMEDY} {library.path}")]
-        with suppress(UserError):  # what it holds may say more
+        with suppress(UserError):  # its content may say more
             found += _entry_damage(library)
         return found
     with library.index.any_text():
@@ -99,7 +99,7 @@ def _entry_damage(library: LibraryFolder) -> list[Damage]:
 
 
 def _score_damage(folder: Path) -> list[tuple[str, str]]:
-    """Returns names of files of scores that have changed since they were written, and what is wrong."""
+    """Returns names of files of scores that have changed since they were written, with descriptions."""
     found = []
     for name in (SCORES, FIT_SCORES):
         with suppress(FileNotFoundError):
@@ -113,7 +113,7 @@ def _score_damage(folder: Path) -> list[tuple[str, str]]:
 
 
 def _scene_damage(library: LibraryFolder, name: str, place: Place) -> str | None:
-    """Returns what is wrong with a scene; None if nothing."""
+    """Returns a description of a scene's damage; None if it is intact."""
     file = library.shards.file(place.shard)
     try:
         if payload_checksum(library.shards.read(place)) != place.checksum:
@@ -154,7 +154,7 @@ def _is_unchanged(file: Path, checksum: str) -> bool:
 
 
 def verify_run(path: Path) -> list[str]:
-    """Compares everything in a run that has a checksum. Returns what differs, one sentence a file. Another
+    """Compares everything in a run that has a checksum. Returns the differences, one sentence a file. Another
     process may work on the run. Raises a UserError if there is no run, or its run.json is damaged."""
     run, found = Run.open(path), []
     for checkpoint in run.checkpoints():

@@ -42,11 +42,11 @@ class BatchSource:
 
     def __init__(
         self, model: Model, scenes: TrainingScenes, stage: StageConfig, seed: int, scratch: Path,
-        moved: Callable[[], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ):  # fmt: skip
         """Latents that would fill more than a quarter of the memory go to a temporary file in `scratch`.
-        `moved` is called after each chunk of images that is encoded."""
-        self.moved = moved or (lambda: None)
+        `on_progress` is called after each chunk of images that is encoded."""
+        self.on_progress = on_progress or (lambda: None)
         images = scenes.images
         boxes = scenes.parameters.box
         self._corners = box_corners(boxes) if boxes.numel() else model.box.corners().expand(len(boxes), 8, 3)
@@ -105,7 +105,7 @@ class BatchSource:
         """Sets the normalizer's statistics from views. Once is enough for a frozen codec."""
         for chunk in chunks:
             self.model.normalizer.update(self._encoded(chunk))
-            self.moved()
+            self.on_progress()
 
     def _cache(self) -> None:
         if self.model.normalizer.untouched:
@@ -116,7 +116,7 @@ class BatchSource:
         self._latents = self._allocate(len(index), background[0].numel(), len(background))
         for chunk, place in zip(chunks, torch.arange(len(index)).split(ENCODE_CHUNK), strict=True):
             self._latents[place] = at_pixels(self.model.normalizer.normalize(self._encoded(chunk)))
-            self.moved()
+            self.on_progress()
 
     def _allocate(self, *shape: int) -> Tensor:
         if 4 * math.prod(shape) <= machine_memory() // 4:

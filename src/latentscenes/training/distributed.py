@@ -133,7 +133,7 @@ class Team:
 ALONE = Team()
 
 
-class Lost(UserError):
+class ProcessLost(UserError):
     """Another process of the run has ended."""
 
 
@@ -144,7 +144,7 @@ def _all_alive() -> Iterator[None]:
     except RuntimeError as error:  # torch.distributed raises no class of its own with gloo
         if "memory" in str(error):
             raise
-        raise Lost(
+        raise ProcessLost(
             "another process of this run has ended or does not answer "
             f"({' '.join(str(error).split())[:100]}). Its message says why. The same command goes on from "
             "the last checkpoint."
@@ -178,7 +178,7 @@ def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
         team = Team(distributed.get_rank(), distributed.get_world_size())
         console.quiet = not team.first
         yield team, device
-    except Lost as error:
+    except ProcessLost as error:
         print(f"latentscenes: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # gloo can abort a process that still tidies up after others are gone
     finally:
@@ -215,7 +215,7 @@ def refuse_alone(config: Config, scenes: int, team: Team) -> None:
 
 @dataclass(frozen=True)
 class Shares:
-    """What one process owns of the tables of all."""
+    """The rows of tables that each process owns."""
 
     team: Team
     scenes: Int[Tensor, "o"]
@@ -226,7 +226,7 @@ class Shares:
 
     @classmethod
     def of_scenes(cls, team: Team, fitted: Sequence[int]) -> "Shares":
-        """Returns what a process owns of scenes with these numbers of fitted views."""
+        """Returns the scenes and views that a process owns, for these numbers of fitted views."""
         ends = torch.tensor([0, *fitted]).cumsum(0).tolist()
         scenes = team.owned(len(fitted))
         views = torch.cat([torch.arange(ends[scene], ends[scene + 1]) for scene in scenes.tolist()])
@@ -274,7 +274,7 @@ class Shares:
 
 
 def _kind(name: str) -> str | None:
-    """Returns what a tensor of a checkpoint has one row for; None: it is shared."""
+    """Returns the kind of thing that a tensor of a checkpoint has one row for; None: it is shared."""
     if name in SceneParameters.NAMES or name.startswith("rows."):
         return ROWS
     return VIEWS if name.startswith("focus.") else None

@@ -65,9 +65,9 @@ def fitted_dataset(
         begun = time.process_time()
         errors = errors_by_way(images, learned, config, device)
         way = chosen_way(errors)
-        listed = ", ".join(f"{_told(one)}: {errors[one]:.4f}" for one in sorted(errors, key=errors.get))
+        listed = ", ".join(f"{_options(one)}: {errors[one]:.4f}" for one in sorted(errors, key=errors.get))
         say(f"Error after a few steps: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
-        say(f"latentscenes data place --folder {images.path} --out {target} {_told(way)} --fit-to {name}")
+        say(f"latentscenes data place --folder {images.path} --out {target} {_options(way)} --fit-to {name}")
         place(images.path, target, way, None if learned.has_boxes else learned.info.box)
     return PosedImages.open(target)
 
@@ -81,7 +81,7 @@ def chosen_way(errors: dict[Placement, float]) -> Placement:
     return upright if errors[upright] < CLEARLY * errors[AS_IT_IS] else AS_IT_IS
 
 
-def _told(way: Placement) -> str:
+def _options(way: Placement) -> str:
     """The options of `data place` for a way."""
     return f"--up {way.up} --turn {way.turn:.0f}"
 

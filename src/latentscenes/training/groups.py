@@ -1,7 +1,7 @@
-"""Groups of new scenes: what is learned, stored and committed together.
+"""Groups of new scenes, which are learned, stored and committed together.
 
-A group depends on nothing but the frozen shared parts, the dataset and the seed. So who learns it, and when,
-changes no bit of its scenes.
+A group depends on nothing but the frozen shared parts, the dataset and the seed. So its scenes have the same
+bits whichever process learns it, and whenever.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class GroupLearner:
     precision: StoragePrecision
     drop_views: bool = False
     """Learn scenes again without odd views."""
-    moved: Callable[[], None] | None = None
+    on_progress: Callable[[], None] | None = None
     """Called after each step, and between the other parts of the work."""
 
     def learn(
@@ -63,7 +63,7 @@ class GroupLearner:
         odd = []
         for fit in fits:
             odd.append(diagnose(model, images, fit))
-            self._move()
+            self._progressed()
         fewer = {k: scene.without(odd[k].views) for k, scene in enumerate(scenes) if odd[k].views}
         again = {k: scene for k, scene in fewer.items() if self.drop_views and scene.views("fit")}
         if again:
@@ -74,7 +74,7 @@ class GroupLearner:
         found, split = [], "new" if origin == "exploit" else None
         known = shows_silhouettes(self.config.exploit, images)
         for k, (scene, fit) in enumerate(zip(scenes, fits, strict=True)):
-            self._move()
+            self._progressed()
             learned = (tags or {}) | view_tags(fit, odd[k], k in again, images)
             ready = (fit.parameters, library.info.view, images, scene, self.precision)
             found.append(new_scene(model, *ready, Provenance(origin, split, fit.spent, learned, known)))
@@ -84,9 +84,9 @@ class GroupLearner:
             shutil.rmtree(path)
         return found
 
-    def _move(self) -> None:
-        if self.moved:
-            self.moved()
+    def _progressed(self) -> None:
+        if self.on_progress:
+            self.on_progress()
 
     def _fits(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], list[Run]]:
         """Learns some scenes, each with the kinds of corrections that help it. Returns also all runs."""
@@ -109,7 +109,7 @@ class GroupLearner:
         self, asked: Sequence[str], scenes: Sequence[Scene], label: str, work: Path | None
     ) -> tuple[list[tuple[str, ...]], list[Spent], list[Run]]:
         """Learns scenes for a short time with and without corrections. Returns the kinds that help each
-        scene, what was spent on it, and the runs."""
+        scene, the time spent on it, and the runs."""
         spent, runs = [Spent(0.0, 0.0)] * len(scenes), []
 
         def errors(rows: Sequence[int], *kinds: str) -> dict[int, float]:
@@ -119,7 +119,7 @@ class GroupLearner:
             for k, fit in zip(rows, fits, strict=True):
                 spent[k] = spent[k] + fit.spent
             found = [view_errors(self.model, self.images, fit)[0].mean().item() for fit in fits]
-            self._move()
+            self._progressed()
             return dict(zip(rows, found, strict=True))
 
         every = range(len(scenes))
@@ -146,7 +146,7 @@ class GroupLearner:
         run = Run.create((work or library.path / "work") / key, config, info)
         parameters = starting_parameters(config, library.starting_scene(), images, scenes).to(model.device)
         learning = TrainingScenes(parameters, images, scenes)
-        trainer = Trainer(run, model, learning, label=label, moved=self.moved)
+        trainer = Trainer(run, model, learning, label=label, on_progress=self.on_progress)
         trainer.fit(config.exploit)
         model.eval().requires_grad_(False)
         _check_unchanged(model, library)
@@ -179,8 +179,8 @@ def missing_scenes(library: LibraryFolder, images: PosedImages, scenes: Sequence
 
 
 def sweep(work: Path, index: Index | None) -> None:
-    """Removes what cannot go on in a folder `work`, unless a process is at work on it: runs whose scenes are
-    in the index already, broken runs, and remains of scenes that were added in Python."""
+    """Removes runs that cannot go on from a folder `work`, unless a process is at work on them: runs whose
+    scenes are in the index already, broken runs, and remains of scenes that were added in Python."""
     for folder in work.iterdir() if work.is_dir() else ():
         if not folder.is_dir() or not any(folder.iterdir()):
             continue
@@ -227,12 +227,12 @@ def _check_unchanged(model: Model, library: LibraryFolder) -> None:
 
 
 def means(infos: Sequence[SceneInfo]) -> dict[str, float]:
-    """Returns the means of what was measured of a group's scenes."""
+    """Returns the means of a group's measured quality, size and times."""
     names = ("psnr", "psnr_lost", "bytes", "seconds", "cpu_seconds")
     return {name: sum(getattr(info, name) for info in infos) / len(infos) for name in names}
 
 
-def told(infos: Sequence[SceneInfo]) -> str:
+def group_line(infos: Sequence[SceneInfo]) -> str:
     """Returns a line on the scenes of a group."""
     mean, names = means(infos), [info.name for info in infos]
     if len(names) > NAMED:
@@ -245,5 +245,5 @@ def told(infos: Sequence[SceneInfo]) -> str:
 
 
 def remarks(infos: Sequence[SceneInfo]) -> list[str]:
-    """Returns what learning found out about the views of a group's scenes."""
+    """Returns the findings on the views of a group's scenes, one line each."""
     return [f"{info.name}: {line}" for info in infos for line in capture_lines(info.tags)]

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
-from latentscenes.data.boxes import carving_views, excused, small_masks, visual_hull
+from latentscenes.data.boxes import allowed_wrong, carving_views, small_masks, visual_hull
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.rendering.occupancy import SIDE, bound_rays, grown
 from latentscenes.rendering.render import camera_rays
@@ -59,7 +59,7 @@ def carved(images: PosedImages, scene: Scene, box: Float[Tensor, "6"]) -> UInt8[
     missed = (rays.far > rays.near) & (bounded.far <= bounded.near)
     looked = torch.from_numpy(solid).flatten(1)
     missed = (missed.view_as(looked) & looked).sum(1)
-    agreeing = missed.argsort()[: len(index) - excused(len(index))]  # a wrong mask or two do not count
+    agreeing = missed.argsort()[: len(index) - allowed_wrong(len(index))]  # a wrong mask or two do not count
     if missed[agreeing].sum() > MISSED * looked[agreeing].sum():
         return np.ones_like(hull, dtype=np.uint8)
     return cells[0].numpy()

@@ -104,14 +104,14 @@ class Trainer:
         scenes: TrainingScenes,
         tracker: "Tracker | None" = None,
         label: str = "",
-        moved: Callable[[], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ):
-        """With a `label`, the progress bar shows it and disappears at the end, for one of many runs. `moved`
-        is called after each step and each chunk of images that is encoded."""
+        """With a `label`, the progress bar shows it and disappears at the end, for one of many runs.
+        `on_progress` is called after each step and each chunk of images that is encoded."""
         self.run, self.model, self.scenes, self.team = run, model, scenes, scenes.team
         self.shares = Shares.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
         self.tracker = tracker or Tracker("none", run.path, {})
-        self.label, self.moved = label, moved or (lambda: None)
+        self.label, self.on_progress = label, on_progress or (lambda: None)
         self.corrections: ViewCorrections | None = None
         """Those of all fitted views, after `fit` with stages that learn them."""
 
@@ -162,7 +162,7 @@ class Trainer:
         learner = StageLearner(
             model, self.scenes.parameters, stage, run.files, self.corrections, team=self.team
         )
-        source = BatchSource(model, self.scenes, stage, seed, run.path, self.moved)
+        source = BatchSource(model, self.scenes, stage, seed, run.path, self.on_progress)
         kept = self.corrections.state() if self.corrections else {}
         state = learner.state() | source.state() | kept
         if position.step:
@@ -186,7 +186,7 @@ class Trainer:
                     source.learn(batch, errors)
                 position.step += 1
                 position.total += 1
-                self.moved()
+                self.on_progress()
 
                 # Log
                 due = time.monotonic() - saved > SAVE_SECONDS

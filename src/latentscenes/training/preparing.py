@@ -1,4 +1,4 @@
-"""What stage 2 settles before it learns: the library, the configuration, the groups of new scenes."""
+"""Preparations of stage 2: the library, the configuration, the groups of new scenes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +28,14 @@ from latentscenes.training.groups import missing_scenes
 from latentscenes.training.probe import for_exploit
 
 MUCH_SMALLER = 1.8
-"""Objects that could be so many times as large in the model's box are told of."""
+"""Objects that could be so many times as large in the model's box are noted."""
 MUCH_LARGER = 1.5
 """Pictures so many times as wide as those of stage 1 have detail that its planes do not show."""
 
 
-def settled(config: Config, library: Config, options: ExploitOptions, device: torch.device) -> Config:
+def with_chosen_scenes(
+    config: Config, library: Config, options: ExploitOptions, device: torch.device
+) -> Config:
     """Returns the configuration with as many scenes a step as options ask for. If they are to fill the
     device, it is the number that the settings of the library or the plan of ranks state."""
     if isinstance(options.scenes, int):
@@ -73,7 +75,7 @@ def library_for(
         if options.fills(device.type):
             config = for_exploit(config, images, parent, options.limit, device)
         else:
-            config = settled(config, config, options, device)
+            config = with_chosen_scenes(config, config, options, device)
         if isinstance(parent, LibraryFolder):
             library = library_from_model(out, parent, config, precision)
         else:
@@ -104,7 +106,8 @@ def _images_of(run: Run) -> PosedImages:
 def groups_to_learn(
     library: LibraryFolder, images: PosedImages, config: Config, options: ExploitOptions
 ) -> list[list[Scene]]:
-    """Returns the new scenes of a dataset that a library does not hold, in groups, and says what it skips."""
+    """Returns the new scenes of a dataset that a library does not hold, in groups, and prints which scenes it
+    skips."""
     for file in unlisted(library):
         say(f"Note: the index does not list {file}. `latentscenes library verify` says what it holds.")
     wanted = images.select("new", limit=options.limit)

@@ -2,7 +2,7 @@
 
 A step of few scenes leaves a GPU idle for most of its time. The number is found once, where a library or a
 run begins, and becomes part of its settings. So it is the same for all processes and after all stops, and
-the machine on which somebody goes on changes nothing.
+resuming on another machine changes nothing.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def probed(
     start: SceneParameters | None,
     data: tuple[PosedImages, Sequence[Scene]],
 ) -> dict[str, int]:
-    """Returns for each stage how many scenes fill the device of a model, and says what was measured.
+    """Returns for each stage how many scenes fill the device of a model, and prints the measurements.
 
     Args:
         stages: `train` or `exploit`.

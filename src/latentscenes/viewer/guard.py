@@ -1,4 +1,4 @@
-"""Who may connect to the viewer, what its page may do, and what becomes of odd messages.
+"""Guards of the viewer: who may connect, which content the page may load, how odd messages end.
 
 viser starts a server of the package websockets and offers no hook for its requests. `guarded` therefore wraps
 `websockets.asyncio.server.serve` while viser calls it.
@@ -95,7 +95,9 @@ class Remarks:
             self._next = now + BETWEEN_REMARKS
             what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
             text = one_line(" ".join(what.split()))[:200]
-            print(f"latentscenes: a browser sent what cannot be understood ({text}).", file=sys.stderr)
+            print(
+                f"latentscenes: a browser sent a message that cannot be understood ({text}).", file=sys.stderr
+            )
 
     def on_task(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Handles errors of the server's own tasks, such as those that work on a single message."""
@@ -128,7 +130,7 @@ class _Guard:
         return response
 
     async def handle(self, connection: ServerConnection) -> None:
-        """Serves a connected browser until it leaves or sends what is no message of viser's page."""
+        """Serves a connected browser until it leaves or sends anything but a message of viser's page."""
         self._connected += 1
         try:
             await self._handler(connection)

@@ -48,7 +48,7 @@ GRID = Template(
 NOTE = Template(
     '<div style="padding: 0 14px 7px; font-size: 12px; opacity: 0.75">{{text}}</div>', autoescape=True
 )
-"""A line of small text. All HTML comes from templates, which escape what a library holds."""
+"""A line of small text. All HTML comes from templates, which escape names and tags."""
 LETTERS = 48  # of all captions in a row of the gallery
 EMPTY = "data:,"
 """Address of no picture."""

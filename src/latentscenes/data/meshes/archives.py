@@ -38,12 +38,12 @@ BROKEN = (
     zipfile.BadZipFile, zlib.error, LZMAError, struct.error, EOFError, OSError, ValueError, OverflowError,
     NotImplementedError, RuntimeError,
 )  # fmt: skip
-"""What reading a damaged archive may raise."""
+"""Errors that reading a damaged archive may raise."""
 
 
 @dataclass
 class _Allowance:
-    """What an archive may still unpack to."""
+    """Bytes that an archive may still unpack to."""
 
     shown: str
     most: int

@@ -132,7 +132,7 @@ class _Reader:
         return [_local(row) for row in rows]
 
     def _joints(self, index: int) -> Float[np.ndarray, "j 4 4"]:
-        """What each joint of a skin does to a vertex: its place in the world times its inverse bind
+        """The transform of a vertex by each joint of a skin: its place in the world times its inverse bind
         matrix."""
         skin = self.file.item("skins", index)
         places = []
@@ -325,8 +325,8 @@ def _local(node: dict[str, Any]) -> Float[np.ndarray, "4 4"]:
 
 
 def _turn(matrices: Float[np.ndarray, "n 4 4"]) -> Float[np.ndarray, "n 3 3"]:
-    """What transforms do to normals: the cofactor matrix, which is the inverse transpose up to a positive
-    factor."""
+    """The effect of transforms on normals: the cofactor matrix, which is the inverse transpose up to a
+    positive factor."""
     a, b, c = matrices[:, 0, :3], matrices[:, 1, :3], matrices[:, 2, :3]
     cofactors = np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], 1)
     return cofactors * np.sign(np.linalg.det(matrices[:, :3, :3]))[:, None, None]

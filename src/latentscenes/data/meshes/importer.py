@@ -1,7 +1,7 @@
 """Renders meshes (GLB, glTF, OBJ, PLY) of a folder or archive into a dataset.
 
 - Every file that cannot be read is reported with the reason.
-- Each format has a reader of its own (gltf.py, obj.py, ply.py); what it leaves out is reported.
+- Each format has a reader of its own (gltf.py, obj.py, ply.py); parts that it leaves out are reported.
 - Objects are moved and scaled: bounding box centered at the origin, with diagonal 1, z up.
 - Several processes render; finished objects are kept until the dataset is complete (work.py).
 """
@@ -92,7 +92,7 @@ def make_meshes(
 
 
 def _summary(folder: Path, found: Found) -> str:
-    """What was found, for people."""
+    """A count of the meshes found, for people."""
     kinds = [path.suffix.lower() for path in found.files.values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind[1:].upper()}" for kind in sorted(set(kinds)))
     rows = f"; {len(found.rows)} with a row in a catalog" if found.rows else ""

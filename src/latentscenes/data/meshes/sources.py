@@ -28,7 +28,7 @@ class Found:
 
     files: dict[str, Path] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
-    """What tells the content of a mesh and of the files beside it: paths, sizes, times."""
+    """Stamps of the content of a mesh and of the files beside it: paths, sizes, times."""
     rows: dict[str, Row] = field(default_factory=dict)
     """Rows of catalogs."""
     archives: dict[Path, Path] = field(default_factory=dict)
@@ -176,7 +176,7 @@ def short_names(paths: Mapping[Path, PurePath], taken: Iterable[str]) -> dict[st
 
 
 def _assign(found: Found, rows: list[Row], catalog: Path, root: Path) -> None:
-    """Gives scenes that have no row yet the rows of a catalog, and remarks on what does not fit."""
+    """Gives scenes that have no row yet the rows of a catalog, and remarks on rows that do not fit."""
     meshes = {name: found.shown(path).absolute() for name, path in found.files.items()}
     own = catalog.name == OWN  # stands for its own folder or archive only
     meshes = {name: path for name, path in meshes.items() if not own or path.is_relative_to(root)}

@@ -31,7 +31,7 @@ DAMAGE = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, RuntimeError, TypeError,
     ValueError, struct.error,
 )  # fmt: skip
-"""What numbers and names that do not fit together raise in a reader."""
+"""Errors that numbers and names which do not fit together raise in a reader."""
 MOST_REPEATED = 4_000_000
 """Triangles that a file may have beyond one for each of its bytes, by instances and shared arrays."""
 

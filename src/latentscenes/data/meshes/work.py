@@ -1,7 +1,7 @@
 """Objects rendered by several processes, each kept in a file until the dataset is written.
 
 While a dataset OUT is made, finished objects lie in the folder OUT.work. A file's name is a checksum of all
-that decides what is in it: the mesh file, the options, the version. So an import that was stopped goes on,
+that decides its content: the mesh file, the options, the version. So an import that was stopped goes on,
 and one with other options begins anew. The folder is removed when the dataset is complete.
 """
 
@@ -45,7 +45,7 @@ class Rendered:
     bounds: Float32[np.ndarray, "2 3"]
     """Lowest and highest x, y, z of the object."""
     remarks: tuple[str, ...]
-    """What the reader left out or did not find."""
+    """Parts that the reader left out or did not find."""
 
     def save(self, path: Path) -> None:
         """Writes a zip archive of arrays, packed quickly."""
@@ -85,7 +85,7 @@ class Job:
     name: str
     path: Path
     stamp: tuple[Any, ...]
-    """What tells the content of the mesh file and of the files that it names."""
+    """A stamp of the content of the mesh file and of the files that it names."""
     rotation: tuple[float, ...] | None = None
     """Turns the mesh in its own axes, 3x3 row by row."""
 
@@ -96,7 +96,7 @@ class Job:
 
 
 Work = Callable[[Job], str]
-"""Renders a job into its file; returns what was wrong with the mesh, or an empty text."""
+"""Renders a job into its file; returns the mesh's fault, or an empty text."""
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def work_folder(out: Path) -> Iterator[Path]:
 def render_jobs(
     jobs: Sequence[Job], files: Sequence[Path], prepare: Callable[[], Work], workers: int
 ) -> Iterator[tuple[Job, str]]:
-    """Renders the jobs whose files are not there yet. Yields each of them with what was wrong, in any order.
+    """Renders the jobs whose files are not there yet. Yields each of them with its fault, in any order.
 
     Args:
         prepare: a picklable function that returns the work of a process.

@@ -6,7 +6,7 @@
     BUCKET/ID/claims/                     which group is learned by whom, and which are done
     BUCKET/ID/parts/part-0003-1a2b3c/     the shards that a process has learned, and their thumbnails
 
-Each machine has a folder of its own for what is in work. A group is done when its shards are in the bucket.
+Each machine has a folder of its own for unfinished work. A group is done when its shards are in the bucket.
 No process joins them: `library join` fetches the parts of a bucket and joins them as it joins folders.
 """
 
@@ -38,11 +38,11 @@ from latentscenes.storage.library import START, LibraryFolder
 from latentscenes.storage.run import SETTINGS
 from latentscenes.storage.shards import NAME, shard_scenes
 from latentscenes.storage.targets import BucketTarget
-from latentscenes.training.preparing import settled
+from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.boards import BucketBoard, created
 from latentscenes.training.sharing.claims import Claims, own_name
 from latentscenes.training.sharing.plan import PLAN, Plan, found_or_made, made, read_plan, refuse_other
-from latentscenes.training.sharing.ranks import Share, Worker, items, opened, refuse_alone, teller
+from latentscenes.training.sharing.ranks import Share, Worker, items, opened, refuse_alone, reporter
 
 SEED = f"model/{SHARED}", f"model/{START}", SETTINGS, DESCRIPTION
 """Files of a library without scenes. The last one makes it a library."""
@@ -74,7 +74,9 @@ def exploit_in_bucket(
             claims, lambda: _read(bucket, folder),
             lambda: _planned(bucket, folder, images, config, parent, options, device),
         )  # fmt: skip
-    config = settled(config, config_io.parse(plan.settings, f"{bucket.address}/{PLAN}"), options, device)
+    config = with_chosen_scenes(
+        config, config_io.parse(plan.settings, f"{bucket.address}/{PLAN}"), options, device
+    )
     refuse_other(plan, bucket.address, (bucket.address, images), config, options)
     home = folder / plan.id
     seed = _seed(bucket, plan, home)
@@ -84,11 +86,11 @@ def exploit_in_bucket(
         with Claims(
             _board(bucket, f"{plan.id}/claims"), owner, ranks.lease, ranks.patience
         ).renewing() as claims:
-            part, tell = home / name, teller(plan, rank, owner)
+            part, report = home / name, reporter(plan, rank, owner)
 
             def stored(item: str, infos: list[SceneInfo], now: bool) -> None:
                 _put(bucket, plan, part, owner, infos)
-                tell(item, infos, now)
+                report(item, infos, now)
 
             worker = Worker(plan, claims, lambda: opened(part, seed, plan), stored, lambda: True)
             worker.learn(images, config, device, rank)

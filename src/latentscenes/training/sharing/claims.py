@@ -41,7 +41,7 @@ MOST_CLAIMS = 8
 
 @dataclass
 class State:
-    """What the board says of all items."""
+    """The state of all items on a board."""
 
     newest: dict[str, int] = field(default_factory=dict)
     """The number of the newest claim of each item."""
@@ -65,12 +65,12 @@ class Claims:
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before looking again for what others left."""
+        """Seconds to wait before looking again for free items."""
         return min(self.board.pause, self.lease / 8)
 
     @contextmanager
     def renewing(self) -> Iterator["Claims"]:
-        """Renews what is held until the end of the block. What is held then lapses, unless it is done."""
+        """Renews all claims until the end of the block. Then they lapse, unless their items are done."""
         stopped = threading.Event()
 
         def renew() -> None:
@@ -90,7 +90,7 @@ class Claims:
             thread.join()
 
     def progress(self) -> None:
-        """Says that the work on what is held moves on."""
+        """Reports progress on the items held."""
         self._moved = time.monotonic()
 
     def state(self) -> State:
@@ -192,7 +192,7 @@ def own_name(folder: Path, stem: str) -> Iterator[str]:
 
 
 def this_boot() -> str:
-    """Returns what tells this machine, since it was started, from all others."""
+    """Returns an identity of this machine since its start, which no other has."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -20,7 +20,7 @@ import torch
 from latentscenes.core import config_io
 from latentscenes.core.console import say
 from latentscenes.core.errors import Interrupted
-from latentscenes.core.processes import CHECK_SECONDS, Crew, Ended, Pipe, killed
+from latentscenes.core.processes import CHECK_SECONDS, ChildProcesses, Pipe, ProcessEnded, killed
 from latentscenes.core.ranks import Rank
 from latentscenes.core.runtime import StopFlag, set_up
 from latentscenes.data.dataset import PosedImages
@@ -28,7 +28,7 @@ from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.training.sharing.claims import MOST_CLAIMS, Claims
 from latentscenes.training.sharing.plan import Plan
-from latentscenes.training.sharing.ranks import GivenUp, Worker
+from latentscenes.training.sharing.ranks import GroupFailed, Worker
 
 PATIENCE = 600.0
 """Seconds without a step after which a process counts as hung."""
@@ -43,33 +43,33 @@ def learned(plan: Plan, count: int, device: torch.device) -> Iterator[list[Scene
     each group that is stored. The caller holds the lock of the library's folder `work`.
 
     Raises:
-        GivenUp: a group ended every process that learned it. All others are learned.
+        GroupFailed: a group ended every process that learned it. All others are learned.
         UserError: a process raised it, or ended again and again.
         Interrupted: a signal asked to stop. All processes have saved.
     """
     folder = Path(plan.library) / "work" / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with StopFlag() as stopped, Crew() as crew:
-            team = _Team(crew, plan, folder, (count, device))
+        with StopFlag() as stopped, ChildProcesses() as crew:
+            team = _LocalRanks(crew, plan, folder, (count, device))
             while team.ranks:
                 if stopped:
                     raise Interrupted
                 yield from team.stored()
-            if team.given_up:
-                raise team.given_up
+            if team.failed:
+                raise team.failed
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Team:
+class _LocalRanks:
     """The ranks, watched by this process."""
 
-    def __init__(self, crew: Crew, plan: Plan, folder: Path, given: tuple[int, torch.device]):
+    def __init__(self, crew: ChildProcesses, plan: Plan, folder: Path, given: tuple[int, torch.device]):
         self._crew, self._plan, self._folder, (self._count, self._device) = crew, plan, folder, given
         self.ranks: dict[Pipe, int] = {}
         """The number of each rank that has not ended."""
-        self.given_up: GivenUp | None = None
+        self.failed: GroupFailed | None = None
         self._silence: dict[int, float] = {}
         """Seconds since the last sign of life of each rank."""
         self._deaths = [0] * self._count
@@ -90,10 +90,10 @@ class _Team:
             number = self.ranks[pipe]
             try:
                 message = self._crew.heard(pipe)
-            except GivenUp as error:
-                self.given_up = error
+            except GroupFailed as error:
+                self.failed = error
                 continue
-            except Ended as end:
+            except ProcessEnded as end:
                 del self.ranks[pipe]
                 if end.code:
                     self._restart(number, end)
@@ -107,7 +107,7 @@ class _Team:
                     yield infos
         self._kill_hung()
 
-    def _restart(self, number: int, end: Ended) -> None:
+    def _restart(self, number: int, end: ProcessEnded) -> None:
         self._deaths[number] += 1
         if self._deaths[number] > MOST_CLAIMS:
             raise killed(end, "What was finished is kept.")
@@ -145,9 +145,9 @@ class _Claims(Claims):
 
     def __init__(self, folder: Path, owner: str, pipe: Pipe):
         super().__init__(folder, owner, math.inf)
-        self._pipe, self._told = pipe, -math.inf
+        self._pipe, self._signed = pipe, -math.inf
 
     def progress(self) -> None:
-        if time.monotonic() - self._told > SIGNS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._signed > SIGNS:
+            self._signed = time.monotonic()
             self._pipe.send((None, None))

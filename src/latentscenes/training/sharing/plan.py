@@ -20,7 +20,7 @@ from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import SHARED
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
-from latentscenes.training.preparing import groups_to_learn, library_for, settled
+from latentscenes.training.preparing import groups_to_learn, library_for, with_chosen_scenes
 from latentscenes.training.sharing.claims import Claims
 
 PARTS, PLAN = "parts", "plan.json"
@@ -34,7 +34,7 @@ PLANNING = "plan"
 
 @dataclass(frozen=True)
 class Plan:
-    """What all processes agree on before they learn."""
+    """The plan on which all processes agree before they learn."""
 
     id: str
     library: str
@@ -126,7 +126,7 @@ def made(
     with writing_to(out):
         make_folder(out)
     library = library_for(out, images, config, open_parent(parent) if parent else None, options, device)
-    config = settled(config, library.config, options, device)
+    config = with_chosen_scenes(config, library.config, options, device)
     groups = groups_to_learn(library, images, config, options)
     library.close()
     return plan_of(library, images, config, options, groups)

@@ -38,8 +38,8 @@ from latentscenes.storage.description import SHARED, read_description
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.joining import Joined, empty_copy, join
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.training.groups import GroupLearner, remarks, sweep, told
-from latentscenes.training.preparing import settled
+from latentscenes.training.groups import GroupLearner, group_line, remarks, sweep
+from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.claims import MOST_CLAIMS, Claims, own_name
 from latentscenes.training.sharing.plan import (
     PARTS,
@@ -55,27 +55,27 @@ from latentscenes.training.sharing.plan import (
 JOINING = "join"
 """Item that the process claims that joins, beside the groups."""
 Stored = Callable[[str, list[SceneInfo], bool], None]
-"""What happens when a group is stored and not yet noted as done: its item, its scenes, and whether they were
+"""Called when a group is stored and not yet noted as done, with its item, its scenes, and whether they were
 learned just now, not before this process was started."""
 
 
-class GivenUp(UserError):
+class GroupFailed(UserError):
     """A group ended every process that learned it. All others are learned."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process did."""
+    """The work that one process did."""
 
     groups: int
     """Groups that it learned."""
     joined: Joined | None
-    """What it joined; None if another process did."""
+    """The result of joining; None if another process joined."""
 
 
 @dataclass(frozen=True)
 class RankCall:
-    """All that a process needs to know to be a rank: what engines send to the processes that they start."""
+    """All that a process needs to be a rank. Engines send it to the processes that they start."""
 
     out: Path
     data: Path
@@ -104,7 +104,7 @@ def exploit_rank(
     device: torch.device, shared: tuple[Rank, RankOptions],
 ) -> Share:  # fmt: skip
     """Learns new scenes of a dataset into the library `out` together with other processes that make the same
-    call, each with its own rank. Returns when all scenes are in the library, whoever learned them.
+    call, each with its own rank. Returns when all scenes are in the library.
 
     Raises:
         UserError: as `exploit`; or the others have other settings, two parts hold different scenes of one
@@ -115,14 +115,14 @@ def exploit_rank(
     rank, ranks = shared
     parts = ranks.parts or out / PARTS
     plan = agreed(parts, ranks.lease, lambda: made(out, images, config, parent, options, device))
-    config = settled(config, config_io.parse(plan.settings, str(parts / PLAN)), options, device)
+    config = with_chosen_scenes(config, config_io.parse(plan.settings, str(parts / PLAN)), options, device)
     refuse_other(plan, str(parts), (str(out.resolve()), images), config, options)
     home, worker = parts / plan.id, None
     try:
         with own_name(home / "owners", f"part-{rank.number:04d}") as name:
             with Claims(home / "claims", name, ranks.lease, ranks.patience).renewing() as claims:
                 worker = Worker(
-                    plan, claims, lambda: opened(home / name, out, plan), teller(plan, rank, name),
+                    plan, claims, lambda: opened(home / name, out, plan), reporter(plan, rank, name),
                     (parts / PLAN).exists,
                 )  # fmt: skip
                 worker.learn(images, config, device, rank)
@@ -146,16 +146,16 @@ def refuse_alone(images: PosedImages, options: ExploitOptions) -> None:
     images.select("new", limit=options.limit)
 
 
-def teller(plan: Plan, rank: Rank, name: str) -> Stored:
-    """Returns what says that a group was learned."""
+def reporter(plan: Plan, rank: Rank, name: str) -> Stored:
+    """Returns a function that prints that a group was learned."""
 
-    def tell(item: str, infos: list[SceneInfo], now: bool) -> None:
+    def report(item: str, infos: list[SceneInfo], now: bool) -> None:
         if now:
-            say(f"{name}, group {int(item) + 1} of {len(plan.groups)}: {told(infos)}")
+            say(f"{name}, group {int(item) + 1} of {len(plan.groups)}: {group_line(infos)}")
             for line in remarks(infos):
                 say(line)
 
-    return tell
+    return report
 
 
 def opened(part: Path, out: Path, plan: Plan) -> LibraryFolder:
@@ -236,7 +236,7 @@ class Worker:
         if given_up:
             names = self.plan.groups[int(given_up[0])]
             again = "" if endless else f"remove the files {given_up[0]}.* in {self.claims.board.address} and "
-            raise GivenUp(
+            raise GroupFailed(
                 f"{self.plan.library}: {len(given_up)} groups ended every process that learned them, "
                 f"{MOST_CLAIMS} each; the first holds {', '.join(names)}. What the processes printed says "
                 f"why. To try again, {again}run the command."

@@ -1,6 +1,6 @@
 """Ranks as actors of a Ray cluster: restarted without limit when their process or node dies.
 
-Actors write what they learn to the parts, which all nodes see, and return a number only. A call returns when
+Actors write learned scenes to the parts, which all nodes see, and return a number only. A call returns when
 all scenes are in the library; so the first actor that returns ends the work, also if others wait for room.
 """
 
@@ -43,7 +43,7 @@ def learn(call: RankCall, count: int | None, address: str | None, options: dict[
         _connect(ray, address)
     try:
         needs = {"num_cpus": 1} | options
-        count = count or _room(ray, needs)
+        count = count or _capacity(ray, needs)
         say(f"{count} actors of Ray learn …")
         return _learned(ray, call, count, needs)
     finally:
@@ -62,7 +62,7 @@ def _connect(ray: Any, address: str | None) -> None:
         ) from None
 
 
-def _room(ray: Any, needs: dict[str, Any]) -> int:
+def _capacity(ray: Any, needs: dict[str, Any]) -> int:
     """Returns how many actors the nodes of the cluster have room for."""
     wanted = {"CPU": needs.get("num_cpus", 0), "GPU": needs.get("num_gpus", 0), **needs.get("resources", {})}
     wanted = {name: amount for name, amount in wanted.items() if amount}
