@@ -133,6 +133,7 @@ def import_scenes(
                 unused.append(name)
             if options.up == "auto" and (up := upright_axis(source.cameras)) not in (None, "z"):
                 tilted.setdefault(up, []).append(name)
+            # Images and alpha; cameras are moved, so that objects are turned and scaled
             cameras = source.cameras.placed(turn_of(options), options.scale)
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:

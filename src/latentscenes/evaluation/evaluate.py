@@ -109,6 +109,7 @@ def evaluate(
             latents = shown.image(*background.shape[1:])
             rendered = model.decode(latents)
             spent += _now(device) - begun
+            # Scores of each view: total, codec, silhouette
             missing = torch.full((len(chunk),), math.nan)
             table.append([
                 metrics.psnr(rendered, images), metrics.ssim(rendered, images),

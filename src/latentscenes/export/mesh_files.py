@@ -127,6 +127,7 @@ def _usd_stage(path: Path, mesh: TexturedMesh) -> None:
     UsdGeom.SetStageUpAxis(stage, UsdGeom.Tokens.y)
     UsdGeom.SetStageMetersPerUnit(stage, 1.0)
     stage.SetDefaultPrim(UsdGeom.Xform.Define(stage, "/Object").GetPrim())
+    # The mesh
     shape = UsdGeom.Mesh.Define(stage, "/Object/Surface")
     vertices = y_up(mesh.vertices).astype(np.float32)
     shape.CreatePointsAttr(Vt.Vec3fArray.FromNumpy(vertices))
@@ -140,6 +141,7 @@ def _usd_stage(path: Path, mesh: TexturedMesh) -> None:
         "st", Sdf.ValueTypeNames.TexCoord2fArray, UsdGeom.Tokens.vertex
     )
     places.Set(Vt.Vec2fArray.FromNumpy(mesh.uv * np.float32([1, -1]) + np.float32([0, 1])))
+    # The material: coordinates read the texture, the surface shows it unlit
     material = UsdShade.Material.Define(stage, "/Object/Material")
     coordinates = UsdShade.Shader.Define(stage, "/Object/Material/Coordinates")
     coordinates.CreateIdAttr("UsdPrimvarReader_float2")

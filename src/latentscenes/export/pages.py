@@ -78,6 +78,7 @@ def write_page(
     cameras = Cameras(
         torch.cat([turn.cam2world for turn in orbits]), torch.cat([turn.intrinsics for turn in orbits])
     )
+    # All pictures are cut to the window that shows every box
     boxes = [loaded.model.box_of(loaded.planes(scene)) for scene in scenes]
     window = window_on(box_of(boxes), cameras, (height, width))
     height, width = (edge.stop - edge.start for edge in window)

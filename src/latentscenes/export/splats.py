@@ -213,6 +213,7 @@ def _glb(splats: Splats, name: str, tags: Mapping[str, Any] | None) -> bytes:
         "KHR_gaussian_splatting:OPACITY": splats.opacities[:, None],
         "KHR_gaussian_splatting:SH_DEGREE_0_COEF_0": (splats.colors - 0.5) / HARMONIC,
     }
+    # Arrays one behind the other
     views, accessors, body = [], [], b""
     for values in arrays.values():
         whole = values.dtype == "<u2"
@@ -222,6 +223,7 @@ def _glb(splats: Splats, name: str, tags: Mapping[str, Any] | None) -> bytes:
         accessors.append(accessor | {"componentType": 5123 if whole else 5126, "normalized": whole})
         views.append({"buffer": 0, "byteOffset": len(body), "byteLength": len(packed)})
         body += packed
+    # The scene that refers to them
     ends = splats.positions.astype("<f4")
     accessors[0] |= {"min": ends.min(0).tolist(), "max": ends.max(0).tolist()}
     extension = {"kernel": "ellipse", "colorSpace": "srgb_rec709_display"}
@@ -244,6 +246,7 @@ def _glb(splats: Splats, name: str, tags: Mapping[str, Any] | None) -> bytes:
         "bufferViews": views,
         "buffers": [{"byteLength": len(body)}],
     }
+    # Header, JSON and arrays
     text = json.dumps(tree).encode()
     text += b" " * (-len(text) % 4)
     size = 12 + 8 + len(text) + 8 + len(body)

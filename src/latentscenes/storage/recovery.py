@@ -100,6 +100,7 @@ def _mend(library: LibraryFolder, result: Rebuilt) -> None:
     index, unlike = library.index, defaultdict(set)
     for name, part in index.unlike():
         unlike[name].add(part)
+    # Numbers of scenes that the shards hold
     counts, places = {}, index.places()
     for shard in index.shards().keys() | {place.shard for place in places.values()}:
         with suppress(FileNotFoundError, SafetensorError):
@@ -114,12 +115,14 @@ def _mend(library: LibraryFolder, result: Rebuilt) -> None:
                 info = index.info(name)
             except UserError:
                 info = None
+            # Without a statement of the shard, the entry can only be reported
             if right is None:
                 if info is None or parts - {"thumbnail"}:
                     result.damaged.append(
                         f"{library.path}: the entry of {name!r} is damaged, and no shard states it"
                     )
                 continue
+            # Tags that changed on purpose stay
             tags = right.tags if info is None or "tags" in parts else info.tags
             wanted = replace(right, name=name, tags=tags)
             if info != wanted:

@@ -83,6 +83,7 @@ def finetune(
     refuse_other_settings(parent.config, config, parent.path)
     refuse_cut_off(images, parent)
     say(f"Shared parts keep learning. {out} becomes a library of {counted(len(scenes), 'new scene')} only.")
+    # A run that begins with the parent's shared parts and mean scene
     names, data = [scene.name for scene in scenes], str(images.path.resolve())
     model, mean = parent.starting(device)
     info = _info(parent, images, options.precision or "int8")
@@ -93,10 +94,12 @@ def finetune(
     if config.exploit_fresh_field:
         torch.manual_seed(config.seed)
         model.field = model.random_field().to(device)
+    # Learn
     tracker = Tracker(options.track, run.path, {"seed": config.seed})
     Trainer(run, model, TrainingScenes(parameters, images, scenes), tracker).fit(config.exploit)
     tracker.close()
     model.eval().requires_grad_(False)
+    # Store
     known, spent = shows_silhouettes(config.exploit, images), run.spent.times(1 / len(scenes))
     provenance = Provenance("exploit", "new", spent, silhouettes=known)
     found = new_scenes(model, parameters, info.view, images, scenes, info.precision, provenance)

@@ -30,7 +30,7 @@ from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
 
 T = TypeVar("T")
-Mode = Literal["rgb", "depth", "opacity", "latent"]
+ViewMode = Literal["rgb", "depth", "opacity", "latent"]
 
 CACHED = 32
 """Entries in each cache."""
@@ -62,7 +62,7 @@ class ViewRequest:
     """v = 1."""
     canvas: tuple[int, int]
     """Height and width of the client's canvas, pixels; upper bounds of the image's, with its aspect ratio."""
-    mode: Mode = "rgb"
+    mode: ViewMode = "rgb"
     channel: int = 0
     """Latent channel, in mode `latent`."""
     black: bool = False
@@ -116,6 +116,7 @@ class Painter:
             view = adaptive_views(model, planes, camera, background, watch=watch)
         except _StaleError:
             return None
+        # Colors for the mode
         latents, depth, opacity = view.latents, view.depth[0].cpu(), view.opacity[0].cpu()
         if request.mode == "depth":
             ends = self._depth_range(planes, request.camera)

@@ -25,14 +25,14 @@ from latentscenes.core.console import bytes_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line, printable, tags_text
 from latentscenes.viewer.guard import guarded
-from latentscenes.viewer.painter import Blend, Frame, Mode, Painter, Renderer, ViewRequest
+from latentscenes.viewer.painter import Blend, Frame, Painter, Renderer, ViewMode, ViewRequest
 from latentscenes.viewer.panels import Callbacks, Datasets, Gallery, Photographs, Thumbnails
 
 ANGLES = math.radians(25), math.radians(40)
 """Elevation and azimuth of the first camera; thumbnails use the same."""
 FILLED = 0.9
 """Initial size of the sphere around the box, relative to the height of the window."""
-MODES: dict[str, Mode] = {
+MODES: dict[str, ViewMode] = {
     "picture": "rgb",
     "depth": "depth",
     "opacity": "opacity",

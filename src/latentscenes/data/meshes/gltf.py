@@ -159,12 +159,14 @@ class _Reader:
         if points is None or points.shape[1] != 3:
             raise self.file.error("a primitive has no positions of three numbers")
         normals = arrays.get("NORMAL")
+        # Morph targets
         for weight, target in zip(weights, primitive.get("targets", []), strict=False):
             points = (
                 points + weight * self.file.accessor(target["POSITION"]) if "POSITION" in target else points
             )
             if normals is not None and "NORMAL" in target:
                 normals = normals + weight * self.file.accessor(target["NORMAL"])
+        # Skin, or the place of the node
         if joints is not None and "JOINTS_0" in arrays:
             matrices = self._blended(arrays, joints)
             points = (matrices[:, :3, :3] @ points[..., None])[..., 0] + matrices[:, :3, 3]
@@ -172,9 +174,11 @@ class _Reader:
         else:
             points = points @ matrix[:3, :3].T + matrix[:3, 3]
             normals = None if normals is None else normals @ _turn(matrix[None])[0].T
+        # Triangles
         faces = _triangles(np.arange(len(points)) if indices is None else indices, primitive.get("mode", 4))
         if len(faces) and (faces.min() < 0 or faces.max() >= len(points)):
             raise self.file.error("indices reach beyond the vertices")
+        # Colors
         material, texture = self._material(primitive.get("material"))
         uv = self._uv(arrays, texture)
         colors = arrays.get("COLOR_0")
