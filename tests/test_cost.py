@@ -105,7 +105,8 @@ def test_memory_equals_that_of_a_real_model(change, solids):
     assert memory.codec == sum(4 * p.numel() for p in model.codec.parameters())
     assert memory.bases == 4 * model.bases.numel()
     assert memory.field == sum(4 * p.numel() for p in model.field.parameters())
-    assert memory.scene == random_parameters(3, settings.planes, generator).bytes_per_scene()
+    tables = random_parameters(3, settings.planes, generator).tables()
+    assert memory.scene == sum(table[0].nbytes for table in tables.values())
 
 
 def test_account_of_runs(tmp_path, tiny, solids):

@@ -102,9 +102,10 @@ def test_dashboard_sheet(run, solids):
 
 
 @pytest.mark.parametrize("mode", ["rgb", "colors", "depth", "opacity", "latent", "dashboard"])
-def test_orbit_frames(run, mode):
+def test_frames_of_an_orbit(run, mode):
     learned = SceneSet.of_run(run)
-    frames = video.orbit_frames(learned, "green_box", learned.view, frames=3, size=16, mode=mode)
+    cameras = learned.view.orbit(3, 25.0)
+    frames = list(video.camera_frames(learned, "green_box", cameras, (16, 16), mode))
     assert len(frames) == 3 and all(
         frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames
     )
@@ -121,7 +122,7 @@ def test_orbit_of_unknown_scene_or_size(run):
     with pytest.raises(UserError, match="no scene 'green_bx' here; the nearest names are 'green_box'"):
         learned.check("green_bx")
     with pytest.raises(UserError, match="multiple of the codec's downsampling, 4; try 20"):
-        video.orbit_frames(learned, "green_box", learned.view, size=18 + 1)
+        video.scaled(learned.view.size, 18 + 1, learned.model.codec.downsampling)
 
 
 def test_orbit_cameras_are_like_those_of_the_data():

@@ -281,15 +281,10 @@ class RayCaster:
 
 
 def render_object(
-    writer: DatasetWriter,
-    name: str,
-    soup: TriangleSoup,
-    split: Split,
-    options: ViewOptions,
-    lights: Lights | None = None,
+    writer: DatasetWriter, name: str, soup: TriangleSoup, split: Split, options: ViewOptions
 ) -> None:
     """Renders the views of one object and appends them to a dataset. Raises as `render_views`."""
-    rgb, alpha, cameras = render_views(name, soup, options, lights)
+    rgb, alpha, cameras = render_views(name, soup, options)
     box = own_box(soup.bounds, options)
     writer.add(name, rgb, cameras, split, spread(options.views, options.held_out), alpha, box)
 

@@ -35,12 +35,12 @@ from latentscenes.export.sheets import (
     image_bytes,
     short_names,
 )
-from latentscenes.export.video import gif_bytes, orbit_frames
+from latentscenes.export.video import camera_frames, gif_bytes
 from latentscenes.storage.records import command_text
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
 
 SHEET_SCENES, DASHBOARD_SCENES = 8, 4
-ORBIT_FRAMES, ORBIT_FPS = 36, 12
+ORBIT_FRAMES, ORBIT_FPS, ORBIT_ELEVATION = 36, 12, 25.0
 MANY = 1000
 """Number of scenes N for which the tiles at the top give memory."""
 TERMS = ("rgb", "latent", "autoencoder", "equivariance", "edges", "tv", "depth_tv", "preview", "color")
@@ -150,10 +150,9 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
     found, (ours, _), names = [], _labeled(content), short_names(content.new.names)
     for place, word in sorted(chosen.items()):
         score = ordered[place]
-        orbits = [
-            orbit_frames(ours, score.name, content.new.view_of(score.name), frames=ORBIT_FRAMES, mode=mode)
-            for mode in ("rgb", "depth")
-        ]
+        view = content.new.view_of(score.name)
+        cameras = view.orbit(ORBIT_FRAMES, ORBIT_ELEVATION)
+        orbits = [camera_frames(ours, score.name, cameras, view.size, mode) for mode in ("rgb", "depth")]
         frames = [
             beside([captioned(image, "image"), captioned(depth, "depth")])
             for image, depth in zip(*orbits, strict=True)

@@ -188,19 +188,19 @@ def parts_table(ours: Account, other: Account) -> Table:
     return Table("Memory", columns, tuple(row[: len(columns)] for row in rows), (3, 4))
 
 
-def cost_tables(ours: Account, other: Account, counts: Sequence[int] = cost.COUNTS) -> list[Table]:
+def cost_tables(ours: Account, other: Account) -> list[Table]:
     """Bytes of each part, and bytes and time per scene in collections of several sizes. Without a learned new
     scene, there is no table of times."""
-    tables = [parts_table(ours, other), bytes_table(ours, other, counts)]
+    tables = [parts_table(ours, other), bytes_table(ours, other)]
     if ours.time is not None and ours.time.scene is not None:
-        tables.append(time_table(ours.time, other.time, counts))
+        tables.append(time_table(ours.time, other.time))
     return tables
 
 
-def bytes_table(ours: Account, other: Account, counts: Sequence[int]) -> Table:
+def bytes_table(ours: Account, other: Account) -> Table:
     """Bytes per scene in collections of several sizes."""
     rows = []
-    for count in counts:
+    for count in cost.COUNTS:
         mine, theirs = ours.memory.per_scene(count), other.memory.per_scene(count)
         change = percent_text(cost.saving(mine, theirs))
         rows.append((_with_spaces(count), bytes_text(mine), bytes_text(theirs), change))
@@ -208,14 +208,14 @@ def bytes_table(ours: Account, other: Account, counts: Sequence[int]) -> Table:
     return Table("Bytes per scene", columns, tuple(rows), (), note)
 
 
-def time_table(ours: TimeCost, other: TimeCost | None, counts: Sequence[int]) -> Table:
+def time_table(ours: TimeCost, other: TimeCost | None) -> Table:
     """Time per scene in collections of several sizes. Without times of the other side, there is one side."""
     sides = [ours] if other is None or other.scene is None else [ours, other]
     columns = ["scenes N", "CPU, ours"]
     columns += ["RGB", "change"] if len(sides) == 2 else []
     columns += ["CPU, counting", "wall, ours", "RGB"][: 1 + len(sides)]
     clock, rows = attrgetter(cost.clock(*sides)), []
-    for count in counts:
+    for count in cost.COUNTS:
         spent = [side.per_scene(count) for side in sides]
         cpu, wall = ([seconds_text(getattr(one, name)) for one in spent] for name in ("cpu", "wall"))
         change = [percent_text(cost.saving(*map(clock, spent)))] if len(spent) == 2 else []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentscenes.core.cameras import FARTHEST, LONGEST_SIDE, OPENGL_TO_OPENCV, Cameras, Viewpoint
+from latentscenes.core.cameras import FARTHEST, LONGEST_SIDE, OPENGL_TO_OPENCV, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import check_place, make_folder, partial_path, publish, writing_to
 from latentscenes.core.names import short
@@ -44,34 +44,6 @@ PIXELS = 1 << 19
 """Pixels rendered at once at most, unless one picture has more."""
 SAMPLES = 8
 """Number of frames that set the scale of depth and latent channels for the whole film."""
-
-
-def orbit_frames(
-    loaded: SceneSet,
-    scene: str,
-    view: Viewpoint,
-    *,
-    frames: int = 60,
-    size: int | None = None,
-    mode: PictureMode = "rgb",
-    elevation: float = 25.0,
-) -> list[Picture]:
-    """Renders pictures from cameras on one turn around a scene.
-
-    Args:
-        view: how the cameras of its dataset look at it.
-        size: pixels along the wider side, a multiple of the codec's downsampling; unset: as in the data.
-        mode: `latent` shows every channel in gray; `dashboard` shows image, latent channels, depth and
-            opacity.
-        elevation: degrees above the horizon.
-
-    Raises:
-        UserError: `size` does not suit the codec, or `frames` is not above 0.
-    """
-    if frames < 1:
-        raise UserError(f"--frames {frames}: at least 1.")
-    height, width = scaled(view.size, size, loaded.model.codec.downsampling)
-    return list(camera_frames(loaded, scene, view.orbit(frames, elevation), (height, width), mode))
 
 
 def camera_frames(

@@ -78,10 +78,6 @@ class SceneParameters:
         """The box of one scene (n = 1); None if it has the model's."""
         return Box.of(self.box[0]) if self.box.numel() else None
 
-    def bytes_per_scene(self) -> int:
-        """Returns the size of one scene in memory."""
-        return sum(table[0].numel() * table.element_size() for table in self.tables().values())
-
 
 def random_bases(config: PlanesConfig, generator: torch.Generator) -> Float[Tensor, "k 3 r r g"]:
     """Draws base planes."""
