@@ -239,7 +239,7 @@ def test_an_index_that_computes_is_refused(tmp_path, code):
     connection = sqlite3.connect(tmp_path / FILE)
     connection.execute(code)
     connection.close()
-    with pytest.raises(UserError, match="which computes"):
+    with pytest.raises(UserError, match="which runs code"):
         Index(tmp_path / FILE)
 
 

@@ -128,7 +128,7 @@ class Box:
         """Raises a UserError, which begins with `where`, unless all numbers are finite and half sides above
         0."""
         if not all(abs(number) <= FARTHEST for number in self.center):
-            raise UserError(f"{where}: the center of the box, {self.center}, is no place.")
+            raise UserError(f"{where}: the center of the box, {self.center}, must be finite.")
         if not all(1 / FARTHEST <= number <= FARTHEST for number in self.half):
             raise UserError(f"{where}: half sides of the box, {self.half}, must be above 0.")
 
@@ -265,7 +265,7 @@ class Viewpoint:
         if not all(1 / FARTHEST <= number <= FARTHEST for number in numbers):
             raise UserError(f"{where}: distance and focal lengths, {numbers}, must be above 0.")
         if not all(abs(number) <= FARTHEST for number in self.center):
-            raise UserError(f"{where}: the center of view, {self.center}, is no place.")
+            raise UserError(f"{where}: the center of view, {self.center}, must be finite.")
 
     @classmethod
     def of(cls, cameras: Cameras, size: tuple[int, int], box: Box) -> "Viewpoint":

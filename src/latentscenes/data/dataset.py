@@ -97,7 +97,7 @@ class PosedImages:
         alpha = _open_array(path / "alpha.npy", (count, height, width), np.uint8) if header.alpha else None
         packed = torch.from_numpy(np.array(_open_array(path / "cameras.npy", (count, 16), np.float32)))
         if not packed.isfinite().all() or (packed[:, 12:14] <= 0).any():
-            raise UserError(f"{path / 'cameras.npy'}: holds numbers of no camera. {REMAKE}")
+            raise UserError(f"{path / 'cameras.npy'}: holds a camera with invalid numbers. {REMAKE}")
         cameras = Cameras(packed[:, :12].reshape(-1, 3, 4).contiguous(), packed[:, 12:].contiguous())
         return cls(path, scenes, header.box, cameras, rgb, alpha, header.origin)
 

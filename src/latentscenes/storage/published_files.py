@@ -56,7 +56,7 @@ class PublishedFiles:
         or damaged, or larger than files of its kind are."""
         most = LIMITS.get(file.file.split("/")[0], MOST_TEXT)
         if file.bytes > most:
-            raise UserError(f"{self.address}/{file.file}: more than {most >> 20} MiB; no such file has that.")
+            raise UserError(f"{self.address}/{file.file}: has more than {most >> 20} MiB, the limit.")
         if self._cache and (kept := self._cache.read(file)) is not None:
             return kept
         try:
@@ -81,7 +81,7 @@ class PublishedFiles:
     def part(self, file: PublishedFile, begin: int, size: int, sha256: str) -> bytes:
         """Returns a part of a file. Raises a UserError if it is absent or damaged."""
         if file.bytes > MOST_PACK:
-            raise UserError(f"{self.address}/{file.file}: {file.bytes} bytes; no pack has that many.")
+            raise UserError(f"{self.address}/{file.file}: has {file.bytes} bytes; the limit is {MOST_PACK}.")
         try:
             content = self.files.part(file.file, begin, size, file.bytes)
         except FileNotFoundError:

@@ -45,7 +45,7 @@ def guard(connection: sqlite3.Connection, path: Path) -> Callable[[], None]:
     connection.execute("PRAGMA trusted_schema = OFF")
     for kind, name in connection.execute(COMPUTING):
         raise UserError(
-            f"{path}: holds {short(name)} ({kind}), which computes; no index of a library does. "
+            f"{path}: holds {short(name)} ({kind}), which runs code; the index of a library has none. "
             "Restore it from a copy of the library."
         )
     return begin

@@ -75,7 +75,7 @@ def probed(
         shown = ", ".join(f"{trial.scenes}: {trial.rate:.0f}" for trial in trials)
         most = max((trial.memory or 0 for trial in trials), default=0)
         memory = f", up to {bytes_text(most)} of memory" if most else ""
-        say(f"Stage {stage.name}, scenes a step: steps of scenes a second: {shown}{memory}.")
+        say(f"Stage {stage.name}, scene steps a second by scenes a step: {shown}{memory}.")
         say(f"Stage {stage.name}: {found[stage.name]} scenes a step.")
     return found
 

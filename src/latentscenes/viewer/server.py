@@ -279,7 +279,7 @@ class Session:
         intrinsics = torch.tensor([[fy * canvas[0] / canvas[1], fy, 0.5, 0.5]])
         pose = torch.cat([matrix, position[:, None]], 1)[None]
         if not (pose.isfinite().all() and intrinsics.isfinite().all() and fy > 0):
-            raise UserError("The browser's camera is at no place.")
+            raise UserError("The browser sent a camera without a valid position.")
         return ViewRequest(
             scene=self._scene,
             camera=Cameras(pose, intrinsics),

@@ -171,5 +171,5 @@ def refuse_other(
     if torch.get_num_threads() != plan.threads:
         say(
             f"Note: this process has {torch.get_num_threads()} threads, that of the plan {plan.threads}, so "
-            "sums are rounded otherwise. With the same --threads for all, scenes are the same bit by bit."
+            "sums are rounded differently. With the same --threads for all, scenes are the same bit by bit."
         )
