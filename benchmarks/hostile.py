@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.hostile_files import Good, good_sets
 from latentscenes.cli.common import run_program
 from latentscenes.core.console import Table, show, tracked
 
@@ -41,20 +42,6 @@ ODD = (
     "{}", '"\\u001b[31m"', '"../../x"', '"<script>"', "9" * 5000, "[[[[[[]]]]]]", '"\\ud800"', '"a\\u0000b"',
 )  # fmt: skip
 """JSON values that are put in place of others."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Good:
-    """A set of good files and the commands that read them; `{}` is their folder, `{out}` a place to write."""
-
-    kind: str
-    folder: Path
-    commands: tuple[str, ...]
-
-    def files(self) -> list[str]:
-        """Returns the files, by their paths in the folder."""
-        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name != "lock")
-        return sorted(str(path.relative_to(self.folder)) for path in found)
 
 
 # Mutations
@@ -386,8 +373,6 @@ def main(out: Path, mutations: int = 400, files: int = 3, seed: int = 0, only: s
         seed: seed of the mutations.
         only: kinds of files, separated by commas; unset: all.
     """
-    from benchmarks.hostile_files import good_sets
-
     out.mkdir(parents=True, exist_ok=True)
     _warm()
     sets = [one for one in good_sets(out / "good") if not only or one.kind in only.split(",")]

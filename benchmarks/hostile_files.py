@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from trimesh import Trimesh
 from trimesh.creation import box
 from trimesh.visual import ColorVisuals
 
-from benchmarks.hostile import Good
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
 from latentscenes.core.config import frozen
@@ -28,6 +28,20 @@ exploit: [{name: new, epochs: 1, scenes: 1, views: 2, losses: {latent: 1}, rates
 ONE = "--threads 1"
 READ_MESH = "data meshes --folder {0} --out {out} --views 3 --size 16 --held-out 1"
 SIDE, VIEWS = 16, 4
+
+
+@dataclass(frozen=True)
+class Good:
+    """A set of good files and the commands that read them; `{}` is their folder, `{out}` a place to write."""
+
+    kind: str
+    folder: Path
+    commands: tuple[str, ...]
+
+    def files(self) -> list[str]:
+        """Returns the files, by their paths in the folder."""
+        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name != "lock")
+        return sorted(str(path.relative_to(self.folder)) for path in found)
 
 
 def good_sets(folder: Path) -> list[Good]:
