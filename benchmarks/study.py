@@ -40,7 +40,7 @@ from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, chart_file
 from latentscenes.evaluation.evaluate import Evaluation, evaluate, evaluate_stored
 from latentscenes.evaluation.tables import has_ceiling
-from latentscenes.storage import maintenance as care
+from latentscenes.storage import maintenance
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.storage.quantize import check_precision
@@ -248,7 +248,7 @@ def _stored_as(folder: Path, precision: str, device: torch.device) -> Path:
         shutil.rmtree(coarse, ignore_errors=True)
         shutil.copytree(folder, coarse)
         (coarse / SCORES).unlink(missing_ok=True)
-        care.repack(LibraryFolder.open(coarse), precision, device)
+        maintenance.repack(LibraryFolder.open(coarse), precision, device)
         (coarse / "complete").touch()
     return coarse
 

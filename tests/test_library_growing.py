@@ -22,7 +22,7 @@ from latentscenes.cli import main as cli
 from latentscenes.core import config_io
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
-from latentscenes.storage import maintenance as care
+from latentscenes.storage import maintenance
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.quantize import PRECISIONS, pack, unpack
 from latentscenes.training import loop
@@ -184,7 +184,7 @@ def test_dial_and_repack(library, solids):
         info, stored = library[name].metadata, library[name].rows
         assert (
             info.precision == "int4"
-            and info.bytes == care.payload_bytes(library.folder.payload(name))
+            and info.bytes == maintenance.payload_bytes(library.folder.payload(name))
             and info.psnr_lost > 0
         )
         assert torch.equal(
@@ -202,7 +202,7 @@ def test_the_estimated_loss_is_the_measured_one(library, solids):
     psnr = [
         measure(model, unpack(payload, library.config.planes), solids, index) for payload in (fine, coarse)
     ]
-    assert care.loss(library.folder, model, fine, coarse, psnr[0]) == pytest.approx(
+    assert maintenance.loss(library.folder, model, fine, coarse, psnr[0]) == pytest.approx(
         psnr[0] - psnr[1], abs=0.05
     )
 
@@ -265,11 +265,11 @@ def test_compact_merges_shards_and_keeps_every_bit(library, tmp_path, monkeypatc
         raise Crash
 
     many.remove("green_box")
-    monkeypatch.setattr(care, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(maintenance, "SHARD_BYTES", 4000)
     with monkeypatch.context() as broken:
-        commits, commit = [], care._commit
+        commits, commit = [], maintenance._commit
         broken.setattr(
-            care,
+            maintenance,
             "_commit",
             lambda *given: commits.append(1) or (crash() if len(commits) == 2 else commit(*given)),
         )
