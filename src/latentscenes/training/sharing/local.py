@@ -141,7 +141,7 @@ def _learn(plan: Plan, folder: Path, rank: Rank, device: torch.device, pipe: Pip
 
 
 class _Claims(Claims):
-    """Claims that lapse only when their owner is started again. Progress is told to the parent process."""
+    """Claims that lapse only when their owner is started again. The parent process hears of progress."""
 
     def __init__(self, folder: Path, owner: str, pipe: Pipe):
         super().__init__(folder, owner, math.inf)
