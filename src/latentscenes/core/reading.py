@@ -84,7 +84,7 @@ def read_json(path: str | Path, remedy: str, most: int = MOST_TEXT) -> dict[str,
 def parse_json(text: str) -> Any:
     """Parses JSON. Raises a ValueError also for a key that comes twice, and for nesting too deep."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return _STRICT.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -96,6 +96,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {short(twice)} comes twice")
     return found
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def reason(error: Exception) -> str:

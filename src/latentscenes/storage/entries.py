@@ -70,6 +70,9 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 """Types of the fields of SceneInfo; the others hold text."""
 FIELD_KINDS = [KINDS.get(name, TEXT) for name in SceneInfo.__dataclass_fields__ if name != "tags"]
+CHOICES = [(place, kind) for place, kind in enumerate(FIELD_KINDS) if isinstance(kind, frozenset)]
+_RIGHT: set[tuple[type, ...]] = set()
+"""Types of fields that were found right: some combinations, which nearly all rows have."""
 
 
 def scene_info(row: Sequence[Any]) -> SceneInfo | None:
@@ -79,7 +82,11 @@ def scene_info(row: Sequence[Any]) -> SceneInfo | None:
     try:
         if isinstance(tags, str):
             tags = {} if tags == "{}" else parse_json(tags)
-        if all(map(_fits, values, FIELD_KINDS)) and isinstance(tags, dict):
+        types = tuple(map(type, values))
+        if types not in _RIGHT and all(map(_is_of, values, FIELD_KINDS)):
+            _RIGHT.add(types)
+        right = types in _RIGHT and all(values[place] in choices for place, choices in CHOICES)
+        if right and isinstance(tags, dict):
             silhouettes = values.pop()
             known = None if silhouettes is None else bool(silhouettes)  # SQLite keeps numbers
             return SceneInfo(*values, silhouettes=known, tags=tags)
@@ -88,6 +95,5 @@ def scene_info(row: Sequence[Any]) -> SceneInfo | None:
     return None
 
 
-def _fits(value: Any, kind: Kind) -> bool:
-    """Returns whether a value is of a type, or one of a set of texts."""
-    return isinstance(value, kind) if isinstance(kind, tuple) else value in kind
+def _is_of(value: Any, kind: Kind) -> bool:
+    return isinstance(kind, frozenset) or isinstance(value, kind)

@@ -120,6 +120,11 @@ class EntryChecks:
         """Removes the thumbnail of a scene."""
         self._ask("DELETE FROM thumbnails WHERE scene = (SELECT id FROM scenes WHERE name = ?)", name)
 
+    def set_thumbnail(self, name: str, png: bytes) -> None:
+        """Stores the thumbnail of a scene that has none."""
+        question = "INSERT INTO thumbnails (scene, png, png_check) SELECT id, ?, ? FROM scenes WHERE name = ?"
+        self._ask(question, png, check_of(png), name)
+
     def relist(self, shards: dict[int, int]) -> None:
         """States anew how many scenes were written into shards. Removes thumbnails of no scene."""
         self._recount = True

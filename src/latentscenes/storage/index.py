@@ -305,24 +305,31 @@ class Index(IndexTotals):
     def add(self, shard: int, scenes: Sequence[tuple[SceneInfo, str, bytes | None] | None]) -> None:
         """Adds a shard and its scenes, row by row: metadata, checksum, thumbnail. None: a row that is left
         out."""
-        run = self._connection.execute
-        run("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
-        pictures = []
+        self._connection.execute("INSERT INTO shards (id, scenes) VALUES (?, ?)", (shard, len(scenes)))
+        last = next(iter(self._column("SELECT seq FROM sqlite_sequence WHERE name = 'scenes'")), 0)
+        rows, pictures = [], []
         for row, entry in enumerate(scenes):
             if entry is None:
                 continue
             info, checksum, png = entry
-            place = {"shard": shard, "row": row, "checksum": checksum}
-            tags = json.dumps(info.tags) if info.tags else "{}"
-            checks = {"name_check": check_of(info.name), "tags_check": check_of(tags)}
-            values = vars(info) | place | {"tags": tags} | checks
-            question = f"INSERT INTO scenes ({', '.join(values)}) VALUES (:{', :'.join(values)})"
-            scene = run(question, values).lastrowid
+            tags, number = json.dumps(info.tags) if info.tags else "{}", last + len(rows) + 1
+            values = vars(info) | {"tags": tags}
+            rows.append((number, shard, row, checksum, check_of(info.name), check_of(tags), *values.values()))
             if png is not None:
-                pictures.append((scene, png, check_of(png)))
-        self._connection.executemany(
-            "INSERT INTO thumbnails (scene, png, png_check) VALUES (?, ?, ?)", pictures
+                pictures.append((number, png, check_of(png)))
+        columns = (
+            "id",
+            "shard",
+            "row",
+            "checksum",
+            "name_check",
+            "tags_check",
+            *SceneInfo.__dataclass_fields__,
         )
+        marks = ", ".join("?" * len(columns))
+        many = self._connection.executemany
+        many(f"INSERT INTO scenes ({', '.join(columns)}) VALUES ({marks})", rows)
+        many("INSERT INTO thumbnails (scene, png, png_check) VALUES (?, ?, ?)", pictures)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes scenes."""
@@ -340,13 +347,6 @@ class Index(IndexTotals):
         text = json.dumps(tags)
         self._connection.execute(
             "UPDATE scenes SET tags = ?, tags_check = ? WHERE name = ?", (text, check_of(text), name)
-        )
-
-    def set_thumbnail(self, name: str, png: bytes) -> None:
-        """Stores the thumbnail of a scene that has none."""
-        self._connection.execute(
-            "INSERT INTO thumbnails (scene, png, png_check) SELECT id, ?, ? FROM scenes WHERE name = ?",
-            (png, check_of(png), name),
         )
 
     def move(self, shard: int, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ scene that is there already, with the same bytes, is taken once; another scene o
 refused before anything is written. After a kill, the same call goes on.
 """
 
+import itertools
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,12 +23,14 @@ from latentscenes.storage.description import SHARED, check_model_file, read_desc
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
 from latentscenes.storage.library import START, LibraryFolder, refuse_foreign
-from latentscenes.storage.quantize import Payload, payload_bytes, payload_checksum, payload_kind
+from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind
 from latentscenes.storage.run import SETTINGS
 from latentscenes.storage.shards import MOST_SCENES
 
 SHARD_BYTES = 64 << 20
 """Size from which on a joined shard is full."""
+PAGE = 10_000
+"""Scenes whose entries are read together."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +169,12 @@ def _chosen(
         sources = {_origin(info, owners[info.name][0]) for info in target.index.infos()} - {()}
     chosen, known = [], 0
     for part in parts:
-        places, taken = part.index.places(), []
-        names = set(only[part.path]) if part.path in only else places.keys()
-        if missing := names - places.keys():
+        names, taken = set(only[part.path]) if part.path in only else None, []
+        if names is not None and (missing := names - part.index.known(list(names))):
             raise UserError(f"{part.path}: holds no scene {short(min(missing))}.")
-        for info in part.index.infos():
-            if info.name not in names:
+        for info, place in itertools.chain.from_iterable(part.index.pages(PAGE)):
+            if names is not None and info.name not in names:
                 continue
-            place = places[info.name]
             checksum, owner = owners.setdefault(check_name(info.name, part.path), (place.checksum, part.path))
             if checksum != place.checksum:
                 raise UserError(
@@ -197,11 +198,12 @@ def _batches(part: LibraryFolder, taken: Sequence[_Taken]) -> Iterator[_Batch]:
     """Yields the scenes of each shard that is to be written, with their payloads, compared with their
     checksums."""
     batch: _Batch = []
-    size, shard, kind = 0, None, ()
+    size, shard, kind, one = 0, None, (), ()
     rows: list[Payload] = []
     for scene in taken:
         if scene.place.shard != shard:
             shard, rows = scene.place.shard, _rows(part, scene.place.shard)
+            one = payload_kind(rows[0]) if rows else ()  # that of all
         payload = rows[scene.place.row] if scene.place.row < len(rows) else {}
         if payload_checksum(payload) != scene.place.checksum:
             raise UserError(
@@ -209,13 +211,12 @@ def _batches(part: LibraryFolder, taken: Sequence[_Taken]) -> Iterator[_Batch]:
                 f"{part.shards.file(shard).name} from a copy, and join again."
             )
         full = size > SHARD_BYTES or len(batch) == MOST_SCENES
-        if batch and (full or payload_kind(payload) != kind):
+        if batch and (full or one != kind):
             yield batch
             batch, size = [], 0
-        if not batch:
-            kind = payload_kind(payload)
+        kind = one
         batch.append((scene, payload))
-        size += payload_bytes(payload)
+        size += scene.info.bytes
     if batch:
         yield batch
 

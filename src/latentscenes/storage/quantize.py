@@ -10,6 +10,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import get_args
 
 import numpy as np
@@ -98,9 +99,14 @@ def payload_checksum(payload: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(payload):
         tensor = payload[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(_heading(name, tensor.dtype, tensor.shape))
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
+
+
+@lru_cache(4096)
+def _heading(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return f"{name} {dtype} {tuple(shape)} ".encode()
 
 
 def payload_precision(payload: Payload) -> StoragePrecision:
@@ -144,8 +150,7 @@ def unstack_payloads(tensors: dict[str, Tensor]) -> list[Payload]:
             ends = tensors.get(f"{name}.ends", torch.zeros(0)).tolist()
             if ends != sorted(ends) or ends and not 0 <= ends[0] <= ends[-1] == len(tensor):
                 raise ValueError(f"{name} does not end where its ends say")
-            begins = [0, *ends[:-1]] if ends else []
-            columns[name] = [tensor[begin:end] for begin, end in zip(begins, ends, strict=True)]
+            columns[name] = tensor.split([end - begin for begin, end in zip([0, *ends], ends)])  # noqa: B905
         else:
             columns[name] = tensor.unbind(0) if tensor.dim() else ()
         counts.add(len(columns[name]))
