@@ -4,21 +4,24 @@
 
 The folder holds a catalog (catalogue.json: id, file, icon) of OBJ models with icons of 128 pixels. For each
 object the camera whose silhouette overlaps the icon's most is searched over azimuths and elevations; boxes of
-both silhouettes are brought together first. Colors are means over the silhouette, compared after one gain for
-all objects; and after a gain for each object, which leaves differences of hue and takes out those of light.
+both silhouettes are brought together first. Colors are means over the silhouette: as the package lights
+objects, compared after one gain for all, and after a gain for each, which leaves differences of hue and takes
+out those of light; and as the icons' renderer lights them (icon_light.py), without any gain.
 """
 
 import json
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.icon_light import icon_picture, read
 from latentscenes.cli.common import run_program
 from latentscenes.core.cameras import Cameras, orbit
 from latentscenes.core.console import Table, show
@@ -29,8 +32,13 @@ from latentscenes.data.raycast import RayCaster
 from latentscenes.data.shading import LIGHTS
 from latentscenes.export.sheets import beside, captioned, grid, save_image
 
-AZIMUTHS, ELEVATIONS = 24, (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
-DISTANCE, FOCAL = 2.2, 2.0
+ELEVATIONS = (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
+STEPS = ((7.0, 5.0), (3.0, 2.0), (1.5, 1.0))
+"""Degrees of azimuth and elevation by which the best camera of this grid is then moved."""
+FOCAL, DISTANCE = 0.7 / math.tan(math.pi / 8), 1.4 / math.tan(math.pi / 8) / 1.8
+"""Lens of the icons' camera, enlarged; its distance as a multiple of the object's longest side."""
+SURE, CLEARLY = 0.9, 0.15
+"""Icons show the front. Views from behind are tried below this score, and taken if better by this much."""
 SIDE = 48
 """Pixels of silhouettes while the camera is searched."""
 COLOR_TOLERANCE, OVERLAP = 0.15, 0.7
@@ -47,14 +55,19 @@ class Found:
     overlap: float = 0.0
     """Intersection over union of the silhouettes at the best camera."""
     ours: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    alike: tuple[float, float, float] = (0.0, 0.0, 0.0)
     icon: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Mean colors, 0 to 255."""
+    """Mean colors, 0 to 255; `alike`: ours under the light of the icons."""
     seconds: float = 0.0
 
     def color_error(self, gain: float) -> float:
         """Distance of the mean colors as a share of the icon's."""
         difference = gain * np.array(self.ours) - np.array(self.icon)
         return float(np.linalg.norm(difference) / max(np.linalg.norm(self.icon), 16.0))
+
+    def alike_error(self) -> float:
+        """The error under the light of the icons, without a gain."""
+        return replace(self, ours=self.alike).color_error(1.0)
 
     def hue_error(self) -> float:
         """The error after the gain that fits this object best."""
@@ -68,37 +81,55 @@ def compare(folder: Path, entry: dict, light: LightName, multiply: bool, picture
     begun, found = time.process_time(), Found(entry["id"])
     icon = np.asarray(Image.open(folder / entry["icon"]).convert("RGBA"))
     solid = icon[..., 3] > 127
+    turn = entry["rotation"] and tuple(map(float, entry["rotation"].split()))
     try:
-        soup, found.remarks = read_mesh(folder / entry["file"], MeshOptions(multiply_kd=multiply))
+        soup, found.remarks = read_mesh(folder / entry["file"], MeshOptions(multiply_kd=multiply), turn)
     except UserError as error:
         found.error = str(error)
         return found
-    caster, wanted = RayCaster(soup, LIGHTS[light]), _boxed(solid)
     over_white = (icon[..., :3] * (icon[..., 3:] / 255) + 255.0 - icon[..., 3:]).astype(np.uint8)
-    colors = _boxed(solid, over_white)
-    best = None
-    for elevation in ELEVATIONS:
-        cameras = _cameras(elevation)
-        rgb, alpha = caster.render(cameras, SIDE, 1)
-        for place, mask in enumerate(alpha > 127):
-            if mask.any():
-                score = _overlap(_boxed(mask), wanted) - 0.3 * _difference(_boxed(mask, rgb[place]), colors)
-                if best is None or score > best[0]:
-                    best = (score, cameras[place : place + 1])
-    if best is None:
+    caster = RayCaster(soup, LIGHTS[light])
+    camera = _camera(caster, _boxed(solid), _boxed(solid, over_white))
+    if camera is None:
         found.error = "no view shows it"
         return found
-    rgb, alpha = caster.render(best[1], 128, 3)
-    found.overlap = _overlap(_boxed(alpha[0] > 127), wanted)
+    rgb, alpha = caster.render(camera, 128, 2)
+    lit, shown = icon_picture(*read(folder / entry["file"], turn), camera, 128)
+    found.overlap = _overlap(_boxed(shown > 127), _boxed(solid))
     found.ours = _mean(rgb[0], alpha[0] / 255)
+    found.alike = _mean(lit, shown / 255)
     found.icon = _mean(icon[..., :3], icon[..., 3] / 255, over_white=False)
     found.seconds = time.process_time() - begun
-    np.savez(pictures / f"{entry['id']}.npz", icon=over_white, ours=rgb[0])
+    np.savez(pictures / f"{entry['id']}.npz", icon=over_white, ours=rgb[0], alike=lit)
     return found
 
 
-def _cameras(elevation: float) -> Cameras:
-    return orbit(AZIMUTHS, DISTANCE, FOCAL, math.radians(elevation))
+def _camera(caster: RayCaster, wanted: np.ndarray, colors: np.ndarray) -> Cameras | None:
+    """The camera whose picture agrees best with the icon's silhouette and colors."""
+    side = float((caster.soup.bounds[1] - caster.soup.bounds[0]).max())
+
+    def tried(places: list[tuple[float, float]]) -> Iterator[tuple[float, float, float, Cameras]]:
+        views = [orbit(1, DISTANCE * side, FOCAL, math.radians(e), start=math.radians(a)) for a, e in places]
+        cameras = Cameras(*(torch.cat(part) for part in zip(*((v.cam2world, v.intrinsics) for v in views))))
+        rgb, alpha = caster.render(cameras, SIDE, 1)
+        for (azimuth, elevation), view, picture, mask in zip(places, views, rgb, alpha > 127):
+            if mask.any():
+                score = _overlap(_boxed(mask), wanted) - 0.3 * _difference(_boxed(mask, picture), colors)
+                yield score, azimuth, elevation, view
+
+    front = [(-90.0 + 15 * step, elevation) for elevation in ELEVATIONS for step in range(-4, 5)]
+    best = max(tried(front), default=None, key=lambda found: found[0])
+    if best is None or best[0] < SURE:
+        around = [(15.0 * step, elevation) for elevation in ELEVATIONS for step in range(24)]
+        other = max(tried(around), default=None, key=lambda found: found[0])
+        best = other if best is None or other[0] > best[0] + CLEARLY else best
+    for across, up in STEPS if best else ():
+        around = [
+            (best[1] + across * x, min(max(best[2] + up * y, -89), 89))
+            for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y
+        ]  # fmt: skip
+        best = max([best, *tried(around)], key=lambda found: found[0])
+    return best and best[3]
 
 
 def _boxed(mask: np.ndarray, picture: np.ndarray | None = None) -> np.ndarray:
@@ -171,50 +202,64 @@ def main(
         entries = entries[:: max(1, len(entries) // limit)][:limit]
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    count, each = len(entries), [(folder, entry, light, multiply, pictures) for entry in entries]
+    each = [(folder, entry, light, multiply, pictures) for entry in entries]
     with ProcessPoolExecutor(workers) as pool:
         found = list(pool.map(compare, *zip(*each, strict=True)))
+    free = [one for one, entry in zip(found, entries) if entry["licence"].startswith("CC0") and not one.error]
+    save_sheet(out / "furniture.png", pictures, free[:: max(1, len(free) // 60)][:60])
+    report(out, found, light)
+
+
+def report(out: Path, found: list[Found], light: LightName) -> None:
+    """Writes and shows the figures, with sheets of the worst objects."""
+    count, pictures = len(found), out / "pictures"
     seen = [one for one in found if not one.error]
     gain = float(np.median([np.linalg.norm(one.icon) / max(np.linalg.norm(one.ours), 1.0) for one in seen]))
     colors = [one for one in seen if one.color_error(gain) > COLOR_TOLERANCE]
     shapes = [one for one in seen if one.overlap < OVERLAP]
     off = {one.name for one in [*colors, *shapes]} | {one.name for one in found if one.error}
     hues = [one for one in seen if one.hue_error() > COLOR_TOLERANCE]
+    alike = [one for one in seen if one.alike_error() > COLOR_TOLERANCE]
     rows = (
         ("objects", f"{count}"),
         ("not read", f"{count - len(seen)}"),
         (f"color off by more than {COLOR_TOLERANCE:.0%}", f"{len(colors)} ({len(colors) / count:.1%})"),
         ("… after a gain for each object", f"{len(hues)} ({len(hues) / count:.1%})"),
+        ("… under the light of the icons, no gain", f"{len(alike)} ({len(alike) / count:.1%})"),
         (f"silhouettes overlap less than {OVERLAP:.0%}", f"{len(shapes)} ({len(shapes) / count:.1%})"),
         ("any of these", f"{len(off)} ({len(off) / count:.1%})"),
         ("median color error", f"{np.median([one.color_error(gain) for one in seen]):.1%}"),
+        ("… under the light of the icons", f"{np.median([one.alike_error() for one in seen]):.1%}"),
         ("median overlap", f"{np.median([one.overlap for one in seen]):.1%}"),
         ("gain of ours", f"{gain:.3f}"),
         ("CPU seconds an object", f"{np.mean([one.seconds for one in seen]):.2f}"),
     )
     table = Table("Furniture beside its icons", ("", light), rows)
     (out / "furniture.md").write_text(table.markdown())
-    figures = [asdict(one) | {"color_error": one.color_error(gain)} for one in found]
+    figures = [
+        asdict(one) | {"color_error": one.color_error(gain), "alike_error": one.alike_error()}
+        for one in found
+    ]
     (out / "furniture.json").write_text(json.dumps({"gain": gain, "objects": figures}, indent=1))
-    free = [one for one, entry in zip(found, entries) if entry["licence"].startswith("CC0") and not one.error]
-    save_sheet(out / "furniture.png", pictures, free[:: max(1, len(free) // 60)][:60])
-    worst = sorted(seen, key=lambda one: -one.color_error(gain))[:60]
-    save_sheet(out / "worst_colors.png", pictures, worst, [f"{one.color_error(gain):.2f}" for one in worst])
-    worst = sorted(seen, key=lambda one: one.overlap)[:60]
-    save_sheet(out / "worst_shapes.png", pictures, worst, [f"{one.overlap:.2f}" for one in worst])
+    for name, far in (("colors", lambda one: one.alike_error()), ("shapes", lambda one: 1 - one.overlap)):
+        worst = sorted(seen, key=far, reverse=True)[:60]
+        save_sheet(out / f"worst_{name}.png", pictures, worst, [f"{far(one):.2f}" for one in worst])
     show(table)
 
 
 def save_sheet(path: Path, pictures: Path, found: list[Found], notes: list[str] | None = None) -> None:
-    """Pairs icon | ours."""
+    """Icon | ours | ours under the light of the icons."""
     tiles = []
     for place, one in enumerate(found):
         pair = np.load(pictures / f"{one.name}.npz")
         name = one.name.removeprefix("Blend_Swap_CC-0_").removeprefix("Scopia_")
         tiles.append(
-            captioned(beside([pair["icon"], pair["ours"]]), f"{notes[place]} {name}" if notes else name)
+            captioned(
+                beside([pair["icon"], pair["ours"], pair["alike"]]),
+                f"{notes[place]} {name}" if notes else name,
+            )
         )
-    save_image(path, grid(tiles, 6))
+    save_image(path, grid(tiles, 4))
 
 
 if __name__ == "__main__":

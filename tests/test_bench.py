@@ -1,19 +1,23 @@
 """Benchmarks: they time the steps that training takes, and report correct figures. No test asserts a time."""
 
 import json
+import math
 import time
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import cases as bench_cases
 from benchmarks import devices
 from benchmarks import speed as bench_module
 from benchmarks.cases import LATENT, RGB, Steps, Viewer
+from benchmarks.icon_light import icon_picture, read
 from benchmarks.quality import Point, lengthened, many_scenes, nearly, time_to_quality
 from benchmarks.speed import Result, main, save
 from benchmarks.timing import interleave, machine
 from latentscenes.core import config_io
+from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
 from latentscenes.rendering.kernels import build, native
 from latentscenes.training.loop import train
@@ -215,3 +219,25 @@ def test_steps_of_many_scenes(tmp_path, monkeypatch, capsys):
     assert sizes == [1, 2, 3] and rows["2 scenes"] == "failed" and rows["3 scenes"].endswith("ms")
     assert found[1]["figures"]["3 scenes.flops"] > 2.9 * found[1]["figures"]["1 scenes.flops"]
     assert "aten::" in (tmp_path / "found.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "material, expected",
+    [
+        ("Ka 1 1 1\nKd 0.5 0.5 0.5\nillum 1", 0.2 + 0.5 * 0.8357),  # lamps at 62° on both sides of the front
+        ("Kd 0.5 0.5 0.5\nKs 0 0 0\nillum 2", 0.04 + 0.5 * 0.8357),  # Ka 0.2 where nothing is said
+        ("Kd 0.1 0.1 0.1\nmap_Kd paint.png\nillum 1", (0.04 + 0.8357) * 100 / 255),
+        ("Kd 0.5 0.5 0.5\nillum 0", 0.5),
+        ("Ka 0 0 0\nKd 0 0 0\nKs 1 1 1\nNs 1\nillum 2", 1.0),
+    ],
+)
+def test_light_of_the_icons(material, expected, tmp_path):
+    Image.new("RGB", (2, 2), (100, 100, 100)).save(tmp_path / "paint.png")
+    (tmp_path / "m.mtl").write_text(f"newmtl m\n{material}\n")
+    points = "v -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nv 0 0 -1\n"
+    (tmp_path / "m.obj").write_text(
+        f"mtllib m.mtl\n{points}vt 0 0\nusemtl m\nf 1/1 2/1 3/1 4/1\nf 1/1 3/1 5/1\n"
+    )
+    view = orbit(1, 2.0, 2.0, 0.0, start=-math.pi / 2)
+    picture, shown = icon_picture(*read(tmp_path / "m.obj", None), view, 16)
+    assert shown[8, 8] == 255 and abs(picture[8, 8, 0] - 255 * expected) < 1.5

@@ -175,14 +175,6 @@ def test_map_d_is_the_brightness_of_a_picture(tmp_path):
     assert covered(half) < 0.9 * covered(write_obj(tmp_path, "map_Kd paint.png"))
 
 
-def test_faces_without_texture_coordinates_have_the_plain_color(tmp_path):
-    path = write_obj(tmp_path, "Kd 0.1 0.1 0.8\nmap_Kd paint.png")
-    path.write_text(
-        path.read_text().replace("/1 ", " ").replace("/2 ", " ").replace("/3 ", " ").replace("/4", "")
-    )
-    assert seen(path) == pytest.approx(BLUE, abs=1.5)
-
-
 def test_concave_polygons_are_not_filled():
     """An L has 3/4 of its square's area; a square with a square hole, joined by a bridge, 8/9."""
     for points, area in (
@@ -658,7 +650,9 @@ def test_what_obj_leaves_out_is_named_once(tmp_path, capfd):
     told = capfd.readouterr().err
     assert told.count("remark: highlights (Ks) are left out: a, b") == 1
     assert told.count("remark: relief (bump and normal maps) is left out: a, b") == 1
-    assert told.count("faces without texture coordinates have the plain color of material 'wood': a, b") == 1
+    assert (
+        told.count("faces without texture coordinates have the mean color of the texture of wood: a, b") == 1
+    )
 
 
 def test_odd_lines_of_obj_do_not_stop_it(tmp_path):

@@ -14,7 +14,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.meshes.importer import make_meshes, read_mesh
 from latentscenes.data.meshes.sources import find_meshes
-from latentscenes.data.options import ViewOptions
+from latentscenes.data.options import MeshOptions, ViewOptions
 
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 1 1 1\nf 1 2 3\n"
 
@@ -164,3 +164,19 @@ def test_files_that_cannot_be_read_say_why(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
         read_mesh(tmp_path / name)
+
+
+@pytest.mark.parametrize("multiply, kd", [(False, 1.0), (True, 0.5)])
+def test_faces_without_coordinates_have_the_mean_color_of_their_texture(multiply, kd, tmp_path):
+    """As the renderer of a furniture library shows them; Kd beside a texture is whatever the exporter had."""
+    (tmp_path / "a.obj").write_text(f"mtllib a.mtl\nusemtl wood\nvt 0 0\n{TRIANGLE}f 1/1 2/1 3/1\n")
+    (tmp_path / "a.mtl").write_text("newmtl wood\nKd 0.735357 0 0\nd 0.8\nmap_Kd wood.png\n")  # 0.5 of light
+    picture = np.zeros((2, 4, 4), np.uint8)
+    picture[:, :2], picture[:, 2:] = (255, 0, 0, 255), (255, 255, 0, 255)
+    picture[0, 0] = (255, 255, 255, 0)  # not seen
+    Image.fromarray(picture).save(tmp_path / "wood.png")
+    soup, _ = read_mesh(tmp_path / "a.obj", MeshOptions(multiply_kd=multiply))
+    textured = np.array([one.shape[1] > 1 for one in soup.textures])[soup.texture]
+    assert textured.tolist().count(True) == 1 and len(soup) == 2
+    green = 0 if multiply else 4 / 7
+    assert np.allclose(soup.colors[~textured][0, 0], [kd, green, 0, 0.8], atol=1e-3)

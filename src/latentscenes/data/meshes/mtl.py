@@ -2,15 +2,16 @@
 
 Honored: Kd, Ke, d, Tr, map_Kd and map_d with their options -s, -o, -clamp, -mm. A texture replaces Kd:
 exporters leave grays and browns in Kd that the renderers of these catalogs ignore. `multiply` multiplies
-instead, as the format's text says. Without Kd the factor is 1. Decimal commas and colors up to 255, which
-some programs write, are read as they are meant. Source: Wavefront's "MTL material format".
+instead, as the format's text says. Without Kd the factor is 1. Faces without texture coordinates have the
+texture's mean color. Decimal commas and colors up to 255, which some programs write, are read as they are
+meant. Source: Wavefront's "MTL material format".
 """
 
 import codecs
 import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.reading import MOST_MESH, read_bytes
 from latentscenes.data.meshes.surfaces import Material, Remarks, read_texture, unit_colors
 from latentscenes.data.raycast import BLEND, OPAQUE
-from latentscenes.data.shading import to_linear
+from latentscenes.data.shading import SRGB_TO_LINEAR, to_linear
 
 OPTIONS = dict.fromkeys(
     ("blendu", "blendv", "boost", "bm", "cc", "clamp", "colorspace", "imfchan", "texres", "type"), 1
@@ -41,7 +42,7 @@ COMMA = re.compile(r"(?<=\d),(?=\d)")
 
 @dataclass(frozen=True)
 class Painted:
-    """A material: as it looks without its texture, and with it; how its texture coordinates are moved."""
+    """A material: as it looks on faces without texture coordinates, and with them; how these are moved."""
 
     plain: Material = Material()
     textured: Material | None = None
@@ -115,7 +116,17 @@ def _material(
     elif (picture[..., 3] < 255).any() and cutoff == OPAQUE:
         cutoff = 0.5
     wrap = ("clamp", "clamp") if texture.clamp else ("repeat", "repeat")
-    return Painted(plain, Material(factor, picture, wrap, cutoff, emission), texture.scale, texture.offset)
+    material = Material(factor, picture, wrap, cutoff, emission)
+    mean = (*_mean_light(picture), 1.0)  # white where there is only a mask
+    unmapped = replace(plain, factor=tuple(a * b for a, b in zip(factor, mean, strict=True)))
+    return Painted(unmapped, material, texture.scale, texture.offset)
+
+
+def _mean_light(picture: np.ndarray) -> tuple[float, ...]:
+    """The mean linear color of what a texture shows."""
+    few = picture[:: max(1, picture.shape[0] // 256), :: max(1, picture.shape[1] // 256)].reshape(-1, 4)
+    shares = few[:, 3] + 1e-6
+    return tuple((SRGB_TO_LINEAR[few[:, :3]] * shares[:, None]).sum(0).astype(float) / shares.sum())
 
 
 def _masked(picture: np.ndarray | None, mask: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
     for name, group in faces.items():
         if group.points:
             if materials.get(name, Painted()).textured and min(group.uv) < 0:
-                remarks.add(f"faces without texture coordinates have the plain color of material {name!r}")
+                remarks.add(f"faces without texture coordinates have the mean color of the texture of {name}")
             surfaces += _surfaces(path, tables, group, materials.get(name, Painted()))
     return surfaces
 
@@ -161,7 +161,7 @@ def _colored(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: Painted) -> list[Surface]:
-    """The triangles of one material; those without texture coordinates apart, in the plain color."""
+    """The triangles of one material; those without texture coordinates apart."""
     flat = np.array([point for polygon in faces.points for point in polygon])
     if flat.max() >= len(tables["v"]):
         raise UserError(f"{path}: a face names vertex {flat.max() + 1}, but there are {len(tables['v'])}.")
