@@ -463,7 +463,8 @@ def test_the_server_guards_itself(car_library, capfd):
         fake.render_images(car_library.orbit(1), (32, 32))
         until(lambda: fake.pictures)
     printed = capfd.readouterr()
-    assert printed.err.count("\n") == 1 and "a browser sent a message that cannot be understood" in printed.err
+    assert printed.err.count("\n") == 1
+    assert "a browser sent a message that cannot be understood" in printed.err
     assert "\x1b" not in printed.err and "Traceback" not in printed.err + printed.out
 
 
