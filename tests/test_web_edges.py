@@ -1,4 +1,5 @@
-"""Smooth edges in the browser: they come near to many rays a pixel; an element at rest shows them."""
+"""Smooth edges in the browser: they come near to many rays a pixel; an element at rest shows them. Also white
+objects, and base planes as they are read."""
 
 import base64
 import json
@@ -135,3 +136,25 @@ def test_element_at_rest_has_smooth_edges(tab, site):
     count = len(bands)
     tab.evaluate("new Promise(done => setTimeout(done, 400))")
     assert len(tab.evaluate("bands")) == count and not tab.problems  # it rests
+
+
+BASES = """import("/web/compose.js").then(({basesOf}) => {
+  const bytes = (...parts) => new Uint8Array(new Uint8Array([9, ...parts]).buffer, 1); // not aligned
+  const sizes = {bases: 2, resolution: 2, macro: 2}, shape = [2, 3, 2, 2, 2];
+  const codes = Array.from({length: 48}, (_, k) => k - 24);
+  const steps = new Uint8Array(Float32Array.from({length: 12}, (_, k) => k + 1).buffer);
+  const today = new Map([["bases", {kind: "I8", shape, bytes: bytes(...codes)}],
+                         ["bases.scale", {kind: "F32", shape: [2, 3, 2], bytes: steps}]]);
+  const halves = codes.flatMap(k => k % 2 ? [0, 0xb8] : [0, 0x3c]); // -1/2 and 1
+  const before = new Map([["bases", {kind: "F16", shape, bytes: bytes(...halves)}]]);
+  return [today, before].map(model => [0, 1].map(k => [...basesOf(model, sizes)(k)]));
+})"""
+
+
+def test_base_planes_are_codes_times_steps_and_those_of_earlier_versions_are_numbers(tab, site):
+    tab.open(site.page("bases", ""))
+    tab.wait("document.title === 'bases'")
+    today, before = np.array(tab.evaluate(BASES))
+    codes, steps = np.arange(-24, 24).reshape(2, 3, 4, 2), np.arange(1, 13).reshape(2, 3, 1, 2)
+    assert (today == (codes * steps).reshape(2, 24)).all()
+    assert (before == np.where(codes % 2, -0.5, 1).reshape(2, 24)).all()

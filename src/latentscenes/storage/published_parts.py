@@ -63,7 +63,8 @@ def model_files(library: LibraryFolder, model: Model) -> dict[str, tuple]:
 
 def web_model(model: Model) -> dict[str, torch.Tensor]:
     """Returns the parts of a model that a browser needs, in float16 (float32 where that is out of range):
-    base planes, field, normalizer, and the decoder of a built-in codec."""
+    field, normalizer, and the decoder of a built-in codec; and the base planes as int8 codes, with a step for
+    each plane and feature."""
     decoder = {id(parameter) for parameter in model.codec.decoder_parameters()}
     left_out = set()
     for name, parameter in model.codec.named_parameters():
@@ -77,6 +78,11 @@ def web_model(model: Model) -> dict[str, torch.Tensor]:
             continue
         half = tensor.half() if tensor.is_floating_point() else tensor
         tensors[name] = (half if half.isfinite().all() else tensor.float()).contiguous()
+    if model.bases.numel():
+        bases = model.bases.detach().cpu().float()
+        step = (bases.abs().amax((2, 3)) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (bases / step[:, :, None, None]).round().clamp(-127, 127).to(torch.int8)
+        tensors |= {"bases": codes.contiguous(), "bases.scale": step}
     return tensors
 
 

@@ -3,7 +3,7 @@
 
 import {microCodes} from "./library.js";
 import {Unreadable} from "./source.js";
-import {HALF, floats, halvesOf, tensorOf} from "./tensors.js";
+import {floats, tensorOf} from "./tensors.js";
 
 /** A scene of a library. It keeps what was read; `planes` is computed when it is needed. */
 export class Scene {
@@ -58,16 +58,33 @@ export class Scene {
   #macro() {
     const {weights, bias} = this.own, {resolution: side, macro, bases} = this.render;
     if (!weights) return null;
-    const stored = tensorOf(this.model, "bases", [bases, 3, side, side, macro], "the model");
-    const half = stored.kind === "F16", codes = half ? halvesOf(stored) : floats(stored);
-    const count = 3 * side * side * macro, sum = new Float32Array(count).fill(bias ? bias[0] : 0);
+    const base = basesOf(this.model, this.render), count = 3 * side * side * macro;
+    const sum = new Float32Array(count).fill(bias ? bias[0] : 0);
     for (let k = 0; k < bases; k++) {
-      const weight = weights[k], start = k * count;
-      if (half) for (let j = 0; j < count; j++) sum[j] += weight * HALF[codes[start + j]];
-      else for (let j = 0; j < count; j++) sum[j] += weight * codes[start + j];
+      const numbers = base(k), weight = weights[k];
+      for (let j = 0; j < count; j++) sum[j] += weight * numbers[j];
     }
     return sum;
   }
+}
+
+/** Returns a function that gives the numbers of a base, channels last. */
+export function basesOf(model, {bases, resolution: side, macro}) {
+  const stored = tensorOf(model, "bases", [bases, 3, side, side, macro], "the model"), count = 3 * side * side * macro;
+  if (stored.kind !== "I8") { // published by an earlier version
+    const numbers = floats(stored);
+    return k => numbers.subarray(k * count, (k + 1) * count);
+  }
+  const steps = floats(tensorOf(model, "bases.scale", [bases, 3, macro], "the model"));
+  const codes = new Int8Array(stored.bytes.buffer, stored.bytes.byteOffset, stored.bytes.length);
+  return k => {
+    const found = new Float32Array(count);
+    for (let p = 0, j = 0; p < 3; p++) {
+      const start = (3 * k + p) * macro, end = (p + 1) * side * side * macro;
+      for (let g = 0; j < end; j++, g = g + 1 === macro ? 0 : g + 1) found[j] = codes[k * count + j] * steps[start + g];
+    }
+    return found;
+  };
 }
 
 /** Number of features of fused planes. */

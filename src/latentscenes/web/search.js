@@ -1,7 +1,7 @@
 // Objects of a published library by name, by tag, and by likeness. Files are read as far as they are needed.
 
+import {basesOf} from "./compose.js";
 import {Unreadable} from "./source.js";
-import {HALF, floats, halvesOf, tensorOf} from "./tensors.js";
 
 /** Files that are read at a time. */
 const TOGETHER = 4;
@@ -153,15 +153,14 @@ function productsOf(library) {
 }
 
 async function products(library) {
-  const {bases, resolution, macro} = library.render, shape = [bases, 3, resolution, resolution, macro];
-  const stored = tensorOf(await library.model(), "bases", shape, "the model"), half = stored.kind === "F16";
-  const codes = half ? halvesOf(stored) : floats(stored), length = codes.length / bases;
-  const found = new Float64Array(bases * bases), plane = new Float32Array(length);
+  const {bases} = library.render, base = basesOf(await library.model(), library.render);
+  const found = new Float64Array(bases * bases);
   for (let i = 0; i < bases; i++) {
-    for (let k = 0; k < length; k++) plane[k] = half ? HALF[codes[i * length + k]] : codes[i * length + k];
+    const plane = base(i), {length} = plane;
     for (let j = 0; j <= i; j++) {
+      const other = base(j);
       let sum = 0;
-      for (let k = 0; k < length; k++) sum += plane[k] * (half ? HALF[codes[j * length + k]] : codes[j * length + k]);
+      for (let k = 0; k < length; k++) sum += plane[k] * other[k];
       found[i * bases + j] = found[j * bases + i] = sum / length;
     }
     await new Promise(resolve => setTimeout(resolve)); // the page stays alive

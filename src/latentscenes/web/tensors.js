@@ -51,22 +51,15 @@ export function tensorOf(tensors, name, shape, what) {
 }
 
 /** Returns the numbers of a float32 or float16 tensor. */
-export function floats(tensor) {
-  const {kind, bytes} = tensor;
-  if (kind === "F32") return new Float32Array(bytes.slice().buffer);
-  const halves = halvesOf(tensor), numbers = new Float32Array(halves.length);
-  for (let k = 0; k < halves.length; k++) numbers[k] = HALF[halves[k]];
-  return numbers;
-}
-
-/** Returns the codes of a float16 tensor, indexes of HALF. */
-export function halvesOf({kind, bytes}) {
+export function floats({kind, bytes}) {
+  const {buffer} = bytes.slice();
+  if (kind === "F32") return new Float32Array(buffer);
   if (kind !== "F16") throw new Unreadable(`a tensor of type ${kind} where floats are needed.`);
-  return new Uint16Array(bytes.slice().buffer);
+  return Float32Array.from(new Uint16Array(buffer), code => HALF[code]);
 }
 
 /** The value of each float16 code (IEEE 754 binary16). */
-export const HALF = Float32Array.from({length: 65536}, (_, code) => {
+const HALF = Float32Array.from({length: 65536}, (_, code) => {
   const sign = code & 0x8000 ? -1 : 1, exponent = (code >> 10) & 31, fraction = code & 1023;
   if (exponent === 31) return fraction ? NaN : sign * Infinity;
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
