@@ -116,6 +116,12 @@ def test_the_way_in_which_a_model_knows_cars_is_found(tmp_path, monkeypatch, cap
     assert fit.fitted_dataset(images, learned, learned.config, "cars", torch.device("cpu")).path == found.path
 
 
+def test_models_with_a_box_for_each_object_need_no_fit(solids):
+    learned = open_parent(Path("objects"))
+    with pytest.raises(UserError, match=r"objects has a box for each object: .* leave out --fit.*data place"):
+        fit.fitted_dataset(solids, learned, learned.config, "objects", torch.device("cpu"))
+
+
 def test_another_way_is_taken_only_if_it_is_clearly_better():
     as_it_is, back, lying = Placement(up="z"), Placement(up="z", turn=180.0), Placement(up="x", turn=90.0)
     assert as_it_is in fit.WAYS and len(set(fit.WAYS)) == 24

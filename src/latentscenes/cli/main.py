@@ -111,8 +111,8 @@ def exploit(
         config: Preset or YAML file; unset: the configuration of the library or run.
         overrides: Settings to change, for instance exploit.latent.epochs=20.
         finetune: As published: also learn base planes, field and decoder, into a library of the new scenes.
-        fit: Find out, by learning a few objects for a few steps, how objects must be turned, and learn them
-            from a new dataset beside `data` (DATA_fitted), in which they are turned and fill the model's box.
+        fit: For models with one box: find out, by learning a few objects for a few steps, how objects must be
+            turned; learn them from a new dataset (DATA_fitted), in which they are turned and fill the box.
         refine: Also learn small corrections of each view, its color (gain and offset) and its camera, where
             a short trial finds that they help. Takes two to three times as long.
         print_config: Print every setting as YAML and stop.

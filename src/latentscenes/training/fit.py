@@ -17,6 +17,7 @@ import torch
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.config import Config
 from latentscenes.core.console import console, say, tracked
+from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
@@ -58,8 +59,15 @@ def fitted_dataset(
         name: of the model, for the command that is printed.
 
     Raises:
-        UserError: the configuration cannot learn weights from latents, or silhouettes do not bound an object.
+        UserError: the model has a box for each object, the configuration cannot learn weights from latents,
+            or silhouettes do not bound an object.
     """
+    if learned.has_boxes:
+        raise UserError(
+            f"--fit is for models with one box. {name} has a box for each object: objects of any size fit as "
+            "they are, so leave out --fit. If all lie on a side or face another way than the model's, turn "
+            "them: latentscenes data place --up … --turn …."
+        )
     target = images.path.with_name(f"{images.path.name}_fitted")
     if not (target / "views.json").is_file():
         begun = time.process_time()
@@ -68,7 +76,7 @@ def fitted_dataset(
         listed = ", ".join(f"{_options(one)}: {errors[one]:.4f}" for one in sorted(errors, key=errors.get))
         say(f"Error after a few steps: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
         say(f"latentscenes data place --folder {images.path} --out {target} {_options(way)} --fit-to {name}")
-        place(images.path, target, way, None if learned.has_boxes else learned.info.box)
+        place(images.path, target, way, learned.info.box)
     return PosedImages.open(target)
 
 
@@ -101,25 +109,24 @@ def errors_by_way(
     for way in (
         WAYS if console.is_terminal else tracked(WAYS, "trying ways to turn objects")
     ):  # has its own bar
-        rough[way] = _error(*_placed(images, scenes, boxes, way, model, start), model, start, settings)
+        rough[way] = _error(*_placed(images, scenes, boxes, way, model), model, start, settings)
     settings = _without_micro(quick(config, views))
     best = sorted(rough, key=rough.get)[:FINALISTS]
     return {
-        way: _error(*_placed(images, scenes, boxes, way, model, start), model, start, settings)
+        way: _error(*_placed(images, scenes, boxes, way, model), model, start, settings)
         for way in dict.fromkeys([*best, AS_IT_IS])
     }
 
 
 def _placed(
-    images: PosedImages, scenes: list[Scene], boxes: list[Box], way: Placement, model: Model,
-    start: SceneParameters,
-) -> tuple[PosedImages, list[Scene]]:  # fmt: skip
+    images: PosedImages, scenes: list[Scene], boxes: list[Box], way: Placement, model: Model
+) -> tuple[PosedImages, list[Scene]]:
     """Returns the images with cameras moved so that some scenes are turned and fill the model's box."""
     cameras, placed, about = images.cameras.cam2world.clone(), [], turn_of(way)
     for scene, box in zip(scenes, boxes, strict=True):
         views = slice(scene.first, scene.first + scene.count)
         moved = turned_box(box, about, 1.0)
-        there = (1.0, (0.0, 0.0, 0.0)) if start.box.numel() else fitting(moved, model.box)
+        there = fitting(moved, model.box)
         cameras[views] = images.cameras[views].placed(about).placed(None, *there).cam2world
         placed.append(dataclasses.replace(scene, box=moved))
     return dataclasses.replace(images, cameras=Cameras(cameras, images.cameras.intrinsics)), placed
