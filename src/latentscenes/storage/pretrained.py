@@ -139,17 +139,18 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
     turned = _largest_scale(_quarter_turned(images.box), box)
     smaller = math.floor(100 * max(scale, turned)) / 100
     if turned >= 1:
-        remedy = "data meshes --turn 90 (a quarter turn; or -90 if that turns their front to -x)"
+        remedy = "--turn 90 (a quarter turn; or -90 if that turns their front to -x)"
     elif turned > scale:
-        remedy = f"data meshes --turn 90 --scale {smaller:g} (a quarter turn, and smaller)"
+        remedy = f"--turn 90 --scale {smaller:g} (a quarter turn, and smaller)"
     else:
-        remedy = f"data meshes --scale {smaller:g} (smaller)"
+        remedy = f"--scale {smaller:g} (smaller)"
+    model = parent.name if parent.parent.name == "pretrained" else parent
     raise UserError(
         f"{images.path}: objects reach {reaches[axis]:.3f} from the center along {'xyz'[axis]}, but the box "
-        f"of {parent} ends at {box.half[axis]:.3f}, so they would be cut off. Add --fit to this command: it "
-        "finds out how the objects must be turned, and scales them. Or make the dataset again so that they "
-        f"fit: {remedy}. (Turn and scale come on top of those it was made with.) If only the box fitted to "
-        "the silhouettes is larger than the objects, give `data srn` or `data transforms` the learned box: "
+        f"of {model} ends at {box.half[axis]:.3f}, so they would be cut off. Add --fit to this command: it "
+        "finds out how the objects must be turned, and scales them. Or do it yourself: latentscenes data "
+        f"place --folder {images.path} --out {images.path}_placed {remedy}. If only the box fitted to the "
+        "silhouettes is larger than the objects, give `data srn` or `data transforms` the learned box: "
         f"--box {learned}. Or train a model of these objects."
     )
 
