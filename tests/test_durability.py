@@ -356,8 +356,9 @@ def test_verify_compares_the_index_with_the_shards(library):
     with sqlite3.connect(library.path / FILE) as connection:
         connection.execute("UPDATE scenes SET psnr = psnr + 1 WHERE name = 'b'")
     connection.close()
-    (found,) = verifying.verify(LibraryFolder.open(library.path))
+    found, totals = verifying.verify(LibraryFolder.open(library.path))
     assert found.name == "b" and found.what.endswith("is not that of its shard 000005.safetensors: psnr")
+    assert totals.name == FILE and "its totals are not those of its scenes" in totals.what
 
 
 def test_a_shard_is_never_replaced(library):
