@@ -12,7 +12,7 @@ from latentscenes.core.files import PARTIAL, file_checksum
 from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.storage import maintenance, verifying
 from latentscenes.storage.library import LibraryFolder, NewScene
-from latentscenes.storage.published import PublishedLibrary
+from latentscenes.storage.published.reader import PublishedLibrary
 from latentscenes.storage.run import Run
 
 SETTINGS = """

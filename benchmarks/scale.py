@@ -43,9 +43,9 @@ from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE
 from latentscenes.storage.joining import empty_copy, join
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
-from latentscenes.storage.publishing import Published, publish
+from latentscenes.storage.published.publishing import Published, publish
+from latentscenes.storage.published.targets import FolderTarget
 from latentscenes.storage.quantize import Payload, pack, payload_bytes
-from latentscenes.storage.targets import FolderTarget
 from latentscenes.storage.verifying import verify
 
 PARTS, BATCH, KINDS, SHARDS = 10, 1000, 200, (4, 500)

@@ -22,9 +22,9 @@ from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters, random_parameters
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
-from latentscenes.storage.publishing import publish
+from latentscenes.storage.published.publishing import publish
+from latentscenes.storage.published.targets import open_target
 from latentscenes.storage.quantize import pack
-from latentscenes.storage.targets import open_target
 from tests.servers import served_by
 
 MODULES = Path(__file__).resolve().parents[1] / "src" / "latentscenes" / "web"

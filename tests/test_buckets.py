@@ -11,7 +11,7 @@ from latentscenes.cli.machines import library_join
 from latentscenes.core.errors import UserError
 from latentscenes.core.ranks import RankOptions, chosen_rank
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.targets import BucketTarget, object_store, open_target
+from latentscenes.storage.published.targets import BucketTarget, object_store, open_target
 from latentscenes.training.sharing import bucket as module
 from latentscenes.training.sharing import ranks as ranks_module
 from latentscenes.training.sharing.boards import BucketBoard, FolderBoard

@@ -11,8 +11,8 @@ import latentscenes
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
 from latentscenes.export.live import MODULES, check_site, write_site
-from latentscenes.storage import publishing
-from latentscenes.storage.targets import BucketTarget, FolderTarget
+from latentscenes.storage.published import publishing
+from latentscenes.storage.published.targets import BucketTarget, FolderTarget
 
 MARKUP = '<img src=x onerror="document.title=1">'
 NAMES = [f"chair {number:02d}" for number in range(64)] + ["lamp", "lamp shade", MARKUP]

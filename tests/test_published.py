@@ -17,15 +17,15 @@ from latentscenes.cli.main import main
 from latentscenes.core.cameras import orbit
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import CHECKSUM, object_checksum
-from latentscenes.storage import addresses
-from latentscenes.storage.addresses import BucketFiles, address_of
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.publication import DESCRIPTION, PublishedFile, unpacked_json
-from latentscenes.storage.published import PublishedLibrary
-from latentscenes.storage.published_index import PublishedIndex
-from latentscenes.storage.publishing import publish
+from latentscenes.storage.published import addresses
+from latentscenes.storage.published.addresses import BucketFiles, address_of
+from latentscenes.storage.published.format import DESCRIPTION, PublishedFile, unpacked_json
+from latentscenes.storage.published.index import PublishedIndex
+from latentscenes.storage.published.publishing import publish
+from latentscenes.storage.published.reader import PublishedLibrary
+from latentscenes.storage.published.targets import BucketTarget, FolderTarget
 from latentscenes.storage.scene_set import SceneSet
-from latentscenes.storage.targets import BucketTarget, FolderTarget
 from latentscenes.viewer.painter import Painter, ViewRequest
 
 

@@ -19,13 +19,13 @@ import latentscenes
 from latentscenes.cli.listing import library_list, library_show
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import CHECKSUM, object_checksum
-from latentscenes.storage import addresses
-from latentscenes.storage.addresses import BucketFiles
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.publication import DESCRIPTION, PublishedFile, unpacked_json
-from latentscenes.storage.published import PublishedLibrary
-from latentscenes.storage.publishing import publish
-from latentscenes.storage.targets import BucketTarget, FolderTarget
+from latentscenes.storage.published import addresses
+from latentscenes.storage.published.addresses import BucketFiles
+from latentscenes.storage.published.format import DESCRIPTION, PublishedFile, unpacked_json
+from latentscenes.storage.published.publishing import publish
+from latentscenes.storage.published.reader import PublishedLibrary
+from latentscenes.storage.published.targets import BucketTarget, FolderTarget
 
 ODD = (
     None, True, -1, 0, 1.5, 1e300, float("inf"), 10**18, 10**400, "", "../../etc/passwd", "packs/00/../x",

@@ -15,11 +15,11 @@ from safetensors.torch import load, load_file
 
 import latentscenes
 from latentscenes.core.errors import UserError
-from latentscenes.storage import publishing
 from latentscenes.storage.joining import join
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import export_model
-from latentscenes.storage.publication import (
+from latentscenes.storage.published import publishing
+from latentscenes.storage.published.format import (
     DESCRIPTION,
     PublishedFile,
     bucket_count,
@@ -28,10 +28,10 @@ from latentscenes.storage.publication import (
     files_of,
     unpacked_json,
 )
-from latentscenes.storage.published_parts import TagCounts
-from latentscenes.storage.publishing import publish
+from latentscenes.storage.published.parts import TagCounts
+from latentscenes.storage.published.publishing import publish
+from latentscenes.storage.published.targets import LOCK, BucketTarget, FolderTarget, open_target
 from latentscenes.storage.quantize import payload_checksum
-from latentscenes.storage.targets import LOCK, BucketTarget, FolderTarget, open_target
 
 
 @pytest.fixture(scope="module")

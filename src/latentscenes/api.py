@@ -30,7 +30,7 @@ from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.neighbors import Neighbor, WeightTable
 from latentscenes.storage.pretrained import library_from_model, open_parent
-from latentscenes.storage.published import PublishedLibrary, open_source
+from latentscenes.storage.published.reader import PublishedLibrary, open_source
 from latentscenes.storage.source import SceneSource
 from latentscenes.training.add import learn_from_pictures, quick_weights
 from latentscenes.training.append import library_from_run

@@ -100,7 +100,7 @@ def require_library(library: Path) -> None:
 
 def require_source(library: Path) -> None:
     """Raises a UserError, before torch is loaded, where a library was mistyped. Addresses are not asked."""
-    from latentscenes.storage.published_index import is_published
+    from latentscenes.storage.published.index import is_published
 
     if not is_published(library):
         require_library(library)

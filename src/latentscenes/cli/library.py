@@ -261,6 +261,6 @@ def _open(library: Path, scenes: Sequence[str] = (), machine: Machine | None = N
     """Opens a library. Raises a UserError, before torch is loaded, if a scene is unknown."""
     opened_index(library, scenes).close()
     from latentscenes.api import Library
-    from latentscenes.storage.published import open_source
+    from latentscenes.storage.published.reader import open_source
 
     return Library(open_source(library), set_up(machine) if machine else "cpu")

@@ -18,7 +18,7 @@ from latentscenes.core.names import counted, one_line, plain_text
 if TYPE_CHECKING:
     from latentscenes.storage.entries import SceneInfo, Totals
     from latentscenes.storage.index import Index
-    from latentscenes.storage.published_index import PublishedIndex
+    from latentscenes.storage.published.index import PublishedIndex
 
 MANY = 1000
 """Longest list printed as a table; formatting 100,000 rows as a table would take minutes."""
@@ -41,7 +41,7 @@ def library_list(
         as_json: Print one JSON object per line with all metadata of a scene.
     """
     from latentscenes.core.console import Table, bytes_text, seconds_text, show
-    from latentscenes.storage.addresses import address_of
+    from latentscenes.storage.published.addresses import address_of
 
     if limit < 0:
         raise UserError(f"--limit {limit}: must be at least 1, or 0 for all.")
@@ -174,7 +174,7 @@ def _described(library: Path) -> tuple[dict[str, Any], str, int]:
     """Returns the description of a library, the place of that description, and the size of the shared parts
     in bytes."""
     from latentscenes.storage.description import SHARED, check_model_file, read_description
-    from latentscenes.storage.published_index import PublishedIndex, is_published
+    from latentscenes.storage.published.index import PublishedIndex, is_published
 
     if is_published(library):
         index = PublishedIndex.open(library)
@@ -188,7 +188,7 @@ def opened_index(library: Path, scenes: Sequence[str] = ()) -> "Index | Publishe
     """Opens the index of a library without loading torch. Raises a UserError if a scene is unknown."""
     from latentscenes.storage.description import read_description
     from latentscenes.storage.index import FILE, Index
-    from latentscenes.storage.published_index import PublishedIndex, is_published
+    from latentscenes.storage.published.index import PublishedIndex, is_published
 
     if is_published(library):
         index = PublishedIndex.open(library)

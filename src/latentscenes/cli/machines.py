@@ -25,7 +25,7 @@ def learn_share(
     """Learns new scenes into a library together with other ranks, or has an engine start them, and says what
     became of them. `refused` are options that one process must carry out alone, and whether they are given.
     """
-    from latentscenes.storage.addresses import address_of
+    from latentscenes.storage.published.addresses import address_of
 
     (options, ranks), address = chosen, address_of(out)
     if given := [name for name, is_given in refused.items() if is_given]:
@@ -51,7 +51,7 @@ def learn_share(
     from latentscenes.data.dataset import PosedImages
 
     if address:
-        from latentscenes.storage.targets import open_target
+        from latentscenes.storage.published.targets import open_target
         from latentscenes.training.sharing.bucket import exploit_in_bucket
 
         given = PosedImages.open(data), settings, run, options, device, (rank, ranks)
@@ -112,7 +112,7 @@ def library_join(
             different scenes of one name are refused. Also buckets in which ranks have learned (s3://…,
     gs://…).
     """
-    from latentscenes.storage.addresses import address_of
+    from latentscenes.storage.published.addresses import address_of
 
     for part in parts:
         if not (address_of(part) or "").startswith(("s3://", "gs://")):
@@ -134,7 +134,7 @@ def library_join(
 
 def _fetched(address: str, folder: Path) -> dict[Path, list[str]]:
     """Fetches what ranks have learned in a bucket. Returns the scenes to take from each part."""
-    from latentscenes.storage.targets import open_target
+    from latentscenes.storage.published.targets import open_target
     from latentscenes.training.sharing.bucket import fetched_parts
 
     only, missing = fetched_parts(open_target(address), folder)

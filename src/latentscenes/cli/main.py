@@ -291,7 +291,7 @@ def view(
     require_source(library)
     device = set_up(machine)
     from latentscenes.api import Library
-    from latentscenes.storage.published import open_source
+    from latentscenes.storage.published.reader import open_source
 
     try:
         from latentscenes.viewer.server import view as serve

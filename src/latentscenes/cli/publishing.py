@@ -26,8 +26,8 @@ def library_publish(
         replace: Take the place of another library that is published there.
     """
     from latentscenes.core.console import bytes_text
-    from latentscenes.storage.addresses import address_of
-    from latentscenes.storage.targets import open_target
+    from latentscenes.storage.published.addresses import address_of
+    from latentscenes.storage.published.targets import open_target
 
     if address := address_of(library):
         raise UserError(f"{address}: published already. Name the folder of a library.")
@@ -36,7 +36,7 @@ def library_publish(
     given_path(out)
     require_library(library)
     from latentscenes.storage.library import LibraryFolder
-    from latentscenes.storage.publishing import publish
+    from latentscenes.storage.published.publishing import publish
 
     target = open_target(out)
     if site:
@@ -68,8 +68,8 @@ def library_push(
     """
     require_library(library)
     from latentscenes.core.console import bytes_text
-    from latentscenes.storage.hub import push
     from latentscenes.storage.library import LibraryFolder
+    from latentscenes.storage.published.hub import push
 
     done = push(LibraryFolder.open(library), repository, kind, private, replace)
     say(
@@ -90,7 +90,7 @@ def library_pull(
         out: Library folder, made if absent; another library of the same model gets the scenes that it lacks.
         kind: Kind of the repository.
     """
-    from latentscenes.storage.hub import pull
+    from latentscenes.storage.published.hub import pull
 
     say(f"{out}: {counted(pull(repository, kind, out), 'scene')} copied from {repository}.")
 

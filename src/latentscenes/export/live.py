@@ -25,10 +25,10 @@ from latentscenes.model.pictures import thumbnail
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
-from latentscenes.storage.publishing import publish
+from latentscenes.storage.published.publishing import publish
+from latentscenes.storage.published.targets import FolderTarget, Target
 from latentscenes.storage.quantize import pack, payload_bytes
 from latentscenes.storage.scene_set import StoredScenes
-from latentscenes.storage.targets import FolderTarget, Target
 
 MODULES = Path(__file__).parents[1] / "web"
 INDEX = "index.html"

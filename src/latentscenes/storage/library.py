@@ -48,10 +48,10 @@ from latentscenes.core.names import check_name, unknown_scene
 from latentscenes.core.reading import reason
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
-from latentscenes.storage.addresses import address_of
 from latentscenes.storage.description import FORMAT, SHARED, check_model_file, read_description
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
+from latentscenes.storage.published.addresses import address_of
 from latentscenes.storage.quantize import Payload, payload_checksum, payload_kind
 from latentscenes.storage.records import FIT_SCORES, SCORES, circumstances, read_metrics
 from latentscenes.storage.run import SETTINGS

@@ -26,11 +26,11 @@ from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.rendering.field import FusedPlanes
-from latentscenes.storage.addresses import address_of
 from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.published import open_source
-from latentscenes.storage.published_index import is_published
+from latentscenes.storage.published.addresses import address_of
+from latentscenes.storage.published.index import is_published
+from latentscenes.storage.published.reader import open_source
 from latentscenes.storage.run import Run
 from latentscenes.storage.source import SceneSource
 

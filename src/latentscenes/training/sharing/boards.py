@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, sync, writing_to
-from latentscenes.storage.targets import asking
+from latentscenes.storage.published.targets import asking
 
 
 @runtime_checkable

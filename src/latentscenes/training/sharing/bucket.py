@@ -35,9 +35,9 @@ from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index
 from latentscenes.storage.joining import empty_copy
 from latentscenes.storage.library import START, LibraryFolder
+from latentscenes.storage.published.targets import BucketTarget
 from latentscenes.storage.run import SETTINGS
 from latentscenes.storage.shards import NAME, shard_scenes
-from latentscenes.storage.targets import BucketTarget
 from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.boards import BucketBoard, created
 from latentscenes.training.sharing.claims import Claims, own_name

@@ -13,10 +13,11 @@ from typing import Any
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import MOST_COMPARED, short, tagged, tags_text, unknown_scene
 from latentscenes.core.reading import reason
-from latentscenes.storage.addresses import address_of, open_files
 from latentscenes.storage.entries import SceneInfo, Totals, scene_info
 from latentscenes.storage.index import Place
-from latentscenes.storage.publication import (
+from latentscenes.storage.published.addresses import address_of, open_files
+from latentscenes.storage.published.files import PublishedFiles
+from latentscenes.storage.published.format import (
     DESCRIPTION,
     FACTS,
     INFO,
@@ -27,7 +28,6 @@ from latentscenes.storage.publication import (
     check_page,
     unpacked_json,
 )
-from latentscenes.storage.published_files import PublishedFiles
 
 FEW = 16
 """Up to so many names are looked up in buckets; for more, the names of all scenes are read."""

@@ -17,12 +17,12 @@ from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import short
 from latentscenes.core.reading import reason
-from latentscenes.storage.addresses import Files, open_files
 from latentscenes.storage.description import SHARED
 from latentscenes.storage.library import START, LibraryFolder
-from latentscenes.storage.publication import DESCRIPTION, ENTRY, bucket_of
-from latentscenes.storage.published_files import PublishedFiles
-from latentscenes.storage.published_index import PublishedIndex, is_published
+from latentscenes.storage.published.addresses import Files, open_files
+from latentscenes.storage.published.files import PublishedFiles
+from latentscenes.storage.published.format import DESCRIPTION, ENTRY, bucket_of
+from latentscenes.storage.published.index import PublishedIndex, is_published
 from latentscenes.storage.quantize import Payload
 from latentscenes.storage.source import LibraryInfo, SceneSource
 from latentscenes.storage.verifying import Damage

@@ -25,7 +25,7 @@ from latentscenes.storage.description import identity_of, refuse_inside
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import Place
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.publication import (
+from latentscenes.storage.published.format import (
     CELL,
     DESCRIPTION,
     ENTRY,
@@ -48,7 +48,7 @@ from latentscenes.storage.publication import (
     packed,
     unpacked_json,
 )
-from latentscenes.storage.published_parts import (
+from latentscenes.storage.published.parts import (
     TagCounts,
     atlas,
     finite,
@@ -57,8 +57,8 @@ from latentscenes.storage.published_parts import (
     portable_config,
     render_facts,
 )
+from latentscenes.storage.published.targets import Target
 from latentscenes.storage.quantize import payload_checksum
-from latentscenes.storage.targets import Target
 
 SHA256 = re.compile("[0-9a-f]{64}")
 MOST_SMALL = 16

@@ -19,8 +19,8 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import one_line
 from latentscenes.core.reading import open_regular, read_bytes, reason
 from latentscenes.core.version import __version__
-from latentscenes.storage.publication import DESCRIPTION
-from latentscenes.storage.targets import object_store, store_reason
+from latentscenes.storage.published.format import DESCRIPTION
+from latentscenes.storage.published.targets import object_store, store_reason
 
 T = TypeVar("T")
 Answer = http.client.HTTPResponse

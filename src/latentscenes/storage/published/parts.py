@@ -17,7 +17,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.reading import MOST_MODEL, read_bytes, reason
 from latentscenes.model.model import Model
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.publication import CELL, SIDE
+from latentscenes.storage.published.format import CELL, SIDE
 
 QUALITY = 85
 """WebP quality of thumbnails, out of 100."""

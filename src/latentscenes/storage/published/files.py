@@ -10,8 +10,8 @@ from latentscenes.core.caches import cache_folder, cache_folders
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import CHECKSUM, object_checksum, write_bytes
 from latentscenes.core.reading import MOST_MODEL, MOST_TEXT, parse_json, read_bytes, reason
-from latentscenes.storage.addresses import Files
-from latentscenes.storage.publication import DESCRIPTION, PublishedFile, check_description
+from latentscenes.storage.published.addresses import Files
+from latentscenes.storage.published.format import DESCRIPTION, PublishedFile, check_description
 
 MOST_PACK = 512 << 20
 """Bytes of the largest scene, and of the largest pack."""

@@ -12,10 +12,10 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.reading import MOST_TEXT, read_bytes, reason
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.maintenance import export
-from latentscenes.storage.publication import DESCRIPTION, ENDINGS, NAME
-from latentscenes.storage.published import PublishedLibrary
-from latentscenes.storage.publishing import Published, publish
-from latentscenes.storage.targets import Target
+from latentscenes.storage.published.format import DESCRIPTION, ENDINGS, NAME
+from latentscenes.storage.published.publishing import Published, publish
+from latentscenes.storage.published.reader import PublishedLibrary
+from latentscenes.storage.published.targets import Target
 
 RepositoryKind = Literal["dataset", "model"]
 COMMIT_BYTES, COMMIT_FILES = 256 << 20, 500

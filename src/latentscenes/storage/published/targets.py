@@ -9,7 +9,7 @@ from pathlib import Path
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import PARTIAL, locked, make_folder, refuse_links, write_bytes, writing_to
 from latentscenes.core.reading import MOST_TEXT, read_bytes, reason
-from latentscenes.storage.publication import DESCRIPTION, NAME
+from latentscenes.storage.published.format import DESCRIPTION, NAME
 
 LOCK = ".publish.lock"
 """File held by the process that publishes into a folder."""

@@ -1,0 +1,1 @@
+"""Libraries as static files: their format, writing and reading. May import storage and what it imports."""
