@@ -294,6 +294,23 @@ def test_skipping_loses_little():
     assert not torch.equal(skipped[0], exact[0])
 
 
+def alone_and_beside_a_louder_scene(render, arguments):
+    """Returns gradients of a scene's planes, alone and in a batch with one of far larger gradients."""
+    planes, field, rays, *numbers = arguments
+    upstream = torch.randn(2, *rays.near.shape[1:], 3) * torch.tensor([1.0, 1000.0])[:, None, None]
+    first = planes[:1], field, Rays(*(value[:1] for value in rays)), *(value[:1] for value in numbers)
+    alone = torch.autograd.grad(render(*first, skip=0.03)[0], planes, upstream[:1])[0][0]
+    beside = torch.autograd.grad(render(*arguments, skip=0.03)[0], planes, upstream)[0][0]
+    exact = torch.autograd.grad(render(*arguments, skip=0.0)[0], planes, upstream)[0][0]
+    assert not torch.equal(beside, exact)  # some samples are skipped
+    return alone, beside
+
+
+@needs_compiler
+def test_gradients_of_a_scene_do_not_depend_on_others():
+    assert torch.equal(*alone_and_beside_a_louder_scene(run_native, problem(rays=60, coarse=24, fine=24)))
+
+
 @needs_compiler
 def test_without_gradients_results_are_the_same():
     arguments = problem()

@@ -16,7 +16,13 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
 pytest.importorskip("triton", reason="the GPU kernels need Triton: pip install triton")
 
-from test_kernels import assert_close, gradients, network, problem  # noqa: E402
+from test_kernels import (  # noqa: E402
+    alone_and_beside_a_louder_scene,
+    assert_close,
+    gradients,
+    network,
+    problem,
+)
 
 from latentscenes.core.errors import UserError  # noqa: E402
 from latentscenes.rendering import march  # noqa: E402
@@ -177,6 +183,10 @@ def test_skipping_loses_little():
     for a, b in zip(skipped, exact, strict=True):
         assert (a - b).norm() <= 3e-3 * b.norm()
     assert not torch.equal(skipped[0], exact[0])
+
+
+def test_gradients_of_a_scene_do_not_depend_on_others():
+    assert_close(*alone_and_beside_a_louder_scene(run, small(rays=12, coarse=16, fine=16)), 1e-5)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 5e-3), ("bfloat16", 5e-2)])

@@ -272,7 +272,7 @@ struct Share {
 };
 
 void backward_share(const Problem& p, const std::vector<Network>& networks, const Upstream& up, const Saved& saved,
-                    float threshold, Share& share, float* d_planes, RayGradient d_rays) {
+                    const std::vector<float>& thresholds, Share& share, float* d_planes, RayGradient d_rays) {
   Tile tile(p, networks[0], true);
   March m(p);
   Array d_raw(p.samples() * p.outputs());
@@ -305,7 +305,7 @@ void backward_share(const Problem& p, const std::vector<Network>& networks, cons
       const float* from = &d_raw[i * p.outputs()];
       float largest = 0;
       for (int64_t o = 0; o < p.outputs(); ++o) largest = std::max(largest, std::fabs(from[o]));
-      if (largest <= threshold) continue;
+      if (largest <= thresholds[scene]) continue;
       const float t = saved.t[ray * p.samples() + i];
       place(p, tile, tile.count, ray, t);
       tile.ray[tile.count] = ray, tile.t[tile.count] = t;
@@ -407,9 +407,12 @@ extern "C" void latentscenes_backward(const Problem* problem, const float* up_fe
   const Upstream up{up_features, up_depth, up_opacity};
   const Saved saved{t, density, sample_features};
   const int64_t rays = p.scenes * p.rays;
-  double total = 0;
-  for (int64_t ray = 0; ray < rays; ++ray) total += up.magnitude(p, ray);
-  const float threshold = static_cast<float>(p.skip * total / rays);
+  std::vector<float> thresholds(p.scenes);  // each scene's own, so that its gradients do not depend on other scenes
+  for (int64_t scene = 0; scene < p.scenes; ++scene) {
+    double total = 0;
+    for (int64_t ray = scene * p.rays; ray < (scene + 1) * p.rays; ++ray) total += up.magnitude(p, ray);
+    thresholds[scene] = static_cast<float>(p.skip * total / p.rays);
+  }
   std::vector<Share> shares(p.threads);
 #pragma omp parallel for num_threads(p.threads) schedule(static, 1)
   for (int64_t thread = 0; thread < p.threads; ++thread) {
@@ -419,7 +422,7 @@ extern "C" void latentscenes_backward(const Problem* problem, const float* up_fe
       const int64_t touched = p.network((share.last - 1) / p.rays) - p.network(share.first / p.rays) + 1;
       share.networks.assign(touched, NetworkGradient(all[0]));
     }
-    backward_share(p, all, up, saved, threshold, share, d_planes, {d_origins, d_directions});
+    backward_share(p, all, up, saved, thresholds, share, d_planes, {d_origins, d_directions});
   }
   evaluated_backward = 0;
   for (const Share& share : shares) evaluated_backward += share.evaluated;

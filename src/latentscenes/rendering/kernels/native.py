@@ -19,8 +19,8 @@ from latentscenes.rendering.march import BLUR_PADDING
 
 SKIP = 1e-4
 """Forward skips samples that less than this fraction of light reaches. Backward skips a sample if no gradient
-of its raw outputs exceeds this fraction of the mean over rays of |d features|₁ + |d depth|·far + |d opacity|.
-0 skips none."""
+of its raw outputs exceeds this fraction of the mean over its scene's rays of |d features|₁ + |d depth|·far +
+|d opacity|. 0 skips none."""
 
 INPUTS = ("planes", "hidden_w", "hidden_b", "out_w", "out_b")
 INPUTS += ("origins", "directions", "near", "far", "u_coarse", "u_fine")

@@ -136,11 +136,11 @@ def value_at(t, features, order, up_features, d_depth, d_opacity, ray, row, k, v
 
 @jit
 def composite_backward(
-    t, density, features, order, up_features, up_depth, up_opacity, threshold, d_raw, keep,
+    t, density, features, order, up_features, up_depth, up_opacity, thresholds, d_raw, keep,
     rays, samples, channels, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Writes gradients of samples' raw outputs, (slot x 1 + channels), and whether the largest exceeds the
-    threshold.
+    threshold of the ray.
 
     With v_k the gradient by weight k: dL/d optical_k = e^-(before + optical) v_k − Σ_{j>k} w_j v_j.
     """
@@ -183,5 +183,7 @@ def composite_backward(
         d_sigmoid = 0.5 * (weight + weight_back) * d_feature * (2 + 4 * MARGIN) * s * (1 - s)
         tl.store(d_raw + slot * (1 + channels) + 1 + channel, d_sigmoid, mask=there)
         largest = tl.maximum(largest, tl.abs(d_sigmoid))
-    negligible = largest <= tl.load(threshold)  # false for NaN, which must show in the gradients
+    negligible = largest <= tl.load(
+        thresholds + ray, mask=valid, other=0.0
+    )  # false for NaN, which must show in the gradients
     tl.store(keep + slot, 1 - negligible.to(tl.int8), mask=there)

@@ -156,13 +156,14 @@ def _gradients(
         return gradients
     up_features, up_depth, up_opacity = upstream
     t, density, features, order = saved
-    threshold = skip * (up_features.abs().sum(-1) + up_depth.abs() * far + up_opacity.abs()).mean()
+    magnitudes = up_features.abs().sum(-1) + up_depth.abs() * far + up_opacity.abs()
+    thresholds = (skip * magnitudes.mean(-1, keepdim=True)).expand_as(magnitudes).contiguous()
     d_raw = t.new_empty((*t.shape, 1 + size.channels))
     keep = torch.empty_like(t, dtype=torch.int8)
     with _on(planes):
         block = size.rows(size.samples, "N")
         triton_march.composite_backward[(triton.cdiv(size.rays, block["R"]),)](
-            t, density, features, order, up_features, up_depth, up_opacity, threshold, d_raw, keep,
+            t, density, features, order, up_features, up_depth, up_opacity, thresholds, d_raw, keep,
             size.rays, size.samples, size.channels, **block,
         )  # fmt: skip
         kept = keep.flatten().nonzero().flatten()
