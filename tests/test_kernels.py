@@ -294,7 +294,7 @@ def test_skipping_loses_little():
     assert not torch.equal(skipped[0], exact[0])
 
 
-def alone_and_beside_a_louder_scene(render, arguments):
+def beside_a_louder_scene(render, arguments):
     """Returns gradients of a scene's planes, alone and in a batch with one of far larger gradients."""
     planes, field, rays, *numbers = arguments
     upstream = torch.randn(2, *rays.near.shape[1:], 3) * torch.tensor([1.0, 1000.0])[:, None, None]
@@ -308,7 +308,7 @@ def alone_and_beside_a_louder_scene(render, arguments):
 
 @needs_compiler
 def test_gradients_of_a_scene_do_not_depend_on_others():
-    assert torch.equal(*alone_and_beside_a_louder_scene(run_native, problem(rays=60, coarse=24, fine=24)))
+    assert torch.equal(*beside_a_louder_scene(run_native, problem(rays=60, coarse=24, fine=24)))
 
 
 @needs_compiler

@@ -16,13 +16,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
 pytest.importorskip("triton", reason="the GPU kernels need Triton: pip install triton")
 
-from test_kernels import (  # noqa: E402
-    alone_and_beside_a_louder_scene,
-    assert_close,
-    gradients,
-    network,
-    problem,
-)
+from test_kernels import assert_close, beside_a_louder_scene, gradients, network, problem  # noqa: E402
 
 from latentscenes.core.errors import UserError  # noqa: E402
 from latentscenes.rendering import march  # noqa: E402
@@ -186,7 +180,7 @@ def test_skipping_loses_little():
 
 
 def test_gradients_of_a_scene_do_not_depend_on_others():
-    assert_close(*alone_and_beside_a_louder_scene(run, small(rays=12, coarse=16, fine=16)), 1e-5)
+    assert_close(*beside_a_louder_scene(run, small(rays=12, coarse=16, fine=16)), 1e-5)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 5e-3), ("bfloat16", 5e-2)])
