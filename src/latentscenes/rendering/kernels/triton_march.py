@@ -183,7 +183,6 @@ def composite_backward(
         d_sigmoid = 0.5 * (weight + weight_back) * d_feature * (2 + 4 * MARGIN) * s * (1 - s)
         tl.store(d_raw + slot * (1 + channels) + 1 + channel, d_sigmoid, mask=there)
         largest = tl.maximum(largest, tl.abs(d_sigmoid))
-    negligible = largest <= tl.load(
-        thresholds + ray, mask=valid, other=0.0
-    )  # false for NaN, which must show in the gradients
+    threshold = tl.load(thresholds + ray, mask=valid, other=0.0)
+    negligible = largest <= threshold  # false for NaN, which must show in the gradients
     tl.store(keep + slot, 1 - negligible.to(tl.int8), mask=there)
