@@ -133,7 +133,7 @@ class Page:
         self._socket.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 30, what: str = "") -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120, what: str = "") -> Any:
     """Returns the value of `condition` once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

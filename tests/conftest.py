@@ -12,6 +12,7 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, orbit
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.writing import DatasetWriter
+from latentscenes.training.sharing import claims
 
 SHARED = Path(os.environ.get("LATENTSCENES_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 """Data and weights that are too large for the repository."""
@@ -127,6 +128,23 @@ def write_solids(path: Path, pixels: int = 32, views: int = 6, held_out: tuple[i
             writer.add(name, images, cameras, split, held_out=held_out, alpha=alpha)
         writer.finish(Box((0.0, 0.0, 0.0), (HALF, HALF, HALF)))
     return path
+
+
+class Clock:
+    """A clock that tests move on."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """Replaces the clock by which leases lapse."""
+    found = Clock()
+    monkeypatch.setattr(claims, "time", found)
+    return found
 
 
 @pytest.fixture(scope="session")

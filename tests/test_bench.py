@@ -40,7 +40,7 @@ def test_variants_take_turns_and_each_round_starts_with_another():
 
 
 def test_a_ratio_is_the_median_over_rounds():
-    found = interleave({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, 3)
+    found = interleave({"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.2)}, 3)
     assert found["short"].ratio(found["long"]) > 3
     assert found["long"].median == sorted(found["long"].seconds)[1]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from bucket_server import serving_bucket
 from test_ranks import COUNT, CPU, OPTIONS, Crash, alone, boxes, content, path, run, side_by_side  # noqa: F401
+from waiting import wait_for
 
 from latentscenes.cli.machines import library_join
 from latentscenes.core.errors import UserError
@@ -59,25 +60,40 @@ def test_of_all_that_create_one_succeeds(boards):
     assert many[1].read("a") is None and sorted(many[2].names()) == ["b", "c"]
 
 
-def test_claims_lapse_unless_they_are_renewed(boards):
-    ours, theirs = Claims(boards(), "we", 0.4), Claims(boards(), "they", 0.4)
-    with theirs.renewing():
-        assert theirs.take("a") and not ours.take("a")
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
-            assert not ours.take_over("a", 1)
-            time.sleep(0.05)
-    begun = time.monotonic()
-    while not ours.take_over("a", 1):
-        assert time.monotonic() - begun < 10
-        time.sleep(0.05)
-    assert time.monotonic() - begun > 0.25 and ours.state().newest == {"a": 2}
+def test_claims_lapse_unless_they_are_renewed(boards, clock):
+    ours, theirs = Claims(boards(), "we", 4.0), Claims(boards(), "they", 4.0)
+    assert theirs.take("a") and not ours.take("a")
+    for _ in range(4):
+        clock.now += 3.9
+        theirs.renew()
+        assert not ours.take_over("a", 1)  # has seen another version
+        time.sleep(0.01)  # so that the next has another time
+    clock.now += 3.9
+    assert not ours.take_over("a", 1)
+    clock.now += 0.2
+    assert ours.take_over("a", 1) and ours.state().newest == {"a": 2}
     assert not theirs.take_over("a", 1) and not theirs.take_over("a", 2)
-    again = Claims(boards(), "we", 0.4)  # the same owner, started again
+    again = Claims(boards(), "we", 4.0)  # the same owner, started again
     assert again.take_over("a", 2) and not ours.take_over("a", 2) and not again.take_over("a", 3)
     ours.finish("a")
     ours.forget("a")
     assert theirs.state().done == {"a": "we"} and theirs.state().newest == {}
+
+
+def test_claims_are_renewed_as_long_as_their_holder_works(boards):
+    theirs, reader, seen = Claims(boards(), "they", 0.4), boards(), set()
+    assert theirs.take("a")
+
+    def seen_versions(count: int) -> bool:
+        seen.add(reader.read("a.1.claim")[1])
+        return len(seen) >= count
+
+    with theirs.renewing():
+        wait_for(lambda: seen_versions(4))
+    assert seen_versions(4)
+    last = reader.read("a.1.claim")
+    time.sleep(0.3)
+    assert reader.read("a.1.claim") == last
 
 
 def test_a_write_that_the_store_repeats_is_still_ours(server, monkeypatch):

@@ -386,13 +386,13 @@ def test_verify_waits_for_a_shard_that_is_just_being_listed(library, monkeypatch
 
     def slow(*given):
         written.set()
-        listed.wait(10)
+        listed.wait(120)
         add(*given)
 
     monkeypatch.setattr(Index, "add", slow)
     writer = threading.Thread(target=library.append, args=(copies(library, "a"),))
     writer.start()
-    assert written.wait(10)
+    assert written.wait(120)
     reader = LibraryFolder.open(library.path)
     assert [file.name for file in recovery.unlisted(reader)] == ["000005.safetensors"]
     threading.Timer(0.2, listed.set).start()

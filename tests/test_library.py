@@ -346,7 +346,7 @@ def test_two_writers_wait_or_are_refused(library):
         assert (
             "waiting for it" in waiting.stderr.readline() and waiting.poll() is None and "red_ball" in library
         )
-    out, _ = waiting.communicate(timeout=30)
+    out, _ = waiting.communicate(timeout=120)
     assert out == "done\n" and "ball" in library
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from publications import Parts, add, made_library, serving
 from safetensors.torch import load, save
+from waiting import wait_for
 
 import latentscenes
 from latentscenes.cli.listing import library_list, library_show
@@ -246,23 +247,26 @@ def test_text_that_is_no_utf8_names_no_scene(out):
 # Publications that meet
 
 
-def test_a_second_publication_into_a_folder_waits(library, tmp_path, capsys):
-    out, inside, go = tmp_path / "out", threading.Event(), threading.Event()
+def test_a_second_publication_into_a_folder_waits(library, tmp_path, monkeypatch):
+    out, inside, go, said = tmp_path / "out", threading.Event(), threading.Event(), []
+    # Captured standard error loses what one thread writes while another reads it.
+    monkeypatch.setattr("latentscenes.core.files.say", said.append)
 
     class Slow(FolderTarget):
         def write(self, name, content):
             inside.set()
-            assert go.wait(20)
+            assert go.wait(400)  # the limit of `wait_for`: a busy machine runs threads slowly
             super().write(name, content)
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(publish, LibraryFolder.open(library.path), Slow(out))
-        assert inside.wait(20)
+        wait_for(lambda: inside.is_set() or first.done())
         second = threads.submit(publish, LibraryFolder.open(library.path), FolderTarget(out))
-        while "another process is publishing" not in capsys.readouterr().err:
-            assert not second.done()
+        wait_for(lambda: said or second.done())
+        assert not second.done()
         go.set()
         assert first.result().files > 5 and second.result().files == 1
+    assert said == [f"{out}: another process is publishing into this folder; waiting for it …"]
     assert latentscenes.open_library(out, device="cpu").verify() == []
 
 

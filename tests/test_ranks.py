@@ -319,19 +319,21 @@ def test_of_all_that_claim_one_succeeds(tmp_path):
     assert many[0].state().done == {"b": "owner 1"}
 
 
-def test_claims_of_work_that_does_not_move_on_lapse(tmp_path):
-    ours, theirs = Claims(tmp_path, "we", 0.4), Claims(tmp_path, "they", 0.4, patience=0.8)
-    with theirs.renewing():
-        assert theirs.take("a")
-        deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline:
-            theirs.progress()
-            assert not ours.take_over("a", 1)
-            time.sleep(0.05)
-        while not ours.take_over("a", 1):
-            assert time.monotonic() < deadline + 10
-            time.sleep(0.05)
-        assert time.monotonic() > deadline + 0.7  # patience, and the lease since the last renewal
+def test_claims_of_work_that_does_not_move_on_lapse(tmp_path, clock):
+    ours, theirs = Claims(tmp_path, "we", 4.0), Claims(tmp_path, "they", 4.0, patience=8.0)
+    assert theirs.take("a")
+
+    def lasts(seconds: float) -> bool:
+        time.sleep(0.01)  # so that a renewed claim has another time
+        clock.now += seconds
+        theirs.renew()
+        return not ours.take_over("a", 1)
+
+    for _ in range(4):
+        theirs.progress()
+        assert lasts(3.9)
+    assert lasts(3.9)  # renewed for the last time, 7.8 s after the last progress
+    assert lasts(3.9) and not lasts(0.2)
 
 
 def test_a_folder_that_others_remove_gets_a_new_plan(tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ class Slow(Painter):
         self.go = threading.Semaphore(0)
 
     def draw(self, request, side, is_stale=lambda: False):
-        self.go.acquire(timeout=5)
+        self.go.acquire(timeout=120)
         if request.scene == "broken":
             raise ValueError("broken")
         if is_stale():
@@ -222,9 +222,9 @@ def test_newest_requests_are_drawn_in_turn_and_sharper_at_the_end():
     painter.go.release(10)
     until(lambda: len(shown) == 5)
     assert sorted(painter.drawn[3:]) == [("a3", 30), ("b3", 30)]
-    assert renderer.run(lambda given: given is painter).result(5)
+    assert renderer.run(lambda given: given is painter).result(120)
     with pytest.raises(ZeroDivisionError):
-        renderer.run(lambda _: 1 / 0).result(5)
+        renderer.run(lambda _: 1 / 0).result(120)
     renderer.close()
 
 
@@ -433,7 +433,7 @@ def ask(viewer: Viewer, **headers: str) -> tuple[int, str]:
     """Returns the status of a request for the page, and its content security policy."""
     from http.client import HTTPConnection
 
-    connection = HTTPConnection("127.0.0.1", viewer.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", viewer.port, timeout=120)
     connection.request("GET", "/", headers=headers)
     answer = connection.getresponse()
     connection.close()

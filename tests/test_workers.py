@@ -95,7 +95,7 @@ def test_stopping_stops_all_after_they_saved(how, tmp_path):
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
         else:
             process.send_signal(signal.SIGTERM if how == "terminate" else signal.SIGKILL)
-        assert process.wait(60) == (-signal.SIGKILL if how == "kill" else 130)
+        assert process.wait(400) == (-signal.SIGKILL if how == "kill" else 130)
         wait_for(lambda: len(list(tmp_path.glob("*.saved"))) == 2)
         assert "Traceback" not in process.communicate()[1]
     finally:

@@ -73,21 +73,25 @@ class Claims:
         """Renews all claims until the end of the block. Then they lapse, unless their items are done."""
         stopped = threading.Event()
 
-        def renew() -> None:
+        def repeat() -> None:
             while not stopped.wait(self.lease / RENEWALS):
-                if time.monotonic() - self._moved > self.patience:
-                    continue
-                for file in list(self._held.values()):
-                    with suppress(OSError, UserError):  # the board may be away for a while
-                        self.board.renew(file)
+                self.renew()
 
-        thread = threading.Thread(target=renew, daemon=True)
+        thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         try:
             yield self
         finally:
             stopped.set()
             thread.join()
+
+    def renew(self) -> None:
+        """Renews all claims, if their work moved on within `patience`."""
+        if time.monotonic() - self._moved > self.patience:
+            return
+        for file in list(self._held.values()):
+            with suppress(OSError, UserError):  # the board may be away for a while
+                self.board.renew(file)
 
     def progress(self) -> None:
         """Reports progress on the items held."""
