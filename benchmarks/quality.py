@@ -21,8 +21,9 @@ import torch
 from benchmarks.speed import Result, save
 from latentscenes.cli.common import Machine, run_program, set_up
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, ExploitOptions
+from latentscenes.core.config import Config
 from latentscenes.core.console import console
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.evaluate import evaluate_stored
 from latentscenes.storage.library import LibraryFolder

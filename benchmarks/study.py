@@ -30,11 +30,12 @@ import yaml
 from latentscenes.cli.common import MACHINE, MachineOptions, run_program, say, set_up
 from latentscenes.core import config as configuration
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, ExploitOptions
+from latentscenes.core.config import Config
 from latentscenes.core.config_io import build
 from latentscenes.core.console import Spent, Table, bytes_text, seconds_text, show
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import write_json
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, chart_file

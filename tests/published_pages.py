@@ -16,8 +16,8 @@ from PIL import Image
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, Viewpoint
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.files import now
+from latentscenes.core.options import StoragePrecision
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, mean_parameters, random_parameters
 from latentscenes.storage.index import SceneInfo

@@ -12,8 +12,8 @@ from egg import BOX, SEMI, egg_parts
 from latentscenes.api import Library
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, Viewpoint, look_at, orbit
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.options import ImportOptions, ViewOptions
 from latentscenes.data.writing import DatasetWriter, join

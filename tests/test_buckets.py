@@ -10,7 +10,8 @@ from waiting import wait_for
 
 from latentscenes.cli.machines import library_join
 from latentscenes.core.errors import UserError
-from latentscenes.core.ranks import RankOptions, chosen_rank
+from latentscenes.core.options import RankOptions
+from latentscenes.core.ranks import chosen_rank
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.published.targets import BucketTarget, object_store, open_target
 from latentscenes.training.sharing import bucket as module

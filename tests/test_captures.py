@@ -11,9 +11,9 @@ from conftest import solid_hits
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, Cameras, upper_hemisphere
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.console import capture_lines
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, spread
 from latentscenes.data.writing import DatasetWriter
 from latentscenes.rendering.render import camera_rays

@@ -13,15 +13,15 @@ import torch
 from latentscenes.cli import main as cli
 from latentscenes.cli.common import errors_in_one_line
 from latentscenes.core import config_io
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import lost_text
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data import raycast
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import PRECISIONS
 
-GROUPS = {group: commands for group, (commands, _) in cli.GROUPS.items()}
+GROUPS = {group: cli.load_commands(group) for group in cli.GROUPS}
 COMMANDS = [
     [],
     *([name] for name in cli.COMMANDS),
@@ -69,7 +69,8 @@ print("imported:", sorted(heavy))
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_is_explained(command, monkeypatch, capsys):
-    function = GROUPS[command[0]][command[1]] if len(command) == 2 else cli.COMMANDS.get("".join(command))
+    known = GROUPS[command[0]] if len(command) == 2 else cli.load_commands()
+    function = known[command[-1]] if command else None
     status, out, _ = call(monkeypatch, capsys, *command, "--help")
     assert status == 0
     if function is not None and command not in [[group] for group in GROUPS]:
@@ -117,7 +118,7 @@ def test_command_line_offers_all_precisions():
 
 
 def test_default_configurations_exist():
-    for command in (cli.train, cli.exploit, cli.cost):
+    for command in map(cli.load_commands().get, ("train", "exploit", "cost")):
         for name, parameter in inspect.signature(command).parameters.items():
             assert name not in ("config", "baseline") or parameter.default in (None, *config_io.presets())
 

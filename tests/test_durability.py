@@ -17,9 +17,9 @@ import torch
 
 from latentscenes.core import config_io, files
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, read_object, write_bytes, write_sealed
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.data.writing import join
 from latentscenes.model.model import Model

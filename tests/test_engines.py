@@ -15,9 +15,8 @@ from waiting import wait_for
 
 from latentscenes.cli.machines import as_workers
 from latentscenes.core import config_io
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
-from latentscenes.core.ranks import RankOptions
+from latentscenes.core.options import ExploitOptions, RankOptions
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
 from latentscenes.training.exploit import exploit

@@ -9,9 +9,10 @@ from results import made_run
 from test_cli import call
 
 from latentscenes.core import config_io
-from latentscenes.core.config import ExploitOptions, with_scenes
+from latentscenes.core.config import with_scenes
 from latentscenes.core.errors import UserError
-from latentscenes.core.ranks import RankOptions, chosen_rank
+from latentscenes.core.options import ExploitOptions, RankOptions
+from latentscenes.core.ranks import chosen_rank
 from latentscenes.model.model import Model
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.quantize import payload_checksum

@@ -19,9 +19,9 @@ from waiting import wait_for
 
 from latentscenes.core import config_io
 from latentscenes.core.cameras import Box, orbit
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
-from latentscenes.core.ranks import Rank, RankOptions, chosen_rank
+from latentscenes.core.options import ExploitOptions, RankOptions
+from latentscenes.core.ranks import Rank, chosen_rank
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.writing import DatasetWriter
 from latentscenes.storage.library import LibraryFolder
@@ -180,8 +180,9 @@ from contextlib import closing
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentscenes.core.config import ExploitOptions
-from latentscenes.core.ranks import RankOptions, chosen_rank
+from latentscenes.core.options import ExploitOptions
+from latentscenes.core.ranks import chosen_rank
+from latentscenes.core.options import RankOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.run import Run
 from latentscenes.training import loop

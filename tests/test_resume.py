@@ -16,11 +16,12 @@ from latentscenes.core import config_io
 from latentscenes.core.cameras import Box
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import ExploitOptions
 from latentscenes.storage import run as run_module
 from latentscenes.storage.records import cut_metrics
 from latentscenes.storage.run import Run
 from latentscenes.training import loop
-from latentscenes.training.exploit import ExploitOptions, exploit
+from latentscenes.training.exploit import exploit
 from latentscenes.training.loop import train
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike
 
 from latentscenes.core import runtime
 from latentscenes.core.cameras import Box, Cameras
-from latentscenes.core.config import Config, StoragePrecision, frozen
+from latentscenes.core.config import Config, frozen
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.model import Model, render_images
 from latentscenes.model.planes import Metric, SceneParameters, base_products
@@ -334,9 +335,8 @@ class Library:
 
     def verify(self) -> list[verifying.Damage]:
         """Compares all files with their checksums and returns the differences."""
-        if isinstance(self.folder, PublishedLibrary):
-            return self.folder.verify()
-        return verifying.verify(self.folder)
+        folder = self.folder
+        return folder.verify() if isinstance(folder, PublishedLibrary) else verifying.verify(folder)
 
     def compact(self) -> int:
         """Merges small shards and frees the space of removed scenes. Returns the freed bytes."""

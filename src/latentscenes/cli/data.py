@@ -262,7 +262,7 @@ def _report(made: "Imported") -> None:
         say(line)
 
 
-DATA_COMMANDS = {
+COMMANDS = {
     "cars": data_cars, "meshes": data_meshes, "srn": data_srn, "transforms": data_transforms,
     "photos": data_photos, "join": data_join, "place": data_place, "verify": data_verify,
 }  # fmt: skip

@@ -7,8 +7,8 @@ import torch
 
 from latentscenes.cli.common import say
 from latentscenes.core import config_io
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.console import Spent, console
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.raycast import ViewOptions
 from latentscenes.data.synthetic.cars import make_cars

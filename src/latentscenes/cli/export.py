@@ -294,7 +294,7 @@ def export_page(
     say(f"{out}: {counted(len(names), 'scene')}, {_bytes(written)}.")
 
 
-EXPORT_COMMANDS = {
+COMMANDS = {
     "mesh": export_mesh,
     "points": export_points,
     "splats": export_splats,

@@ -18,9 +18,9 @@ from latentscenes.cli.common import (
 from latentscenes.cli.listing import Folder, Where, library_list, library_show, opened_index
 from latentscenes.cli.machines import library_join
 from latentscenes.cli.publishing import PUBLISHING_COMMANDS
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line, plain_text, tags_text
+from latentscenes.core.options import StoragePrecision
 
 if TYPE_CHECKING:
     from latentscenes.api import Library
@@ -199,7 +199,7 @@ def precision_table(settings: "list[PrecisionCost]") -> "Table":
     return Table("Size and loss at each precision", ("stored as", "bytes / scene", "PSNR lost"), rows)
 
 
-LIBRARY_COMMANDS = {
+COMMANDS = {
     "list": library_list,
     "show": library_show,
     "remove": library_remove,

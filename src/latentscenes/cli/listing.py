@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from latentscenes.core import config_io
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line, plain_text
+from latentscenes.core.options import StoragePrecision
 
 if TYPE_CHECKING:
     from latentscenes.storage.entries import SceneInfo, Totals
@@ -111,6 +110,7 @@ def library_show(library: Folder, scene: Annotated[str | None, tyro.conf.Positio
         library: Library folder, or the address of a published library.
         scene: Name of a scene.
     """
+    from latentscenes.core import config_io
     from latentscenes.core.console import Spent, bytes_text
 
     if scene is not None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentscenes.cli.common import Machine, require_library, say, set_up
-from latentscenes.core.config import ExploitOptions
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
-from latentscenes.core.ranks import RankOptions, chosen_rank
+from latentscenes.core.options import ExploitOptions, RankOptions
+from latentscenes.core.ranks import chosen_rank
 
 if TYPE_CHECKING:
     from latentscenes.core.config import Config

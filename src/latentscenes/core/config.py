@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentscenes.core.config_checks import refuse_contradictions
-from latentscenes.core.errors import UserError
 
 Aggregation = Literal["sum", "product"]
 Axes = Literal["xy,xz,yz", "eg3d"]
 Kernel = Literal["auto", "native", "triton", "torch"]
 MatmulPrecision = Literal["float32", "tf32", "bfloat16"]
-StoragePrecision = Literal["float32", "float16", "int8", "int6", "int5", "int4", "int3"]
-"""How a library stores scenes, from exact to coarse."""
 
 
 @dataclass(frozen=True)
@@ -298,50 +295,3 @@ def with_scenes(
 def scenes_as_in(config: Config, other: Config, stages: Literal["train", "exploit"]) -> Config:
     """Returns the configuration with as many scenes a step as the stages of that name in another one have."""
     return with_scenes(config, stages, {stage.name: stage.scenes for stage in getattr(other, stages)})
-
-
-# Options that are no settings of a model
-
-
-TrackerKind = Literal["none", "tensorboard", "wandb", "trackio"]
-
-
-@dataclass(frozen=True)
-class ExploitOptions:
-    """How new scenes come into a library."""
-
-    group: int | None = None
-    """Number of scenes that are learned and committed together. Unset: as many as fit into a batch."""
-    precision: StoragePrecision | None = None
-    """How scenes are stored. Unset: the library's own precision, int8 for a new library."""
-    stage_one: bool = True
-    """Start a new library with the scenes of stage 1."""
-    scenes: int | Literal["auto", "settings"] | None = None
-    """Scenes that are learned together in a step: a number; `settings`: that of the settings; `auto`: as many
-    as fill the device. `auto` measures them where a library is made and writes the number into its settings;
-    after that, it is the library's number, on any machine. Unset: `auto` on a GPU, otherwise `settings`."""
-    limit: int | None = None
-    """Learn at most this many of the dataset's new scenes, in order."""
-    wait: bool = True
-    """If another process learns into the same library, wait for it. Without: exit with an error."""
-    workers: int = 1
-    """Number of processes that learn groups in parallel and share the threads. 0: one per thread, as far as
-    groups and memory suffice; one on a GPU. In Python, more than one needs `if __name__ == "__main__"` in the
-    script."""
-    drop_views: bool = False
-    """Learn a scene again without the views that turn out odd: they disagree with the others, their cameras
-    miss the object, or their masks do not match."""
-    track: TrackerKind = "none"
-    """Also send metrics to a tracker."""
-
-    def fills(self, device: str) -> bool:
-        """Whether steps are to fill a device of this type (`cpu`, `cuda` …)."""
-        return self.scenes == "auto" or self.scenes is None and device != "cpu"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scenes, int) and self.scenes < 1:
-            raise UserError(f"--scenes {self.scenes}: must be at least 1.")
-        if self.group is not None and self.group < 1:
-            raise UserError(f"--group {self.group}: must be at least 1.")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per core.")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.console import Spent
+from latentscenes.core.options import StoragePrecision
 from latentscenes.core.reading import parse_json
 
 Origin = Literal["stage 1", "exploit", "add"]

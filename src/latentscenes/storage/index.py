@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import sync, write_bytes, writing_to
 from latentscenes.core.names import short, tagged, tags_text, unknown_scene
+from latentscenes.core.options import StoragePrecision
 from latentscenes.storage.entries import SceneInfo, scene_info
 from latentscenes.storage.entry_checks import COLUMNS, check_of
 from latentscenes.storage.index_totals import TABLE, IndexTotals

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from latentscenes.core.config import StoragePrecision
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import PARTIAL, folder_bytes, locked, sync
 from latentscenes.core.names import short
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.model.model import Model, render_images
 from latentscenes.storage.description import refuse_inside

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import (
     file_checksum,
@@ -27,6 +27,7 @@ from latentscenes.core.files import (
     write_sealed,
     writing_to,
 )
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.description import find_model, read_description, refuse_inside
 from latentscenes.storage.index import FILE, Index

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentscenes.core.config import PlanesConfig, StoragePrecision
+from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import StoragePrecision
 from latentscenes.model.planes import SceneParameters, scene_shapes
 
 PRECISIONS: tuple[StoragePrecision, ...] = get_args(StoragePrecision)

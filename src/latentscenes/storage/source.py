@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.cameras import Box, Viewpoint
-from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.config import Config
 from latentscenes.core.console import Spent
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import short
+from latentscenes.core.options import StoragePrecision
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters, zero_mixing
 from latentscenes.storage.entries import SceneInfo, Totals

@@ -16,9 +16,10 @@ from jaxtyping import Float, UInt8
 from numpy.typing import ArrayLike
 
 from latentscenes.core.cameras import Box, Cameras
-from latentscenes.core.config import Config, StoragePrecision, frozen
+from latentscenes.core.config import Config, frozen
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, writing_to
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data.boxes import fit_box
 from latentscenes.data.checks import check_cameras
 from latentscenes.data.dataset import PosedImages

@@ -9,9 +9,10 @@ import torch
 from rich.progress import track
 
 from latentscenes.core.cameras import Viewpoint
-from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.config import Config
 from latentscenes.core.console import Spent, console
 from latentscenes.core.errors import UserError
+from latentscenes.core.options import StoragePrecision
 from latentscenes.data.dataset import PosedImages, Scene, Split, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import Model, render_images

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from latentscenes.core.config import Config, ExploitOptions, StoragePrecision, frozen, shared_rates
+from latentscenes.core.config import Config, frozen, shared_rates
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
+from latentscenes.core.options import ExploitOptions, StoragePrecision
 from latentscenes.data.dataset import PosedImages
 from latentscenes.model.planes import mean_parameters
 from latentscenes.storage.description import refuse_inside

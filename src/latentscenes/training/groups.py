@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, StoragePrecision
+from latentscenes.core.config import Config
 from latentscenes.core.console import Spent, bytes_text, capture_lines, lost_text, say
 from latentscenes.core.errors import Damaged, UserError
 from latentscenes.core.files import locked, open_tensors
+from latentscenes.core.options import StoragePrecision
 from latentscenes.core.runtime import seeded
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.model import Model

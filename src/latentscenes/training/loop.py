@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentscenes.core.cameras import Box
-from latentscenes.core.config import Config, LossWeights, StageConfig, TrackerKind
+from latentscenes.core.config import Config, LossWeights, StageConfig
 from latentscenes.core.console import Spent, StageProgress
 from latentscenes.core.errors import Interrupted, UserError
+from latentscenes.core.options import TrackerKind
 from latentscenes.core.runtime import Numbers, StopFlag, machine_memory
 from latentscenes.data.dataset import PosedImages, Scene, Split
 from latentscenes.model.convolutional import ConvolutionalCodec

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from latentscenes.core.config import Config, ExploitOptions, scenes_as_in, shared_rates, with_scenes
+from latentscenes.core.config import Config, scenes_as_in, shared_rates, with_scenes
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import refuse_links
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.library import LibraryFolder

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, ExploitOptions
+from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import locked, make_folder, write_bytes, write_sealed, writing_to
-from latentscenes.core.ranks import Rank, RankOptions
+from latentscenes.core.options import ExploitOptions, RankOptions
+from latentscenes.core.ranks import Rank
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.description import FILE as DESCRIPTION
 from latentscenes.storage.description import SHARED

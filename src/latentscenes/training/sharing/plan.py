@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, ExploitOptions
+from latentscenes.core.config import Config
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder, read_object, write_sealed, writing_to
+from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import SHARED
 from latentscenes.storage.library import LibraryFolder

@@ -27,11 +27,12 @@ from pathlib import Path
 import torch
 
 from latentscenes.core import config_io
-from latentscenes.core.config import Config, ExploitOptions
+from latentscenes.core.config import Config
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import make_folder
-from latentscenes.core.ranks import Rank, RankOptions, chosen_rank
+from latentscenes.core.options import ExploitOptions, RankOptions
+from latentscenes.core.ranks import Rank, chosen_rank
 from latentscenes.core.runtime import set_up
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.description import SHARED, read_description
