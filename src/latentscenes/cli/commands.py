@@ -17,6 +17,7 @@ from latentscenes.cli.common import (
     say,
     set_up,
 )
+from latentscenes.cli.machines import as_workers, learn_share
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted, one_line
 from latentscenes.core.options import ExploitOptions, RankOptions, TrackerKind
@@ -120,8 +121,6 @@ def exploit(
     require_dataset(data)
     if options.scenes is None and (config or any(".scenes=" in change for change in overrides)):
         options = replace(options, scenes="settings")
-    from latentscenes.cli.machines import as_workers, learn_share
-
     if ranks.engine == "local":
         options = as_workers(options, ranks)
     elif ranks.rank is not None or ranks.engine is not None:
