@@ -1,5 +1,7 @@
 """Libraries joined into one: every scene once and bit by bit, clashes refused, kills without a trace."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,8 @@ def test_parts_become_one_library(part, tmp_path):
     # Shards were merged as far as their scenes are stored alike
     assert [written for written, _ in library.index.shards().values()] == [1, 1, 1, 1]
     assert join(out, [second, first, first]) == Joined(added=0, known=5)
+    with closing(sqlite3.connect(out / "index.sqlite")) as index:  # readers need not wait for writers
+        assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert join(out, [part("third", [scene("e", 5)])]) == Joined(added=1, known=0)
     assert len(content(out)) == 5
 

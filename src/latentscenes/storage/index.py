@@ -317,15 +317,8 @@ class Index(IndexTotals):
             rows.append((number, shard, row, checksum, check_of(info.name), check_of(tags), *values.values()))
             if png is not None:
                 pictures.append((number, png, check_of(png)))
-        columns = (
-            "id",
-            "shard",
-            "row",
-            "checksum",
-            "name_check",
-            "tags_check",
-            *SceneInfo.__dataclass_fields__,
-        )
+        own = ("id", "shard", "row", "checksum", "name_check", "tags_check")
+        columns = (*own, *SceneInfo.__dataclass_fields__)
         marks = ", ".join("?" * len(columns))
         many = self._connection.executemany
         many(f"INSERT INTO scenes ({', '.join(columns)}) VALUES ({marks})", rows)
@@ -370,6 +363,11 @@ class Index(IndexTotals):
     def forget_shards(self, shards: Iterable[int]) -> None:
         """Removes shards without scenes."""
         self._connection.executemany("DELETE FROM shards WHERE id = ?", [(shard,) for shard in shards])
+
+    def keep_journal(self) -> None:
+        """Keeps a journal that stays from now on, so that readers and a writer do not wait for each other."""
+        with self._lock, _writing(self.path):
+            self._connection.execute("PRAGMA journal_mode = WAL")
 
     def vacuum(self) -> None:
         """Frees the space of removed entries."""

@@ -88,15 +88,18 @@ def join(
             found = _chosen(target, opened, only or {})
         chosen, known = found
         _copied(target, zip(opened, chosen, strict=True))
+        if home is None:
+            target.index.keep_journal()
     for library in (*opened, target):
         library.close()
     return Joined(sum(map(len, chosen)), known)
 
 
 def _made(parts: Sequence[LibraryFolder], out: Path) -> LibraryFolder:
-    """Makes the library `out`, or opens it if another process was faster."""
+    """Makes the library `out`, or opens it if another process was faster. Without a journal that stays, new
+    pages of the index are written once rather than twice."""
     try:
-        return empty_copy(parts[0].path, out)
+        return empty_copy(parts[0].path, out, "DELETE")
     except UserError:
         if not LibraryFolder.exists(out):
             raise
