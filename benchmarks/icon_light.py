@@ -2,9 +2,9 @@
 
 Sweet Home 3D makes icons by Java3D, which is OpenGL's fixed light: sums of sRGB numbers, clipped at 1,
 computed at the corners of triangles and interpolated between them. From its public source:
-three white lamps of 0.9 and an ambient light of 0.2; Ka, Kd, Ks and Ns count, highlights only for illum 2 and
-more; Ke and Tr are not read. Found by comparing: a texture is lit as a white material with Ka 0.2, highlights
-are added after it, and both sides of faces are drawn, with the normal that the file gives.
+three white lamps of 0.9, one of 0.66 from below (since 2013), and an ambient light of 0.2; Ka, Kd, Ks and Ns
+count, highlights only for illum 2 and more; Ke and Tr are not read; a texture is lit as a white material with
+Ka 0.2; backs of faces are not drawn. Found by comparing: highlights are added after the texture.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,12 @@ from latentscenes.data.placing import rotation
 from latentscenes.data.raycast import BLEND, OPAQUE, RayCaster, TriangleSoup
 from latentscenes.data.shading import LIGHTS, to_srgb
 
-LAMPS = ((-1.732, -1.0, 0.8), (1.732, -1.0, 0.8), (0.0, 1.0, 0.8))
-"""Directions toward the lamps; −y is the front and z is up."""
-LAMP, AMBIENT = 0.9, 0.2
+LAMPS = (
+    ((-1.732, -1.0, 0.8), 0.9), ((1.732, -1.0, 0.8), 0.9), ((0.0, 1.0, 0.8), 0.9), ((0.0, 0.0, -1.0), 0.66),
+)  # fmt: skip
+"""Directions toward the lamps, and their strengths; −y is the front and z is up."""
+BEFORE_2013 = LAMPS[:3]
+AMBIENT = 0.2
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ class Shine:
     lit: bool = True
 
 
-def read(path: Path, turn: tuple[float, ...] | None) -> tuple[TriangleSoup, list[Shine]]:
+def read(
+    path: Path, turn: tuple[float, ...] | None, multiply: bool = False
+) -> tuple[TriangleSoup, list[Shine]]:
     """Reads an OBJ file by the package's reader, and the light of the material of each triangle."""
     tables, faces, libraries = obj._parse(mtl.read_lines(path), path, Remarks())
-    paints = mtl.read_materials(path, libraries, Remarks(), False)
+    paints = mtl.read_materials(path, libraries, Remarks(), multiply)
     entries = dict(_entries(path, libraries))
     surfaces, shines = [], []
     for name, group in faces.items():
         if group.points:
+            name = name if name in paints else name.rpartition("_")[0]
             parts = obj._surfaces(path, tables, group, paints.get(name, mtl.Painted()))
             surfaces += parts
             shines += [_shine(entries.get(name, {}))] * sum(len(part.corners) for part in parts)
@@ -71,7 +77,9 @@ def _shine(entry: dict[str, str]) -> Shine:
     return Shine(color("ka", Shine.ambient), color("ks", Shine.specular), min(max(exponent, 1.0), 128.0))
 
 
-def shaded(soup: TriangleSoup, shines: list[Shine], view: Cameras) -> tuple[TriangleSoup, np.ndarray]:
+def shaded(
+    soup: TriangleSoup, shines: list[Shine], view: Cameras, lamps: tuple = LAMPS
+) -> tuple[TriangleSoup, np.ndarray]:
     """The object with light in its corner colors, as sRGB numbers, for one camera; and the highlights at its
     corners, which are added after texturing."""
     eye = -view.cam2world[0, :, 2].numpy()  # for highlights, the viewer counts as infinitely far
@@ -90,13 +98,13 @@ def shaded(soup: TriangleSoup, shines: list[Shine], view: Cameras) -> tuple[Tria
     diffuse = np.where(textured[:, None, None], 1, to_srgb(soup.colors[..., :3].astype(np.float64)))
     light = AMBIENT * ambient + np.zeros_like(diffuse)
     shine = np.zeros_like(diffuse)
-    for lamp in LAMPS:
+    for lamp, strength in lamps:
         toward = np.array(lamp) / np.linalg.norm(lamp)
         half = (toward + eye) / np.linalg.norm(toward + eye)
         facing = np.maximum(soup.normals @ toward, 0)
         glance = np.where(facing > 0, np.maximum(soup.normals @ half, 0), 0) ** exponent
-        light += LAMP * diffuse * facing[..., None]
-        shine += LAMP * specular * glance[..., None]
+        light += strength * diffuse * facing[..., None]
+        shine += strength * specular * glance[..., None]
     light = np.where(each([one.lit for one in kinds]).astype(bool)[:, None, None], light, diffuse)
     colors = np.concatenate([np.clip(light, 0, 1), soup.colors[..., 3:]], -1).astype(np.float32)
     lit = replace(soup, colors=colors, linear=False, emission=None, lit=None)
@@ -117,10 +125,15 @@ class IconCaster(RayCaster):
 
 
 def icon_picture(
-    soup: TriangleSoup, shines: list[Shine], view: Cameras, size: int
+    soup: TriangleSoup, shines: list[Shine], view: Cameras, size: int, lamps: tuple = LAMPS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the picture over white, and which share of each pixel shows anything, even if it is clear."""
-    lit, shine = shaded(soup, shines, view)
+    # Backs, of which some lie on the front of the next face, are taken out before rays meet them
+    edges = soup.corners[:, 1:] - soup.corners[:, :1]
+    eye = view.cam2world[0, :, 3].numpy()
+    front = (np.cross(edges[:, 0], edges[:, 1]) * (eye - soup.corners[:, 0])).sum(-1) > 0
+    soup, shines = soup.select(front), [shine for shine, seen in zip(shines, front) if seen]
+    lit, shine = shaded(soup, shines, view, lamps)
     solid = replace(lit, cutoff=np.where(lit.cutoff == BLEND, np.float32(OPAQUE), lit.cutoff))
     return IconCaster(lit, shine).render(view, size, 2)[0][0], IconCaster(solid, shine).render(view, size, 1)[
         1

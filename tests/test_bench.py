@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -241,3 +242,20 @@ def test_light_of_the_icons(material, expected, tmp_path):
     view = orbit(1, 2.0, 2.0, 0.0, start=-math.pi / 2)
     picture, shown = icon_picture(*read(tmp_path / "m.obj", None), view, 16)
     assert shown[8, 8] == 255 and abs(picture[8, 8, 0] - 255 * expected) < 1.5
+
+
+def test_the_light_of_the_icons_shows_fronts_and_a_lamp_from_below(tmp_path):
+    (tmp_path / "m.mtl").write_text(
+        "newmtl red\nKa 1 0 0\nKd 0.5 0 0\nillum 1\nnewmtl blue\nKa 0 0 1\nKd 0 0 0.5\nillum 1\n"
+    )
+    square = "v -1 0 -1\nv 1 0 -1\nv 1 0 1\nv -1 0 1\n"  # one square in two directions; y is up in OBJ
+    (tmp_path / "m.obj").write_text(
+        f"mtllib m.mtl\n{square}usemtl red\nf 1 2 3 4\nusemtl blue\nf 4 3 2 1\nusemtl red\nf 1 2 3 4\n"
+    )
+    soup, shines = read(tmp_path / "m.obj", None)
+    below, above = (
+        icon_picture(soup, shines, orbit(1, 2.0, 2.0, math.radians(angle)), 16)[0][8, 8]
+        for angle in (-89, 89)
+    )
+    assert np.abs(below - 255 * np.array([0.2 + 0.5 * 0.66, 0, 0])).max() < 1.5
+    assert above[2] > 150 and above[:2].max() < 1.5
