@@ -3,9 +3,12 @@ scene. Changes of names, tags and thumbnails are no damage."""
 
 import itertools
 import json
+import os
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -302,3 +305,18 @@ def test_changed_scores_are_noticed(library, tmp_path):
             Evaluation.read(folder / SCORES)
         (folder / SCORES).write_text(json.dumps(asdict(scores)))  # as earlier versions wrote them
         assert Evaluation.read(folder / SCORES) == scores and found() == []
+
+
+def test_an_index_that_another_process_left_half_written_is_not_read(library, monkeypatch):
+    """A killed process leaves a journal. In a folder that cannot be written, nobody can undo its changes."""
+    script = "import os, sqlite3, sys; index = sqlite3.connect(sys.argv[1], isolation_level=None); "
+    script += "index.execute('PRAGMA journal_mode = DELETE'); index.execute('PRAGMA cache_size = 1'); "
+    script += "index.execute('BEGIN'); index.execute('UPDATE scenes SET tags = zeroblob(99999)'); os._exit(9)"
+    names, file = library.index.names(), library.path / FILE
+    library.close()
+    assert subprocess.run([sys.executable, "-c", script, str(file)]).returncode == 9
+    with monkeypatch.context() as fixed:
+        fixed.setattr(os, "access", lambda *_: False)
+        with pytest.raises(UserError, match="index.sqlite: cannot be read"):
+            LibraryFolder.open(library.path).index.names()
+    assert LibraryFolder.open(library.path).index.names() == names

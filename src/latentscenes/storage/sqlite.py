@@ -52,10 +52,13 @@ def guard(connection: sqlite3.Connection, path: Path) -> Callable[[], None]:
 
 
 def address(path: Path) -> str:
+    """Returns the URI by which SQLite opens a file. In a read-only folder, SQLite cannot lock it, so the file
+    counts as immutable, unless it has a journal: then the file alone may be half-written."""
     if os.access(path.parent, os.W_OK):
         mode = "rw"
     else:
-        mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
+        journals = (path.with_name(f"{path.name}-{end}") for end in ("wal", "journal"))
+        mode = "ro" if any(journal.exists() for journal in journals) else "ro&immutable=1"
     return f"{path.resolve().as_uri()}?mode={mode}"
 
 
