@@ -37,8 +37,8 @@ from latentscenes.data.shading import LIGHTS
 from latentscenes.export.sheets import beside, captioned, grid, save_image
 
 ELEVATIONS = (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
-STEPS = ((7.0, 5.0), (3.0, 2.0), (1.5, 1.0))
-"""Degrees of azimuth and elevation by which the best camera of this grid is then moved."""
+STEPS = ((14.0, 10.0), (7.0, 5.0), (3.0, 2.0), (1.5, 1.0))
+"""Degrees of azimuth and elevation by which the usual camera, or the best of this grid, is then moved."""
 FOCAL, DISTANCE = 0.5 / math.tan(math.pi / 8), 1.4 / math.tan(math.pi / 8) / 1.8
 """Lens of the icons' camera; its distance as a multiple of the object's longest side."""
 YAW, PITCH = 22.5, 11.25
@@ -136,13 +136,13 @@ def _beside_drawn(found: Found, soup: TriangleSoup, shines: list[Shine], drawn: 
         np.asarray(Image.open(drawn / f"{found.name}.{name}.png").convert("RGB"))
         for name in ("white", "black")
     )
-    camera = _seen(soup.bounds, YAW - 90, PITCH, usual=True)
-    lit, shown = icon_picture(soup, shines, camera, len(white))
-    solid = (white != 255).any(-1) | (black != 0).any(-1)
-    for mask in (solid, shown):  # the window's border
+    solid = np.where((white != 255).any(-1) | (black != 0).any(-1), np.uint8(255), np.uint8(0))
+    white, solid = (np.asarray(Image.fromarray(picture).reduce(2)) for picture in (white, solid))
+    lit, shown = icon_picture(soup, shines, _seen(soup.bounds, YAW - 90, PITCH, usual=True), len(white))
+    for mask in (solid := solid.copy(), shown):  # the window's border
         mask[:2] = mask[-2:] = mask[:, :2] = mask[:, -2:] = 0
-    found.drawn, found.usual = _mean(white, solid * 1.0), _mean(lit, shown / 255)
-    found.drawn_overlap = _overlap(solid, shown > 127)
+    found.drawn, found.usual = _mean(white, solid / 255), _mean(lit, shown / 255)
+    found.drawn_overlap = _overlap(solid > 127, shown > 127)
     return {"drawn": white, "usual": lit}
 
 
@@ -168,21 +168,22 @@ def _camera(caster: RayCaster, wanted: np.ndarray, colors: np.ndarray) -> tuple[
                 score = _overlap(_boxed(mask), wanted) - 0.3 * _difference(_boxed(mask, picture), colors)
                 yield score, *place
 
-    front = [(-90.0 + 15 * step, elevation) for elevation in ELEVATIONS for step in range(-4, 5)]
-    best = None
-    for places in ([(YAW - 90, PITCH)], front):
-        if best is None or best[0] < SURE:
-            best = max([*tried(places), *filter(None, [best])], default=None, key=lambda found: found[0])
+    def climbed(best: tuple | None, places: list[tuple[float, float]], clearly: float = 0.0) -> tuple | None:
+        """The best of some views, moved to a better one, if that is better than `best`."""
+        found = max(tried(places), default=None, key=lambda found: found[0])
+        for across, up in STEPS if found else ():
+            around = [
+                (found[1] + across * x, min(max(found[2] + up * y, -89), 89))
+                for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y
+            ]  # fmt: skip
+            found = max([found, *tried(around)], key=lambda found: found[0])
+        return found if best is None or found is not None and found[0] > best[0] + clearly else best
+
+    best = climbed(None, [(YAW - 90, PITCH)])
     if best is None or best[0] < SURE:
-        around = [(15.0 * step, elevation) for elevation in ELEVATIONS for step in range(24)]
-        other = max(tried(around), default=None, key=lambda found: found[0])
-        best = other if best is None or other[0] > best[0] + CLEARLY else best
-    for across, up in STEPS if best else ():
-        around = [
-            (best[1] + across * x, min(max(best[2] + up * y, -89), 89))
-            for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y
-        ]  # fmt: skip
-        best = max([best, *tried(around)], key=lambda found: found[0])
+        best = climbed(best, [(-90.0 + 15 * step, up) for up in ELEVATIONS for step in range(-4, 5)])
+    if best is None or best[0] < SURE:
+        best = climbed(best, [(15.0 * step, up) for up in ELEVATIONS for step in range(24)], CLEARLY)
     return best and best[1:]
 
 

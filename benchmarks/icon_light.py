@@ -135,6 +135,5 @@ def icon_picture(
     soup, shines = soup.select(front), [shine for shine, seen in zip(shines, front) if seen]
     lit, shine = shaded(soup, shines, view, lamps)
     solid = replace(lit, cutoff=np.where(lit.cutoff == BLEND, np.float32(OPAQUE), lit.cutoff))
-    return IconCaster(lit, shine).render(view, size, 2)[0][0], IconCaster(solid, shine).render(view, size, 1)[
-        1
-    ][0]
+    casters = IconCaster(lit, shine), IconCaster(solid, shine)
+    return casters[0].render(view, size, 2)[0][0], casters[1].render(view, size, 2)[1][0]
