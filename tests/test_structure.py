@@ -11,7 +11,7 @@ FILES = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.p
 LOOP = "_fit_stage"
 """The one function that may be long: it reads top to bottom."""
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
-MOST_MODULES = 150
+MOST_MODULES = 151
 """Raise this on purpose only: does the new file hold an idea of its own?"""
 
 

@@ -20,6 +20,7 @@ from latentscenes.data.raycast import RayCaster, soup_from_mesh
 from latentscenes.data.shading import LIGHTS
 from latentscenes.export.mesh import scene_mesh
 from latentscenes.export.mesh_files import write_textured
+from latentscenes.export.outlines import outlined
 from latentscenes.export.surface import Surface, simplified
 from latentscenes.export.texture import (
     TexturedMesh,
@@ -136,6 +137,29 @@ def test_fitted_texels_look_like_pictures_whose_pixels_are_means():
     unseen = inside.copy()
     unseen[inside] = places[:, 2] < -0.98
     assert np.abs(after - 0.5)[unseen].max() < 1e-6
+
+
+def test_outlines_move_to_where_pictures_show_them():
+    """A dented ball becomes round where cameras see it from aside; a round one stays."""
+    truth = ball(4)
+    cameras = Viewpoint((40, 40), 4.0, (1.6, 1.6), (0.0, 0.0, 0.0)).dome(24, 0.0)
+    soup = soup_from_mesh(truth.vertices, truth.faces, colors=(0.1, 0.3, 0.6, 1.0))
+    rgb, alpha = (
+        torch.from_numpy(values) / 255 for values in RayCaster(soup, LIGHTS["flat"]).render(cameras, 40)
+    )
+    shown = RenderedImages(rgb.movedim(-1, 1), rgb.movedim(-1, 1), alpha, alpha)
+    texture, uv = np.broadcast_to([0.1, 0.3, 0.6], (8, 8, 3)), np.full((len(truth.faces), 3, 2), 0.5)
+    dents = 1 - 0.02 * (1 + np.sin(3 * truth.vertices[:, :1]))
+    off = {}
+    for name, start in (("dented", dents * truth.vertices), ("round", truth.vertices)):
+        after = Surface(start, truth.faces, truth.step)
+        for _ in range(2):
+            after = outlined(after, truth.faces, uv, texture, shown, cameras)
+        above = truth.vertices[:, 2] > 0.1
+        off[name] = [
+            np.abs(np.linalg.norm(part, axis=1) - 1)[above].mean() for part in (start, after.vertices)
+        ]
+    assert off["dented"][1] < 0.01 < off["dented"][0] and off["round"][1] < 0.006, off  # a pixel is 0.06
 
 
 @pytest.mark.parametrize("ending", [".glb", ".obj"])

@@ -26,6 +26,7 @@ from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import spread_evenly
 from latentscenes.export.mesh import GRAZING, NEAREST, OPAQUE, paint, photographed, unseen
+from latentscenes.export.outlines import outlined
 from latentscenes.export.surface import Surface, simplified
 from latentscenes.model.model import RenderedImages, render_images
 from latentscenes.storage.scene_set import SceneSet
@@ -47,6 +48,8 @@ ROUNDS = 10
 """Steps of the fit."""
 DAMPING = 0.3
 """Weight of the colors that texels start with, over that of a pixel that shows one texel only."""
+STEPS = 2
+"""Steps of the fit of outlines."""
 SAMPLES = 3
 """Rays along each side of a pixel, while pictures have up to LARGE pixels along a side; else two thirds."""
 LARGE = 256
@@ -103,6 +106,9 @@ def textured_mesh(
     picture = np.zeros((side, side, 3))
     picture[inside] = _baked(scene, found, rows[corners[face]], weights, (shown, cameras))
     as_learned = render_images(loaded.model, loaded.planes(scene), cameras, view.size)
+    around = spread_out(picture, inside)
+    for _ in range(STEPS):
+        found = outlined(found, rows[corners], uv[corners], around, as_learned, cameras)
     picture = fitted_texels(picture, inside, found, charts, as_learned, cameras)
     texture = np.round(255 * spread_out(picture, inside).clip(0, 1)).astype(np.uint8)
     return TexturedMesh(found.vertices[rows], corners, found.normals()[rows], uv, texture)
