@@ -5,7 +5,8 @@ import functools
 import http.server
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from latentscenes.storage.index import SceneInfo
 from latentscenes.storage.library import LibraryFolder, LibraryInfo, NewScene
 from latentscenes.storage.published.publishing import publish
 from latentscenes.storage.published.targets import open_target
-from latentscenes.storage.quantize import pack
+from latentscenes.storage.quantize import CODES, DIFFERENCES, Payload, pack
 from tests.servers import served_by
 
 MODULES = Path(__file__).resolve().parents[1] / "src" / "latentscenes" / "web"
@@ -74,6 +75,7 @@ def library_of(
     precision: StoragePrecision = "int8",
     tags: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     silhouettes: bool | None = None,
+    packed: Callable[[SceneParameters, StoragePrecision], Payload] = pack,
 ) -> LibraryFolder:
     """Writes a library of these scenes, all with a green thumbnail, and with tags by name."""
     png = io.BytesIO()
@@ -85,10 +87,19 @@ def library_of(
             added=now(), seconds=None, cpu_seconds=None, psnr=None, psnr_lost=None,
             silhouettes=silhouettes, tags=tags.get(name, {}),
         )  # fmt: skip
-        known.append(NewScene(info, pack(rows, precision), png.getvalue()))
+        known.append(NewScene(info, packed(rows, precision), png.getvalue()))
     info = LibraryInfo(BOX, VIEW, precision, "run", 1.0, 1)
     start = mean_parameters(1, next(iter(scenes.values())))
     return LibraryFolder.create(path, model.config, info, model, start, known)
+
+
+def packed_before(rows: SceneParameters, precision: StoragePrecision) -> Payload:
+    """Returns a payload as earlier versions wrote it: deflated codes, not their differences."""
+    payload = pack(rows, precision)
+    codes = (rows.micro[0] / payload["micro.scale"][:, None, None]).round().to(torch.int8)
+    content = zlib.compress(codes.permute(0, 3, 1, 2).contiguous().numpy().tobytes(), 6)
+    del payload[DIFFERENCES]
+    return payload | {CODES: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
 
 
 def published(folder: Path, library: LibraryFolder) -> Path:

@@ -202,10 +202,10 @@ def test_base_planes_are_compared_with_the_file_before_they_are_allocated(librar
 def test_planes_inflate_to_their_own_size_only(tiny):
     payload = pack(random_parameters(1, tiny.planes, torch.Generator()), "int8")
     bomb = zlib.compress(bytes(1 << 24))
-    with pytest.raises(ValueError, match="hold other than"):
-        unpack(
-            payload | {"micro.stream": torch.from_numpy(np.frombuffer(bomb, np.uint8).copy())}, tiny.planes
-        )
+    for name in ("micro.differences.stream", "micro.stream"):
+        held = {"micro.scale": payload["micro.scale"], "weights": payload["weights"]}
+        with pytest.raises(ValueError, match="hold other than"):
+            unpack(held | {name: torch.from_numpy(np.frombuffer(bomb, np.uint8).copy())}, tiny.planes)
     with pytest.raises(ValueError, match=r"weights is \(9,\), but the configuration needs \(3,\)"):
         unpack(payload | {"weights": torch.zeros(9)}, tiny.planes)
 

@@ -241,10 +241,10 @@ def test_payloads_are_unstacked():
     )
     with pytest.raises(ValueError, match="different numbers of scenes"):
         unstack_payloads(tensors | {"weights": tensors["weights"][:2]})
-    ends = tensors["micro.stream.ends"]
+    ends = tensors["micro.differences.stream.ends"]
     for wrong in (ends + 1, ends.flip(0), ends - ends[0] - 1):
         with pytest.raises(ValueError, match="does not end where"):
-            unstack_payloads(tensors | {"micro.stream.ends": wrong})
+            unstack_payloads(tensors | {"micro.differences.stream.ends": wrong})
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/all", "gs://bucket/all", "https://example.org/all"])

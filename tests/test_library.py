@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from published_pages import COLORS, library_of, packed_before, random_model, random_scene
 from results import made_run
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,8 @@ from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation.cost import account_learned
 from latentscenes.storage import shards
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.storage.quantize import pack
+from latentscenes.storage.maintenance import repack
+from latentscenes.storage.quantize import CODES, DIFFERENCES, pack, payload_bytes, payload_precision
 from latentscenes.storage.scene_set import SceneSet
 
 
@@ -433,3 +435,20 @@ def test_a_read_only_library_can_be_read(library, solids):
     finally:
         for folder in (library.path, library.path / "shards", library.path / "model"):
             folder.chmod(0o755)
+
+
+def test_repacking_makes_scenes_of_earlier_versions_smaller_and_keeps_their_values(tmp_path):
+    model = random_model(COLORS)
+    smooth = random_scene(model, 1)
+    smooth.micro = torch.linspace(-1, 1, smooth.micro.numel()).reshape(smooth.micro.shape) ** 3
+    library = library_of(tmp_path / "library", model, {"one": smooth}, "int8", packed=packed_before)
+    before, payload = library.parameters("one").micro, library.payload("one")
+    assert payload_precision(payload) == "int8" and CODES in payload
+    assert repack(library, "int6") == 1 and payload_precision(library.payload("one")) == "int6"
+    library = library_of(tmp_path / "again", model, {"one": smooth}, "int8", packed=packed_before)
+    assert repack(library, "int8") == 1 and repack(library, "int8") == 0
+    after = library.payload("one")
+    assert payload_precision(after) == "int8" and after.keys() == payload.keys() - {CODES} | {DIFFERENCES}
+    assert torch.equal(library.parameters("one").micro, before)
+    assert after[DIFFERENCES].numel() < 0.9 * payload[CODES].numel()
+    assert library.index.info("one").bytes == payload_bytes(after)

@@ -16,6 +16,7 @@ from published_pages import (
     VIEW,
     as_in_browser,
     library_of,
+    packed_before,
     published,
     random_model,
     random_scene,
@@ -73,14 +74,18 @@ def models() -> dict[str, Model]:
 
 @pytest.fixture(scope="module")
 def libraries(models, tmp_path_factory):
-    """A library of each kind; the scene `small` of the first has a box of its own."""
+    """A library of each kind; the scene `small` of the first has a box of its own, and scenes of the kind
+    `guided` are stored as by earlier versions."""
     folder, made = tmp_path_factory.mktemp("libraries"), {}
     for kind, model in models.items():
         scenes = {"one": random_scene(model, 1), "two <b>": random_scene(model, 2)}
         if kind == "colors":
             scenes = {name: random_scene(model, 1, [*BOX.center, *BOX.half]) for name in scenes}
             scenes["small"] = random_scene(model, 4, (0.3, 0.2, 0.1, 0.2, 0.1, 0.3))
-        made[kind] = library_of(folder / kind, model, scenes, "float32" if kind == "product" else "int8")
+        precision, packed = ("float32" if kind == "product" else "int8"), pack
+        if kind == "guided":
+            packed = packed_before
+        made[kind] = library_of(folder / kind, model, scenes, precision, packed=packed)
     return made
 
 

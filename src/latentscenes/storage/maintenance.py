@@ -26,6 +26,7 @@ from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.index import FILE, SceneInfo
 from latentscenes.storage.library import SHARED, LibraryFolder, NewScene
 from latentscenes.storage.quantize import (
+    CODES,
     PRECISIONS,
     Payload,
     check_precision,
@@ -112,16 +113,22 @@ def _kind(library: LibraryFolder, shard: int) -> tuple[str, bool]:
 
 def repack(library: LibraryFolder, precision: str, device: torch.device | str = "cpu") -> int:
     """Stores all scenes of finer precision at `precision` and adds the measured loss to their metadata.
-    Returns their number."""
+    Scenes that earlier versions stored at this precision keep their values and get smaller. Returns the
+    number of scenes that are stored anew."""
     chosen, model = check_precision(precision), library.model(device)
-    finer = set(PRECISIONS[: PRECISIONS.index(chosen)])
-    names = [info.name for info in library.index.infos() if info.precision in finer]
+    finer, places = set(PRECISIONS[: PRECISIONS.index(chosen)]), library.index.places()
+    older = {shard for shard in library.index.shards() if f"'{CODES}'" in _kind(library, shard)[0]}
+    names = [
+        info.name
+        for info in library.index.infos()
+        if info.precision in finer or (info.precision == chosen and places[info.name].shard in older)
+    ]
 
     def change(name: str, payload: Payload) -> Change:
         info = library.index.info(name)
         coarse = pack(library.unpacked(payload), chosen)
-        if info.psnr is None:
-            return Change(coarse, chosen, None)
+        if info.psnr is None or info.precision == chosen:
+            return Change(coarse, chosen, info.psnr_lost)
         lost = (info.psnr_lost or 0.0) + loss(library, model, payload, coarse, info.psnr)
         return Change(coarse, chosen, round(lost, 4))
 

@@ -1,9 +1,10 @@
 """Scenes as stored: exact, in half precision, or quantized to 3 to 8 bits; stacked to shards.
 
 Integer precisions quantize each micro plane and feature uniformly (mid-tread): the step is the largest
-magnitude divided by 2^(bits − 1) − 1. The codes are deflated (RFC 1951, zlib). Most codes lie near zero, so
-fewer bits give a smaller stream although each code fills a byte. Weights, bias and box are small and stay
-float32; mixing is stored as float16.
+magnitude divided by 2^(bits − 1) − 1. Neighboring codes are alike, so their differences along both axes of
+a plane are stored, one byte each, with Huffman codes (RFC 1951, zlib). Small differences take few bits, so
+fewer bits of precision give a smaller stream. Weights, bias and box are small and stay float32; mixing is
+stored as float16. Files of earlier versions hold deflated codes instead of differences (`CODES`).
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,6 +30,8 @@ PRECISIONS: tuple[StoragePrecision, ...] = get_args(StoragePrecision)
 Payload = dict[str, Tensor]
 """A stored scene: tensors by name. A tensor whose name ends in STREAM holds bytes of any length."""
 STREAM = "stream"
+DIFFERENCES, CODES = f"micro.differences.{STREAM}", f"micro.{STREAM}"
+"""Quantized micro planes, as stored now and by earlier versions."""
 SMALL = 4096
 """Numbers of a tensor that is cheaper to copy than to write by itself."""
 
@@ -58,7 +61,7 @@ def pack(rows: SceneParameters, precision: StoragePrecision) -> Payload:
         payload["micro"] = micro.half()
     else:
         scale, stream = _deflate(micro, int(precision.removeprefix("int")))
-        payload |= {"micro.scale": scale, f"micro.{STREAM}": stream}
+        payload |= {"micro.scale": scale, DIFFERENCES: stream}
     return {name: tensor for name, tensor in payload.items() if tensor.numel()}
 
 
@@ -70,9 +73,11 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
     work takes.
     """
     shapes = scene_shapes(planes)
-    if f"micro.{STREAM}" in payload:
+    if _is_quantized(payload):
         scale = _sized(payload, "micro.scale", (3, planes.micro))
-        payload = payload | {"micro": _inflate(scale, payload[f"micro.{STREAM}"], planes.resolution)}
+        texels = _codes(payload, (3, planes.micro, planes.resolution, planes.resolution)).astype(np.float32)
+        texels *= scale.numpy()[..., None, None]
+        payload = payload | {"micro": torch.from_numpy(np.ascontiguousarray(texels.transpose(0, 2, 3, 1)))}
     if payload.get("box", torch.zeros(0)).numel():
         shapes["box"] = (6,)
     tables = {name: _sized(payload, name, shape) for name, shape in shapes.items()}
@@ -112,10 +117,12 @@ def _heading(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 def payload_precision(payload: Payload) -> StoragePrecision:
     """Returns at which precision a payload is stored."""
-    if f"micro.{STREAM}" not in payload:
+    if not _is_quantized(payload):
         half = payload.get("micro", torch.zeros(0)).dtype == torch.float16
         return "float16" if half else "float32"
-    codes = np.frombuffer(zlib.decompress(payload[f"micro.{STREAM}"].numpy().data), np.int8)
+    length = len(zlib.decompress(payload[DIFFERENCES if DIFFERENCES in payload else CODES].numpy().data))
+    side = math.isqrt(length // max(payload["micro.scale"].numel(), 1))
+    codes = _codes(payload, (*payload["micro.scale"].shape, side, side))
     return f"int{int(np.abs(codes).max(initial=3)).bit_length() + 1}"
 
 
@@ -182,17 +189,25 @@ def _payload_at(shard: safe_open, row: int) -> Payload:
     return payload
 
 
+def _is_quantized(payload: Payload) -> bool:
+    return DIFFERENCES in payload or CODES in payload
+
+
 def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor]:
-    """Returns steps (3, m) and the deflated codes, plane by plane and feature by feature."""
+    """Returns steps (3, m) and the stream of differences, plane by plane and feature by feature."""
     top = 2 ** (bits - 1) - 1
     scale = (micro.abs().amax((1, 2)) / top).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = (micro / scale[:, None, None]).round().clamp(-top, top).to(torch.int8)
-    content = codes.permute(0, 3, 1, 2).contiguous().numpy().tobytes()
-    return scale, torch.from_numpy(np.frombuffer(zlib.compress(content, 6), np.uint8).copy())
+    codes = (micro / scale[:, None, None]).round().clamp(-top, top).to(torch.int8).permute(0, 3, 1, 2).numpy()
+    for axis in (2, 3):  # differences of bytes wrap around, and so do their sums
+        codes = np.diff(codes, axis=axis, prepend=np.int8(0))
+    compressor = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY, memLevel=9)
+    content = compressor.compress(codes.tobytes()) + compressor.flush()
+    return scale, torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
 
-def _inflate(scale: Float[Tensor, "3 m"], stream: Tensor, side: int) -> Float[Tensor, "3 r r m"]:
-    shape, inflating = (*scale.shape, side, side), zlib.decompressobj()
+def _codes(payload: Payload, shape: tuple[int, ...]) -> Int8[np.ndarray, "3 m r r"]:
+    """Returns the codes of quantized micro planes. Raises a ValueError if they have another shape."""
+    stream, inflating = payload[DIFFERENCES if DIFFERENCES in payload else CODES], zlib.decompressobj()
     try:
         content = inflating.decompress(stream.numpy().data, math.prod(shape) + 1)
     except zlib.error as error:
@@ -200,6 +215,6 @@ def _inflate(scale: Float[Tensor, "3 m"], stream: Tensor, side: int) -> Float[Te
     if len(content) != math.prod(shape):
         raise ValueError(f"the deflated micro planes hold other than {math.prod(shape)} bytes")
     codes = np.frombuffer(content, np.int8).reshape(shape)
-    texels = codes.astype(np.float32)
-    texels *= scale.numpy()[..., None, None]
-    return torch.from_numpy(np.ascontiguousarray(texels.transpose(0, 2, 3, 1)))
+    for axis in (3, 2) if DIFFERENCES in payload else ():
+        codes = codes.cumsum(axis, dtype=np.int8)
+    return codes

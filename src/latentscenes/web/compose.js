@@ -115,9 +115,11 @@ async function ownParts(render, tensors) {
     return found && finite(floats(found), name);
   };
   let planes = null;
-  if (tensors.has("micro.stream")) {
+  const differences = tensors.get("micro.differences.stream"), stream = differences ?? tensors.get("micro.stream");
+  if (stream) {
     const scale = numbers("micro.scale", [3, micro]), count = 3 * side * side * micro;
-    const codes = await microCodes(tensors.get("micro.stream"), count);
+    const codes = await microCodes(stream, count);
+    if (differences) summed(codes, side);
     planes = new Float32Array(count);
     for (let p = 0, k = 0; p < 3; p++) {
       for (let m = 0; m < micro; m++) {
@@ -134,6 +136,12 @@ async function ownParts(render, tensors) {
   const bias = tensors.has("bias") ? numbers("bias", [1]) : null;
   const weights = numbers("weights", [bases]), mixing = numbers("mixing", [mixed, mixed]);
   return {micro: planes, weights, bias, mixing, box};
+}
+
+/** Makes codes of their differences along both axes of each plane and feature; bytes wrap around. */
+function summed(codes, side) {
+  for (let k = 0; k < codes.length; k++) if (k % side) codes[k] += codes[k - 1];
+  for (let k = 0; k < codes.length; k++) if (k % (side * side) >= side) codes[k] += codes[k - side];
 }
 
 function finite(numbers, name) {

@@ -137,7 +137,7 @@ export class PublishedLibrary {
   }
 }
 
-/** Returns the codes of deflated micro planes, one byte each. */
+/** Returns the codes of deflated micro planes, or their differences, one byte each. */
 export async function microCodes(stream, count) {
   const codes = await inflate(stream.bytes, "deflate", count, "the scene");
   if (codes.length !== count) throw new Unreadable(`the scene: ${codes.length} codes instead of ${count}.`);
