@@ -126,6 +126,28 @@ def test_a_translucent_pane_mixes_with_what_lies_behind():
     assert tuple(rgb[0, 8, 8]) == (204, 204, 255) and alpha[0, 8, 8] == 51
 
 
+@pytest.mark.parametrize(
+    "bodies, flipped, expected",
+    [([0.0], False, 0.4), ([0.0], True, 0.4), ([-0.3, 0.3], False, 1 - 0.6**2)],
+    ids=["one body", "inside out", "two bodies"],
+)
+def test_glass_counts_once_where_a_ray_enters_and_leaves_it(bodies, flipped, expected):
+    cube = trimesh.creation.box((0.2, 0.2, 0.2))
+    points = np.concatenate([cube.vertices + (x, 0, 0) for x in bodies])
+    faces = np.concatenate([cube.faces[:, :: -1 if flipped else 1] + 8 * k for k in range(len(bodies))])
+    glass = soup_from_mesh(points, faces, colors=(0.0, 0.0, 0.0, 0.4), cutoff=BLEND)
+    _, alpha = RayCaster(glass, FLAT).render(seen_from(3.0, 0.05, 0.02), 32)
+    assert abs(alpha[0, 16, 16] - 255 * expected) <= 1
+
+
+@pytest.mark.parametrize("away", [3.0, -3.0])
+def test_an_open_pane_of_glass_counts_from_both_sides(away):
+    points = np.array([(0, -1, -1), (0, 1, -1), (0, 1, 1), (0, -1, 1)], float)
+    pane = soup_from_mesh(points, np.array([(0, 1, 2), (0, 2, 3)]), colors=(0.0, 0.0, 0.0, 0.4), cutoff=BLEND)
+    _, alpha = RayCaster(pane, FLAT).render(seen_from(away, 0, 0), 16)
+    assert abs(alpha[0, 8, 8] - 102) <= 1
+
+
 def test_light_does_not_depend_on_winding_or_viewer():
     texture = np.full((2, 2, 4), (200, 200, 200, 255), np.uint8)
     square = quad(texture)

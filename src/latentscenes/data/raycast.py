@@ -3,6 +3,8 @@
 - Rays come from `Cameras.rays` on a grid finer than the image, so images and cameras agree.
 - Light is diffuse, without highlights, so that a field without view direction can learn it (shading.py).
 - Rays continue behind transparent surfaces: up to `LAYERS` surfaces are composited front to back.
+- Glass counts once where a ray enters and leaves it, as in renderers that do not draw backs; an open pane
+  counts from both sides.
 - Imported colors are lit in linear light. Samples are averaged as sRGB values, as later resizing does too.
 """
 
@@ -152,6 +154,11 @@ class RayCaster:
         self.height, self.width = shapes.astype(np.int32)[soup.texture].T
         codes = [[WRAPS.index(wrap) for wrap in pair] for pair in soup.wraps] or [[0, 0]] * len(shapes)
         self.wrap = np.array(codes, np.int8)[soup.texture] if np.any(codes) else None
+        even = np.array([(picture[..., 3] == 255).all() for picture in soup.textures])[soup.texture]
+        glass = np.flatnonzero(even & (soup.cutoff == BLEND) & (soup.colors[..., 3] < 1).any(1))
+        bodies, numbers = np.unique(soup.texture[glass], return_inverse=True)
+        self.bodies, self.glass = len(bodies), np.full(len(soup), -1)
+        self.glass[glass] = numbers
 
     def render(
         self, cameras: Cameras, size: int, samples: int = 3
@@ -202,6 +209,7 @@ class RayCaster:
         colors, rest = np.zeros((len(origins), 3), np.float32), np.ones(len(origins), np.float32)
         ray = np.arange(len(origins))
         start, toward = np.ascontiguousarray(origins), np.ascontiguousarray(directions)
+        entered = np.zeros((len(origins), self.bodies), np.int8)
         for _ in range(LAYERS):
             # Next surface
             hit = self.scene.run(start, toward, output=True)
@@ -209,6 +217,8 @@ class RayCaster:
             ray, start, toward, distance = ray[met], start[met], toward[met], hit["tfar"][met]
             face, u, v, across = (hit[key][met] for key in ("primID", "u", "v", "Ng"))
             color, opacity = self._surface(face, u, v, across, toward)
+            if self.bodies:
+                self._leave(entered, ray, face, (across * toward).sum(-1), opacity)
             # Composite
             share = rest[ray] * opacity
             colors[ray] += share[:, None] * color
@@ -220,6 +230,16 @@ class RayCaster:
             ray, toward = ray[on], toward[on]
             start = start[on] + toward * (distance[on, None] + np.float32(STEP))
         return colors, np.maximum(rest, 0)
+
+    def _leave(self, entered, ray, face, along, opacity):
+        """Clears the opacity where rays leave glass that they entered. `entered` holds for each ray and
+        material the side of the last surface that counted, 0 for none; it is updated."""
+        here = np.flatnonzero(self.glass[face] >= 0)
+        place = ray[here], self.glass[face[here]]
+        side = np.sign(along[here]).astype(np.int8)
+        leaves = (entered[place] == -side) & (side != 0)
+        entered[place] = np.where(leaves, 0, side)
+        opacity[here[leaves]] = 0
 
     def _surface(self, face, u, v, across, toward):
         """Returns lit color (n 3) and opacity (n) where rays meet triangles `face` at (u, v)."""
