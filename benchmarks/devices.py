@@ -29,7 +29,7 @@ from latentscenes.core.runtime import seeded
 from latentscenes.data.dataset import PosedImages
 from latentscenes.rendering.kernels import native
 from latentscenes.storage.pretrained import open_parent
-from latentscenes.training.probe import fewest, tried
+from latentscenes.training.probe import run_trials, smallest_sufficient
 
 WARM_STEPS = 100
 """Steps before timing, after which most samples are negligible, as in most of a stage."""
@@ -155,13 +155,13 @@ def probe(data: Path, run: str, device: torch.device) -> Result:
     result = Result(f"probe with {data}", torch.get_num_threads())
     source, images = open_parent(Path(run)), PosedImages.open(data)
     stage, given = source.config.exploit[0], (images, images.select("new"))
-    trials = list(tried(source.model(device), stage, given, source.starting_scene()))
+    trials = list(run_trials(source.model(device), stage, given, source.starting_scene()))
     for trial in trials:
         result.figures[f"{trial.scenes} scenes.seconds"] = trial.seconds
         memory = f"; {bytes_text(trial.memory)}" if trial.memory else ""
         remark = f"{trial.rate:.0f} steps of scenes a second{memory}"
         result.add(f"{trial.scenes} scenes", f"{1000 * trial.seconds:.1f} ms", remark)
-    result.add("chosen", f"{fewest(trials)} scenes")
+    result.add("chosen", f"{smallest_sufficient(trials)} scenes")
     return result
 
 

@@ -49,7 +49,7 @@ def read(
     for name, group in faces.items():
         if group.points:
             name = name if name in paints else name.rpartition("_")[0]
-            parts = obj._surfaces(path, tables, group, paints.get(name, mtl.Painted()))
+            parts = obj._surfaces(path, tables, group, paints.get(name, mtl.ObjMaterial()))
             surfaces += parts
             shines += [_shine(entries.get(name, {}))] * sum(len(part.corners) for part in parts)
     matrix = rotation("y", None, 0.0)

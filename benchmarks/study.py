@@ -255,7 +255,7 @@ def _stored_as(folder: Path, precision: str, device: torch.device) -> Path:
 
 
 def _measured(label: str, seed: int, learned: StoredScenes, views: PosedImages) -> Figures:
-    evaluation, account = evaluate_stored(learned, views), cost.account_learned(learned)
+    evaluation, account = evaluate_stored(learned, views), cost.learned_costs(learned)
     mean, time = evaluation.mean, account.time
     spent = time.scene or Spent(0.0, 0.0)
     return Figures(

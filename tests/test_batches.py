@@ -217,7 +217,7 @@ def test_a_frozen_codec_gives_latents_and_background_one_normalizer(solids, tiny
     config = config_io.parse(config_io.dump(tiny), "tiny", [f"normalizer.kind={kind}", f"codec.kind={codec}"])
     batches = source(config, solids)
     model, batch = batches.model, batches.batch(0)
-    assert not model.normalizer.untouched
+    assert not model.normalizer.has_no_statistics
     torch.testing.assert_close(batch.background, model.background(32, 32))
 
 

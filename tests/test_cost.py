@@ -44,7 +44,7 @@ def test_known_codec_is_counted_layer_by_layer():
 
 
 def test_published_memory():
-    ours, rgb = cost.account(config_io.load("paper")).memory, cost.account(config_io.load("rgb")).memory
+    ours, rgb = (cost.config_costs(config_io.load(name)).memory for name in ("paper", "rgb"))
     assert rgb.scene == 3 * 32 * 64 * 64 * 4 == 1.5 * MIB
     assert ours.scene == 3 * 10 * 64 * 64 * 4 + 50 * 4
     assert ours.scene / MIB == pytest.approx(0.469, abs=5e-4)
@@ -101,7 +101,7 @@ def test_break_even_is_where_the_costs_meet():
 def test_memory_equals_that_of_a_real_model(change, solids):
     settings = config_io.parse(change, "test")
     model, generator = Model(settings, solids.box), torch.Generator()
-    memory = cost.account(settings).memory
+    memory = cost.config_costs(settings).memory
     assert memory.codec == sum(4 * p.numel() for p in model.codec.parameters())
     assert memory.bases == 4 * model.bases.numel()
     assert memory.field == sum(4 * p.numel() for p in model.field.parameters())
@@ -111,30 +111,30 @@ def test_memory_equals_that_of_a_real_model(change, solids):
 
 def test_account_of_runs(tmp_path, tiny, solids):
     train = made_run(tmp_path / "train", tiny, solids, "train")
-    stage_one = cost.account_learned(SceneSet.of_run(train))
+    stage_one = cost.learned_costs(SceneSet.of_run(train))
     assert stage_one.time == TimeCost(Spent(13.5, 7.5), 4, None)
-    assert stage_one.memory == cost.account(tiny).memory
+    assert stage_one.memory == cost.config_costs(tiny).memory
     shared, scene = stage_one.stored
     assert (
         stage_one.memory.shared < shared < stage_one.memory.shared + 20_000
         and stage_one.memory.scene < scene < stage_one.memory.scene + 2_000
     )
     made_library(tmp_path / "library", train, tiny, solids)
-    ours = cost.account_learned(SceneSet.open(tmp_path / "library"))
+    ours = cost.learned_costs(SceneSet.open(tmp_path / "library"))
     assert ours.time == TimeCost(Spent(13.5, 7.5), 4, Spent(4.5, 2.5))
     assert ours.time.per_scene(10) == Spent(1.35 + 4.5, 0.75 + 2.5)
     assert ours.memory == stage_one.memory and 0.2 < ours.stored[1] / ours.memory.scene < 0.31
-    old = cost.account_learned(SceneSet.open(tmp_path / "library", split="train"))
+    old = cost.learned_costs(SceneSet.open(tmp_path / "library", split="train"))
     assert old.time == TimeCost(Spent(13.5, 7.5), 4, None)
 
     plain = dataclasses.replace(
         tiny, codec=config.CodecConfig("identity"), planes=config.PlanesConfig(resolution=8, macro=0)
     )
     rgb = made_run(tmp_path / "rgb", plain, solids, "new")
-    assert cost.account_learned(SceneSet.of_run(rgb)).time == TimeCost(Spent(0.0, 0.0), 0, Spent(6.75, 3.75))
+    assert cost.learned_costs(SceneSet.of_run(rgb)).time == TimeCost(Spent(0.0, 0.0), 0, Spent(6.75, 3.75))
     begun = Run.create(tmp_path / "begun", tiny, train.info)
     with pytest.raises(UserError, match="not finished.*The command that began it continues it: .+"):
-        cost.account_learned(SceneSet.of_run(begun))
+        cost.learned_costs(SceneSet.of_run(begun))
 
 
 def test_unknown_codec_is_refused():

@@ -18,7 +18,7 @@ import torch
 from latentscenes.core import config_io, files
 from latentscenes.core.cameras import Box
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import locked, read_object, write_bytes, write_sealed
+from latentscenes.core.files import locked, read_object, write_bytes, write_with_checksum
 from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, verify
 from latentscenes.data.writing import join
@@ -177,7 +177,7 @@ def test_damaged_json_is_named(tmp_path, content):
 
 def test_a_seal_is_broken_by_any_change(tmp_path):
     file = tmp_path / "a.json"
-    write_sealed(file, {"box": [0.1, 0.2], "name": "ü", "path": Path("a")})
+    write_with_checksum(file, {"box": [0.1, 0.2], "name": "ü", "path": Path("a")})
     assert read_object(file, "")["path"] == "a"
     file.write_text(file.read_text().replace("0.2", "0.3"))
     with pytest.raises(UserError, match="its content has changed since it was written"):
@@ -414,7 +414,7 @@ def test_nothing_is_learned_on_a_damaged_model(library, name):
 
 def test_a_damaged_description_is_refused(library):
     facts = json.loads((library.path / "library.json").read_text())
-    write_sealed(library.path / "library.json", facts)
+    write_with_checksum(library.path / "library.json", facts)
     assert LibraryFolder.open(library.path).info == library.info
     changed = (library.path / "library.json").read_text().replace('"int8"', '"int3"', 1)
     (library.path / "library.json").write_text(changed)
@@ -465,7 +465,7 @@ def test_a_killed_export_of_a_model_is_no_obstacle(library, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr("latentscenes.storage.pretrained.write_sealed", killed)
+        broken.setattr("latentscenes.storage.pretrained.write_with_checksum", killed)
         with pytest.raises(KeyboardInterrupt):
             export_model(library, out)
     assert not out.exists() and export_model(library, out) > 0

@@ -29,7 +29,7 @@ from latentscenes.export.mesh import (
     write_glb,
     write_ply,
 )
-from latentscenes.export.surface import Grid, background, large_parts, most_light, seen_as_ground
+from latentscenes.export.surface import Grid, background, background_share, large_parts, max_transmittance
 from latentscenes.model.model import RenderedImages
 
 Y_TO_Z = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
@@ -77,12 +77,12 @@ def test_light_through_a_slab():
     density = np.zeros((24, 24, 24), np.float32)
     density[:, :, :12] = 3.0
     step = 0.02
-    straight = most_light(density, step, np.float32([[0.0, 0.0, 1.0]]))
+    straight = max_transmittance(density, step, np.float32([[0.0, 0.0, 1.0]]))
     depth = (12 - np.arange(24) - 0.5) * step
     assert np.abs(straight - np.exp(-3 * depth.clip(0))).max() < 1e-6
-    slanted = most_light(density, step, np.float32([[0.6, 0.0, 0.8]]))
+    slanted = max_transmittance(density, step, np.float32([[0.6, 0.0, 0.8]]))
     assert np.abs(slanted[12, 12, 8:12] - np.exp(-3 * depth[8:12] / 0.8)).max() < 1e-6
-    both = most_light(density, step, np.float32([[0.0, 0.0, 1.0], [0.6, 0.0, 0.8]]))
+    both = max_transmittance(density, step, np.float32([[0.0, 0.0, 1.0], [0.6, 0.0, 0.8]]))
     assert (both == np.maximum(straight, slanted)).all()
 
 
@@ -91,7 +91,7 @@ def test_light_goes_straight_past_a_bar():
     density = np.zeros((20, 12, 26), np.float32)
     density[8:11, :, 12:15] = 4.0
     for toward in ([0.36, 0.48, 0.8], [-0.8, 0.36, 0.48], [-0.48, 0.36, -0.8], [0.8, -0.48, -0.36]):
-        light = most_light(density, 0.1, np.float32([toward]))
+        light = max_transmittance(density, 0.1, np.float32([toward]))
         middles = np.argwhere(np.ones_like(density)).astype(float)
         fine = np.linspace(0, 40, 401)  # cells
         places = middles[:, None] + fine[:, None] * np.array(toward)
@@ -129,7 +129,7 @@ def test_ground_is_white_that_reaches_the_border():
     ground = white_background(picture)
     camera = Cameras(look_at(torch.tensor([[0.0, -2.0, 0.0]])), torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
     grid = Grid.filling(Box((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)), 9)
-    share = seen_as_ground(grid.points().reshape(-1, 3), ground, camera).reshape(grid.count)
+    share = background_share(grid.points().reshape(-1, 3), ground, camera).reshape(grid.count)
     assert share[4, 4, 4] == 0 and share[6, 4, 4] == 0 and share[8, 4, 4] == 1 and share[4, 4, 0] == 1
 
 
@@ -185,7 +185,7 @@ def test_empty_space_inside_is_filled():
     cells = np.zeros((30, 30, 30), np.float32)
     place = np.linalg.norm(np.meshgrid(*3 * [np.linspace(-1, 1, 30)]), axis=0)
     cells[(place > 0.6) & (place < 0.8)] = 200.0
-    light = most_light(cells, 2 / 29, spread_directions(export_surface.DIRECTIONS).numpy())
+    light = max_transmittance(cells, 2 / 29, spread_directions(export_surface.DIRECTIONS).numpy())
     assert light[15, 15, 15] < 0.01 and light[0, 0, 0] > 0.99
 
 

@@ -131,7 +131,7 @@ def test_changes_by_commands_are_no_damage(library, tmp_path):
 def test_libraries_of_earlier_versions_get_checksums_by_compact(tmp_path):
     library = LibraryFolder.open(shutil.copytree(KEPT / "library", tmp_path / "library"))
     first = library.index.names()[0]
-    assert verify(library) == [] and list(library.index.unlike()) == []
+    assert verify(library) == [] and list(library.index.changed_values()) == []
     maintenance.compact(library)
     assert verify(library) == []
     spoiled = changed(library, f"UPDATE scenes SET tags = '{{\"a\": 1}}' WHERE name = '{first}'")
@@ -258,7 +258,7 @@ def test_entries_out_of_order_do_not_keep_verify_busy(library, monkeypatch):
         return found or (ask(index, question, -1, *values[1:]) if " > ?" in question else found)
 
     monkeypatch.setattr(Index, "_ask", stuck)
-    assert list(library.index.unlike()) == []
+    assert list(library.index.changed_values()) == []
     pages = library.index.pages(1000)
     assert [info.name for info, _ in next(pages)] == names
     with pytest.raises(UserError, match="entries out of order"):

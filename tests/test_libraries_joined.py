@@ -15,7 +15,7 @@ from latentscenes.model.planes import random_parameters
 from latentscenes.storage import joining, maintenance
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import Index
-from latentscenes.storage.joining import Joined, empty_copy, join
+from latentscenes.storage.joining import JoinResult, empty_copy, join
 from latentscenes.storage.library import LibraryFolder, NewScene
 from latentscenes.storage.maintenance import compact
 from latentscenes.storage.quantize import (
@@ -85,16 +85,16 @@ def test_parts_become_one_library(part, tmp_path):
     a, b = [scene("a", 1)], [scene("b", 2, "float32"), scene("c", 3)]
     first, second = part("first", a, b), part("second", [scene("d", 4)], [scene("c", 3)])
     out = tmp_path / "out"
-    assert join(out, [first, second]) == Joined(added=4, known=1)
+    assert join(out, [first, second]) == JoinResult(added=4, known=1)
     assert content(out) == content(second) | content(first)
     library = LibraryFolder.open(out)
     assert library.index.names() == ["a", "b", "c", "d"]
     # Shards were merged as far as their scenes are stored alike
     assert [written for written, _ in library.index.shards().values()] == [1, 1, 1, 1]
-    assert join(out, [second, first, first]) == Joined(added=0, known=5)
+    assert join(out, [second, first, first]) == JoinResult(added=0, known=5)
     with closing(sqlite3.connect(out / "index.sqlite")) as index:  # readers need not wait for writers
         assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert join(out, [part("third", [scene("e", 5)])]) == Joined(added=1, known=0)
+    assert join(out, [part("third", [scene("e", 5)])]) == JoinResult(added=1, known=0)
     assert len(content(out)) == 5
 
 
@@ -120,18 +120,18 @@ def test_two_different_scenes_of_one_name_are_refused(part, tmp_path):
     with pytest.raises(UserError, match="'b' is another one than that of .*out. Rename or remove one"):
         join(tmp_path / "out", [part("more", [scene("c", 4)]), other])
     assert content(tmp_path / "out") == before
-    assert join(tmp_path / "out", [other], {other: []}) == Joined(0, 0)
+    assert join(tmp_path / "out", [other], {other: []}) == JoinResult(0, 0)
 
 
 def test_a_scene_that_was_renamed_is_taken_once(part, tmp_path):
     first = part("first", [scene("a", 1)])
     join(tmp_path / "out", [first])
     LibraryFolder.open(tmp_path / "out").rename("a", "my a")
-    assert join(tmp_path / "out", [first]) == Joined(added=0, known=1)
+    assert join(tmp_path / "out", [first]) == JoinResult(added=0, known=1)
     made = part("made", [scene("x", 7, dataset=None)])  # of no dataset, so its name alone tells it
     join(tmp_path / "out", [made])
     LibraryFolder.open(tmp_path / "out").rename("x", "my x")
-    assert join(tmp_path / "out", [made]) == Joined(added=1, known=0)
+    assert join(tmp_path / "out", [made]) == JoinResult(added=1, known=0)
 
 
 def test_removed_and_moved_scenes_of_a_part(part, tmp_path):
@@ -142,7 +142,7 @@ def test_removed_and_moved_scenes_of_a_part(part, tmp_path):
     assert join(tmp_path / "out", [path]).added == 3
     assert content(tmp_path / "out").keys() == {"a", "see", "d"}
     compact(library)
-    assert join(tmp_path / "out", [path]) == Joined(added=0, known=3)
+    assert join(tmp_path / "out", [path]) == JoinResult(added=0, known=3)
 
 
 def test_compact_writes_only_where_something_is_gained(part, monkeypatch):

@@ -20,7 +20,7 @@ from latentscenes.core import config_io
 from latentscenes.core.errors import UserError
 from latentscenes.core.files import open_tensors
 from latentscenes.data.dataset import PosedImages
-from latentscenes.evaluation.cost import account_learned
+from latentscenes.evaluation.cost import learned_costs
 from latentscenes.storage import shards
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.maintenance import repack
@@ -301,7 +301,7 @@ def test_verify_names_what_is_damaged(library):
     for spoil in (lambda: model.write_bytes(b"torn"), model.unlink):
         spoil()
         assert library.verify()[0].name == "model/shared.safetensors"
-        for ask in (library.folder.model, lambda: account_learned(SceneSet.open_all(library.path))):
+        for ask in (library.folder.model, lambda: learned_costs(SceneSet.open_all(library.path))):
             with pytest.raises(
                 UserError, match=r"shared.safetensors: .* Every scene needs it. Restore it from a copy"
             ):

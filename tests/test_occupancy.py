@@ -20,7 +20,7 @@ from latentscenes.model.planes import random_parameters
 from latentscenes.rendering import occupancy
 from latentscenes.rendering.kernels import native
 from latentscenes.rendering.march import intersect_cube
-from latentscenes.rendering.occupancy import SIDE, bound_rays, bound_rays_in_torch, grown
+from latentscenes.rendering.occupancy import SIDE, bound_rays, bound_rays_in_torch, dilated
 from latentscenes.rendering.render import Rays
 from latentscenes.training.batches import BatchSource, TrainingScenes
 from latentscenes.training.hulls import carved
@@ -60,7 +60,7 @@ def test_rays_enter_and_leave_where_cells_begin_and_end(bound):
 def test_kernel_and_torch_find_the_same_bounds():
     rays = random_rays()
     cells = (torch.rand(3, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(2)) < 1e-3).float()
-    cells = grown(cells)
+    cells = dilated(cells)
     by_kernel, by_torch = (torch.stack(bound(rays, cells)[2:]) for bound in (bound_rays, bound_rays_in_torch))
     same = (by_kernel - by_torch).abs() < 1e-5  # not where rounding moves a place across the edge of a cell
     assert same.float().mean() > 0.985
@@ -70,7 +70,7 @@ def test_kernel_and_torch_find_the_same_bounds():
 
 def test_no_ray_samples_beside_what_it_could_see():
     """All that an object hides or shows lies between the bounds, since its neighbors count as occupied."""
-    ball = grown((middles().square().sum(-1) < 0.5**2).float()[None])
+    ball = dilated((middles().square().sum(-1) < 0.5**2).float()[None])
     rays = random_rays(1)
     origins, directions, first, last = bound_rays(rays, ball)
     middle = -(origins * directions).sum(-1)
@@ -86,7 +86,7 @@ def test_occupied_cells_are_those_with_density_and_their_neighbors():
     planes = model.compose(rows, bounded=True)
     place = middles() * torch.tensor(BOX.half) + torch.tensor(BOX.center)
     radius = ((place - torch.tensor(CENTER)) / torch.tensor(SEMI)).square().sum(-1).sqrt()[None]
-    least, most = (grown((radius < limit).float()) > 0 for limit in (0.98, 1.05))
+    least, most = (dilated((radius < limit).float()) > 0 for limit in (0.98, 1.05))
     assert (planes.occupied > 0)[least].all() and not (planes.occupied > 0)[~most].any()
     assert 0.1 < planes.occupied.float().mean() < 0.3
 
@@ -156,7 +156,7 @@ def test_a_hull_of_close_views_holds_a_wire():
     cameras, half = orbit(6, focal=4.0), 0.45
     _, alpha = photograph("box", (0.4, 0.004, 0.004), (0.0, 0.0, 0.0), cameras, 128)
     hull = visual_hull(alpha > 8, cameras, Box((0.0, 0.0, 0.0), (half,) * 3), SIDE)
-    cells = grown(torch.from_numpy(hull)[None].float())[0]
+    cells = dilated(torch.from_numpy(hull)[None].float())[0]
     wire = ((torch.linspace(-0.39, 0.39, 200) / half + 1) * SIDE / 2).long()
     assert (cells[wire, SIDE // 2, SIDE // 2] > 0).all()
     assert cells[20:28, 20:28, 20:28].float().mean() < 0.5  # what all views see

@@ -11,7 +11,7 @@ from latentscenes.core.cameras import Box, Cameras, orbit
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.options import ImportOptions, Placement, ViewOptions
-from latentscenes.data.placing import fitting, place, rotation, turn_of
+from latentscenes.data.placing import fitting, place, rotation, rotation_of
 from latentscenes.data.synthetic.cars import make_cars
 from latentscenes.storage.pretrained import open_parent
 from latentscenes.training import add, fit
@@ -108,9 +108,9 @@ def test_the_way_in_which_a_model_knows_cars_is_found(tmp_path, monkeypatch, cap
         r"--out \S+turned_fitted --up (\S+) --turn (\d+) --fit-to cars", capsys.readouterr().err
     ).groups()
     assert found.path == tmp_path / "turned_fitted" and found.box == learned.info.box
-    both = rotation(up, None, float(turn)) @ turn_of(wrong).double().numpy()
+    both = rotation(up, None, float(turn)) @ rotation_of(wrong).double().numpy()
     assert np.allclose(np.abs(both), np.eye(3), atol=1e-6) and both[2, 2] > 0  # along x, wheels down
-    turned = images.cameras.placed(turn_of(Placement(up=up, turn=float(turn)))).cam2world[:, :, :3]
+    turned = images.cameras.placed(rotation_of(Placement(up=up, turn=float(turn)))).cam2world[:, :, :3]
     assert torch.allclose(found.cameras.cam2world[:, :, :3], turned, atol=1e-5)
     monkeypatch.setattr(fit, "errors_by_way", None)  # the second time, nothing is learned
     assert fit.fitted_dataset(images, learned, learned.config, "cars", torch.device("cpu")).path == found.path

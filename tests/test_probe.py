@@ -19,7 +19,7 @@ from latentscenes.storage.quantize import payload_checksum
 from latentscenes.storage.run import Run
 from latentscenes.training import preparing, probe
 from latentscenes.training.exploit import exploit
-from latentscenes.training.probe import Trial, fewest, tried
+from latentscenes.training.probe import Trial, run_trials, smallest_sufficient
 from latentscenes.training.sharing import ranks
 from latentscenes.training.sharing.ranks import exploit_rank
 
@@ -47,9 +47,9 @@ def steps(library_or_run, stages="exploit"):
 
 
 def test_the_fewest_scenes_that_are_as_fast_are_chosen():
-    assert fewest([Trial(4, 1.0, None), Trial(8, 1.0, None), Trial(16, 1.95, None)]) == 8
-    assert fewest([Trial(4, 1.0, None), Trial(8, 1.0, None), Trial(16, 1.5, None)]) == 16
-    assert fewest([Trial(4, 1.0, None)]) == 4
+    assert smallest_sufficient([Trial(4, 1.0, None), Trial(8, 1.0, None), Trial(16, 1.95, None)]) == 8
+    assert smallest_sufficient([Trial(4, 1.0, None), Trial(8, 1.0, None), Trial(16, 1.5, None)]) == 16
+    assert smallest_sufficient([Trial(4, 1.0, None)]) == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_probe_ends(seconds, memory, last, config, solids, monkeypatch):
     monkeypatch.setattr(probe, "_trial", trial)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 150))
     stage, model = dataclasses.replace(config.exploit[0], scenes=4), Model(config, solids.box)
-    found = [one.scenes for one in tried(model, stage, (solids, solids.scenes), None)]
+    found = [one.scenes for one in run_trials(model, stage, (solids, solids.scenes), None)]
     assert found == [count for count in (4, 8, 16, 32, 64, 128, 256) if count <= last]
 
 
@@ -79,13 +79,13 @@ def test_real_steps_of_all_stages_are_timed(config, solids, monkeypatch):
     monkeypatch.setattr(probe, "SECONDS", 0.0)
     data = solids, solids.select("new")
     for stage in (*config.train, *config.exploit):
-        found = list(tried(Model(config, solids.box), stage, data, None))
+        found = list(run_trials(Model(config, solids.box), stage, data, None))
         assert found and all(one.seconds > 0 and one.memory is None for one in found)
         assert [one.scenes for one in found] == [stage.scenes * 2**k for k in range(len(found))]
 
 
 def test_the_number_is_a_setting_of_the_library(run, config, solids, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "fewest", lambda trials: 2)
+    monkeypatch.setattr(probe, "smallest_sufficient", lambda trials: 2)
     monkeypatch.setattr(probe, "MOST", 1)
     first = exploit(tmp_path / "first", solids, config, run, dataclasses.replace(AUTO, limit=1), CPU)
     assert steps(first) == [2, 2] and steps(run) == [2, 1]  # the run itself is as it was
@@ -103,7 +103,7 @@ def test_the_number_is_a_setting_of_the_library(run, config, solids, tmp_path, m
 
 def test_ranks_take_the_number_from_the_plan(run, config, solids, tmp_path, monkeypatch):
     alone = exploit(tmp_path / "alone", solids, config, run, dataclasses.replace(AUTO, scenes=2), CPU)
-    monkeypatch.setattr(probe, "fewest", lambda trials: 2)
+    monkeypatch.setattr(probe, "smallest_sufficient", lambda trials: 2)
     monkeypatch.setattr(probe, "MOST", 1)
 
     def learn(number):
@@ -116,13 +116,14 @@ def test_ranks_take_the_number_from_the_plan(run, config, solids, tmp_path, monk
         broken.setattr(ranks.GroupLearner, "learn", None)
         with pytest.raises(TypeError):
             learn(0)  # makes the plan, and fails
-    monkeypatch.setattr(probe, "fewest", lambda trials: 1)  # another machine, on which another number is best
+    # Another machine, on which another number is best
+    monkeypatch.setattr(probe, "smallest_sufficient", lambda trials: 1)
     assert learn(1).joined.added == 2
     assert content(tmp_path / "out") == content(alone.path)
 
 
 def test_commands(run, config, solids_path, solids, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "fewest", lambda trials: 3)
+    monkeypatch.setattr(probe, "smallest_sufficient", lambda trials: 3)
     monkeypatch.setattr(probe, "MOST", 1)
     settings = tmp_path / "tiny.yaml"
     settings.write_text(config_io.dump(config))
@@ -130,7 +131,7 @@ def test_commands(run, config, solids_path, solids, tmp_path, monkeypatch, capsy
     status, _, err = call(monkeypatch, capsys, *words, "--out", tmp_path / "run")
     assert status == 0, err
     assert "Stage joint: 3 scenes a step." in err and steps(Run.open(tmp_path / "run"), "train") == [3, 3, 3]
-    monkeypatch.setattr(probe, "probed", None)
+    monkeypatch.setattr(probe, "scenes_by_stage", None)
     assert call(monkeypatch, capsys, *words, "--out", tmp_path / "run")[0] == 0  # it goes on with its number
     words = ("exploit", "--data", solids_path, "--run", run.path, "--no-stage-one", "--device", "cpu")
     words += ("--workers", "1", "--limit", "1")

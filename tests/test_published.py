@@ -61,8 +61,8 @@ def same_as_the_library(opened: latentscenes.Library, library: LibraryFolder) ->
         expected = replace(info, dataset=None, split=None, source=name, tags=tags)
         assert opened[name].metadata == expected
     assert np.array_equal(opened.weights(), ours.weights()) and opened.size == ours.size
-    assert opened.folder.index.abouts().keys() == library.index.abouts().keys()
-    assert "Box · number: 0" in opened.folder.index.abouts()["a chair"]
+    assert opened.folder.index.descriptions().keys() == library.index.descriptions().keys()
+    assert "Box · number: 0" in opened.folder.index.descriptions()["a chair"]
     assert opened.folder.index.totals() == library.index.totals()
     assert [info.name for info in opened.folder.index.first(5)] == ours.names[:5]
     assert opened.nearest("red_ball", 3) == ours.nearest("red_ball", 3)

@@ -82,7 +82,7 @@ def use(place: Path) -> None:
     with latentscenes.open_library(place, device="cpu") as opened:
         index = opened.folder.index
         steps = (
-            lambda: opened.size, index.totals, lambda: index.first(3), opened.infos, index.abouts,
+            lambda: opened.size, index.totals, lambda: index.first(3), opened.infos, index.descriptions,
             index.places, lambda: opened.thumbnail("a chair"), lambda: opened["a chair"].metadata,
             lambda: opened["a chair"].rows,
             lambda: opened.nearest("sofa", 3), lambda: opened.names, opened.verify, lambda: opened.model,

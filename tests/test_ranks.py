@@ -34,7 +34,7 @@ from latentscenes.training.groups import GroupLearner
 from latentscenes.training.sharing import claims as leases
 from latentscenes.training.sharing import ranks as module
 from latentscenes.training.sharing.claims import Claims, own_name
-from latentscenes.training.sharing.plan import PLAN, Plan, agreed
+from latentscenes.training.sharing.plan import PLAN, Plan, shared_plan
 from latentscenes.training.sharing.ranks import exploit_rank
 
 CPU = torch.device("cpu")
@@ -349,14 +349,14 @@ def test_a_folder_that_others_remove_gets_a_new_plan(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Claims, "state", removed_once)
     plan = Plan("0" * 12, "library", "dataset", "", {}, None, "int8", 1, [])
-    assert agreed(parts, 5.0, lambda: plan) == plan and len(calls) == 2
+    assert shared_plan(parts, 5.0, lambda: plan) == plan and len(calls) == 2
 
     def refused():
         raise UserError("no such dataset")
 
     (parts / PLAN).unlink()
     with pytest.raises(UserError, match="no such dataset"):
-        agreed(parts, 5.0, refused)
+        shared_plan(parts, 5.0, refused)
 
 
 def test_names_of_parts(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_decoder_learned_beside_a_frozen_encoder_resumes_exactly(solids, windo
 def test_a_crash_while_saving_keeps_the_checkpoint_before(solids, tiny, tmp_path, monkeypatch):
     whole = train(tiny, solids, tmp_path / "whole", device=CPU)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    write, calls = run_module.write_sealed, []
+    write, calls = run_module.write_with_checksum, []
 
     def crash_at_times(path, content):
         if path.name == "state.json":
@@ -143,7 +143,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(solids, tiny, tmp_path
                 raise Crash
         write(path, content)
 
-    monkeypatch.setattr(run_module, "write_sealed", crash_at_times)
+    monkeypatch.setattr(run_module, "write_with_checksum", crash_at_times)
     totals = []
     for _ in range(5):
         try:

@@ -14,7 +14,7 @@ import torch
 from latentscenes.core import config_io
 from latentscenes.core.config import PlanesConfig
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import CHECKSUM, write_sealed
+from latentscenes.core.files import CHECKSUM, write_with_checksum
 from latentscenes.core.runtime import machine_memory, seeded
 from latentscenes.storage.row_files import CHUNK, belong_on_disk, read_micro, rows_on_disk
 from latentscenes.storage.run import Run
@@ -40,7 +40,7 @@ def flip(file, row: int, numbers: int = PLANES.micro * PLANES.resolution**2 * 3)
 
 def test_rows_come_back_after_changes_without_a_checkpoint(tmp_path):
     rows, files = files_of(tmp_path / "rows")
-    files.go_back(0)
+    files.restore_to(0)
     before = rows.micro.clone()
     files.keep([1, 3])
     rows.micro[1] += 1
@@ -49,7 +49,7 @@ def test_rows_come_back_after_changes_without_a_checkpoint(tmp_path):
     rows.micro[4] -= 1
     again, reopened = files_of(tmp_path / "rows")
     assert not torch.equal(again.micro, before)
-    reopened.go_back(0)
+    reopened.restore_to(0)
     assert torch.equal(again.micro, before) and not reopened.moments[0].any()
     assert not list((tmp_path / "rows").glob("journal*"))
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_makes_changes_stay(tmp_path):
     files.keep([2])
     rows.micro[2] = 6
     again, reopened = files_of(tmp_path / "rows")
-    reopened.go_back(10)
+    reopened.restore_to(10)
     assert (again.micro[2] == 5).all()
 
 
@@ -73,7 +73,7 @@ def test_a_crash_between_a_checkpoint_and_its_journal_undoes_nothing(tmp_path):
     rows.micro[0] = 4
     files.flush()  # the checkpoint of step 7 has its name now, but the journal of step 0 still lies there
     again, reopened = files_of(tmp_path / "rows")
-    reopened.go_back(7)
+    reopened.restore_to(7)
     assert (again.micro[0] == 4).all() and not list((tmp_path / "rows").glob("journal*"))
 
 
@@ -85,7 +85,7 @@ def test_a_torn_record_is_left_out(tmp_path):
     journal = tmp_path / "rows" / "journal-0.bin"
     os.truncate(journal, journal.stat().st_size - 5)
     _, reopened = files_of(tmp_path / "rows")
-    reopened.go_back(0)
+    reopened.restore_to(0)
     assert torch.equal(reopened.micro, before)
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_row_is_named_before_it_changes(tmp_path):
     files.begin(10)
     flip(tmp_path / "rows" / "second.bin", row=3)
     again, reopened = files_of(tmp_path / "rows")
-    reopened.go_back(10, sums)
+    reopened.restore_to(10, sums)
     reopened.keep([0, 1])
     with pytest.raises(UserError, match="second.bin: the scene in row 3 is damaged"):
         reopened.keep([2, 3])
@@ -134,7 +134,7 @@ def test_checkpoints_without_checksums_of_rows_are_read(unbroken):
     content = json.loads((checkpoint / "state.json").read_text())
     del content["checksums"]["sums.safetensors"]
     (checkpoint / "sums.safetensors").unlink()
-    write_sealed(checkpoint / "state.json", {k: v for k, v in content.items() if k != CHECKSUM})
+    write_with_checksum(checkpoint / "state.json", {k: v for k, v in content.items() if k != CHECKSUM})
     assert len(Run.open(run.path).load()[1]) == len(run.info.scenes)
 
 

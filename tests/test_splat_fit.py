@@ -10,7 +10,7 @@ from egg import VIEW, egg, egg_run
 from benchmarks.splats import splat_pictures
 from latentscenes.cli import main as cli
 from latentscenes.core.errors import UserError
-from latentscenes.export.splat_fit import check_fit, fitted, light_before, pairs, picture, project
+from latentscenes.export.splat_fit import check_fit, fitted, pairs, picture, project, transmittance
 from latentscenes.export.splats import Splats, scene_splats
 from latentscenes.model.model import render_images, to_uint8
 
@@ -66,7 +66,7 @@ def test_splats_behind_the_camera_are_not_seen():
 
 def test_light_falls_along_the_pairs_of_a_pixel():
     opacity, pixel = torch.tensor([0.5, 0.5, 0.25, 0.9]), torch.tensor([3, 3, 3, 7])
-    torch.testing.assert_close(light_before(opacity, pixel), torch.tensor([1.0, 0.5, 0.25, 1.0]))
+    torch.testing.assert_close(transmittance(opacity, pixel), torch.tensor([1.0, 0.5, 0.25, 1.0]))
 
 
 def test_pairs_are_sorted_and_seen(splats):

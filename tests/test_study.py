@@ -12,7 +12,7 @@ from benchmarks import study as module
 from benchmarks.study import read_study, run_study, table
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
-from latentscenes.evaluation.cost import account_learned
+from latentscenes.evaluation.cost import learned_costs
 from latentscenes.evaluation.evaluate import evaluate
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.scene_set import SceneSet
@@ -76,7 +76,7 @@ def test_figures_are_those_of_eval_and_cost(folder, found, solids):
         learned = SceneSet.open(path)
         if LibraryFolder.open(path).info.finetuned_from or learned.stored != "float32, 0.000 dB lost":
             continue
-        mean, account = evaluate(learned, solids, learned.scenes(solids)).mean, account_learned(learned)
+        mean, account = evaluate(learned, solids, learned.scenes(solids)).mean, learned_costs(learned)
         scores.append(
             (mean.psnr, mean.ssim, account.memory.scene, account.memory.shared, account.time.stage_one.cpu)
         )

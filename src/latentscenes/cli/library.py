@@ -249,8 +249,8 @@ def search(
         found, note = opened.search(PosedImages.open(data), scene, among), "1 − cosine between weights."
     found = [near for near in found if kept is None or near.name in kept][:count]
     infos = [opened.folder.index.info(near.name) for near in found]
-    abouts = [plain_text(tags_text(info.tags), 80) if info else "" for info in infos]
-    rows = [(near.name, about, f"{near.distance:.4f}") for near, about in zip(found, abouts, strict=True)]
+    tags = [plain_text(tags_text(info.tags), 80) if info else "" for info in infos]
+    rows = [(near.name, about, f"{near.distance:.4f}") for near, about in zip(found, tags, strict=True)]
     columns = ("scene", "tags", "distance")
     if not any(about for _, about, _ in rows):
         rows, columns = [(name, distance) for name, _, distance in rows], ("scene", "distance")

@@ -110,7 +110,7 @@ def _check_stage(config: "Config", stage: "StageConfig") -> None:
         ),
         (max(rates.colors, rates.cameras) <= 1, "rates.colors and rates.cameras must not exceed 1"),
         (
-            not (rates.colors or rates.cameras) or correctable(stage),
+            not (rates.colors or rates.cameras) or allows_corrections(stage),
             "rates.colors and rates.cameras need losses.latent, or losses.color with rays, and no rgb, "
             "preview or depth_tv",
         ),
@@ -121,7 +121,7 @@ def _check_stage(config: "Config", stage: "StageConfig") -> None:
         _require(holds, f"{where}: {message}")
 
 
-def correctable(stage: "StageConfig") -> bool:
+def allows_corrections(stage: "StageConfig") -> bool:
     """Whether corrections of views can be learned from a stage's losses: these compare rays one by one."""
     losses = stage.losses
     compared = losses.latent or losses.color and stage.rays

@@ -221,7 +221,7 @@ def write_json(path: Path, content: object) -> None:
 # Sealed files
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_with_checksum(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that holds its own checksum, which `read_object` compares: see `new_file`."""
     plain = json.loads(json.dumps(content, default=str))
     write_json(path, plain | {CHECKSUM: object_checksum(plain)})

@@ -68,7 +68,7 @@ class ChildProcesses:
         self._members[ours] = process
         return ours
 
-    def heard(self, pipe: Pipe) -> Any:
+    def receive(self, pipe: Pipe) -> Any:
         """Waits for the next message of a process and returns it. Raises the error that the process sent;
         `ProcessEnded` if it has ended, or `Interrupted` if SIGTERM ended it."""
         try:
@@ -116,7 +116,7 @@ def side_by_side(
                 if stopped:
                     raise Interrupted
                 for pipe in connection.wait(busy, CHECK_SECONDS):
-                    result = crew.heard(pipe)
+                    result = crew.receive(pipe)
                     busy.remove(pipe)
                     yield result
         except ProcessEnded as end:

@@ -56,7 +56,7 @@ def seeded(device: torch.device | str, *key: int | str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class PartOfNumbers:
+class SlicedGenerator:
     """A source of random numbers for some scenes of a batch: those that `generator` gives these scenes when
     it draws for the whole batch of `count` scenes."""
 
@@ -65,7 +65,7 @@ class PartOfNumbers:
     count: int
 
 
-Numbers = torch.Generator | PartOfNumbers
+Numbers = torch.Generator | SlicedGenerator
 
 
 def uniform(numbers: Numbers, *shape: int, axis: int = 0, device: torch.device | str = "cpu") -> Tensor:

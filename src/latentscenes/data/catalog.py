@@ -311,12 +311,12 @@ def tags_of_folders(
     taken, lost, late = assign(
         read_catalog(catalog), places, root.parent if root in places.values() else root
     )
-    return {name: row.tags for name, row in taken.items()}, misfits(
+    return {name: row.tags for name, row in taken.items()}, unmatched(
         catalog, "object", places, taken, lost, late
     )
 
 
-def misfits(
+def unmatched(
     shown: Path, what: str, scenes: Iterable[str], taken: Mapping[str, Row], lost: list[Row], late: list[Row]
 ) -> list[str]:
     """Returns remarks on what `assign` could not put together; `what` are the scenes, `mesh` for instance."""

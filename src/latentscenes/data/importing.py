@@ -41,7 +41,7 @@ from latentscenes.data.images import (
 )
 from latentscenes.data.lenses import Lens
 from latentscenes.data.options import Axes, Background, ImportOptions
-from latentscenes.data.placing import fitting, turn_of
+from latentscenes.data.placing import fitting, rotation_of
 from latentscenes.data.splits import choose_splits, natural_key
 from latentscenes.data.writing import DatasetWriter
 
@@ -134,7 +134,7 @@ def import_scenes(
             if options.up == "auto" and (up := upright_axis(source.cameras)) not in (None, "z"):
                 tilted.setdefault(up, []).append(name)
             # Images and alpha; cameras are moved, so that objects are turned and scaled
-            cameras = source.cameras.placed(turn_of(options), options.scale)
+            cameras = source.cameras.placed(rotation_of(options), options.scale)
             images, alpha = _read(source, resize, size, background == "alpha", writer.partial)
             if has_alpha and alpha is None:
                 alpha = np.where(white_background(images), np.uint8(0), np.uint8(255))

@@ -71,7 +71,7 @@ class Lens:
         """Returns where places of the undistorted picture lie in the source, as fractions of both."""
         fx, fy, cx, cy = self.intrinsics
         x, y = (across - cx) / (fx * self.zoom), (down - cy) / (fy * self.zoom)
-        x, y = _bent(x, y, self.coefficients)
+        x, y = _distorted(x, y, self.coefficients)
         return fx * x + cx, fy * y + cy
 
     def undistorted(self, pixels: UInt8[np.ndarray, "H W c"]) -> UInt8[np.ndarray, "H W c"]:
@@ -90,7 +90,7 @@ class Lens:
         return found
 
 
-def _bent(
+def _distorted(
     x: Float[np.ndarray, "*b"], y: Float[np.ndarray, "*b"], coefficients: tuple[float, ...]
 ) -> tuple[Float[np.ndarray, "*b"], Float[np.ndarray, "*b"]]:
     k1, k2, k3, p1, p2 = coefficients

@@ -42,7 +42,7 @@ def rotation(up: Up, front: Front | None, turn: float) -> Float[np.ndarray, "3 3
     return np.array(about_z) @ matrix
 
 
-def turn_of(placing: Placement) -> Float[torch.Tensor, "3 3"] | None:
+def rotation_of(placing: Placement) -> Float[torch.Tensor, "3 3"] | None:
     """Returns the rotation of a world, whose z is up unless stated otherwise; None if nothing turns."""
     up = "z" if placing.up == "auto" else placing.up
     if placing.front is None and not placing.turn and up == "z":
@@ -72,7 +72,7 @@ def place(folder: Path, out: Path, placing: Placement, fit: Box | None = None) -
     Raises:
         UserError: `out` is not empty, or silhouettes do not bound an object.
     """
-    images, turn, boxes = PosedImages.open(folder), turn_of(placing), []
+    images, turn, boxes = PosedImages.open(folder), rotation_of(placing), []
     with DatasetWriter(out, images.size, images.alpha is not None, images.origin) as writer:
         for scene in images.scenes:
             views = slice(scene.first, scene.first + scene.count)

@@ -19,7 +19,7 @@ from latentscenes.core.files import (
     make_folder,
     partial_path,
     publish,
-    write_sealed,
+    write_with_checksum,
     writing_to,
 )
 from latentscenes.core.names import check_name
@@ -100,7 +100,7 @@ class DatasetWriter:
                 _raw_to_npy(self.partial / "alpha.raw", self.partial / "alpha.npy", (count, height, width))
             np.save(self.partial / "cameras.npy", np.concatenate(self.cameras))
             checksums = {file.name: file_checksum(file) for file in sorted(self.partial.iterdir())}
-            write_sealed(self.partial / "views.json", meta | {"checksums": checksums})
+            write_with_checksum(self.partial / "views.json", meta | {"checksums": checksums})
             publish(self.partial, self.path)
 
     def _close(self) -> None:

@@ -78,7 +78,7 @@ class TimeCost:
 
 
 @dataclass(frozen=True)
-class Account:
+class Costs:
     """Cost of one way of learning scenes."""
 
     config: Config
@@ -88,12 +88,12 @@ class Account:
     """Bytes on disk of the shared parts and of one scene. None without a run."""
 
 
-def account(config: Config) -> Account:
+def config_costs(config: Config) -> Costs:
     """Computes the memory cost of a configuration."""
-    return Account(config, memory_cost(config, codec_parameters(config.codec)))
+    return Costs(config, memory_cost(config, codec_parameters(config.codec)))
 
 
-def account_learned(learned: StoredScenes, config: Config | None = None) -> Account:
+def learned_costs(learned: StoredScenes, config: Config | None = None) -> Costs:
     """Computes the cost of learned scenes. With `config`, computes memory for that configuration instead of
     their own. Raises a UserError if their run is not finished."""
     learned.require_finished()
@@ -110,7 +110,7 @@ def account_learned(learned: StoredScenes, config: Config | None = None) -> Acco
     else:
         time = TimeCost(learned.spent, count, None)
     stored = learned.shared_file.stat().st_size, learned.scene_bytes
-    return Account(config or learned.config, used, time, stored)
+    return Costs(config or learned.config, used, time, stored)
 
 
 def plane_bytes(planes: PlanesConfig) -> tuple[int, int]:

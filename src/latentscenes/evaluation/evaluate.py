@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentscenes.core import config_io
 from latentscenes.core.console import Spent
-from latentscenes.core.files import CHECKSUM, read_object, write_sealed
+from latentscenes.core.files import CHECKSUM, read_object, write_with_checksum
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
 from latentscenes.model import metrics
 from latentscenes.model.model import LatentView, Model
@@ -71,7 +71,7 @@ class Evaluation:
         return Spent(self.render_seconds, self.render_cpu_seconds)
 
     def save(self, path: Path) -> None:
-        write_sealed(path, asdict(self))
+        write_with_checksum(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

@@ -16,13 +16,13 @@ from latentscenes.core.files import write_files
 from latentscenes.core.names import counted
 from latentscenes.evaluation import cost
 from latentscenes.evaluation.charts import Series, line_chart, smooth, templates
-from latentscenes.evaluation.cost import Account
+from latentscenes.evaluation.cost import Costs
 from latentscenes.evaluation.tables import (
     Comparison,
+    break_even_sentences,
     cost_tables,
     has_ceiling,
     is_exact,
-    ledger_sentences,
     scores_table,
     summary_table,
 )
@@ -56,8 +56,8 @@ def write_report(path: str | Path, content: Comparison) -> Path:
         path.with_suffix(".md"): summary_table(content).markdown().encode(),
         sheet: image_bytes(sheet, contact_sheet(content)),
     }
-    ours = cost.account_learned(content.new)
-    rgb = cost.account_learned(content.rgb) if content.rgb else cost.account(config_io.load("rgb"))
+    ours = cost.learned_costs(content.new)
+    rgb = cost.learned_costs(content.rgb) if content.rgb else cost.config_costs(config_io.load("rgb"))
     in_pixels = is_exact(content.mean(content.evaluation_new))
     page = templates.get_template("report.html").render(
         title=content.title,
@@ -81,7 +81,7 @@ def write_report(path: str | Path, content: Comparison) -> Path:
 # Sections
 
 
-def _tiles(content: Comparison, ours: Account, rgb: Account) -> list[tuple[str, str, str]]:
+def _tiles(content: Comparison, ours: Costs, rgb: Costs) -> list[tuple[str, str, str]]:
     """Value, name and remark of the figures at the top."""
     scores = content.mean(content.evaluation_new)
     baseline = content.mean(content.evaluation_rgb) if content.evaluation_rgb else None
@@ -162,7 +162,7 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _costs(ours: Account, rgb: Account) -> dict[str, Any]:
+def _costs(ours: Costs, rgb: Costs) -> dict[str, Any]:
     """Memory and time per scene over the number of scenes."""
     counts = [round(10 ** (k / 8)) for k in range(8, 33)]
     sides = [("ours", ours), ("RGB tri-planes", rgb)]
@@ -185,7 +185,7 @@ def _costs(ours: Account, rgb: Account) -> dict[str, Any]:
         unit = {"cpu": "CPU seconds", "wall": "seconds"}[clock]
         charts.append(chart("Time to learn", unit, seconds, meeting))
     return {
-        "cost_sentences": ledger_sentences(ours, rgb),
+        "cost_sentences": break_even_sentences(ours, rgb),
         "cost_charts": charts,
         "cost_tables": cost_tables(ours, rgb),
     }
@@ -231,7 +231,7 @@ def _psnr(errors: Sequence[float], term: str) -> list[float]:
     return [10 * math.log10(squared_range / max(error, 1e-10)) for error in errors]
 
 
-def shortcomings(content: Comparison, ours: Account, rgb: Account) -> list[str]:
+def shortcomings(content: Comparison, ours: Costs, rgb: Costs) -> list[str]:
     """Sentences on every figure in which ours is behind."""
     scores, found = content.mean(content.evaluation_new), []
     if content.evaluation_rgb:
@@ -257,7 +257,7 @@ def shortcomings(content: Comparison, ours: Account, rgb: Account) -> list[str]:
     return [*found, *content.shortcomings]
 
 
-def _cost_shortcomings(learned: int, ours: Account, rgb: Account) -> list[str]:
+def _cost_shortcomings(learned: int, ours: Costs, rgb: Costs) -> list[str]:
     found = []
     pairs = [("memory", cost.memory_break_even(ours.memory, rgb.memory))]
     if ours.time and rgb.time and ours.time.scene is not None and rgb.time.scene is not None:

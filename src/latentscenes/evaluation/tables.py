@@ -12,7 +12,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages
 from latentscenes.evaluation import cost
-from latentscenes.evaluation.cost import Account, TimeCost
+from latentscenes.evaluation.cost import Costs, TimeCost
 from latentscenes.evaluation.evaluate import Evaluation, SceneScore, mean_score
 from latentscenes.model.metrics import PSNR_CAP
 from latentscenes.storage.scene_set import SceneSet, StoredScenes
@@ -158,17 +158,17 @@ def print_cost(
         )
     if run_path is not None:
         changed = config_io.load(run_path / "config.yaml", overrides) if overrides else None
-        ours = cost.account_learned(SceneSet.open(run_path), changed)
+        ours = cost.learned_costs(SceneSet.open(run_path), changed)
     else:
-        ours = cost.account(config_io.load(str(config_name), overrides))
+        ours = cost.config_costs(config_io.load(str(config_name), overrides))
     if Path(baseline).is_dir():
-        other = cost.account_learned(SceneSet.open(baseline))
+        other = cost.learned_costs(SceneSet.open(baseline))
     else:
-        other = cost.account(config_io.load(baseline))
-    show(*cost_tables(ours, other), *ledger_sentences(ours, other))
+        other = cost.config_costs(config_io.load(baseline))
+    show(*cost_tables(ours, other), *break_even_sentences(ours, other))
 
 
-def parts_table(ours: Account, other: Account) -> Table:
+def parts_table(ours: Costs, other: Costs) -> Table:
     """Memory of each part of the model."""
     names = {
         "codec": "codec",
@@ -188,7 +188,7 @@ def parts_table(ours: Account, other: Account) -> Table:
     return Table("Memory", columns, tuple(row[: len(columns)] for row in rows), (3, 4))
 
 
-def cost_tables(ours: Account, other: Account) -> list[Table]:
+def cost_tables(ours: Costs, other: Costs) -> list[Table]:
     """Bytes of each part, and bytes and time per scene in collections of several sizes. Without a learned new
     scene, there is no table of times."""
     tables = [parts_table(ours, other), bytes_table(ours, other)]
@@ -197,7 +197,7 @@ def cost_tables(ours: Account, other: Account) -> list[Table]:
     return tables
 
 
-def bytes_table(ours: Account, other: Account) -> Table:
+def bytes_table(ours: Costs, other: Costs) -> Table:
     """Bytes per scene in collections of several sizes."""
     rows = []
     for count in cost.COUNTS:
@@ -232,7 +232,7 @@ def _with_spaces(count: int) -> str:
     return f"{count:,}".replace(",", " ")
 
 
-def ledger_sentences(ours: Account, other: Account) -> list[str]:
+def break_even_sentences(ours: Costs, other: Costs) -> list[str]:
     """Sentences on the break-even and on the measured times."""
     found = [f"Memory: {_break_even_text(cost.memory_break_even(ours.memory, other.memory))}."]
     if (time := ours.time) is not None:
@@ -262,7 +262,7 @@ def _clock_text(*times: TimeCost) -> str:
     return "Wall time (the CPU time of a side was not recorded)"
 
 
-def _comparable_times(ours: Account, other: Account) -> tuple[TimeCost, TimeCost] | None:
+def _comparable_times(ours: Costs, other: Costs) -> tuple[TimeCost, TimeCost] | None:
     if ours.time is None or other.time is None or ours.time.scene is None or other.time.scene is None:
         return None
     return ours.time, other.time
@@ -291,7 +291,7 @@ def summary_table(content: Comparison, count: int = 1000) -> Table:
     )  # fmt: skip
 
     def line(label: str, learned: StoredScenes, evaluation: Evaluation) -> tuple[str, ...]:
-        account = cost.account_learned(learned)
+        account = cost.learned_costs(learned)
         own, amortized = account.time.scene, account.time.per_scene(count)
         seconds = (own.cpu, amortized.cpu, own.wall) if own else (None, None, None)
         sizes = (account.memory.scene, account.memory.per_scene(count))

@@ -71,7 +71,7 @@ def enlarge(pictures: Pictures, size: tuple[int, int]) -> Pictures:
     return np.ascontiguousarray(pictures[:, rows.astype(int)][:, :, columns.astype(int)])
 
 
-def beside(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
+def in_row(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
     """Puts pictures in a row on white, tops aligned."""
     height = max(picture.shape[0] for picture in pictures)
     width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
@@ -85,7 +85,7 @@ def beside(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
 
 def stacked(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
     """Puts pictures one below the other on white, left edges aligned."""
-    turned = beside([picture.transpose(1, 0, 2) for picture in pictures], gap)
+    turned = in_row([picture.transpose(1, 0, 2) for picture in pictures], gap)
     return np.ascontiguousarray(turned.transpose(1, 0, 2))
 
 
@@ -93,7 +93,7 @@ def grid(pictures: Sequence[Picture], across: int) -> Picture:
     """Puts pictures in rows of `across`, with white space between and around."""
     across = min(across, len(pictures))
     lines = [
-        beside(pictures[k * across : (k + 1) * across], 4 * GAP)
+        in_row(pictures[k * across : (k + 1) * across], 4 * GAP)
         for k in range(math.ceil(len(pictures) / across))
     ]
     return np.pad(stacked(lines, 2 * GAP), ((2 * GAP,) * 2, (2 * GAP,) * 2, (0, 0)), constant_values=255)
@@ -104,7 +104,7 @@ def captioned(picture: Picture, text: str) -> Picture:
     return stacked([picture, _line(text, picture.shape[1], FAINT)], gap=0)
 
 
-def headed(picture: Picture, text: str) -> Picture:
+def with_heading(picture: Picture, text: str) -> Picture:
     """Adds a line of text above."""
     return stacked([_line(text, picture.shape[1], INK), picture], gap=1)
 
@@ -187,7 +187,7 @@ def comparison_sheet(
                 )
                 for label, images in columns
             ]
-            groups.append(headed(beside(tiles), names[scene.name]))
+            groups.append(with_heading(in_row(tiles), names[scene.name]))
     return _with_count(grid(groups, across), len(scenes[:limit]), len(scenes))
 
 
@@ -221,7 +221,7 @@ def dashboard_sheet(
         ("opacity", gray(together.opacity.numpy(), (1.0, 0.0))),
     ]
     lines = [
-        headed(beside([captioned(tiles[k], label) for label, tiles in columns]), captions[scene.name])
+        with_heading(in_row([captioned(tiles[k], label) for label, tiles in columns]), captions[scene.name])
         for k, scene in enumerate(scenes[:limit])
     ]
     return _with_count(grid(lines, 1), len(lines), len(scenes))

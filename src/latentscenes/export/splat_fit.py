@@ -45,7 +45,7 @@ RATES = {"place": 0.1, "scale": 0.02, "opacity": 0.1, "color": 0.02}
 sigmoid, and of sRGB values. They fall linearly to a twentieth."""
 
 
-class Flat(NamedTuple):
+class ProjectedSplats(NamedTuple):
     """Splats as a camera sees them, n each; pixels."""
 
     middle: Float[Tensor, "n 2"]
@@ -63,7 +63,7 @@ def project(
     camera: Cameras,
     size: tuple[int, int],
     low_pass: tuple[float, bool] = LOW_PASSES[0],
-) -> Flat:
+) -> ProjectedSplats:
     """Projects splats; `axes` are their ellipsoids' axes as columns, as long as the standard deviations.
     `low_pass` is one of LOW_PASSES."""
     matrix, lens = camera.cam2world[0].to(positions), camera.intrinsics[0].to(positions)
@@ -82,11 +82,15 @@ def project(
     variance = torch.stack([wide + added, high + added, both], 1)
     grown = (variance[:, 0] * variance[:, 1] - both**2) / (wide * high - both**2).clamp_min(1e-9)
     share = grown.rsqrt() if lowered else torch.ones_like(z)
-    return Flat(middle, variance, torch.where(ahead, seen.norm(dim=1), torch.inf), share)
+    return ProjectedSplats(middle, variance, torch.where(ahead, seen.norm(dim=1), torch.inf), share)
 
 
 def opacity_at(
-    flat: Flat, opacities: Float[Tensor, "n"], splat: Int[Tensor, "p"], pixel: Int[Tensor, "p"], width: int
+    flat: ProjectedSplats,
+    opacities: Float[Tensor, "n"],
+    splat: Int[Tensor, "p"],
+    pixel: Int[Tensor, "p"],
+    width: int,
 ) -> Float[Tensor, "p"]:
     """Returns the opacity of splats in pixels, numbered row by row."""
     x = pixel % width + 0.5 - flat.middle[splat, 0]
@@ -97,7 +101,7 @@ def opacity_at(
     return torch.where(power < REACH**2, (opacities * flat.share)[splat] * torch.exp(-0.5 * power), 0.0)
 
 
-def light_before(opacity: Float[Tensor, "p"], pixel: Int[Tensor, "p"]) -> Float[Tensor, "p"]:
+def transmittance(opacity: Float[Tensor, "p"], pixel: Int[Tensor, "p"]) -> Float[Tensor, "p"]:
     """Returns the share of light that reaches each pair; pairs are sorted by pixel, then by distance."""
     passed = torch.log1p(-opacity.double())
     sums = torch.cumsum(passed, 0) - passed
@@ -109,7 +113,7 @@ def light_before(opacity: Float[Tensor, "p"], pixel: Int[Tensor, "p"]) -> Float[
 
 @torch.no_grad()
 def pairs(
-    flat: Flat, opacities: Float[Tensor, "n"], size: tuple[int, int]
+    flat: ProjectedSplats, opacities: Float[Tensor, "n"], size: tuple[int, int]
 ) -> tuple[Int[Tensor, "p"], Int[Tensor, "p"]]:
     """Returns the splats and pixels of all pairs that are seen, sorted by pixel, then by distance."""
     height, width = size
@@ -128,12 +132,12 @@ def pairs(
     opacity = opacity_at(flat, opacities, splat, pixel, width)
     kept = (opacity > FAINTEST).nonzero()[:, 0]
     kept = kept[pixel[kept].argsort(stable=True)]
-    kept = kept[light_before(opacity[kept], pixel[kept]) > DARK]
+    kept = kept[transmittance(opacity[kept], pixel[kept]) > DARK]
     return splat[kept], pixel[kept]
 
 
 def picture(
-    flat: Flat,
+    flat: ProjectedSplats,
     opacities: Float[Tensor, "n"],
     colors: Float[Tensor, "n 3"],
     background: Float[Tensor, "3"],
@@ -142,7 +146,7 @@ def picture(
     """Renders splats over a color. Gradients reach all arguments."""
     splat, pixel = pairs(flat, opacities, size)
     opacity = opacity_at(flat, opacities, splat, pixel, size[1])
-    weight = light_before(opacity, pixel) * opacity
+    weight = transmittance(opacity, pixel) * opacity
     shown = torch.zeros(size[0] * size[1], 3)
     shown = shown.index_add(0, pixel, weight[:, None] * (colors[splat] - background))
     return (shown + background).view(*size, 3)

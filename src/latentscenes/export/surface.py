@@ -92,7 +92,7 @@ def density(model: Model, planes: FusedPlanes, grid: Grid) -> Float[Tensor, "x y
     return torch.cat(found).reshape(grid.count) / model.units(planes)
 
 
-def most_light(
+def max_transmittance(
     density: Float[np.ndarray, "x y z"], step: float, directions: Float[np.ndarray, "n 3"]
 ) -> Float[np.ndarray, "x y z"]:
     """Returns, for each cell of side `step`, the largest share of light in [0, 1] that reaches its middle
@@ -132,13 +132,13 @@ def _shine(
     for place, (plane, lightest) in enumerate(zip(density, most, strict=True)):
         (top, low), (left, right) = ((int(way), way % 1) for way in (place * drift).tolist())
         rays = passed[top : top + height + 1, left : left + width + 1]
-        met = _between(np.pad(half * plane, 1), 1 - low, 1 - right)
+        met = _bilinear(np.pad(half * plane, 1), 1 - low, 1 - right)
         rays += met
-        np.maximum(lightest, _between(np.exp(rays), low, right), out=lightest)
+        np.maximum(lightest, _bilinear(np.exp(rays), low, right), out=lightest)
         rays += met
 
 
-def _between(values: Float[np.ndarray, "a b"], down: float, right: float) -> Float[np.ndarray, "c d"]:
+def _bilinear(values: Float[np.ndarray, "a b"], down: float, right: float) -> Float[np.ndarray, "c d"]:
     """Reads values between four neighbors, `down` rows and `right` columns (in [0, 1]) from the first."""
     rows = values[:-1] + down * (values[1:] - values[:-1])
     return rows[:, :-1] + right * (rows[:, 1:] - rows[:, :-1])
@@ -199,10 +199,10 @@ def surface(
         ) from None
     grid = Grid.filling(model.box_of(planes), cells)
     found = density(model, planes, grid).cpu().numpy()
-    light = most_light(found, grid.step, spread_directions(DIRECTIONS).numpy())
+    light = max_transmittance(found, grid.step, spread_directions(DIRECTIONS).numpy())
     near = np.argwhere(binary_dilation(light < reached))  # other cells do not touch the surface
     ground = background(shown, cameras, grid, near, silhouettes)
-    light[tuple(near[seen_as_ground(grid.points()[tuple(near.T)], ground, cameras) > GROUND].T)] = 1.0
+    light[tuple(near[background_share(grid.points()[tuple(near.T)], ground, cameras) > GROUND].T)] = 1.0
     light = np.pad(light, 1, constant_values=1.0)
     solid = large_parts(light < reached)
     if not solid.any():
@@ -260,7 +260,7 @@ def background(
     opaque = ground & (shown.opacity > 0.5).numpy()
     if not opaque.any():
         return ground
-    share = seen_as_ground(grid.points()[tuple(near.T)], ground, cameras, shown, BEHIND * grid.step)
+    share = background_share(grid.points()[tuple(near.T)], ground, cameras, shown, BEHIND * grid.step)
     empty = np.zeros(grid.count, bool)
     empty[tuple(near[share > MATTER].T)] = True
     for view in np.flatnonzero(opaque.any((1, 2))):
@@ -273,7 +273,7 @@ def background(
     return ground
 
 
-def seen_as_ground(
+def background_share(
     points: Float[Tensor, "n 3"],
     ground: Bool[np.ndarray, "v H W"],
     cameras: Cameras,

@@ -236,7 +236,7 @@ class RenderedImages:
     opacity: Float[Tensor, "v a b"]
 
 
-class Shown(NamedTuple):
+class CompositedViews(NamedTuple):
     """v whole views, composited over the background."""
 
     latents: Float[Tensor, "v c h w"]
@@ -253,7 +253,7 @@ def adaptive_views(
     background: Float[Tensor, "c h w"],
     geometry: bool = True,
     watch: Callable[[], None] = lambda: None,
-) -> Shown:
+) -> CompositedViews:
     """Renders views of one scene; large ones with rays where they are needed (`render_adaptively`).
 
     Args:
@@ -279,7 +279,7 @@ def adaptive_views(
         cell = CELL if min(height, width) >= LARGE else 1
         views.append(render_adaptively(cast, height, width, limits, cell))
     found = torch.stack(views).permute(0, 3, 1, 2)
-    return Shown(found[:, :channels], found[:, -1], found[:, channels])
+    return CompositedViews(found[:, :channels], found[:, -1], found[:, channels])
 
 
 @torch.no_grad()
@@ -302,11 +302,13 @@ def render_images(
             their colors. Only for codecs with `leading_colors`.
     """
 
-    def shown(some: Cameras, background: Tensor) -> Shown:
+    def shown(some: Cameras, background: Tensor) -> CompositedViews:
         if adaptive:
             return adaptive_views(model, planes, some, background, geometry)
         view, shape = model.render(planes, some, background), background.shape[1:]
-        return Shown(view.image(*shape), view.depth.unflatten(1, shape), view.opacity.unflatten(1, shape))
+        return CompositedViews(
+            view.image(*shape), view.depth.unflatten(1, shape), view.opacity.unflatten(1, shape)
+        )
 
     enlarged = 1 if decoded else model.codec.downsampling
     background = model.background(enlarged * size[0], enlarged * size[1])

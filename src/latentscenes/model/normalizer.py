@@ -46,26 +46,26 @@ class Normalizer(nn.Module):
         self.kind, self.window = kind, window
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("span", torch.full((channels,), 1 / scale if kind == "tanh" else 1.0))
-        if self.windowed:
+        if self.uses_statistics:
             # per batch and channel: (min, max), or (mean, variance)
             self.register_buffer("recent", torch.zeros(window, 2, channels))
             self.register_buffer("counts", torch.zeros(window))  # values per channel; 0 = slot still empty
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @property
-    def windowed(self) -> bool:
+    def uses_statistics(self) -> bool:
         """Whether this kind uses statistics of recent latents."""
         return self.kind in ("minmax", "meanstd", "meanstd_tanh")
 
     @property
-    def untouched(self) -> bool:
+    def has_no_statistics(self) -> bool:
         """Whether this kind uses statistics of recent latents and has none yet."""
-        return self.windowed and int(self.batches) == 0
+        return self.uses_statistics and int(self.batches) == 0
 
     @torch.no_grad()
     def update(self, latents: Float[Tensor, "n c h w"]) -> None:
         """Adds a batch to the window, in place of the oldest once the window is full."""
-        if not self.windowed:
+        if not self.uses_statistics:
             return
         values = latents.detach().float().transpose(0, 1).flatten(1)
         if self.kind == "minmax":
@@ -77,9 +77,9 @@ class Normalizer(nn.Module):
         self.recent.index_copy_(0, slot, statistics[None])
         self.counts.index_fill_(0, slot, values.shape[1])
         self.batches += 1
-        self._settle()
+        self._compute_statistics()
 
-    def _settle(self) -> None:
+    def _compute_statistics(self) -> None:
         """Computes shift and span from the window."""
         first, second = self.recent.unbind(1)
         if self.kind == "minmax":

@@ -81,13 +81,13 @@ def occupied_cells(
         return None
     texels = planes.texels if planes.mixing is None else mix(planes.texels, planes.mixing)
     planes = planes._replace(texels=texels, mixing=None)
-    places = _lookups(-(-texels.shape[2] // side))
+    places = _lookup_points(-(-texels.shape[2] // side))
     density = sum(_densities(planes, field, side, place) for place in places) / len(places)
     solid = (1 - torch.exp(-density * length[:, None, None, None]) > CLEAR).float()
-    return grown(solid)
+    return dilated(solid)
 
 
-def _lookups(count: int) -> list[tuple[float, float, float]]:
+def _lookup_points(count: int) -> list[tuple[float, float, float]]:
     """Returns the places in a cell, as fractions of its sides, at which densities are looked up: c² of the
     c³ places of a grid, so that a plate or a rod along an axis, wider than 1 / c of the cell, meets some."""
     count = min(count, LOOKUPS)
@@ -95,7 +95,7 @@ def _lookups(count: int) -> list[tuple[float, float, float]]:
     return [tuple((k + 0.5) / count for k in place) for place in places]
 
 
-def grown(solid: Float[Tensor, "s n n n"]) -> UInt8[Tensor, "s n n n"]:
+def dilated(solid: Float[Tensor, "s n n n"]) -> UInt8[Tensor, "s n n n"]:
     """Returns cells that are 1 where they or one of their 26 neighbors are above 0."""
     return nn.functional.max_pool3d(solid[:, None], 3, stride=1, padding=1)[:, 0].byte()
 

@@ -114,10 +114,10 @@ def why_not_native(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -
     tensors = (planes, field.hidden.weight, rays.origins, u_coarse)
     if other := [tensor.device for tensor in tensors if tensor.device.type != "cpu"]:
         return f"it needs tensors on the CPU, got {other[0]}"
-    return _why_neither(tensors, field) or ("" if native.available() else native.why_unavailable())
+    return _why_no_kernel(tensors, field) or ("" if native.available() else native.why_unavailable())
 
 
-def _why_neither(tensors: tuple[Tensor, ...], field: Field) -> str:
+def _why_no_kernel(tensors: tuple[Tensor, ...], field: Field) -> str:
     """Returns why neither fast kernel can render this. The last tensor is u_coarse."""
     if other := [tensor.dtype for tensor in tensors if tensor.dtype != torch.float32]:
         return f"it needs float32, got {other[0]}"
@@ -152,7 +152,7 @@ def why_not_triton(planes: Tensor, field: Field, rays: Rays, u_coarse: Tensor) -
         return f"it needs tensors on a CUDA device, got {other[0]}"
     if planes.is_cuda and torch.cuda.get_device_capability(planes.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if reason := _why_neither(tensors, field):
+    if reason := _why_no_kernel(tensors, field):
         return reason
     if field.hidden.in_features > 64 or field.hidden.out_features > 128 or field.out.out_features > 64:
         return "its shared memory holds networks of up to 64 inputs, 128 hidden units and 64 outputs"

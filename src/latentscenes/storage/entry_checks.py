@@ -61,7 +61,7 @@ class EntryChecks:
         present = set(self._ask(" UNION ALL ".join(asked)))
         return [(table, one) for table in COLUMNS for one in COLUMNS[table] if (table, one) not in present]
 
-    def unlike(self) -> Iterator[ChangedValue]:
+    def changed_values(self) -> Iterator[ChangedValue]:
         """Yields names, tags and thumbnails that have changed since they were written, in the order of
         addition, thumbnails last. Raises a UserError if the index cannot be read."""
         if self._lacking():
@@ -125,7 +125,7 @@ class EntryChecks:
         question = "INSERT INTO thumbnails (scene, png, png_check) SELECT id, ?, ? FROM scenes WHERE name = ?"
         self._ask(question, png, check_of(png), name)
 
-    def relist(self, shards: dict[int, int]) -> None:
+    def replace_shard_counts(self, shards: dict[int, int]) -> None:
         """States anew how many scenes were written into shards. Removes thumbnails of no scene."""
         self._recount = True
         for shard, count in shards.items():

@@ -169,7 +169,7 @@ class Index(IndexTotals):
         kept = set(tagged({info.name: info.tags for info in infos}, where)) if where else None
         return [info for info in infos if kept is None or info.name in kept]
 
-    def abouts(self) -> dict[str, str]:
+    def descriptions(self) -> dict[str, str]:
         """Returns all names, in the order of addition, with the scenes' tags as lines of text; kept until the
         index changes."""
         if self._abouts is None or self._abouts[0] != self.version:
@@ -350,7 +350,7 @@ class Index(IndexTotals):
             [(shard, row, name) for row, name in enumerate(names)],
         )
 
-    def restate(
+    def set_precision(
         self, name: str, checksum: str, precision: StoragePrecision, size: int, psnr_lost: float | None
     ) -> None:
         """Updates a scene that is stored at another precision: `size` in bytes, `psnr_lost` in dB."""

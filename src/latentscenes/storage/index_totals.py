@@ -24,7 +24,7 @@ LAST = ", ".join(
 )
 
 
-class _Sums(NamedTuple):
+class _KeptTotals(NamedTuple):
     """Totals, and of which state of the index."""
 
     scenes: int
@@ -54,7 +54,7 @@ class IndexTotals(EntryChecks):
         """Returns whether the kept totals have changed since they were written, or are not those of the
         rows although the index is as it was then."""
         for row in self._rows(f", sums.* FROM totals, ({SUMS}) AS sums"):
-            kept, state, sums = _Sums(*row[:6]), row[7:10], row[10:]
+            kept, state, sums = _KeptTotals(*row[:6]), row[7:10], row[10:]
             if not _intact(row):
                 return True
             near = math.isclose(kept.psnr or 0, sums[3] or 0, rel_tol=1e-9, abs_tol=1e-6)
@@ -65,15 +65,19 @@ class IndexTotals(EntryChecks):
         """Returns the kept totals with their checksum and the state of the index: none or one row."""
         if not self._ask("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'totals'"):
             return []
-        kept = ", ".join(f"totals.{name}" for name in (*_Sums._fields, "row_check"))
+        kept = ", ".join(f"totals.{name}" for name in (*_KeptTotals._fields, "row_check"))
         return self._ask(f"SELECT {kept}, (SELECT count(*) FROM scenes), {LAST}{rest} WHERE id = 0")
 
-    def _kept(self) -> _Sums | None:
+    def _kept(self) -> _KeptTotals | None:
         """Returns the kept totals; None if they do not count."""
-        kept = [_Sums(*row[:6]) for row in self._rows() if _intact(row) and _is_of(_Sums(*row[:6]), row[7:])]
+        kept = [
+            _KeptTotals(*row[:6])
+            for row in self._rows()
+            if _intact(row) and _is_of(_KeptTotals(*row[:6]), row[7:])
+        ]
         return kept[0] if kept else None
 
-    def _counted(self, before: _Sums | None = None) -> _Sums:
+    def _counted(self, before: _KeptTotals | None = None) -> _KeptTotals:
         """Returns the totals of all rows: those that were there `before`, and the newer ones."""
         where = "" if before is None else f" WHERE id > {before.last or 0}"
         ((scenes, size, psnrs, psnr, *state),) = self._ask(f"SELECT *, {LAST} FROM ({SUMS}{where})")
@@ -83,7 +87,7 @@ class IndexTotals(EntryChecks):
             scenes, size, psnrs = before.scenes + scenes, before.bytes + size, before.psnrs + psnrs
             psnr = math.nan if None in (before.psnr, psnr) else before.psnr + psnr
         known = psnr is not None and not math.isnan(psnr)
-        return _Sums(scenes, int(size), psnrs, psnr if known else None, *state)
+        return _KeptTotals(scenes, int(size), psnrs, psnr if known else None, *state)
 
     @contextmanager
     def _keeping_totals(self) -> Iterator[None]:
@@ -102,6 +106,6 @@ def _intact(row: tuple[Any, ...]) -> bool:
     return check_of(repr(row[:6])) == row[6]
 
 
-def _is_of(sums: _Sums, state: tuple[Any, ...]) -> bool:
+def _is_of(sums: _KeptTotals, state: tuple[Any, ...]) -> bool:
     """Returns whether the index is as it was when the totals were written: number of scenes, last numbers."""
     return (sums.scenes, sums.last, sums.shard) == state

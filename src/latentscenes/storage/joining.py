@@ -34,7 +34,7 @@ PAGE = 10_000
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinResult:
     """What a join did."""
 
     added: int
@@ -44,21 +44,21 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _SceneToCopy:
     """A scene that is about to be copied."""
 
     info: SceneInfo
     place: Place
 
 
-_Batch = list[tuple[_Taken, Payload]]
+_Batch = list[tuple[_SceneToCopy, Payload]]
 _Shard = tuple[int, LibraryFolder, _Batch]
 """A shard that is to be written: its number, the part that its scenes come from, the scenes."""
 
 
 def join(
     out: Path, parts: Sequence[Path], only: Mapping[Path, Collection[str]] | None = None, wait: bool = True
-) -> Joined:
+) -> JoinResult:
     """Copies the scenes of all parts, bit for bit and with metadata, into the library `out`, which is made if
     it is absent. Parts are only read; no other process should write to them meanwhile.
 
@@ -92,7 +92,7 @@ def join(
             target.index.keep_journal()
     for library in (*opened, target):
         library.close()
-    return Joined(sum(map(len, chosen)), known)
+    return JoinResult(sum(map(len, chosen)), known)
 
 
 def _made(parts: Sequence[LibraryFolder], out: Path) -> LibraryFolder:
@@ -163,7 +163,7 @@ def _model(library: LibraryFolder) -> str:
 
 def _chosen(
     target: LibraryFolder | None, parts: Sequence[LibraryFolder], only: Mapping[Path, Collection[str]]
-) -> tuple[list[list[_Taken]], int]:
+) -> tuple[list[list[_SceneToCopy]], int]:
     """Returns the scenes to copy from each part, in the order of their shards, and how many need no copy.
     Raises a UserError if two different scenes have one name. `target` is None before it is made."""
     owners, sources = {}, set()
@@ -187,7 +187,7 @@ def _chosen(
             if owner != part.path or _origin(info, checksum) in sources:
                 known += 1
                 continue
-            taken.append(_Taken(info, place))
+            taken.append(_SceneToCopy(info, place))
         chosen.append(sorted(taken, key=lambda scene: (scene.place.shard, scene.place.row)))
     return chosen, known
 
@@ -197,7 +197,7 @@ def _origin(info: SceneInfo, checksum: str) -> tuple[str | None, ...]:
     return (info.dataset, info.split, info.source, checksum) if info.dataset else ()
 
 
-def _batches(part: LibraryFolder, taken: Sequence[_Taken]) -> Iterator[_Batch]:
+def _batches(part: LibraryFolder, taken: Sequence[_SceneToCopy]) -> Iterator[_Batch]:
     """Yields the scenes of each shard that is to be written, with their payloads, compared with their
     checksums."""
     batch: _Batch = []
@@ -234,7 +234,7 @@ def _rows(part: LibraryFolder, shard: int) -> list[Payload]:
         ) from None
 
 
-def _copied(target: LibraryFolder, chosen: Iterable[tuple[LibraryFolder, Sequence[_Taken]]]) -> None:
+def _copied(target: LibraryFolder, chosen: Iterable[tuple[LibraryFolder, Sequence[_SceneToCopy]]]) -> None:
     """Copies scenes of each part. The caller holds the lock of the target."""
     batches = ((part, batch) for part, taken in chosen for batch in _batches(part, taken))
     shards = ((number, *one) for number, one in enumerate(batches, target.next_shard()))

@@ -41,7 +41,7 @@ from latentscenes.core.files import (
     now,
     refuse_links,
     write_bytes,
-    write_sealed,
+    write_with_checksum,
     writing_to,
 )
 from latentscenes.core.names import check_name, unknown_scene
@@ -162,7 +162,7 @@ class LibraryFolder(SceneSource):
             if scenes:
                 library._append(scenes)
             facts = {"id": uuid.uuid4().hex, "checksums": checksums, "made": now(), **circumstances()}
-            write_sealed(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
+            write_with_checksum(path / "library.json", {"format": FORMAT, **asdict(info), **facts})
         return library
 
     def close(self) -> None:

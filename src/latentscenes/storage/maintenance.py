@@ -74,7 +74,7 @@ def compact(library: LibraryFolder) -> int:
     with library.writing():
         _refuse_misplaced(library)
         library.index.add_checks()
-        if worn := _worn(library):
+        if worn := _shards_to_rewrite(library):
             places = library.index.places().items()
             names = [name for name, place in places if place.shard in worn]
             shard = {name: place.shard for name, place in places}
@@ -86,7 +86,7 @@ def compact(library: LibraryFolder) -> int:
     return before - folder_bytes(library.path / "shards")
 
 
-def _worn(library: LibraryFolder) -> dict[int, str]:
+def _shards_to_rewrite(library: LibraryFolder) -> dict[int, str]:
     """Returns the shards to rewrite, each with the kind of its payloads: those that scenes were removed from,
     those of earlier versions that do not state their scenes, and small ones, at least two of a kind."""
     worn, small = {}, {}
@@ -281,7 +281,9 @@ def _commit(library: LibraryFolder, batch: Sequence[tuple[str, Payload, Change |
     with index.transaction():
         index.move(number, [name for name, _, _ in batch])
         for info, payload in scenes:
-            index.restate(info.name, payload_checksum(payload), info.precision, info.bytes, info.psnr_lost)
+            index.set_precision(
+                info.name, payload_checksum(payload), info.precision, info.bytes, info.psnr_lost
+            )
     _drop_orphans(library)
 
 

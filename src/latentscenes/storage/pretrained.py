@@ -24,7 +24,7 @@ from latentscenes.core.files import (
     partial_path,
     publish,
     write_bytes,
-    write_sealed,
+    write_with_checksum,
     writing_to,
 )
 from latentscenes.core.options import StoragePrecision
@@ -70,7 +70,7 @@ def export_model(source: LibraryFolder, out: Path) -> int:
     known = read_description(source.path)
     checksums = {file.name: file_checksum(file) for file in files}
     facts = {key: known[key] for key in KEPT if key in known}
-    write_sealed(
+    write_with_checksum(
         partial / "library.json", facts | {"parent": out.name, "checksums": checksums, "made": now()}
     )
     with writing_to(out):
@@ -156,7 +156,7 @@ def refuse_larger(images: PosedImages, box: Box, parent: Path) -> None:
     )
 
 
-def smallness(images: PosedImages, box: Box) -> float:
+def enlargement(images: PosedImages, box: Box) -> float:
     """Returns how much larger the objects could be in a model's box; below 1 if they exceed it."""
     return _largest_scale(images.box, box)
 

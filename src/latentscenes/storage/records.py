@@ -73,11 +73,11 @@ def keep_log(run: Path, library: Path) -> None:
     Their first line is their checksum."""
     if (run / METRICS).exists():
         content = read_bytes(run / METRICS, MOST_LOG)
-        write_bytes(library / METRICS, _log_seal(content) + content)
+        write_bytes(library / METRICS, _log_checksum(content) + content)
         (run / METRICS).unlink()
 
 
-def _log_seal(content: bytes) -> bytes:
+def _log_checksum(content: bytes) -> bytes:
     return json.dumps({SEAL: hashlib.sha256(content).hexdigest()}).encode() + b"\n"
 
 
@@ -92,7 +92,7 @@ def log_problem(library: Path) -> str | None:
         return f"cannot be read ({reason(error)})"
     first, _, rest = content.partition(b"\n")
     try:
-        if first + b"\n" == _log_seal(rest) or "step" in parse_json(first.decode()):
+        if first + b"\n" == _log_checksum(rest) or "step" in parse_json(first.decode()):
             return None
     except (TypeError, ValueError):
         pass
@@ -115,7 +115,7 @@ def log_of(folder: Path) -> dict[str, Any]:
     return {"log": {"bytes": path.stat().st_size, "checksum": file_checksum(path)}}
 
 
-def begins_as(folder: Path, log: Any) -> bool:
+def log_matches(folder: Path, log: Any) -> bool:
     """Returns whether the log begins with the bytes that a checkpoint states; see `log_of`."""
     try:
         size, checksum = int(log["bytes"]), log["checksum"]

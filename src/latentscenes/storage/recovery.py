@@ -57,7 +57,7 @@ def unlisted(library: LibraryFolder) -> dict[Path, list[ShardScene] | str]:
     return found
 
 
-def unlisted_for_sure(library: LibraryFolder) -> dict[Path, list[ShardScene] | str]:
+def abandoned_shards(library: LibraryFolder) -> dict[Path, list[ShardScene] | str]:
     """Returns `unlisted`, without the shards that another process is just about to list."""
     found = unlisted(library)
     if found and os.access(library.path, os.W_OK):
@@ -89,26 +89,26 @@ def rebuild(path: Path) -> Rebuilt:
             Index.create(path / FILE).close()
     library = LibraryFolder.open(path)
     with library.writing(), library.index.any_text():
-        _mend(library, result)
-        _take_in(library, result)
+        _repair(library, result)
+        _add_shard(library, result)
     library.close()
     return result
 
 
-def _mend(library: LibraryFolder, result: Rebuilt) -> None:
+def _repair(library: LibraryFolder, result: Rebuilt) -> None:
     """Puts changed entries of the index back, and removes changed thumbnails, which are drawn again."""
-    index, unlike = library.index, defaultdict(set)
-    for name, part in index.unlike():
-        unlike[name].add(part)
+    index, changed_values = library.index, defaultdict(set)
+    for name, part in index.changed_values():
+        changed_values[name].add(part)
     # Numbers of scenes that the shards hold
     counts, places = {}, index.places()
     for shard in index.shards().keys() | {place.shard for place in places.values()}:
         with suppress(FileNotFoundError, SafetensorError):
             counts[shard] = library.shards.rows(shard)
     with index.transaction():
-        index.relist(counts)
+        index.replace_shard_counts(counts)
         for name, place in sorted(places.items(), key=lambda item: (item[1].shard, item[1].row)):
-            parts, right = unlike[name], _stated(library, place)
+            parts, right = changed_values[name], _stated(library, place)
             if "thumbnail" in parts:
                 index.drop_thumbnail(name)
             try:
@@ -145,7 +145,7 @@ def _stated(library: LibraryFolder, place: Place) -> SceneInfo | None:
     return scene_info([entry.get(name) for name in SceneInfo.__dataclass_fields__])
 
 
-def _take_in(library: LibraryFolder, result: Rebuilt) -> None:
+def _add_shard(library: LibraryFolder, result: Rebuilt) -> None:
     index, listed = library.index, {}
     places, (known, checksums) = index.places(), _known(index)
     lost = {name: place for name, place in places.items() if not library.shards.file(place.shard).exists()}

@@ -123,7 +123,7 @@ class RowFiles:
         for path in self.folder.glob("journal-*.bin"):
             path.unlink()
 
-    def go_back(self, total: int, sums: dict[str, Tensor] | None = None) -> None:
+    def restore_to(self, total: int, sums: dict[str, Tensor] | None = None) -> None:
         """Restores the tables at the checkpoint after `total` steps, the newest one, with its `sums`.
         Checkpoints of earlier versions have none.
 

@@ -40,7 +40,7 @@ from latentscenes.core.files import (
     refuse_links,
     sync,
     write_bytes,
-    write_sealed,
+    write_with_checksum,
     writing_to,
 )  # fmt: skip
 from latentscenes.core.names import check_name
@@ -124,7 +124,7 @@ class Run:
             make_folder(path)
         write_bytes(path / SETTINGS, settings)
         checksums = {"checksums": {SETTINGS: file_checksum(path / SETTINGS)}}
-        write_sealed(path / "run.json", asdict(info) | circumstances() | checksums)
+        write_with_checksum(path / "run.json", asdict(info) | circumstances() | checksums)
         return cls(path, config, info)
 
     @classmethod
@@ -184,9 +184,9 @@ class Run:
             make_folder(target.parent)
             partial.mkdir()
             for name, tensors in parts.items():
-                write_tensors(partial / f"{name}.safetensors", self._unfiled(tensors))
+                write_tensors(partial / f"{name}.safetensors", self._without_files(tensors))
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir())}
-            write_sealed(
+            write_with_checksum(
                 partial / "state.json", asdict(position) | {"checksums": checksums} | log_of(self.path)
             )
             if self.files:
@@ -206,7 +206,7 @@ class Run:
                 if other.name.partition(".")[0].isdigit():
                     shutil.rmtree(other)
 
-    def _unfiled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _without_files(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Removes micro planes and their moments if these are stored in files."""
         return {
             name: tensor for name, tensor in tensors.items() if not (self.files and name.endswith("micro"))
@@ -281,7 +281,7 @@ class Run:
         else:
             position = Position()
         if self.files:
-            self.files.go_back(position.total, stored_sums(self.newest(), self._remedy()))
+            self.files.restore_to(position.total, stored_sums(self.newest(), self._remedy()))
 
     def restore_state(self, state: dict[str, Tensor], part: Part = whole) -> None:
         """Copies the state of a stage, such as the optimizers' moments, from the newest checkpoint."""
@@ -289,7 +289,7 @@ class Run:
 
     def _fill(self, tensors: dict[str, Tensor], file: Path, part: Part) -> None:
         saved = {name: part(name, tensor) for name, tensor in read_tensors(file, self._remedy()).items()}
-        for name, tensor in self._unfiled(tensors).items():
+        for name, tensor in self._without_files(tensors).items():
             if name not in saved and not tensor.numel():
                 continue  # a table that earlier versions did not have, and that is unused
             if name not in saved or saved[name].shape != tensor.shape:

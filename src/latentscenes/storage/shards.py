@@ -134,7 +134,7 @@ class Shards:
         infos = (info for info, _ in scenes)
         entries = [vars(info) | {"checksum": one} for info, one in zip(infos, known, strict=True)]
         text = json.dumps(entries)
-        write_tensors(self.file(shard), stack_payloads(payloads), {STATED: text, SEAL: _seal(text)})
+        write_tensors(self.file(shard), stack_payloads(payloads), {STATED: text, SEAL: _checksum_of(text)})
 
 
 def _unread(file: Path, error: Exception) -> Exception:
@@ -162,7 +162,8 @@ def stated_entries(shard: safe_open) -> list[dict] | None:
     try:
         text = facts[STATED]
         entries = json.loads(text)
-        if facts.get(SEAL, _seal(text)) == _seal(text) and all(entry["checksum"] for entry in entries):
+        checksum = _checksum_of(text)
+        if facts.get(SEAL, checksum) == checksum and all(entry["checksum"] for entry in entries):
             return entries
     except (KeyError, TypeError, ValueError):
         pass
@@ -176,7 +177,7 @@ def _rows(shard: safe_open) -> int:
     return shard.get_slice(table).get_shape()[0]
 
 
-def _seal(text: str) -> str:
+def _checksum_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,8 +13,8 @@ from latentscenes.core.reading import reason
 from latentscenes.storage.index import FILE, REMEDY, Place, SceneInfo
 from latentscenes.storage.library import SHARED, START, TRIES, LibraryFolder
 from latentscenes.storage.quantize import payload_checksum
-from latentscenes.storage.records import FIT_SCORES, METRICS, SCORES, begins_as, log_problem
-from latentscenes.storage.recovery import unlisted_for_sure
+from latentscenes.storage.records import FIT_SCORES, METRICS, SCORES, log_matches, log_problem
+from latentscenes.storage.recovery import abandoned_shards
 from latentscenes.storage.row_files import damaged_rows, is_at_work, stored_sums
 from latentscenes.storage.run import Run
 from latentscenes.storage.shards import ShardScene
@@ -73,7 +73,7 @@ def _differences(library: LibraryFolder) -> list[Damage]:
         if what:
             found.append(Damage(name, what))
     found += _entry_damage(library)
-    for file, scenes in unlisted_for_sure(library).items():
+    for file, scenes in abandoned_shards(library).items():
         found.append(Damage(f"shards/{file.name}", _unlisted(library, file, scenes)))
     if problem := log_problem(library.path):
         found.append(Damage(METRICS, f"{problem}. Remove it: only charts of reports are drawn from it"))
@@ -84,7 +84,7 @@ def _entry_damage(library: LibraryFolder) -> list[Damage]:
     """Returns what only the index says, and is not as it was written: names, tags, thumbnails; and the table
     of shards, where it is not that of the files."""
     found, index, path = [], library.index, library.path
-    for name, part in dict.fromkeys(index.unlike()):
+    for name, part in dict.fromkeys(index.changed_values()):
         found.append(Damage(name, f"its {part} in {FILE} changed since it was written. {MENDED} {path}"))
     if index.totals_are_damaged():
         found.append(Damage(FILE, f"its totals are not those of its scenes. {COUNTED} {path}"))
@@ -167,7 +167,7 @@ def verify_run(path: Path) -> list[str]:
     found += [f"{path / name}: {what}." for name, what in _score_damage(path)]
     if found or (newest := run.newest()) is None:
         return found
-    if (log := run.state_at(newest).get("log")) is not None and not begins_as(path, log):
+    if (log := run.state_at(newest).get("log")) is not None and not log_matches(path, log):
         found.append(f"{path / METRICS}: was edited, or damaged, since the last checkpoint.")
     if is_at_work(rows := path / "rows"):
         say(f"Note: {rows} is not compared: this run is in progress, or was interrupted.")

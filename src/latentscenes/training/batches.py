@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Cameras, box_corners
 from latentscenes.core.config import StageConfig
-from latentscenes.core.runtime import Numbers, PartOfNumbers, machine_memory, seeded, uniform
+from latentscenes.core.runtime import Numbers, SlicedGenerator, machine_memory, seeded, uniform
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.model.codec import COLORS
 from latentscenes.model.model import Model
@@ -70,9 +70,9 @@ class BatchSource:
         self._frozen = frozen and only_latents
         if self._frozen and model.codec.encoder_parameters():
             self._cache()
-        elif frozen and model.normalizer.untouched:
+        elif frozen and model.normalizer.has_no_statistics:
             chunks = torch.cat(self.fitted).split(ENCODE_CHUNK)
-            self._settle(chunks[:: 1 + len(chunks) // model.normalizer.window])
+            self._set_statistics(chunks[:: 1 + len(chunks) // model.normalizer.window])
         self._pixelwise = bool(stage.rays and stage.losses.color)
         self._size = images.size
         if self._pixelwise:  # as many rays as pixels, though a codec has fewer latents
@@ -99,17 +99,17 @@ class BatchSource:
         if self.team.count == 1:
             return generator
         scenes, _ = self._at(step)
-        return PartOfNumbers(generator, self.team.places(scenes), len(scenes))
+        return SlicedGenerator(generator, self.team.places(scenes), len(scenes))
 
-    def _settle(self, chunks: Iterable[Tensor]) -> None:
+    def _set_statistics(self, chunks: Iterable[Tensor]) -> None:
         """Sets the normalizer's statistics from views. Once is enough for a frozen codec."""
         for chunk in chunks:
             self.model.normalizer.update(self._encoded(chunk))
             self.on_progress()
 
     def _cache(self) -> None:
-        if self.model.normalizer.untouched:
-            self._settle(torch.cat(self.fitted).split(ENCODE_CHUNK))
+        if self.model.normalizer.has_no_statistics:
+            self._set_statistics(torch.cat(self.fitted).split(ENCODE_CHUNK))
         index = self._own
         chunks = index.split(ENCODE_CHUNK)
         background = self.model.background(*self.images.size)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from latentscenes.core.cameras import Cameras
 from latentscenes.core.config import Config, StageConfig
-from latentscenes.core.config_checks import correctable
+from latentscenes.core.config_checks import allows_corrections
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import Scene
 from latentscenes.model.codec import COLORS
@@ -66,7 +66,7 @@ def refining(config: Config) -> Config:
     """
     if corrects(config.exploit):
         return config
-    if not any(map(correctable, config.exploit)):
+    if not any(map(allows_corrections, config.exploit)):
         raise UserError(
             "--refine: corrections of views are learned from losses.latent, or from losses.color with rays, "
             "but no exploit stage of this configuration has these losses without rgb, preview and depth_tv."
@@ -74,7 +74,7 @@ def refining(config: Config) -> Config:
     rates = {name: rate for name, rate in REFINED.items() if name != "colors" or config.codec.has_colors}
     stages = [
         dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, **rates))
-        if correctable(stage)
+        if allows_corrections(stage)
         else stage
         for stage in config.exploit
     ]

@@ -50,7 +50,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedScene:
     """A learned scene."""
 
     scene: Scene
@@ -64,7 +64,7 @@ class Fit:
     """Kinds of corrections that a trial found to bring nothing."""
 
 
-def view_tags(fit: Fit, findings: Findings, left_out: bool, images: PosedImages) -> dict[str, Any]:
+def view_tags(fit: FittedScene, findings: Findings, left_out: bool, images: PosedImages) -> dict[str, Any]:
     """Returns a scene's tags `odd_views` and `view_corrections`, where there are any."""
     tags = {}
     if findings.views:
@@ -78,7 +78,7 @@ def view_tags(fit: Fit, findings: Findings, left_out: bool, images: PosedImages)
     return tags
 
 
-def diagnose(model: Model, images: PosedImages, fit: Fit) -> Findings:
+def diagnose(model: Model, images: PosedImages, fit: FittedScene) -> Findings:
     """Compares a learned scene with its fitted views."""
     index = torch.tensor(fit.scene.views("fit"))
     whole, inside, masks = view_errors(model, images, fit)
@@ -92,7 +92,7 @@ def diagnose(model: Model, images: PosedImages, fit: Fit) -> Findings:
 
 @torch.no_grad()
 def view_errors(
-    model: Model, images: PosedImages, fit: Fit
+    model: Model, images: PosedImages, fit: FittedScene
 ) -> tuple[Float[Tensor, "v"], Float[Tensor, "v"], Float[Tensor, "v"] | None]:
     """Compares a learned scene with its v fitted views, corrected. Returns mean squared errors of latents
     over all compared pixels, and over those where mask and scene overlap; and the mean |opacity − alpha| if

@@ -23,7 +23,7 @@ from latentscenes.storage.scene_set import shows_silhouettes
 from latentscenes.training.append import Provenance, library_info, new_scenes
 from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.exploit import exploit
-from latentscenes.training.groups import finish, missing_scenes, starting_parameters, sweep
+from latentscenes.training.groups import finish, missing_scenes, remove_stale_runs, starting_parameters
 from latentscenes.training.loop import Tracker, Trainer
 from latentscenes.training.preparing import refuse_cut_off
 
@@ -89,7 +89,7 @@ def finetune(
     model, mean = parent.starting(device)
     info = _info(parent, images, options.precision or "int8")
     run_info = RunInfo("exploit", data, "new", names, info.box, info.parent)
-    sweep(out / "work", None)
+    remove_stale_runs(out / "work", None)
     run = Run.create(out / "work" / "finetune", config, run_info)
     parameters = starting_parameters(config, mean, images, scenes).to(device)
     if config.exploit_fresh_field:

@@ -21,14 +21,14 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.names import counted
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.data.options import Placement
-from latentscenes.data.placing import UPRIGHT, fitting, object_box, place, turn_of, turned_box
+from latentscenes.data.placing import UPRIGHT, fitting, object_box, place, rotation_of, turned_box
 from latentscenes.model.model import Model
 from latentscenes.model.planes import SceneParameters
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.run import Run, RunInfo
 from latentscenes.training.add import quick
 from latentscenes.training.batches import TrainingScenes
-from latentscenes.training.diagnosis import Fit, view_errors
+from latentscenes.training.diagnosis import FittedScene, view_errors
 from latentscenes.training.groups import starting_parameters
 from latentscenes.training.loop import Trainer
 
@@ -122,7 +122,7 @@ def _placed(
     images: PosedImages, scenes: list[Scene], boxes: list[Box], way: Placement, model: Model
 ) -> tuple[PosedImages, list[Scene]]:
     """Returns the images with cameras moved so that some scenes are turned and fill the model's box."""
-    cameras, placed, about = images.cameras.cam2world.clone(), [], turn_of(way)
+    cameras, placed, about = images.cameras.cam2world.clone(), [], rotation_of(way)
     for scene, box in zip(scenes, boxes, strict=True):
         views = slice(scene.first, scene.first + scene.count)
         moved = turned_box(box, about, 1.0)
@@ -153,5 +153,7 @@ def _error(
             config.exploit
         )
     model.eval().requires_grad_(False)
-    fits = (Fit(scene, row, None, run.spent) for scene, row in zip(scenes, rows.one_by_one(), strict=True))
+    fits = (
+        FittedScene(scene, row, None, run.spent) for scene, row in zip(scenes, rows.one_by_one(), strict=True)
+    )
     return float(np.mean([view_errors(model, images, fit)[0].mean().item() for fit in fits]))

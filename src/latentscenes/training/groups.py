@@ -33,7 +33,7 @@ from latentscenes.storage.scene_set import shows_silhouettes
 from latentscenes.training.append import Provenance, new_scene
 from latentscenes.training.batches import TrainingScenes
 from latentscenes.training.corrections import HELPS, kinds_of, limited
-from latentscenes.training.diagnosis import Fit, diagnose, view_errors, view_tags
+from latentscenes.training.diagnosis import FittedScene, diagnose, view_errors, view_tags
 from latentscenes.training.loop import Trainer
 
 NAMED = 8
@@ -89,13 +89,15 @@ class GroupLearner:
         if self.on_progress:
             self.on_progress()
 
-    def _fits(self, scenes: Sequence[Scene], label: str, work: Path | None) -> tuple[list[Fit], list[Run]]:
+    def _fits(
+        self, scenes: Sequence[Scene], label: str, work: Path | None
+    ) -> tuple[list[FittedScene], list[Run]]:
         """Learns some scenes, each with the kinds of corrections that help it. Returns also all runs."""
         asked, spent = kinds_of(self.config.exploit), [Spent(0.0, 0.0)] * len(scenes)
         kept, runs = [()] * len(scenes), []
         if asked:
             kept, spent, runs = self._tried(asked, scenes, label, work)
-        fits: dict[int, Fit] = {}
+        fits: dict[int, FittedScene] = {}
         for kinds in sorted(set(kept)):
             rows = [k for k, found in enumerate(kept) if found == kinds]
             config = limited(self.config, kinds) if asked else self.config
@@ -136,7 +138,7 @@ class GroupLearner:
 
     def _fit(
         self, scenes: Sequence[Scene], label: str, work: Path | None, config: Config
-    ) -> tuple[list[Fit], Run]:
+    ) -> tuple[list[FittedScene], Run]:
         """Learns some scenes from their views `fit`, in a run of their own."""
         library, images, model = self.library, self.images, self.model
         names, data = [scene.name for scene in scenes], str(images.path.resolve())
@@ -153,7 +155,7 @@ class GroupLearner:
         _check_unchanged(model, library)
         found, spent = trainer.corrections, run.spent.times(1 / len(scenes))
         rows = enumerate(zip(scenes, parameters.one_by_one(), strict=True))
-        return [Fit(scene, row, found and found.of_scene(k), spent) for k, (scene, row) in rows], run
+        return [FittedScene(scene, row, found and found.of_scene(k), spent) for k, (scene, row) in rows], run
 
 
 def starting_parameters(
@@ -179,7 +181,7 @@ def missing_scenes(library: LibraryFolder, images: PosedImages, scenes: Sequence
     return [scene for scene in scenes if scene.name not in known]
 
 
-def sweep(work: Path, index: Index | None) -> None:
+def remove_stale_runs(work: Path, index: Index | None) -> None:
     """Removes runs that cannot go on from a folder `work`, unless a process is at work on them: runs whose
     scenes are in the index already, broken runs, and remains of scenes that were added in Python."""
     for folder in work.iterdir() if work.is_dir() else ():

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentscenes.core.cameras import Box
 from latentscenes.data.boxes import allowed_wrong, carving_views, small_masks, visual_hull
 from latentscenes.data.dataset import PosedImages, Scene
-from latentscenes.rendering.occupancy import SIDE, bound_rays, grown
+from latentscenes.rendering.occupancy import SIDE, bound_rays, dilated
 from latentscenes.rendering.render import camera_rays
 
 SEEN = 8
@@ -50,7 +50,7 @@ def carved(images: PosedImages, scene: Scene, box: Float[Tensor, "6"]) -> UInt8[
     index = [fitted[k] for k in carving_views(len(fitted))]
     alpha, cameras = np.asarray(images.alpha[index]), images.cameras[torch.tensor(index)]
     hull = visual_hull(small_masks(alpha > SEEN), cameras, Box.of(box), SIDE)
-    cells = grown(torch.from_numpy(hull)[None].float())
+    cells = dilated(torch.from_numpy(hull)[None].float())
     # Compare with the silhouettes
     rows, columns = ((np.arange(CHECKED) + 0.5) / CHECKED * side for side in alpha.shape[1:])
     solid = alpha[:, rows.astype(int)][:, :, columns.astype(int)] >= SOLID

@@ -14,12 +14,12 @@ from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import refuse_inside
 from latentscenes.storage.library import LibraryFolder
 from latentscenes.storage.pretrained import (
+    enlargement,
     library_from_model,
     refuse_larger,
     refuse_no_stages,
     refuse_other_model,
     refuse_other_settings,
-    smallness,
 )  # fmt: skip
 from latentscenes.storage.quantize import check_precision
 from latentscenes.storage.recovery import unlisted
@@ -122,10 +122,10 @@ def groups_to_learn(
             else f"Note: the boxes of single objects in {images.path} are not used, because the model was "
             "learned in one box for all objects."
         )
-    if pending and not library.has_boxes and smallness(images, library.info.box) >= MUCH_SMALLER:
+    if pending and not library.has_boxes and enlargement(images, library.info.box) >= MUCH_SMALLER:
         say(
             f"Note: the objects of {images.path} are small in the model's box: they could be "
-            f"{smallness(images, library.info.box):.3g} times as large, and the model knows objects that "
+            f"{enlargement(images, library.info.box):.3g} times as large, and the model knows objects that "
             "fill it. To scale them, stop, and repeat the command with --fit and another --out."
         )
     if pending and max(images.size) >= MUCH_LARGER * max(library.info.view.size):

@@ -53,7 +53,7 @@ class Trial:
         return self.scenes / self.seconds
 
 
-def probed(
+def scenes_by_stage(
     config: Config,
     stages: str,
     model: Model,
@@ -70,8 +70,8 @@ def probed(
     """
     found = {}
     for stage in getattr(config, stages):
-        trials = list(tried(model, stage, data, start))
-        found[stage.name] = fewest(trials) if trials else stage.scenes
+        trials = list(run_trials(model, stage, data, start))
+        found[stage.name] = smallest_sufficient(trials) if trials else stage.scenes
         shown = ", ".join(f"{trial.scenes}: {trial.rate:.0f}" for trial in trials)
         most = max((trial.memory or 0 for trial in trials), default=0)
         memory = f", up to {bytes_text(most)} of memory" if most else ""
@@ -80,13 +80,13 @@ def probed(
     return found
 
 
-def fewest(trials: Sequence[Trial]) -> int:
+def smallest_sufficient(trials: Sequence[Trial]) -> int:
     """Returns the smallest number of scenes from which on more gain nothing."""
     best = max(trial.rate for trial in trials)
     return min(trial.scenes for trial in trials if GAIN * trial.rate >= best)
 
 
-def tried(
+def run_trials(
     model: Model, stage: StageConfig, data: tuple[PosedImages, Sequence[Scene]], start: SceneParameters | None
 ) -> Iterator[Trial]:
     """Yields trials of twice as many scenes each, until two in turn gain nothing or the GPU's memory ends."""
@@ -149,7 +149,7 @@ def for_exploit(
     """Returns the configuration of a new library, with as many scenes a step as fill the device."""
     model, start = parent.starting(device)
     scenes = images.select("new", limit=limit)
-    return with_scenes(config, "exploit", probed(config, "exploit", model, start, (images, scenes)))
+    return with_scenes(config, "exploit", scenes_by_stage(config, "exploit", model, start, (images, scenes)))
 
 
 def for_train(
@@ -168,7 +168,7 @@ def for_train(
     if team.first:
         half = config.render.half_side
         box = images.box if half is None else Box(images.box.center, (half, half, half))
-        found = probed(config, "train", Model(config, box).to(device), None, (images, scenes))
+        found = scenes_by_stage(config, "train", Model(config, box).to(device), None, (images, scenes))
     numbers = team.sum([float(number * team.count) for number in found.values()])
     found = {name: min(int(number), len(scenes)) for name, number in zip(found, numbers, strict=True)}
     return with_scenes(config, "train", found)

@@ -121,14 +121,14 @@ class Thumbnails:
 
     def show(self, names: Sequence[str], captions: Sequence[str] = ()) -> None:
         """Shows up to `count` scenes, each with an optional second line of text."""
-        self._names, abouts = list(names), self._library.folder.index.abouts()
+        self._names, descriptions = list(names), self._library.folder.index.descriptions()
         tiles, shorter = [], captions_of(names, LETTERS // self._columns)
         for place, button in enumerate(self._buttons):
             button.visible = place < len(names)
             if place < len(names):
                 button.label = names[place]
                 caption = captions[place] if captions else ""
-                name, about = names[place], abouts.get(names[place], "")
+                name, about = names[place], descriptions.get(names[place], "")
                 tiles.append((element_id(button), name, shorter[name], about, self._picture(name), caption))
         self._folder.visible = bool(names)
         self._grid.content = GRID.render(columns=self._columns, tiles=tiles)
@@ -177,8 +177,8 @@ class Gallery:
         self._show(0)
 
     def _show(self, page: int) -> None:
-        abouts = self._library.folder.index.abouts()
-        names = matching(abouts, self._search.value)
+        descriptions = self._library.folder.index.descriptions()
+        names = matching(descriptions, self._search.value)
         pages = max(1, -(-len(names) // PAGE))
         self._page = page % pages
         first = self._page * PAGE
@@ -197,13 +197,13 @@ class Gallery:
         self._thumbnails.highlight(name)
 
 
-def matching(abouts: Mapping[str, str], search: str) -> list[str]:
+def matching(descriptions: Mapping[str, str], search: str) -> list[str]:
     """Returns names that contain `search` or whose tags do, ignoring case. With * or ?, `search` is a pattern
     for names."""
     search = search.strip().casefold()
     if any(letter in search for letter in "*?"):
-        return [name for name in abouts if fnmatch.fnmatchcase(name.casefold(), search)]
-    return [name for name, about in abouts.items() if search in f"{name}\n{about}".casefold()]
+        return [name for name in descriptions if fnmatch.fnmatchcase(name.casefold(), search)]
+    return [name for name, about in descriptions.items() if search in f"{name}\n{about}".casefold()]
 
 
 class Datasets:

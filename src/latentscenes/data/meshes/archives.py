@@ -42,7 +42,7 @@ BROKEN = (
 
 
 @dataclass
-class _Allowance:
+class _UnpackLimit:
     """Bytes that an archive may still unpack to."""
 
     shown: str
@@ -77,13 +77,13 @@ def unpack(archive: Path, folder: Path) -> list[str]:
         size = archive.stat().st_size
     except OSError as error:
         raise UserError(f"{archive}: cannot be read ({reason(error)}).") from None
-    allowance, problems = _Allowance(str(archive), min(MOST_BYTES, FREE_BYTES + RATIO * size)), []
+    allowance, problems = _UnpackLimit(str(archive), min(MOST_BYTES, FREE_BYTES + RATIO * size)), []
     _unpack(archive, str(archive), folder, allowance, problems)
     return problems
 
 
 def _unpack(
-    archive: Path, shown: str, folder: Path, allowance: _Allowance, problems: list[str], level: int = 0
+    archive: Path, shown: str, folder: Path, allowance: _UnpackLimit, problems: list[str], level: int = 0
 ) -> None:
     inner = []
     try:
@@ -128,7 +128,7 @@ def _place(member: zipfile.ZipInfo, shown: str) -> PurePosixPath | None:
 
 
 def _write(
-    opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allowance: _Allowance, shown: str
+    opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allowance: _UnpackLimit, shown: str
 ) -> None:
     with opened.open(member) as source, writing_to(target):
         try:

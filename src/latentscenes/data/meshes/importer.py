@@ -21,7 +21,7 @@ from latentscenes.data.dataset import Split, spread
 from latentscenes.data.meshes.gltf import read_gltf
 from latentscenes.data.meshes.obj import read_obj
 from latentscenes.data.meshes.ply import read_ply
-from latentscenes.data.meshes.sources import FORMATS, Found, find_sources
+from latentscenes.data.meshes.sources import FORMATS, FoundMeshes, find_sources
 from latentscenes.data.meshes.surfaces import Remarks, to_soup
 from latentscenes.data.meshes.work import Job, Rendered, Work, render_jobs, work_folder
 from latentscenes.data.options import MeshChoice, MeshOptions, ViewOptions
@@ -91,7 +91,7 @@ def make_meshes(
     say("\n".join(lines))
 
 
-def _summary(folder: Path, found: Found) -> str:
+def _summary(folder: Path, found: FoundMeshes) -> str:
     """A count of the meshes found, for people."""
     kinds = [path.suffix.lower() for path in found.files.values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind[1:].upper()}" for kind in sorted(set(kinds)))
@@ -99,7 +99,7 @@ def _summary(folder: Path, found: Found) -> str:
     return f"{folder}: {counted(len(kinds), 'mesh', 'meshes')} ({counts}){rows}"
 
 
-def _job(name: str, found: Found) -> Job:
+def _job(name: str, found: FoundMeshes) -> Job:
     row = found.rows.get(name)
     return Job(name, found.files[name], found.stamps[name], row.rotation if row else None)
 
@@ -122,7 +122,7 @@ def _renderer(work: Path, options: ViewOptions, reading: MeshOptions) -> Work:
 def _write(
     writer: DatasetWriter,
     done: list[tuple[Job, Path]],
-    found: Found,
+    found: FoundMeshes,
     splits: dict[str, Split],
     options: ViewOptions,
 ) -> dict[str, tuple[str, ...]]:

@@ -41,7 +41,7 @@ COMMA = re.compile(r"(?<=\d),(?=\d)")
 
 
 @dataclass(frozen=True)
-class Painted:
+class ObjMaterial:
     """A material: as it looks on faces without texture coordinates, and with them; how these are moved."""
 
     plain: Material = Material()
@@ -62,7 +62,9 @@ class _Map:
     gain: float = 1.0
 
 
-def read_materials(path: Path, libraries: list[str], remarks: Remarks, multiply: bool) -> dict[str, Painted]:
+def read_materials(
+    path: Path, libraries: list[str], remarks: Remarks, multiply: bool
+) -> dict[str, ObjMaterial]:
     """Returns the materials of an OBJ file's libraries by name. `multiply`: a texture is multiplied by Kd."""
     found = {}
     for name in libraries:
@@ -94,7 +96,7 @@ def _statements(text: str) -> dict[str, dict[str, str]]:
 
 def _material(
     file: Path, obj: Path, name: str, entry: dict[str, str], remarks: Remarks, multiply: bool
-) -> Painted:
+) -> ObjMaterial:
     alpha = _alpha(entry, name, remarks)
     for keys, meaning in LEFT_OUT:
         if any(entry.get(key) and (key != "ks" or any(_color(entry, key, name, Remarks()))) for key in keys):
@@ -107,7 +109,7 @@ def _material(
     picture = _picture(file, obj, texture, remarks) if texture else None
     mask = _picture(file, obj, _map(entry["map_d"]), remarks) if entry.get("map_d") else None
     if picture is None and mask is None:
-        return Painted(plain)
+        return ObjMaterial(plain)
     texture = texture if picture is not None else _map(entry["map_d"])
     factor = plain.factor if multiply or picture is None else (1.0, 1.0, 1.0, alpha)
     cutoff = plain.cutoff
@@ -119,7 +121,7 @@ def _material(
     material = Material(factor, picture, wrap, cutoff, emission)
     mean = (*_mean_light(picture), 1.0)  # white where there is only a mask
     unmapped = replace(plain, factor=tuple(a * b for a, b in zip(factor, mean, strict=True)))
-    return Painted(unmapped, material, texture.scale, texture.offset)
+    return ObjMaterial(unmapped, material, texture.scale, texture.offset)
 
 
 def _mean_light(picture: np.ndarray) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
-from latentscenes.data.meshes.mtl import NUMBER, Painted, read_lines, read_materials
+from latentscenes.data.meshes.mtl import NUMBER, ObjMaterial, read_lines, read_materials
 from latentscenes.data.meshes.surfaces import (
     DAMAGE,
     Remarks,
@@ -67,9 +67,9 @@ def _read(path: Path, remarks: Remarks, multiply: bool) -> list[Surface]:
     surfaces = []
     for name, group in faces.items():
         if group.points:
-            if materials.get(name, Painted()).textured and min(group.uv) < 0:
+            if materials.get(name, ObjMaterial()).textured and min(group.uv) < 0:
                 remarks.add(f"faces without texture coordinates have the mean color of the texture of {name}")
-            surfaces += _surfaces(path, tables, group, materials.get(name, Painted()))
+            surfaces += _surfaces(path, tables, group, materials.get(name, ObjMaterial()))
     return surfaces
 
 
@@ -160,7 +160,7 @@ def _colored(rows: list[list[str]]) -> list[list[str]]:
     ]
 
 
-def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: Painted) -> list[Surface]:
+def _surfaces(path: Path, tables: dict[str, np.ndarray], faces: _Faces, paint: ObjMaterial) -> list[Surface]:
     """The triangles of one material; those without texture coordinates apart."""
     flat = np.array([point for polygon in faces.points for point in polygon])
     if flat.max() >= len(tables["v"]):

@@ -11,7 +11,7 @@ from typing import Any
 from latentscenes.core.console import bytes_text, say
 from latentscenes.core.errors import UserError
 from latentscenes.core.names import no_folder
-from latentscenes.data.catalog import OWN, Row, assign, misfits, read_catalog
+from latentscenes.data.catalog import OWN, Row, assign, read_catalog, unmatched
 from latentscenes.data.importing import is_leftover
 from latentscenes.data.meshes.archives import ARCHIVES, unpack
 
@@ -23,7 +23,7 @@ Stamp = tuple[Any, ...]
 
 
 @dataclass
-class Found:
+class FoundMeshes:
     """Meshes by the names of their scenes."""
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Found:
         return text
 
 
-def find_sources(folder: Path, catalog: Path | None, work: Path) -> Found:
+def find_sources(folder: Path, catalog: Path | None, work: Path) -> FoundMeshes:
     """Finds all meshes of a folder with its subfolders and archives, of an archive, or one mesh.
 
     Args:
@@ -68,7 +68,7 @@ def find_sources(folder: Path, catalog: Path | None, work: Path) -> Found:
     if not folder.exists():
         raise no_folder(folder)
     paths = [folder] if folder.is_file() else sorted(walk(folder, work))
-    found = Found(find_meshes(folder, paths) if not alone else {})
+    found = FoundMeshes(find_meshes(folder, paths) if not alone else {})
     beside = [path for path in paths if path.suffix.lower() not in {*FORMATS, *ARCHIVES, *TEXTS}]
     company = hashlib.sha256(repr([_stamp(path, folder) for path in beside]).encode()).hexdigest()
     found.stamps = {name: (*_stamp(path, folder), company) for name, path in found.files.items()}
@@ -91,7 +91,7 @@ def find_sources(folder: Path, catalog: Path | None, work: Path) -> Found:
     return found
 
 
-def _unpacked(archive: Path, folder: Path, found: Found, work: Path) -> list[Path]:
+def _unpacked(archive: Path, folder: Path, found: FoundMeshes, work: Path) -> list[Path]:
     """Unpacks an archive and returns the files in it. An unreadable one among others is only noted."""
     place = work / "unpacked" / str(len(found.archives))
     size = bytes_text(archive.stat().st_size)
@@ -175,11 +175,11 @@ def short_names(paths: Mapping[Path, PurePath], taken: Iterable[str]) -> dict[st
     return dict(sorted(named.items()))
 
 
-def _assign(found: Found, rows: list[Row], catalog: Path, root: Path) -> None:
+def _assign(found: FoundMeshes, rows: list[Row], catalog: Path, root: Path) -> None:
     """Gives scenes that have no row yet the rows of a catalog, and remarks on rows that do not fit."""
     meshes = {name: found.shown(path).absolute() for name, path in found.files.items()}
     own = catalog.name == OWN  # stands for its own folder or archive only
     meshes = {name: path for name, path in meshes.items() if not own or path.is_relative_to(root)}
     taken, lost, late = assign(rows, meshes, root)
     found.rows = taken | found.rows
-    found.remarks += misfits(found.shown(catalog), "mesh", meshes, taken, lost, late)
+    found.remarks += unmatched(found.shown(catalog), "mesh", meshes, taken, lost, late)

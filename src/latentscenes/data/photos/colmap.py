@@ -233,7 +233,7 @@ Layer = tuple[Image.Image, int]
 """An image of the photograph's shape, and the value outside of it."""
 
 
-def retake(
+def resample(
     photograph: Photograph, layers: list[Layer], rotation: Float[np.ndarray, "3 3"], focal: float, size: int
 ) -> UInt8[np.ndarray, "size size c"]:
     """Resamples a photograph as a pinhole camera at its position would take it.

@@ -29,7 +29,7 @@ from latentscenes.data.dataset import spread
 from latentscenes.data.images import image_size, in_parallel, read_image, read_silhouette
 from latentscenes.data.importing import FOR_EACH, Imported, open_folder, subfolders
 from latentscenes.data.options import Boxes, SceneChoice
-from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, retake
+from latentscenes.data.photos.colmap import FEWEST, Photograph, read_photographs, resample
 from latentscenes.data.splits import choose_splits, natural_key
 from latentscenes.data.writing import DatasetWriter
 
@@ -138,7 +138,7 @@ def read_capture(folder: Path, size: int) -> Capture:
 
     def take(place: int) -> UInt8[np.ndarray, "size size 4"]:
         picture, mask = read_cut_out(shots[place], masks)
-        return retake(shots[place], [(picture, 255), (mask, 0)], turned[place], focal[place], size)
+        return resample(shots[place], [(picture, 255), (mask, 0)], turned[place], focal[place], size)
 
     pictures = np.stack(in_parallel(take, range(len(shots))))
     images, alpha = np.ascontiguousarray(pictures[..., :3]), np.ascontiguousarray(pictures[..., 3])
@@ -152,7 +152,7 @@ def read_capture(folder: Path, size: int) -> Capture:
 def _silhouette(photograph: Photograph, masks: dict[str, Path]) -> tuple[str, np.ndarray]:
     """Returns how much of the object a photograph shows, and its undistorted mask (booleans, WIDE x WIDE)."""
     mask = read_mask(photograph, masks)
-    small = retake(photograph, [(mask, 0)], photograph.rotation, 0.5 / photograph.lens.reach, WIDE)
+    small = resample(photograph, [(mask, 0)], photograph.rotation, 0.5 / photograph.lens.reach, WIDE)
     return shows(mask), small[..., 0] >= COVERED
 
 

@@ -37,7 +37,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Spot:
+class SceneLocation:
     """Where a scene and its thumbnail are: what a bucket says of it."""
 
     row: int
@@ -119,7 +119,7 @@ class PublishedIndex:
         except (OSError, ValueError, SyntaxError) as error:
             raise self._damage(file, reason(error)) from None
 
-    def spot(self, name: str) -> Spot | None:
+    def location(self, name: str) -> SceneLocation | None:
         """Returns where a scene is; None if there is no such scene. Reads one bucket."""
         buckets = self.about["names"]
         if not buckets:
@@ -128,11 +128,11 @@ class PublishedIndex:
         entry = self._bucket(number).get(name)
         if entry is None or name == NO_NAME:
             return None
-        if not self._is_spot(entry):
+        if not self._is_location(entry):
             raise self._damage(buckets[number], f"its entry of {short(name)}")
-        return Spot(*entry)
+        return SceneLocation(*entry)
 
-    def _is_spot(self, entry: Any) -> bool:
+    def _is_location(self, entry: Any) -> bool:
         if not isinstance(entry, list) or len(entry) != 7 or not all(type(one) is int for one in entry[:6]):
             return False
         row, pack, offset, size, atlas, cell, sha256 = entry
@@ -200,16 +200,16 @@ class PublishedIndex:
     def _abouts(self) -> dict[str, str]:
         return {info.name: tags_text(info.tags) if info.tags else "" for info in self.infos()}
 
-    def abouts(self) -> dict[str, str]:
-        """As `Index.abouts`. Reads all pages, once."""
+    def descriptions(self) -> dict[str, str]:
+        """As `Index.descriptions`. Reads all pages, once."""
         return self._abouts
 
     def _row(self, name: str) -> tuple[dict[str, list], int] | None:
         """Returns a scene's page and its row there; None if there is no such scene."""
-        spot = self.spot(name)
-        if spot is None:
+        location = self.location(name)
+        if location is None:
             return None
-        number, row = divmod(spot.row, self.about["page_size"])
+        number, row = divmod(location.row, self.about["page_size"])
         page = self._page(number)
         if page["name"][row] != name:
             raise self._damage(self.about["pages"][number], f"its row of {short(name)}")
@@ -217,7 +217,7 @@ class PublishedIndex:
 
     def info(self, name: str) -> SceneInfo | None:
         """As `Index.info`. Reads a bucket; of a library that an earlier version published, also a page."""
-        if self.spot(name) is None:
+        if self.location(name) is None:
             return None
         number = bucket_of(name, len(self.about["names"]))
         facts = self._bucket(number).get(NO_NAME)
@@ -237,8 +237,12 @@ class PublishedIndex:
 
     def place(self, name: str) -> Place | None:
         """As `Index.place`; the shard is the number of the pack, and the row that of all scenes."""
-        spot, found = self.spot(name), self._row(name)
-        return Place(spot.pack, spot.row, str(found[0]["payload"][found[1]])) if spot and found else None
+        location, found = self.location(name), self._row(name)
+        return (
+            Place(location.pack, location.row, str(found[0]["payload"][found[1]]))
+            if location and found
+            else None
+        )
 
     def places(self) -> dict[str, Place]:
         """As `Index.places`."""
@@ -252,7 +256,7 @@ class PublishedIndex:
         """As `Index.known`."""
         if len(names) > FEW:
             return set(names) & set(self.names())
-        return {name for name in names if isinstance(name, str) and self.spot(name)}
+        return {name for name in names if isinstance(name, str) and self.location(name)}
 
     def require(self, names: Sequence[str]) -> None:
         """As `Index.require`; the nearest names are sought among the first MOST_COMPARED."""
@@ -266,12 +270,12 @@ class PublishedIndex:
 
     def thumbnail(self, name: str) -> bytes | None:
         """As `Index.thumbnail`. Reads a bucket and an atlas."""
-        spot = self.spot(name)
-        if spot is None or spot.atlas < 0 or spot.cell < 0:
+        location = self.location(name)
+        if location is None or location.atlas < 0 or location.cell < 0:
             return None
         side, stream = self.about["thumbnail"], io.BytesIO()
-        x, y = spot.cell % SIDE * side, spot.cell // SIDE * side
-        self._atlas(spot.atlas).crop((x, y, x + side, y + side)).save(stream, "PNG")
+        x, y = location.cell % SIDE * side, location.cell // SIDE * side
+        self._atlas(location.atlas).crop((x, y, x + side, y + side)).save(stream, "PNG")
         return stream.getvalue()
 
 

@@ -81,7 +81,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Stored:
+class PackedScene:
     """Where a scene lies in the packs."""
 
     pack: int
@@ -118,7 +118,7 @@ class _Publication:
         self._old = self._description()
         self._packs: list[PublishedFile] = []
         self._atlases: list[PublishedFile] = []
-        self._stored: dict[bytes, Stored] = {}
+        self._stored: dict[bytes, PackedScene] = {}
         self._pictured: dict[bytes, tuple[int, int]] = {}
         """Atlas and cell of scenes' thumbnails."""
         self._pack, self._cells = bytearray(), []
@@ -188,7 +188,7 @@ class _Publication:
 
     def _old_places(
         self, live: set[bytes], packs: int, atlases: int
-    ) -> tuple[dict[bytes, Stored], dict[bytes, tuple[int, int]]]:
+    ) -> tuple[dict[bytes, PackedScene], dict[bytes, tuple[int, int]]]:
         """Returns where scenes that were published and are still in the library lie, and their thumbnails. A
         page that is absent or damaged counts as never published."""
         stored, pictured = {}, {}
@@ -205,7 +205,7 @@ class _Publication:
             ):
                 key = _key(payload)
                 if key in live and 0 <= pack < packs:
-                    stored.setdefault(key, Stored(pack, offset, size, sha256))
+                    stored.setdefault(key, PackedScene(pack, offset, size, sha256))
                 if key in live and 0 <= picture[0] < atlases:
                     pictured.setdefault(key, tuple(picture))
         return stored, pictured
@@ -267,7 +267,7 @@ class _Publication:
             **metadata,
         }
 
-    def _packed(self, name: str, place: Place) -> Stored:
+    def _packed(self, name: str, place: Place) -> PackedScene:
         """Appends a scene to the pack that is being filled."""
         with self._damage(f"scene {short(name)}"):
             payload = self.library.shards.read(place)
@@ -278,7 +278,7 @@ class _Publication:
             self._close_pack()
         offset = len(self._pack)
         self._pack += content + bytes(-len(content) % 8)
-        return Stored(len(self._packs), offset, len(content), hashlib.sha256(content).hexdigest())
+        return PackedScene(len(self._packs), offset, len(content), hashlib.sha256(content).hexdigest())
 
     def _weights(self, places: list[Place]) -> list[PublishedFile]:
         """Writes the weights of a page's scenes. Returns nothing if there are no base planes."""

@@ -80,11 +80,11 @@ class PublishedLibrary(SceneSource):
     # Scenes
 
     def payload(self, name: str) -> Payload:
-        spot = self.index.spot(name)
-        if spot is None:
+        location = self.index.location(name)
+        if location is None:
             self.index.require([name])
-        pack = self._about["packs"][spot.pack]
-        content = self._files.part(pack, spot.offset, spot.bytes, spot.sha256)
+        pack = self._about["packs"][location.pack]
+        content = self._files.part(pack, location.offset, location.bytes, location.sha256)
         try:
             return load(content)
         except (SafetensorError, ValueError, KeyError) as error:
@@ -128,24 +128,25 @@ class PublishedLibrary(SceneSource):
         if any(damage.name.startswith(("index/", "names/")) for damage in found):
             return found
         for row, name, place in self._rows():
-            spot = self.index.spot(name)
-            if spot is None or [spot.row, *(getattr(spot, key) for key in ENTRY)] != [row, *place]:
+            location = self.index.location(name)
+            stated = location and [location.row, *(getattr(location, key) for key in ENTRY)]
+            if stated != [row, *place]:
                 file = about["names"][bucket_of(name, len(about["names"]))].file
                 found.append(Damage(name, f"its entry in {file} is not that of its page"))
             elif self.index.info(name) != self.index.info_in_page(name):
                 file = about["names"][bucket_of(name, len(about["names"]))].file
                 found.append(Damage(name, f"its metadata in {file} are not those of its page"))
             else:
-                places[spot.pack].append((name, spot))
+                places[location.pack].append((name, location))
         for number, file in enumerate(about["packs"]):
             try:
                 content = self._files.content(file)
             except UserError as error:
                 found.append(Damage(file.file, self._short(error)))
                 continue
-            for name, spot in places[number]:
-                part = content[spot.offset : spot.offset + spot.bytes]
-                if hashlib.sha256(part).hexdigest() != spot.sha256:
+            for name, location in places[number]:
+                part = content[location.offset : location.offset + location.bytes]
+                if hashlib.sha256(part).hexdigest() != location.sha256:
                     found.append(Damage(name, f"its bytes in {file.file} are not those that were published"))
         return found
 

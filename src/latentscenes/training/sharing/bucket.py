@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import locked, make_folder, write_bytes, write_sealed, writing_to
+from latentscenes.core.files import locked, make_folder, write_bytes, write_with_checksum, writing_to
 from latentscenes.core.options import ExploitOptions, RankOptions
 from latentscenes.core.ranks import Rank
 from latentscenes.data.dataset import PosedImages
@@ -154,7 +154,7 @@ def _planned(
         )
         for name in SEED:
             bucket.write(f"{plan.id}/library/{name}", (library / name).read_bytes())
-        write_sealed(library / PLAN, asdict(plan))
+        write_with_checksum(library / PLAN, asdict(plan))
         bucket.write(PLAN, (library / PLAN).read_bytes())
     finally:
         shutil.rmtree(library, ignore_errors=True)

@@ -89,7 +89,7 @@ class _LocalRanks:
         for pipe in connection.wait(list(self.ranks), CHECK_SECONDS):
             number = self.ranks[pipe]
             try:
-                message = self._crew.heard(pipe)
+                message = self._crew.receive(pipe)
             except GroupFailed as error:
                 self.failed = error
                 continue

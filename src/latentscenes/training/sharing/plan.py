@@ -15,7 +15,7 @@ from latentscenes.core import config_io
 from latentscenes.core.config import Config
 from latentscenes.core.console import say
 from latentscenes.core.errors import UserError
-from latentscenes.core.files import make_folder, read_object, write_sealed, writing_to
+from latentscenes.core.files import make_folder, read_object, write_with_checksum, writing_to
 from latentscenes.core.options import ExploitOptions
 from latentscenes.data.dataset import PosedImages, Scene
 from latentscenes.storage.description import SHARED
@@ -52,7 +52,7 @@ class Plan:
     format: str = FORMAT
 
 
-def agreed(parts: Path, lease: float, make: Callable[[], Plan]) -> Plan:
+def shared_plan(parts: Path, lease: float, make: Callable[[], Plan]) -> Plan:
     """Returns the plan in a folder. If there is none, makes it, or waits for the process that does."""
     while True:
         if (plan := read_plan(parts)) is not None:
@@ -70,7 +70,7 @@ def _written(parts: Path, make: Callable[[], Plan]) -> Plan:
     for remains in parts.iterdir():  # of a plan that was carried out
         remove_parts(remains)
     plan = make()
-    write_sealed(parts / PLAN, asdict(plan))
+    write_with_checksum(parts / PLAN, asdict(plan))
     return plan
 
 
@@ -117,7 +117,7 @@ def remove_parts(home: Path) -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def made(
+def new_plan(
     out: Path, images: PosedImages, config: Config, parent: Path | None, options: ExploitOptions,
     device: torch.device,
 ) -> Plan:  # fmt: skip

@@ -37,25 +37,25 @@ from latentscenes.core.runtime import set_up
 from latentscenes.data.dataset import PosedImages
 from latentscenes.storage.description import SHARED, read_description
 from latentscenes.storage.entries import SceneInfo
-from latentscenes.storage.joining import Joined, empty_copy, join
+from latentscenes.storage.joining import JoinResult, empty_copy, join
 from latentscenes.storage.library import LibraryFolder
-from latentscenes.training.groups import GroupLearner, group_line, remarks, sweep
+from latentscenes.training.groups import GroupLearner, group_line, remarks, remove_stale_runs
 from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.claims import MOST_CLAIMS, Claims, own_name
 from latentscenes.training.sharing.plan import (
     PARTS,
     PLAN,
     Plan,
-    agreed,
-    made,
+    new_plan,
     read_plan,
     refuse_other,
     remove_parts,
+    shared_plan,
 )
 
 JOINING = "join"
 """Item that the process claims that joins, beside the groups."""
-Stored = Callable[[str, list[SceneInfo], bool], None]
+StoredCallback = Callable[[str, list[SceneInfo], bool], None]
 """Called when a group is stored and not yet noted as done, with its item, its scenes, and whether they were
 learned just now, not before this process was started."""
 
@@ -70,7 +70,7 @@ class Share:
 
     groups: int
     """Groups that it learned."""
-    joined: Joined | None
+    joined: JoinResult | None
     """The result of joining; None if another process joined."""
 
 
@@ -115,7 +115,7 @@ def exploit_rank(
     refuse_alone(images, options)
     rank, ranks = shared
     parts = ranks.parts or out / PARTS
-    plan = agreed(parts, ranks.lease, lambda: made(out, images, config, parent, options, device))
+    plan = shared_plan(parts, ranks.lease, lambda: new_plan(out, images, config, parent, options, device))
     config = with_chosen_scenes(config, config_io.parse(plan.settings, str(parts / PLAN)), options, device)
     refuse_other(plan, str(parts), (str(out.resolve()), images), config, options)
     home, worker = parts / plan.id, None
@@ -147,7 +147,7 @@ def refuse_alone(images: PosedImages, options: ExploitOptions) -> None:
     images.select("new", limit=options.limit)
 
 
-def reporter(plan: Plan, rank: Rank, name: str) -> Stored:
+def reporter(plan: Plan, rank: Rank, name: str) -> StoredCallback:
     """Returns a function that prints that a group was learned."""
 
     def report(item: str, infos: list[SceneInfo], now: bool) -> None:
@@ -167,7 +167,7 @@ def opened(part: Path, out: Path, plan: Plan) -> LibraryFolder:
         empty_copy(out, part, "DELETE").close()
     library = LibraryFolder.open(part)
     make_folder(part / "work")
-    sweep(part / "work", library.index)
+    remove_stale_runs(part / "work", library.index)
     return library
 
 
@@ -175,7 +175,7 @@ class Worker:
     """One process that learns groups of a plan."""
 
     def __init__(
-        self, plan: Plan, claims: Claims, part: Callable[[], LibraryFolder], stored: Stored,
+        self, plan: Plan, claims: Claims, part: Callable[[], LibraryFolder], stored: StoredCallback,
         goes_on: Callable[[], bool],
     ):  # fmt: skip
         """`part` opens the library that this process appends to; `goes_on` says whether the plan is still to
@@ -249,7 +249,7 @@ def items(plan: Plan) -> list[str]:
     return [f"{number:06d}" for number in range(len(plan.groups))]
 
 
-def _join_or_wait(out: Path, plan: Plan, home: Path, claims: Claims) -> Joined | None:
+def _join_or_wait(out: Path, plan: Plan, home: Path, claims: Claims) -> JoinResult | None:
     """Joins all parts into the library and removes the plan, or waits for the process that does."""
     claims.patience, file = math.inf, home.parent / PLAN  # joining takes as long as the disk does
     while file.exists():
@@ -258,7 +258,7 @@ def _join_or_wait(out: Path, plan: Plan, home: Path, claims: Claims) -> Joined |
             done, only = claims.state().done, {}
             for item, names in zip(items(plan), plan.groups, strict=True):
                 only.setdefault(home / done[item], []).extend(names)
-            found = join(out, sorted(only), only) if only else Joined(0, 0)
+            found = join(out, sorted(only), only) if only else JoinResult(0, 0)
             file.unlink()
             claims.drop(JOINING)
             return found
