@@ -34,7 +34,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.options import LightName
 from latentscenes.data.raycast import RayCaster, TriangleSoup
 from latentscenes.data.shading import LIGHTS
-from latentscenes.export.sheets import beside, captioned, grid, save_image
+from latentscenes.export.sheets import captioned, grid, in_row, save_image
 
 ELEVATIONS = (5.0, 15.0, 25.0, 35.0, 55.0, 85.0)
 STEPS = ((14.0, 10.0), (7.0, 5.0), (3.0, 2.0), (1.5, 1.0))
@@ -318,7 +318,7 @@ def save_sheet(path: Path, pictures: Path, found: list[Found], notes: list[str] 
         name = one.name.removeprefix("Blend_Swap_CC-0_").removeprefix("Scopia_")
         tiles.append(
             captioned(
-                beside([pair["icon"], pair["ours"], pair["alike"]]),
+                in_row([pair["icon"], pair["ours"], pair["alike"]]),
                 f"{notes[place]} {name}" if notes else name,
             )
         )

@@ -345,7 +345,7 @@ def test_hidden_and_grazing_places_have_no_color():
     )
     places = np.array([[0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.5], [0.1, 0.2, 0.0]])
     normals = np.array([[0.0, 0, 1], [0, 0, -1], [1, 0, 0], [0, 0, 1]])
-    colors, seen = export_mesh.paint(places, normals, found, shown, cameras)
+    colors, seen = export_mesh.Photographed("plates", found, shown, cameras).paint(places, normals)
     assert seen.tolist() == [True, False, False, False]
     np.testing.assert_allclose(colors, [[1, 0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
 

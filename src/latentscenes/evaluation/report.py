@@ -28,11 +28,11 @@ from latentscenes.evaluation.tables import (
 )
 from latentscenes.export.sheets import (
     Picture,
-    beside,
     captioned,
     comparison_sheet,
     dashboard_sheet,
     image_bytes,
+    in_row,
     short_names,
 )
 from latentscenes.export.video import camera_frames, gif_bytes
@@ -154,7 +154,7 @@ def _orbits(content: Comparison) -> list[dict[str, Any]]:
         cameras = view.orbit(ORBIT_FRAMES, ORBIT_ELEVATION)
         orbits = [camera_frames(ours, score.name, cameras, view.size, mode) for mode in ("rgb", "depth")]
         frames = [
-            beside([captioned(image, "image"), captioned(depth, "depth")])
+            in_row([captioned(image, "image"), captioned(depth, "depth")])
             for image, depth in zip(*orbits, strict=True)
         ]
         label = f"{names[score.name]}: {word} of {len(ordered)}, {score.psnr:.1f} dB"

@@ -46,7 +46,7 @@ LIFTED = 0.3
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Triangles:
     """p vertices and f triangles; world units, z up."""
 
     vertices: Float[np.ndarray, "p 3"]
@@ -54,6 +54,12 @@ class Mesh:
     """Corners counter-clockwise, seen from outside."""
     normals: Float[np.ndarray, "p 3"]
     """Unit vectors outward, at the vertices."""
+
+
+@dataclass(frozen=True)
+class Mesh(Triangles):
+    """Triangles with colors at their vertices."""
+
     colors: Float[np.ndarray, "p 3"]
     """sRGB in [0, 1]."""
 
@@ -89,18 +95,14 @@ def scene_mesh(
     Raises:
         UserError: the export extra is absent, nothing in the scene is solid, or no picture shows it.
     """
-    found, shown, cameras = photographed(loaded, scene, view, cells, lowest)
-    found = found if faces is None else simplified(found, faces)
+    shot = photographed(loaded, scene, view, cells, lowest, faces)
     from scipy.spatial import cKDTree  # comes with scikit-image, without which there is no surface
 
-    normals = found.normals()
-    colors, seen = paint(found.vertices, normals, found, shown, cameras)
-    if not seen.any():
-        raise unseen(scene)
-    distance, nearest = cKDTree(found.vertices[seen]).query(found.vertices[~seen], min(NEAREST, seen.sum()))
-    weights = 1 / np.maximum(distance.reshape(len(nearest), -1, 1), found.step)
-    colors[~seen] = (weights * colors[seen][nearest.reshape(weights.shape[:2])]).sum(1) / weights.sum(1)
-    return Mesh(found.vertices, found.faces, normals, colors)
+    vertices, normals = shot.surface.vertices, shot.surface.normals()
+    colors, seen = shot.visible_colors(vertices, normals)
+    tree = cKDTree(vertices[seen])
+    colors[~seen] = colors_nearby(tree, colors[seen], vertices[~seen], shot.surface.step)
+    return Mesh(vertices, shot.surface.faces, normals, colors)
 
 
 def scene_points(
@@ -110,13 +112,11 @@ def scene_points(
     errors are as for `scene_mesh`."""
     if count < 1:
         raise UserError(f"--count {count}: at least 1.")
-    found, shown, cameras = photographed(loaded, scene, view, cells, lowest)
+    shot = photographed(loaded, scene, view, cells, lowest)
     random, parts = np.random.default_rng(0), []
     while sum(len(part[0]) for part in parts) < count:
-        positions, normals = sampled(found, count, random)
-        colors, seen = paint(positions, normals, found, shown, cameras)
-        if not seen.any():
-            raise unseen(scene)
+        positions, normals = sampled(shot.surface, count, random)
+        colors, seen = shot.visible_colors(positions, normals)
         parts.append((positions[seen], normals[seen], colors[seen]))
     return Points(*(np.concatenate(values)[:count] for values in zip(*parts, strict=True)))
 
@@ -143,11 +143,53 @@ def random_places(
     return face, np.stack([1 - root, root * (1 - share), root * share], -1)[..., None]
 
 
-def unseen(scene: str) -> UserError:
-    return UserError(
-        f"{scene}: no picture shows its surface, so it has no colors. "
-        "Check it with latentscenes render --mode opacity."
-    )
+@dataclass(frozen=True)
+class Photographed:
+    """A scene's surface, and pictures of it from all around, which give it colors."""
+
+    scene: str
+    surface: Surface
+    shown: RenderedImages
+    cameras: Cameras
+
+    def paint(
+        self, points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"]
+    ) -> tuple[Float[np.ndarray, "n 3"], Bool[np.ndarray, "n"]]:
+        """Returns the colors of points of the surface (sRGB in [0, 1], zero where no picture shows a point)
+        and the mask of visible points. A point is visible in a picture if a ray from it reaches the camera
+        without hitting the surface again and the picture is opaque there."""
+        caster = rtcore_scene.EmbreeScene()
+        TriangleMesh(caster, np.ascontiguousarray(self.surface.vertices[self.surface.faces], np.float32))
+        total, weight = np.zeros((len(points), 3)), np.zeros(len(points))
+        for view, eye in enumerate(self.cameras.positions.double().numpy()):
+            toward = eye - points
+            distance = np.linalg.norm(toward, axis=1)
+            facing = (toward * normals).sum(1) / distance
+            turned = np.flatnonzero(facing > GRAZING)
+            start = points[turned] + LIFTED * self.surface.step * normals[turned]
+            ray = toward[turned] / distance[turned, None]
+            hits = caster.run(start.astype(np.float32), ray.astype(np.float32), output=True)
+            free = turned[hits["tfar"] > distance[turned]]
+            picture = torch.cat([self.shown.images[view], self.shown.opacity[view][None]])[None]
+            flat = torch.tensor(points[free], dtype=torch.float32)
+            at = 2 * self.cameras[view : view + 1].project(flat)[0][None] - 1
+            read = torch.nn.functional.grid_sample(picture, at, align_corners=False)[0, :, 0].double().numpy()
+            share = facing[free] ** SHARPNESS * (read[3] > OPAQUE)
+            total[free] += share[:, None] * read[:3].T
+            weight[free] += share
+        return total / np.maximum(weight, 1e-12)[:, None], weight > 0
+
+    def visible_colors(
+        self, points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"]
+    ) -> tuple[Float[np.ndarray, "n 3"], Bool[np.ndarray, "n"]]:
+        """As `paint`. Raises a UserError if no picture shows any of the points."""
+        colors, seen = self.paint(points, normals)
+        if not seen.any():
+            raise UserError(
+                f"{self.scene}: no picture shows its surface, so it has no colors. "
+                "Check it with latentscenes render --mode opacity."
+            )
+        return colors, seen
 
 
 def photographed(
@@ -156,11 +198,12 @@ def photographed(
     view: Viewpoint,
     cells: int,
     lowest: float,
+    faces: int | None = None,
     finer: int = 1,
     reached: float = REACHED,
-) -> tuple[Surface, RenderedImages, Cameras]:
-    """Returns a scene's surface, pictures of it from all around, and their cameras. Pictures have `finer`
-    times the pixels of the dataset's on each side. `reached` is as for `surface`."""
+) -> Photographed:
+    """Extracts a scene's surface, with at most `faces` triangles, and renders pictures of it from all around.
+    Pictures have `finer` times the pixels of the dataset's on each side. `reached` is as for `surface`."""
     if not -90 <= lowest < 90:
         raise UserError(f"--lowest {lowest:g}: an elevation in degrees, from -90 to below 90.")
     planes, cameras = loaded.planes(scene), view.dome(VIEWS, lowest)
@@ -169,40 +212,18 @@ def photographed(
     some = [render_images(loaded.model, planes, cameras[part], size) for part in tracked(parts, "rendering")]
     names = ("images", "latents", "depth", "opacity")
     shown = RenderedImages(*(torch.cat([getattr(one, name) for one in some]) for name in names))
-    known = loaded.silhouettes(scene)
-    return surface(loaded.model, planes, shown, cameras, cells, reached, known), shown, cameras
+    found = surface(loaded.model, planes, shown, cameras, cells, reached, loaded.silhouettes(scene))
+    return Photographed(scene, found if faces is None else simplified(found, faces), shown, cameras)
 
 
-def paint(
-    points: Float[np.ndarray, "n 3"],
-    normals: Float[np.ndarray, "n 3"],
-    found: Surface,
-    shown: RenderedImages,
-    cameras: Cameras,
-) -> tuple[Float[np.ndarray, "n 3"], Bool[np.ndarray, "n"]]:
-    """Returns the colors of points of a surface (sRGB in [0, 1], zero where no picture shows a point) and the
-    mask of visible points. A point is visible in a picture if a ray from it reaches the camera without
-    hitting the surface again and the picture is opaque there."""
-    caster = rtcore_scene.EmbreeScene()
-    TriangleMesh(caster, np.ascontiguousarray(found.vertices[found.faces], np.float32))
-    total, weight = np.zeros((len(points), 3)), np.zeros(len(points))
-    for view, eye in enumerate(cameras.positions.double().numpy()):
-        toward = eye - points
-        distance = np.linalg.norm(toward, axis=1)
-        facing = (toward * normals).sum(1) / distance
-        turned = np.flatnonzero(facing > GRAZING)
-        start = points[turned] + LIFTED * found.step * normals[turned]
-        ray = toward[turned] / distance[turned, None]
-        hits = caster.run(start.astype(np.float32), ray.astype(np.float32), output=True)
-        free = turned[hits["tfar"] > distance[turned]]
-        picture = torch.cat([shown.images[view], shown.opacity[view][None]])[None]
-        places, _ = cameras[view : view + 1].project(torch.tensor(points[free], dtype=torch.float32))
-        at = 2 * places[None] - 1
-        read = torch.nn.functional.grid_sample(picture, at, align_corners=False)[0, :, 0].double().numpy()
-        share = facing[free] ** SHARPNESS * (read[3] > OPAQUE)
-        total[free] += share[:, None] * read[:3].T
-        weight[free] += share
-    return total / np.maximum(weight, 1e-12)[:, None], weight > 0
+def colors_nearby(
+    tree: Any, colors: Float[np.ndarray, "n 3"], points: Float[np.ndarray, "k 3"], step: float
+) -> Float[np.ndarray, "k 3"]:
+    """Returns for each point the mean color of the nearest of the n points of a cKDTree, weighted by the
+    inverse of the distance; `step` is the least distance."""
+    distance, nearest = tree.query(points, min(NEAREST, len(colors)))
+    weights = 1 / np.maximum(distance.reshape(len(points), -1, 1), step)
+    return (weights * colors[nearest.reshape(weights.shape[:2])]).sum(1) / weights.sum(1)
 
 
 # Files

@@ -23,7 +23,7 @@ from latentscenes.core.cameras import Viewpoint
 from latentscenes.core.errors import UserError
 from latentscenes.core.version import __version__
 from latentscenes.data.shading import to_linear
-from latentscenes.export.mesh import paint, photographed, sampled, unseen
+from latentscenes.export.mesh import photographed, sampled
 from latentscenes.export.sheets import save_file
 from latentscenes.export.texture import CELLS, FINER, REACHED
 from latentscenes.storage.scene_set import SceneSet
@@ -85,15 +85,13 @@ def scene_splats(
     for `scene_mesh`."""
     if not 1 <= count <= MOST:
         raise UserError(f"--count {count}: choose between 1 and {MOST}.")
-    found, shown, cameras = photographed(loaded, scene, view, cells, lowest, FINER, REACHED)
+    shot = photographed(loaded, scene, view, cells, lowest, finer=FINER, reached=REACHED)
     random = np.random.default_rng(0)
-    points, normals = sampled(found, POINTS_EACH * count, random)
-    colors, seen = paint(points, normals, found, shown, cameras)
-    if not seen.any():
-        raise unseen(scene)
+    points, normals = sampled(shot.surface, POINTS_EACH * count, random)
+    colors, seen = shot.visible_colors(points, normals)
     points, normals, colors = points[seen], normals[seen], colors[seen]
     middles, cell = gathered(points, min(count, len(points)), random)
-    positions, rotations, scales = _ellipsoids(points, normals, middles, cell, found.step)
+    positions, rotations, scales = _ellipsoids(points, normals, middles, cell, shot.surface.step)
     colors = _means(colors, cell, len(middles)).clip(0, 1)
     return Splats(positions, rotations, scales, np.full(len(middles), OPACITY), colors)
 

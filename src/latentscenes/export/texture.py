@@ -25,9 +25,9 @@ from latentscenes.core.cameras import Cameras, Viewpoint
 from latentscenes.core.console import tracked
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import spread_evenly
-from latentscenes.export.mesh import GRAZING, NEAREST, OPAQUE, paint, photographed, unseen
+from latentscenes.export.mesh import GRAZING, OPAQUE, Photographed, Triangles, colors_nearby, photographed
 from latentscenes.export.outlines import outlined
-from latentscenes.export.surface import Surface, simplified
+from latentscenes.export.surface import Surface
 from latentscenes.model.model import RenderedImages, render_images
 from latentscenes.storage.scene_set import SceneSet
 
@@ -68,14 +68,9 @@ class Charts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TexturedMesh:
-    """p vertices and f triangles; world units, z up. Vertices at edges of charts occur once for each."""
+class TexturedMesh(Triangles):
+    """Triangles with a texture. Vertices at edges of charts occur once for each chart."""
 
-    vertices: Float[np.ndarray, "p 3"]
-    faces: Int[np.ndarray, "f 3"]
-    """Corners counter-clockwise, seen from outside."""
-    normals: Float[np.ndarray, "p 3"]
-    """Unit vectors outward, at the vertices."""
     uv: Float32[np.ndarray, "p 2"]
     """Places in the texture, in [0, 1]; (0, 0) is its upper left corner."""
     texture: UInt8[np.ndarray, "t t 3"]
@@ -99,47 +94,38 @@ def textured_mesh(
     """
     if not FEWEST <= side <= MOST:
         raise UserError(f"--texture {side}: choose between {FEWEST} and {MOST} texels a side.")
-    found, shown, cameras = photographed(loaded, scene, view, cells, lowest, FINER, REACHED)
-    found = simplified(found, faces)
+    shot = photographed(loaded, scene, view, cells, lowest, faces, FINER, REACHED)
+    found = shot.surface
     charts = rows, corners, uv = unwrapped(found, side)
     inside, face, weights = texels(corners, uv, side)
     picture = np.zeros((side, side, 3))
-    picture[inside] = _baked(scene, found, rows[corners[face]], weights, (shown, cameras))
-    as_learned = render_images(loaded.model, loaded.planes(scene), cameras, view.size)
+    picture[inside] = _baked(shot, rows[corners[face]], weights)
+    as_learned = render_images(loaded.model, loaded.planes(scene), shot.cameras, view.size)
     around = spread_out(picture, inside)
     for _ in range(STEPS):
-        found = outlined(found, rows[corners], uv[corners], around, as_learned, cameras)
-    picture = fitted_texels(picture, inside, found, charts, as_learned, cameras)
+        found = outlined(found, rows[corners], uv[corners], around, as_learned, shot.cameras)
+    picture = fitted_texels(picture, inside, found, charts, as_learned, shot.cameras)
     texture = np.round(255 * spread_out(picture, inside).clip(0, 1)).astype(np.uint8)
     return TexturedMesh(found.vertices[rows], corners, found.normals()[rows], uv, texture)
 
 
 def _baked(
-    scene: str,
-    found: Surface,
-    corners: Int[np.ndarray, "n 3"],
-    weights: Float[np.ndarray, "n 3 1"],
-    photographs: tuple[RenderedImages, Cameras],
+    shot: Photographed, corners: Int[np.ndarray, "n 3"], weights: Float[np.ndarray, "n 3 1"]
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the colors of places, given by the three vertices around each and their weights."""
     from scipy.spatial import cKDTree
 
-    normals, colors = found.normals(), np.zeros((len(corners), 3))
-    of_vertices, visible = paint(found.vertices, normals, found, *photographs)
-    if not visible.any():
-        raise unseen(scene)
-    tree, palette = cKDTree(found.vertices[visible]), of_vertices[visible]
+    vertices, normals, colors = shot.surface.vertices, shot.surface.normals(), np.zeros((len(corners), 3))
+    of_vertices, visible = shot.visible_colors(vertices, normals)
+    tree, palette = cKDTree(vertices[visible]), of_vertices[visible]
     for start in tracked(range(0, len(corners), BLOCK), "coloring the texture"):
         part = slice(start, start + BLOCK)
-        places = (weights[part] * found.vertices[corners[part]]).sum(1)
+        places = (weights[part] * vertices[corners[part]]).sum(1)
         outward = (weights[part] * normals[corners[part]]).sum(1)
         outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-12)
-        colors[part], seen = paint(places, outward, found, *photographs)
+        colors[part], seen = shot.paint(places, outward)
         hidden = np.flatnonzero(~seen)
-        distance, nearest = tree.query(places[hidden], min(NEAREST, len(palette)))
-        near = 1 / np.maximum(distance.reshape(len(hidden), -1, 1), found.step)
-        mixed = (near * palette[nearest.reshape(near.shape[:2])]).sum(1) / near.sum(1)
-        colors[start + hidden] = mixed
+        colors[start + hidden] = colors_nearby(tree, palette, places[hidden], shot.surface.step)
     return colors
 
 

@@ -26,13 +26,13 @@ from latentscenes.data.dataset import spread_evenly
 from latentscenes.export.sheets import (
     Picture,
     Pictures,
-    beside,
     captioned,
     channel_tiles,
     color_depth,
     depth_range,
     gray,
     grid,
+    in_row,
     save_image,
 )
 from latentscenes.model.model import CHUNK, RenderedImages, render_images, to_uint8
@@ -94,7 +94,7 @@ def _frames(shown: RenderedImages, like: RenderedImages, mode: PictureMode, heig
     panels = [_frames(shown, like, part, height) for part in ("rgb", "latent", "depth", "opacity")]
     return np.stack(
         [
-            beside([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)])
+            in_row([captioned(panel[k], label) for label, panel in zip(labels, panels, strict=True)])
             for k in range(len(panels[0]))
         ]
     )

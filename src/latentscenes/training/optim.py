@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from latentscenes.core.config import Rates, StageConfig
@@ -65,10 +65,8 @@ class RowAdam:
         for name, rate in self.rates.items():
             table, gradients = self.rows.tables()[name], batch.tables()[name].grad
             adam = native.adam if native.serves(table, gradients) and table.is_contiguous() else adam_in_torch
-            adam(
-                table, self.moments[name], index, gradients.to(table.device), self.steps[index],
-                rate * factor, (BETA1, self.beta2), epsilon,
-            )  # fmt: skip
+            given = table, self.moments[name], index, gradients.to(table.device), self.steps[index]
+            adam(native.AdamStep(*given, rate * factor, (BETA1, self.beta2), epsilon))
 
     def state(self) -> dict[str, Tensor]:
         """Returns the state's tensors, not copies: per row the steps, and per table the first and second
@@ -79,21 +77,11 @@ class RowAdam:
         return state
 
 
-def adam_in_torch(
-    table: Float[Tensor, "n *d"],
-    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
-    index: Int[Tensor, "s"],
-    gradients: Float[Tensor, "s *d"],
-    steps: Int[Tensor, "s"],
-    rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-) -> None:
-    """Takes one step of Adam in plain torch, in place, for the rows of `table` at `index` and their moments.
-    `steps` are the rows' step counts, this step included."""
+def adam_in_torch(step: native.AdamStep) -> None:
+    """Takes one step of Adam in plain torch."""
+    table, (first, second), index, gradients, steps, rate, betas, epsilon = step
     if table.device.type != "cpu":
-        return adam_at_once(table, moments, index, gradients, steps, rate, betas, epsilon)
-    first, second = moments
+        return adam_at_once(step)
     for row, gradient, count in zip(index.tolist(), gradients, steps.tolist(), strict=True):
         first[row].lerp_(gradient, 1 - betas[0])
         second[row].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
@@ -101,17 +89,9 @@ def adam_in_torch(
         table[row].addcdiv_(first[row], denominator, value=-rate / (1 - betas[0] ** count))
 
 
-def adam_at_once(
-    table: Float[Tensor, "n *d"],
-    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
-    index: Int[Tensor, "s"],
-    gradients: Float[Tensor, "s *d"],
-    steps: Int[Tensor, "s"],
-    rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-) -> None:
+def adam_at_once(step: native.AdamStep) -> None:
     """Computes `adam_in_torch` for all rows at once, as a GPU needs it: in few calls, with copies."""
+    table, moments, index, gradients, steps, rate, betas, epsilon = step
     place, axes = index.to(table.device), (-1, *[1] * (table.dim() - 1))
     corrections = (1 - torch.tensor(betas, dtype=torch.float64)[:, None] ** steps.cpu().double()).float()
     by_first, by_second = (one.to(table.device).view(axes) for one in corrections)

@@ -22,7 +22,7 @@ from latentscenes.api import Library
 from latentscenes.core.cameras import Box, Cameras
 from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages, Scene, spread_evenly
-from latentscenes.export.sheets import Picture, beside, captions_of
+from latentscenes.export.sheets import Picture, captions_of, in_row
 from latentscenes.model import metrics
 from latentscenes.model.model import render_images, to_uint8
 from latentscenes.viewer.painter import Painter, Renderer
@@ -396,5 +396,5 @@ def compare(painter: Painter, name: str, images: PosedImages, view: int) -> tupl
     shown = render_images(
         painter.library.model, painter.planes(name), camera, images.size, geometry=False
     ).images
-    pair = beside([to_uint8(truth / 255)[0], to_uint8(shown)[0]])
+    pair = in_row([to_uint8(truth / 255)[0], to_uint8(shown)[0]])
     return pair, metrics.psnr(shown, truth.float() / 255).item()

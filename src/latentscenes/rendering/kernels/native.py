@@ -7,6 +7,7 @@ import ctypes
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -297,17 +298,24 @@ def total_variation(planes: Float[Tensor, "s 3 r r f"]) -> Float[Tensor, ""]:
     return _TotalVariation.apply(planes)
 
 
-def adam(
-    table: Float[Tensor, "n *d"],
-    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]],
-    index: Int[Tensor, "s"],
-    gradients: Float[Tensor, "s *d"],
-    steps: Int[Tensor, "s"],
-    rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-) -> None:
-    """Computes `optim.adam_in_torch`. The rows at `index` must all be different."""
+class AdamStep(NamedTuple):
+    """A step of Adam for some rows of a table, which changes the table and the moments in place."""
+
+    table: Float[Tensor, "n *d"]
+    moments: tuple[Float[Tensor, "n *d"], Float[Tensor, "n *d"]]
+    index: Int[Tensor, "s"]
+    """The rows, all different."""
+    gradients: Float[Tensor, "s *d"]
+    steps: Int[Tensor, "s"]
+    """Number of steps of each of these rows, this one included."""
+    rate: float
+    betas: tuple[float, float]
+    epsilon: float
+
+
+def adam(step: AdamStep) -> None:
+    """Computes `optim.adam_in_torch`."""
+    table, moments, index, gradients, steps, rate, betas, epsilon = step
     counts = steps.double()
     rates, corrections = (rate / (1 - betas[0] ** counts)).float(), (1 - betas[1] ** counts).rsqrt().float()
     sizes = [ctypes.c_int64(size) for size in (len(index), gradients[0].numel(), torch.get_num_threads())]

@@ -42,7 +42,7 @@ from latentscenes.storage.shards import NAME, shard_scenes
 from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.boards import BucketBoard, created
 from latentscenes.training.sharing.claims import Claims, own_name
-from latentscenes.training.sharing.plan import PLAN, Plan, found_or_made, made, read_plan, refuse_other
+from latentscenes.training.sharing.plan import PLAN, Plan, found_or_made, new_plan, read_plan, refuse_other
 from latentscenes.training.sharing.ranks import Share, Worker, items, opened, refuse_alone, reporter
 
 SEED = f"model/{SHARED}", f"model/{START}", SETTINGS, DESCRIPTION
@@ -149,7 +149,7 @@ def _planned(
     library = folder / f"made-{uuid.uuid4().hex[:8]}"
     try:
         plan = replace(
-            made(library, images, config, parent, replace(options, stage_one=False), device),
+            new_plan(library, images, config, parent, replace(options, stage_one=False), device),
             library=bucket.address,
         )
         for name in SEED:
