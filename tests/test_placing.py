@@ -112,7 +112,7 @@ def test_the_way_in_which_a_model_knows_cars_is_found(tmp_path, monkeypatch, cap
     assert np.allclose(np.abs(both), np.eye(3), atol=1e-6) and both[2, 2] > 0  # along x, wheels down
     turned = images.cameras.placed(rotation_of(Placement(up=up, turn=float(turn)))).cam2world[:, :, :3]
     assert torch.allclose(found.cameras.cam2world[:, :, :3], turned, atol=1e-5)
-    monkeypatch.setattr(fit, "errors_by_way", None)  # the second time, nothing is learned
+    monkeypatch.setattr(fit, "errors_by_placement", None)  # the second time, nothing is learned
     assert fit.fitted_dataset(images, learned, learned.config, "cars", torch.device("cpu")).path == found.path
 
 
@@ -124,11 +124,11 @@ def test_models_with_a_box_for_each_object_need_no_fit(solids):
 
 def test_another_way_is_taken_only_if_it_is_clearly_better():
     as_it_is, back, lying = Placement(up="z"), Placement(up="z", turn=180.0), Placement(up="x", turn=90.0)
-    assert as_it_is in fit.WAYS and len(set(fit.WAYS)) == 24
+    assert as_it_is in fit.PLACEMENTS and len(set(fit.PLACEMENTS)) == 24
     for errors, expected in (
         ((1.0, 0.97, 0.9), as_it_is),
         ((1.0, 0.9, 0.83), back),
         ((1.0, 0.9, 0.6), lying),
         ((0.5, 0.9, 0.6), as_it_is),
     ):
-        assert fit.chosen_way(dict(zip((as_it_is, back, lying), errors, strict=True))) == expected
+        assert fit.best_placement(dict(zip((as_it_is, back, lying), errors, strict=True))) == expected

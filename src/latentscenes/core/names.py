@@ -1,4 +1,4 @@
-"""Text from files of strangers: the rule for scene names, text that a terminal or an HTML page may show, file
+"""Text from untrusted files: the rule for scene names, text that a terminal or an HTML page may show, file
 names, tags. Loads neither torch nor numpy."""
 
 import difflib

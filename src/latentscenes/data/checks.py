@@ -89,7 +89,7 @@ def check_cameras(
         file = files[0]
         wrong = f"the {len(files)} cameras beginning with this one do not look toward a common point"
         advice = ", so the object's place is unknown. Check the matrices, or give the box by hand (--box)."
-    cause = _mix_up(cameras, axes)
+    cause = _axes_mistake(cameras, axes)
     raise UserError(f"{file}: {wrong}. {cause}" if cause else f"{file}: {wrong}{advice}")
 
 
@@ -108,7 +108,7 @@ def converging_point(cameras: Cameras) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _converge(cameras: Cameras) -> bool:
-    """Tells whether the cameras stand apart and look toward one point in front of them."""
+    """Returns whether the cameras stand apart and look toward one point in front of them."""
     _, depth, off_axis = converging_point(cameras)
     eyes = cameras.positions.double()
     apart = float((eyes - eyes.mean(0)).norm(dim=-1).mean())
@@ -118,7 +118,7 @@ def _converge(cameras: Cameras) -> bool:
     return bool((depth > 0).mean() >= 0.9 and off_axis < 0.4 * distance and apart > 0.02 * distance)
 
 
-def _mix_up(cameras: Cameras, axes: Axes) -> str | None:
+def _axes_mistake(cameras: Cameras, axes: Axes) -> str | None:
     """Describes the mix-up whose reversal makes the cameras converge; None if there is none."""
     if _converge(cameras):
         return None
@@ -191,7 +191,7 @@ def _check_intrinsics(intrinsics: Float[Tensor, "4"], file: Path | str) -> None:
 
 
 def _sees(cameras: Cameras, box: Box) -> Tensor:
-    """Tells for every camera whether some of the box lies in its image (v booleans)."""
+    """Returns for every camera whether some of the box lies in its image (v booleans)."""
     side = torch.linspace(-1, 1, 7)
     grid = torch.cartesian_prod(side, side, side) * torch.tensor(box.half) + torch.tensor(box.center)
     places, depth = cameras.project(grid)

@@ -235,7 +235,7 @@ def white_background(rgb: UInt8[np.ndarray, "v H W 3"]) -> Bool[np.ndarray, "v H
 
 
 def border_is_white(rgb: UInt8[np.ndarray, "v H W 3"]) -> bool:
-    """Tells whether at least nine in ten border pixels are white."""
+    """Returns whether at least nine in ten border pixels are white."""
     edges = [rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]]
     return bool(np.concatenate([(edge >= WHITE).all(-1).ravel() for edge in edges]).mean() >= 0.9)
 

@@ -193,7 +193,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def is_leftover(name: str) -> bool:
-    """Tells hidden files, and leftovers of archives of a Mac: `._NAME` and `__MACOSX`."""
+    """Returns whether a file is hidden, or a leftover of a Mac's archives: `._NAME` or `__MACOSX`."""
     return name.startswith((".", "__MACOSX"))
 
 
@@ -272,7 +272,7 @@ def _any_empty(read: Pictures) -> bool:
 
 
 def _border_is_empty(read: Pictures) -> bool:
-    """Tells masks of objects from masks of what moves through a scene: these keep most of the border."""
+    """Returns whether masks show objects. Masks of what moves through a scene keep most of the border."""
     masks = [np.repeat(255 - alpha[None, ..., None], 3, 3) for _, alpha in read if alpha is not None]
     return float(np.mean([border_is_white(mask) for mask in masks])) >= 0.5
 

@@ -140,7 +140,7 @@ def read_lens(
 
 
 def _inside(lens: Lens) -> bool:
-    """Tells whether the border of the undistorted picture lies inside the source."""
+    """Returns whether the border of the undistorted picture lies inside the source."""
     along, low, high = np.linspace(0, 1, 129), np.zeros(129), np.ones(129)
     across = np.concatenate([along, along, low, high])
     down = np.concatenate([low, high, along, along])
@@ -148,7 +148,7 @@ def _inside(lens: Lens) -> bool:
 
 
 def _folds(lens: Lens) -> bool:
-    """Tells whether the lens maps two places of the picture to one: its area would change sign."""
+    """Returns whether the lens maps two places of the picture to one: its area would change sign."""
     sides = np.linspace(0, 1, 65)
     x, y = lens.places(*np.meshgrid(sides, sides))
     (x_down, x_across), (y_down, y_across) = np.gradient(x), np.gradient(y)
@@ -176,7 +176,7 @@ def _refuse_others(frame: dict[str, Any], label: str) -> None:
 
 
 def is_set(value: Any) -> bool:
-    """Tells whether the value of a key is not false or zero, as a number, a text, or a list of them."""
+    """Returns whether the value of a key is not false or zero, as a number, a text, or a list of them."""
     if isinstance(value, dict | list):
         return any(map(is_set, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):

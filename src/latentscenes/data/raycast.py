@@ -295,7 +295,7 @@ class RayCaster:
     def reached(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"], within: float
     ) -> Bool[np.ndarray, "n"]:
-        """Tells whether each ray (unit direction) hits any surface nearer than `within`."""
+        """Returns whether each ray (unit direction) hits any surface nearer than `within`."""
         hit = self.scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=True)
         return hit["tfar"] < within
 

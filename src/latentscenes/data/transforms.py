@@ -57,7 +57,7 @@ CONVERTED = (
     ("*.xml", b"<document", "Metashape", "metashape"),
     ("*.csv", b"#name,", "RealityCapture", "realitycapture"),
 )
-"""What programs leave instead of transforms.json: a folder or a file, what it holds, the program, and the
+"""Leftovers of programs that wrote no transforms.json: a folder or a file, its content, the program, and the
 command of nerfstudio's ns-process-data that converts it."""
 STILL = 1e-4
 """Greatest difference of the matrices at the beginning and the end of an exposure, relative to their size."""

@@ -1,4 +1,4 @@
-"""SQLite files of strangers: none may make SQLite run code, compute without end, or fill the memory."""
+"""Untrusted SQLite files: none may make SQLite run code, compute without end, or fill the memory."""
 
 import contextlib
 import os

@@ -74,7 +74,7 @@ def _differences(library: LibraryFolder) -> list[Damage]:
             found.append(Damage(name, what))
     found += _entry_damage(library)
     for file, scenes in abandoned_shards(library).items():
-        found.append(Damage(f"shards/{file.name}", _unlisted(library, file, scenes)))
+        found.append(Damage(f"shards/{file.name}", _unlisted(library, scenes)))
     if problem := log_problem(library.path):
         found.append(Damage(METRICS, f"{problem}. Remove it: only charts of reports are drawn from it"))
     return found + [Damage(name, what) for name, what in _score_damage(library.path)]
@@ -132,7 +132,7 @@ def _scene_damage(library: LibraryFolder, name: str, place: Place) -> str | None
     return None
 
 
-def _unlisted(library: LibraryFolder, file: Path, scenes: list[ShardScene] | str) -> str:
+def _unlisted(library: LibraryFolder, scenes: list[ShardScene] | str) -> str:
     if isinstance(scenes, str):
         return f"the index does not list it, and it cannot be read ({scenes})"
     names = ", ".join(repr(scene.info.name) for scene in scenes[:NAMED]) + (

@@ -147,7 +147,7 @@ def _alpha(
 
 
 def _missing(images: PosedImages, index: Int[Tensor, "v"], box: Box) -> Bool[Tensor, "v"]:
-    """Tells for each view whether no ray of its silhouette, or without silhouettes of the view, meets the
+    """Returns for each view whether no ray of its silhouette, or without silhouettes of the view, meets the
     box."""
     found = []
     for view in index.split(1):

@@ -214,7 +214,7 @@ def refuse_alone(config: Config, scenes: int, team: Team) -> None:
 
 
 @dataclass(frozen=True)
-class Shares:
+class RowOwners:
     """The rows of tables that each process owns."""
 
     team: Team
@@ -225,7 +225,7 @@ class Shares:
     """Numbers of all scenes and of all fitted views."""
 
     @classmethod
-    def of_scenes(cls, team: Team, fitted: Sequence[int]) -> "Shares":
+    def of_scenes(cls, team: Team, fitted: Sequence[int]) -> "RowOwners":
         """Returns the scenes and views that a process owns, for these numbers of fitted views."""
         ends = torch.tensor([0, *fitted]).cumsum(0).tolist()
         scenes = team.owned(len(fitted))

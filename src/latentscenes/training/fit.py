@@ -33,7 +33,7 @@ from latentscenes.training.groups import starting_parameters
 from latentscenes.training.loop import Trainer
 
 TURNS = (0.0, 90.0, 180.0, 270.0)
-WAYS = tuple(Placement(up=up, turn=turn) for up in UPRIGHT for turn in TURNS)
+PLACEMENTS = tuple(Placement(up=up, turn=turn) for up in UPRIGHT for turn in TURNS)
 """Which axis of the dataset becomes z, and the turn about it: the 24 rotations of a cube."""
 AS_IT_IS = Placement(up="z")
 TRIED = 3
@@ -71,8 +71,8 @@ def fitted_dataset(
     target = images.path.with_name(f"{images.path.name}_fitted")
     if not (target / "views.json").is_file():
         begun = time.process_time()
-        errors = errors_by_way(images, learned, config, device)
-        way = chosen_way(errors)
+        errors = errors_by_placement(images, learned, config, device)
+        way = best_placement(errors)
         listed = ", ".join(f"{_options(one)}: {errors[one]:.4f}" for one in sorted(errors, key=errors.get))
         say(f"Error after a few steps: {listed} ({time.process_time() - begun:.1f} CPU seconds).")
         say(f"latentscenes data place --folder {images.path} --out {target} {_options(way)} --fit-to {name}")
@@ -80,7 +80,7 @@ def fitted_dataset(
     return PosedImages.open(target)
 
 
-def chosen_way(errors: dict[Placement, float]) -> Placement:
+def best_placement(errors: dict[Placement, float]) -> Placement:
     """Returns the way with the smallest error, unless another that changes less is nearly as good."""
     upright = min((way for way in errors if way.up == "z"), key=errors.get)
     best = min(errors, key=errors.get)
@@ -94,20 +94,20 @@ def _options(way: Placement) -> str:
     return f"--up {way.up} --turn {way.turn:.0f}"
 
 
-def errors_by_way(
+def errors_by_placement(
     images: PosedImages, learned: Run | LibraryFolder, config: Config, device: torch.device
 ) -> dict[Placement, float]:
-    """Returns the mean squared error of some new objects after a few steps of learning, for the ways of WAYS
-    that are best after fewer steps, and for AS_IT_IS."""
+    """Returns the mean squared error of some new objects after a few steps of learning, for AS_IT_IS and
+    for those PLACEMENTS that are best after fewer steps."""
     scenes = images.select("new", limit=TRIED)
     model, start = learned.starting(device)
     views = max(len(scene.views("fit")) for scene in scenes)
     boxes = [object_box(images, scene) for scene in scenes]
     settings = _without_micro(quick(config, views, ROUGH_STEPS))
-    say(f"trying {len(WAYS)} ways to turn {counted(len(scenes), 'object')} …")
+    say(f"trying {len(PLACEMENTS)} ways to turn {counted(len(scenes), 'object')} …")
     rough = {}
     for way in (
-        WAYS if console.is_terminal else tracked(WAYS, "trying ways to turn objects")
+        PLACEMENTS if console.is_terminal else tracked(PLACEMENTS, "trying ways to turn objects")
     ):  # has its own bar
         rough[way] = _error(*_placed(images, scenes, boxes, way, model), model, start, settings)
     settings = _without_micro(quick(config, views))

@@ -32,7 +32,7 @@ from latentscenes.storage.row_files import RowFiles
 from latentscenes.storage.run import Position, Run, RunInfo
 from latentscenes.training.batches import BatchSource, TrainingScenes
 from latentscenes.training.corrections import Corrected, ViewCorrections, corrects, view_ranges
-from latentscenes.training.distributed import ALONE, Shares, Team, refuse_alone
+from latentscenes.training.distributed import ALONE, RowOwners, Team, refuse_alone
 from latentscenes.training.losses import Batch, needs_render, terms, total
 from latentscenes.training.optim import RowAdam, SharedAdam, rate_factor
 
@@ -110,7 +110,7 @@ class Trainer:
         """With a `label`, the progress bar shows it and disappears at the end, for one of many runs.
         `on_progress` is called after each step and each chunk of images that is encoded."""
         self.run, self.model, self.scenes, self.team = run, model, scenes, scenes.team
-        self.shares = Shares.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
+        self.shares = RowOwners.of_scenes(scenes.team, [len(scene.views("fit")) for scene in scenes.entries])
         self.tracker = tracker or Tracker("none", run.path, {})
         self.label, self.on_progress = label, on_progress or (lambda: None)
         self.corrections: ViewCorrections | None = None

@@ -1,8 +1,8 @@
 """Unpacks zip archives, also Sweet Home 3D's furniture libraries (.sh3f), into a folder.
 
-An archive of strangers is not trusted. Refused are entries that lead out of the folder, links, encrypted
-entries, and archives that unpack to more files or bytes than the limits below. Bytes are counted while they
-are read, since the sizes that an archive states may be wrong.
+Archives are not trusted. Entries that lead out of the folder, links and encrypted entries are refused, and so
+are archives that unpack to more files or bytes than the limits below. Bytes are counted while they are read,
+since the sizes that an archive states may be wrong.
 """
 
 import io

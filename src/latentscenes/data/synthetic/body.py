@@ -84,7 +84,7 @@ def draw_car(rng: np.random.Generator, kind: str) -> Car:
     nose, bumper_z = length / 2, between(0.42, 0.52) + (0.1 if kind in ("suv", "pickup", "van") else 0)
     cowl_x = nose - cowl * length
     brow_x = cowl_x - rake
-    roof_x, glass, tail = _rear_end(rng, kind, length, height, belt, brow_x)
+    roof_x, glass, tail = _rear_end(rng, kind, length, belt, brow_x)
     top = height - between(0.01, 0.03) * min(brow_x - roof_x, 1.5)
     knots = {
         "under": (nose - between(0.06, 0.18), sill + 0.05),
@@ -169,7 +169,7 @@ _MEASURES = {
 
 
 def _rear_end(
-    rng: np.random.Generator, kind: str, length: float, height: float, belt: float, brow_x: float
+    rng: np.random.Generator, kind: str, length: float, belt: float, brow_x: float
 ) -> tuple[float, tuple[float, float], tuple[float, float]]:
     """Draws the ends of roof (x) and rear window (x, z), and the upper edge of the tail (x, z)."""
     between = partial(_uniform, rng)
@@ -298,7 +298,7 @@ def loft(car: Car) -> Skin:
     )
     # Positions along and across
     share = np.concatenate([curve[:, 0], np.ones(UPPER + LOWER)])[None]
-    wide = straight = _tucked(np.repeat(x, z.shape[1], 1), z, profile, marks)
+    wide = straight = _limited_to_ends(np.repeat(x, z.shape[1], 1), z, profile, marks)
     y = half_width(car, wide, z) * share
     reach = np.clip(y / (car.width / 2), 0, 1)
     along = np.linspace(1, -1, STATIONS)[:, None]
@@ -317,7 +317,9 @@ def loft(car: Car) -> Skin:
     return Skin(points, grid_normals(points), marks)
 
 
-def _tucked(x: np.ndarray, z: np.ndarray, profile: np.ndarray, marks: dict[str, float]) -> np.ndarray:
+def _limited_to_ends(
+    x: np.ndarray, z: np.ndarray, profile: np.ndarray, marks: dict[str, float]
+) -> np.ndarray:
     """Limits positions x to nose and tail at height z, so that bumpers curve inward below."""
     nose = profile[: int(marks["bumper"]) + 1]
     tail = profile[int(marks["stern"]) :][::-1]

@@ -154,13 +154,13 @@ class _Publication:
 
     # What is there already
 
-    def _take_up(self) -> None:
+    def _reused_files(self) -> None:
         """Finds the packs and atlases that stay, and the places of scenes and thumbnails in them."""
         if self._old is None:
             return
         live = {_key(text) for text in self.library.index.checksums() if SHA256.fullmatch(str(text))}
         packs, atlases = self._old["packs"], self._old["atlases"]
-        stored, pictured = self._old_places(live, len(packs), len(atlases))
+        stored, pictured = self._published_places(live, len(packs), len(atlases))
         used, shown = Counter(), Counter(number for number, _ in set(pictured.values()))
         for place in stored.values():
             used[place.pack] += place.bytes
@@ -186,7 +186,7 @@ class _Publication:
                 kept.append(file)
         return numbers
 
-    def _old_places(
+    def _published_places(
         self, live: set[bytes], packs: int, atlases: int
     ) -> tuple[dict[bytes, PackedScene], dict[bytes, tuple[int, int]]]:
         """Returns where scenes that were published and are still in the library lie, and their thumbnails. A
@@ -215,7 +215,7 @@ class _Publication:
     def write_all(self) -> dict[str, Any]:
         """Writes all files but the description, which it returns."""
         library, row = self.library, 0
-        self._take_up()
+        self._reused_files()
         pages, weights, tags, known = [], [], TagCounts(), True
         buckets: list[list[tuple[str, str, str]]] = [[] for _ in range(bucket_count(len(library.index)))]
         for entries in library.index.pages(PAGE):

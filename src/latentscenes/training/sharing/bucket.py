@@ -42,7 +42,7 @@ from latentscenes.storage.shards import NAME, shard_scenes
 from latentscenes.training.preparing import with_chosen_scenes
 from latentscenes.training.sharing.boards import BucketBoard, created
 from latentscenes.training.sharing.claims import Claims, own_name
-from latentscenes.training.sharing.plan import PLAN, Plan, found_or_made, new_plan, read_plan, refuse_other
+from latentscenes.training.sharing.plan import PLAN, Plan, new_plan, read_or_make, read_plan, refuse_other
 from latentscenes.training.sharing.ranks import Share, Worker, items, opened, refuse_alone, reporter
 
 SEED = f"model/{SHARED}", f"model/{START}", SETTINGS, DESCRIPTION
@@ -71,7 +71,7 @@ def exploit_in_bucket(
     rank, ranks = shared
     folder = ranks.parts or Path(f"{bucket.address.rpartition('/')[2]}.parts")
     with Claims(_board(bucket, "claims"), uuid.uuid4().hex, ranks.lease).renewing() as claims:
-        plan = found_or_made(
+        plan = read_or_make(
             claims, lambda: _read(bucket, folder),
             lambda: _planned(bucket, folder, images, config, parent, options, device),
         )  # fmt: skip
@@ -87,7 +87,7 @@ def exploit_in_bucket(
         with Claims(
             _board(bucket, f"{plan.id}/claims"), owner, ranks.lease, ranks.patience
         ).renewing() as claims:
-            part, report = home / name, reporter(plan, rank, owner)
+            part, report = home / name, reporter(plan, owner)
 
             def stored(item: str, infos: list[SceneInfo], now: bool) -> None:
                 _put(bucket, plan, part, owner, infos)

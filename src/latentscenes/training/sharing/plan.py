@@ -59,7 +59,7 @@ def shared_plan(parts: Path, lease: float, make: Callable[[], Plan]) -> Plan:
             return plan
         with Claims(parts, uuid.uuid4().hex, lease).renewing() as claims:
             try:
-                return found_or_made(claims, lambda: read_plan(parts), lambda: _written(parts, make))
+                return read_or_make(claims, lambda: read_plan(parts), lambda: _written(parts, make))
             except (OSError, UserError):
                 if parts.is_dir():
                     raise
@@ -74,7 +74,7 @@ def _written(parts: Path, make: Callable[[], Plan]) -> Plan:
     return plan
 
 
-def found_or_made(claims: Claims, read: Callable[[], Plan | None], make: Callable[[], Plan]) -> Plan:
+def read_or_make(claims: Claims, read: Callable[[], Plan | None], make: Callable[[], Plan]) -> Plan:
     """Returns the plan that `read` finds. If there is none, one process makes it, and keeps it where `read`
     looks; the others wait."""
     while True:

@@ -123,7 +123,7 @@ def exploit_rank(
         with own_name(home / "owners", f"part-{rank.number:04d}") as name:
             with Claims(home / "claims", name, ranks.lease, ranks.patience).renewing() as claims:
                 worker = Worker(
-                    plan, claims, lambda: opened(home / name, out, plan), reporter(plan, rank, name),
+                    plan, claims, lambda: opened(home / name, out, plan), reporter(plan, name),
                     (parts / PLAN).exists,
                 )  # fmt: skip
                 worker.learn(images, config, device, rank)
@@ -147,7 +147,7 @@ def refuse_alone(images: PosedImages, options: ExploitOptions) -> None:
     images.select("new", limit=options.limit)
 
 
-def reporter(plan: Plan, rank: Rank, name: str) -> StoredCallback:
+def reporter(plan: Plan, name: str) -> StoredCallback:
     """Returns a function that prints that a group was learned."""
 
     def report(item: str, infos: list[SceneInfo], now: bool) -> None:
