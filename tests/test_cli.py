@@ -67,6 +67,28 @@ print("imported:", sorted(heavy))
     assert sum(line.startswith("usage: latentscenes") for line in lines) == len(COMMANDS)
 
 
+def test_a_command_loads_no_module_of_other_commands():
+    script = """
+import sys
+from latentscenes.cli.main import main
+sys.argv = ["latentscenes", "cost", "--help"]
+try:
+    main()
+except SystemExit:
+    pass
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "latentscenes.cli.commands" in loaded
+    assert not loaded & {
+        "latentscenes.cli.data",
+        "latentscenes.cli.export",
+        "latentscenes.cli.library",
+        "yaml",
+    }
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_is_explained(command, monkeypatch, capsys):
     known = GROUPS[command[0]] if len(command) == 2 else cli.load_commands()
