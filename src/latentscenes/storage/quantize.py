@@ -2,9 +2,9 @@
 
 Integer precisions quantize each micro plane and feature uniformly (mid-tread): the step is the largest
 magnitude divided by 2^(bits − 1) − 1. Neighboring codes are alike, so their differences along both axes of
-a plane are stored, one byte each, with Huffman codes (RFC 1951, zlib). Small differences take few bits, so
-fewer bits of precision give a smaller stream. Weights, bias and box are small and stay float32; mixing is
-stored as float16. Files of earlier versions hold deflated codes instead of differences (`CODES`).
+a plane are stored, one byte each, with Huffman codes and runs (RFC 1951, zlib). Small differences take few
+bits, so fewer bits of precision give a smaller stream. Weights, bias and box are small and stay float32;
+mixing is stored as float16. Files of earlier versions hold deflated codes, not differences (`CODES`).
 """
 
 import hashlib
@@ -200,7 +200,7 @@ def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor
     codes = (micro / scale[:, None, None]).round().clamp(-top, top).to(torch.int8).permute(0, 3, 1, 2).numpy()
     for axis in (2, 3):  # differences of bytes wrap around, and so do their sums
         codes = np.diff(codes, axis=axis, prepend=np.int8(0))
-    compressor = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY, memLevel=9)
+    compressor = zlib.compressobj(strategy=zlib.Z_RLE, memLevel=9)  # matches of another kind cost more
     content = compressor.compress(codes.tobytes()) + compressor.flush()
     return scale, torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
