@@ -78,7 +78,7 @@ def source_files() -> set[str]:
         if str(file) == "__init__.py" or file.name != "__init__.py"
     }
     return names | {
-        f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"
+        f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.*") if path.name != "__init__.py"
     }
 
 
