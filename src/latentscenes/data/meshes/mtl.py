@@ -72,6 +72,9 @@ def read_materials(
         for names in ([name], [plain], MTL.findall(plain), name.split()):
             if files := list(filter(None, (find_beside(path, one) for one in names))):
                 break
+        if not files and (beside := find_beside(path, f"{path.stem}.mtl")):
+            remarks.add(f"its material library (MTL) is not there; {beside.name} is taken for it")
+            files = [beside]
         if not files:
             remarks.add("its material library (MTL) is not there; without it, faces are white")
         for one in files:
