@@ -19,6 +19,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.files import file_checksum, locked, make_folder, new_file, refuse_links, writing_to
 from latentscenes.core.names import check_name, short
 from latentscenes.core.reading import reason
+from latentscenes.core.runtime import collection_paused
 from latentscenes.storage.description import SHARED, check_model_file, read_description, refuse_inside
 from latentscenes.storage.entries import SceneInfo
 from latentscenes.storage.index import FILE, Index, Place
@@ -56,6 +57,7 @@ _Shard = tuple[int, LibraryFolder, _Batch]
 """A shard that is to be written: its number, the part that its scenes come from, the scenes."""
 
 
+@collection_paused()
 def join(
     out: Path, parts: Sequence[Path], only: Mapping[Path, Collection[str]] | None = None, wait: bool = True
 ) -> JoinResult:
