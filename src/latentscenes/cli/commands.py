@@ -100,7 +100,7 @@ def exploit(
     Args:
         data: Dataset whose `new` scenes are learned, except scenes that the library holds already.
         out: Library folder, created if absent.
-        run: Shared parts of a new library: a finished run, another library, or pretrained `cars`, `objects`.
+        run: Shared parts of a new library: a run, a library, or a model, `cars` or `objects` (`…_latent`).
         config: Preset or YAML file; unset: the configuration of the library or run.
         overrides: Settings to change, for instance exploit.latent.epochs=20.
         finetune: As published: also learn base planes, field and decoder, into a library of the new scenes.
