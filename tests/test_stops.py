@@ -100,7 +100,7 @@ def test_the_program_ends_at_once_but_finishes_what_is_to_be_finished(tmp_path):
         "raise SystemExit(5)\n"
     )
     Index.create(tmp_path / "index.sqlite").close()
-    ended = program(["--help"], tmp_path, PYTHONUNBUFFERED="")
+    ended = program(["cost", "--config", "small"], tmp_path, PYTHONUNBUFFERED="")
     assert ended.returncode == 5 and ended.stderr == "" and ended.stdout.startswith("finished"), ended
     assert "taken apart" not in ended.stdout and not (tmp_path / "index.sqlite-wal").exists()
     assert program(["train", "--data", "nowhere", "--out", "run"], tmp_path / "absent").returncode == 2
