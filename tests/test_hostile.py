@@ -32,7 +32,7 @@ from latentscenes.data.writing import DatasetWriter
 from latentscenes.model.planes import random_parameters
 from latentscenes.storage import sqlite
 from latentscenes.storage.index import FILE, Index
-from latentscenes.storage.quantize import pack, unpack
+from latentscenes.storage.quantize import pack, payload_precision, unpack
 
 SCRIPT = '<img src=x onerror="window.ran=1"><script>window.ran=1</script><!--<script>'
 UGLY = "\x1b[31mred\x07\n[/]"
@@ -206,6 +206,10 @@ def test_planes_inflate_to_their_own_size_only(tiny):
         held = {"micro.scale": payload["micro.scale"], "weights": payload["weights"]}
         with pytest.raises(ValueError, match="hold other than"):
             unpack(held | {name: torch.from_numpy(np.frombuffer(bomb, np.uint8).copy())}, tiny.planes)
+        with pytest.raises(ValueError, match="hold other than"):
+            payload_precision({name: held["weights"].new_tensor([*zlib.compress(b"abc")]).byte()})
+        with pytest.raises(ValueError, match="are damaged"):
+            payload_precision(held | {name: torch.zeros(9, dtype=torch.uint8)})
     with pytest.raises(ValueError, match=r"weights is \(9,\), but the configuration needs \(3,\)"):
         unpack(payload | {"weights": torch.zeros(9)}, tiny.planes)
 

@@ -21,7 +21,7 @@ from latentscenes.data.meshes.importer import make_meshes, read_mesh
 from latentscenes.data.meshes.sources import find_meshes
 from latentscenes.data.meshes.surfaces import corner_faces, smooth_normals
 from latentscenes.data.options import MeshChoice, MeshOptions, ViewOptions
-from latentscenes.data.raycast import RayCaster
+from latentscenes.data.raycast import BLEND, BLEND_BOTH, RayCaster
 from latentscenes.data.shading import LIGHTS
 
 CASES = SHARED / "cases"
@@ -383,6 +383,21 @@ def test_vertex_alpha_counts_only_where_the_material_says_so(tmp_path):
         content["meshes"][0]["primitives"][0]["material"] = 0
 
     assert covered(write_glb(tmp_path / "blend.glb", blended, {"COLOR_0": color})) == 0
+
+
+@pytest.mark.parametrize("double, cutoff", [(False, BLEND), (True, BLEND_BOTH)])
+@pytest.mark.parametrize(
+    "glass",
+    [{"alphaMode": "BLEND"}, {"extensions": {"KHR_materials_transmission": {"transmissionFactor": 0.6}}}],
+    ids=["blended", "transmitting"],
+)
+def test_backs_of_glass_count_where_the_material_is_double_sided(tmp_path, glass, double, cutoff):
+    def blended(content):
+        content["materials"] = [glass | {"doubleSided": double}]
+        content["meshes"][0]["primitives"][0]["material"] = 0
+
+    soup, _ = read_mesh(write_glb(tmp_path / "glass.glb", blended))
+    assert set(soup.cutoff) == {cutoff}
 
 
 def test_an_object_that_no_view_shows_is_listed(tmp_path):

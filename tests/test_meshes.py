@@ -15,7 +15,15 @@ from latentscenes.core.errors import UserError
 from latentscenes.data.dataset import PosedImages
 from latentscenes.data.meshes.importer import make_meshes, read_mesh
 from latentscenes.data.options import MeshChoice, MeshOptions
-from latentscenes.data.raycast import BLEND, RayCaster, TriangleSoup, ViewOptions, box_around, soup_from_mesh
+from latentscenes.data.raycast import (
+    BLEND,
+    BLEND_BOTH,
+    RayCaster,
+    TriangleSoup,
+    ViewOptions,
+    box_around,
+    soup_from_mesh,
+)
 from latentscenes.data.shading import Lights
 
 FLAT = Lights(ambient=1.0, sky=0.0, directions=(), strengths=())
@@ -127,15 +135,20 @@ def test_a_translucent_pane_mixes_with_what_lies_behind():
 
 
 @pytest.mark.parametrize(
-    "bodies, flipped, expected",
-    [([0.0], False, 0.4), ([0.0], True, 0.4), ([-0.3, 0.3], False, 1 - 0.6**2)],
-    ids=["one body", "inside out", "two bodies"],
+    "bodies, flipped, cutoff, expected",
+    [
+        ([0.0], False, BLEND, 0.4),
+        ([0.0], True, BLEND, 0.4),
+        ([-0.3, 0.3], False, BLEND, 1 - 0.6**2),
+        ([0.0], False, BLEND_BOTH, 1 - 0.6**2),
+    ],
+    ids=["one body", "inside out", "two bodies", "backs are drawn"],
 )
-def test_glass_counts_once_where_a_ray_enters_and_leaves_it(bodies, flipped, expected):
+def test_glass_counts_once_where_a_ray_enters_and_leaves_it(bodies, flipped, cutoff, expected):
     cube = trimesh.creation.box((0.2, 0.2, 0.2))
     points = np.concatenate([cube.vertices + (x, 0, 0) for x in bodies])
     faces = np.concatenate([cube.faces[:, :: -1 if flipped else 1] + 8 * k for k in range(len(bodies))])
-    glass = soup_from_mesh(points, faces, colors=(0.0, 0.0, 0.0, 0.4), cutoff=BLEND)
+    glass = soup_from_mesh(points, faces, colors=(0.0, 0.0, 0.0, 0.4), cutoff=cutoff)
     _, alpha = RayCaster(glass, FLAT).render(seen_from(3.0, 0.05, 0.02), 32)
     assert abs(alpha[0, 16, 16] - 255 * expected) <= 1
 

@@ -39,7 +39,9 @@ WRAPS = ("repeat", "clamp", "mirror")
 OPAQUE = -1.0
 """`TriangleSoup.cutoff` of a surface whose alpha is ignored."""
 BLEND = -2.0
-"""`TriangleSoup.cutoff` of a surface whose alpha is its opacity."""
+"""`TriangleSoup.cutoff` of a surface whose alpha is its opacity. The back of a closed body is not drawn."""
+BLEND_BOTH = -3.0
+"""`TriangleSoup.cutoff` of a surface whose alpha is its opacity, of fronts and of backs."""
 DEFAULT_VIEWS = ViewOptions()
 WHITE = (1.0, 1.0, 1.0, 1.0)
 
@@ -59,7 +61,7 @@ class TriangleSoup:
     texture: Int[np.ndarray, "f"]
     """Index of each triangle's texture."""
     cutoff: Float32[np.ndarray, "f"]
-    """Alpha below which a triangle is fully transparent; or OPAQUE, or BLEND."""
+    """Alpha below which a triangle is fully transparent; or OPAQUE, BLEND or BLEND_BOTH."""
     textures: tuple[UInt8[np.ndarray, "_ _ 4"], ...]
     """RGBA images, first row on top."""
     wraps: tuple[tuple[Wrap, Wrap], ...] = ()
@@ -256,7 +258,8 @@ class RayCaster:
         color[painted] *= self._texel(face[painted], uv)
         # Opacity
         cutoff = soup.cutoff[face]
-        opacity = np.where(cutoff == OPAQUE, 1, np.where(cutoff == BLEND, color[:, 3], color[:, 3] >= cutoff))
+        cut = np.where(cutoff <= BLEND, color[:, 3], color[:, 3] >= cutoff)
+        opacity = np.where(cutoff == OPAQUE, 1, cut)
         # Light
         light = self.lights.shade(_unit(normal), toward)
         if soup.lit is not None:

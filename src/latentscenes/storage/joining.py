@@ -90,8 +90,7 @@ def join(
             found = _chosen(target, opened, only or {})
         chosen, known = found
         _copied(target, zip(opened, chosen, strict=True))
-        if home is None:
-            target.index.keep_journal()
+        target.index.keep_journal()  # also after a join that was killed
     for library in (*opened, target):
         library.close()
     return JoinResult(sum(map(len, chosen)), known)

@@ -32,6 +32,8 @@ Payload = dict[str, Tensor]
 STREAM = "stream"
 DIFFERENCES, CODES = f"micro.differences.{STREAM}", f"micro.{STREAM}"
 """Quantized micro planes, as stored now and by earlier versions."""
+MOST_CODES = 1 << 28
+"""Codes of a scene of unknown size."""
 SMALL = 4096
 """Numbers of a tensor that is cheaper to copy than to write by itself."""
 
@@ -75,7 +77,8 @@ def unpack(payload: Payload, planes: PlanesConfig) -> SceneParameters:
     shapes = scene_shapes(planes)
     if _is_quantized(payload):
         scale = _sized(payload, "micro.scale", (3, planes.micro))
-        texels = _codes(payload, (3, planes.micro, planes.resolution, planes.resolution)).astype(np.float32)
+        size = (3, planes.micro, planes.resolution, planes.resolution)
+        texels = _codes(payload, _inflated(payload, math.prod(size)), size).astype(np.float32)
         texels *= scale.numpy()[..., None, None]
         payload = payload | {"micro": torch.from_numpy(np.ascontiguousarray(texels.transpose(0, 2, 3, 1)))}
     if payload.get("box", torch.zeros(0)).numel():
@@ -116,13 +119,14 @@ def _heading(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 
 def payload_precision(payload: Payload) -> StoragePrecision:
-    """Returns at which precision a payload is stored."""
+    """Returns at which precision a payload is stored. Raises a ValueError if its quantized planes are
+    damaged."""
     if not _is_quantized(payload):
         half = payload.get("micro", torch.zeros(0)).dtype == torch.float16
         return "float16" if half else "float32"
-    length = len(zlib.decompress(payload[DIFFERENCES if DIFFERENCES in payload else CODES].numpy().data))
-    side = math.isqrt(length // max(payload["micro.scale"].numel(), 1))
-    codes = _codes(payload, (*payload["micro.scale"].shape, side, side))
+    content, planes = _inflated(payload, MOST_CODES), payload.get("micro.scale", torch.zeros(0)).shape
+    side = math.isqrt(len(content) // max(math.prod(planes), 1))
+    codes = _codes(payload, content, (*planes, side, side))
     return f"int{int(np.abs(codes).max(initial=3)).bit_length() + 1}"
 
 
@@ -205,13 +209,18 @@ def _deflate(micro: Float[Tensor, "3 r r m"], bits: int) -> tuple[Tensor, Tensor
     return scale, torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
 
-def _codes(payload: Payload, shape: tuple[int, ...]) -> Int8[np.ndarray, "3 m r r"]:
-    """Returns the codes of quantized micro planes. Raises a ValueError if they have another shape."""
-    stream, inflating = payload[DIFFERENCES if DIFFERENCES in payload else CODES], zlib.decompressobj()
+def _inflated(payload: Payload, most: int) -> bytes:
+    """Returns the codes, or their differences, of quantized micro planes, and at most a byte more than
+    `most`. Raises a ValueError if they are damaged."""
+    stream = payload[DIFFERENCES if DIFFERENCES in payload else CODES]
     try:
-        content = inflating.decompress(stream.numpy().data, math.prod(shape) + 1)
+        return zlib.decompressobj().decompress(stream.numpy().data, most + 1)
     except zlib.error as error:
         raise ValueError(f"the deflated micro planes are damaged ({error})") from None
+
+
+def _codes(payload: Payload, content: bytes, shape: tuple[int, ...]) -> Int8[np.ndarray, "3 m r r"]:
+    """Returns the codes of quantized micro planes. Raises a ValueError if they have another shape."""
     if len(content) != math.prod(shape):
         raise ValueError(f"the deflated micro planes hold other than {math.prod(shape)} bytes")
     codes = np.frombuffer(content, np.int8).reshape(shape)

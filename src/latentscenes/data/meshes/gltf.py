@@ -20,7 +20,7 @@ from latentscenes.core.errors import UserError
 from latentscenes.core.reading import reason
 from latentscenes.data.meshes.gltf_buffers import EXTRA, MESHOPT, TYPES, GltfFile
 from latentscenes.data.meshes.surfaces import DAMAGE, MOST_REPEATED, Material, Remarks, Surface, read_texture
-from latentscenes.data.raycast import BLEND, OPAQUE
+from latentscenes.data.raycast import BLEND, BLEND_BOTH, OPAQUE
 
 DRACO = "KHR_draco_mesh_compression"
 KNOWN = {
@@ -266,10 +266,10 @@ class _Reader:
         texture = base.get(f"{key}Texture") or {}
         *color, alpha = map(float, base.get(f"{key}Factor", (1.0, 1.0, 1.0, 1.0)))
         passes = extensions.get("KHR_materials_transmission", {}).get("transmissionFactor", 0.0)
-        mode = entry.get("alphaMode", "OPAQUE")
-        cutoff = {"MASK": float(entry.get("alphaCutoff", 0.5)), "BLEND": BLEND}.get(mode, OPAQUE)
+        mode, blend = entry.get("alphaMode", "OPAQUE"), BLEND_BOTH if entry.get("doubleSided") else BLEND
+        cutoff = {"MASK": float(entry.get("alphaCutoff", 0.5)), "BLEND": blend}.get(mode, OPAQUE)
         if passes:
-            alpha, cutoff = (1 if cutoff == OPAQUE else alpha) * (1 - passes), BLEND
+            alpha, cutoff = (1 if cutoff == OPAQUE else alpha) * (1 - passes), blend
         strength = extensions.get("KHR_materials_emissive_strength", {}).get("emissiveStrength", 1.0)
         emission = tuple(float(strength * value) for value in entry.get("emissiveFactor", (0.0, 0.0, 0.0)))
         if "emissiveTexture" in entry and any(emission):

@@ -54,7 +54,7 @@ class Material:
     wrap: tuple[Wrap, Wrap] = ("repeat", "repeat")
     """Beyond the texture's edges, along u and v."""
     cutoff: float = OPAQUE
-    """Alpha below which the surface is cut out; or OPAQUE, or BLEND (see TriangleSoup)."""
+    """Alpha below which the surface is cut out; or OPAQUE, BLEND or BLEND_BOTH (see TriangleSoup)."""
     emission: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Linear light that the surface adds."""
     lit: bool = True
